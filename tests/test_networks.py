@@ -1,0 +1,290 @@
+"""The CIFAR networks: sizes counted by hand, timm's interface, and the way through timm's Hub layout."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_lowrank.networks  # noqa: F401  (registers the architectures)
+from timm_lowrank.networks import CifarResNet
+
+NAMES = ["resnet10_cifar", "resnet18_cifar", "resnet50_cifar", "vgg19_bn_cifar"]
+RESNETS = NAMES[:3]
+# keyword arguments that make a network cheap, and still go through every argument of its own
+SMALL = {
+    "resnet10_cifar": {"channels": [8, 12, 16, 20], "stem_stride": 2},
+    "resnet18_cifar": {"channels": [8, 8, 16, 16], "stem_channels": 6},
+    "resnet50_cifar": {"channels": [4, 4, 8, 8]},
+    "vgg19_bn_cifar": {"hidden_size": 24, "drop_rate": 0.25},
+}
+
+
+def images(batch=2, channels=3, size=32, seed=0):
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def build(name, **kwargs):
+    """A network with fixed random weights and, where the architecture zeroes them, random last norms."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model(name, **kwargs)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+    return network
+
+
+def numbers(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def conv(inputs, outputs, kernel):
+    return inputs * outputs * kernel**2
+
+
+def basic_block(inputs, planes, stride):
+    count = conv(inputs, planes, 3) + conv(planes, planes, 3) + 2 * 2 * planes
+    return count + (conv(inputs, planes, 1) + 2 * planes if stride > 1 or inputs != planes else 0)
+
+
+def bottleneck(inputs, planes, stride):
+    outputs = 4 * planes
+    count = conv(inputs, planes, 1) + conv(planes, planes, 3) + conv(planes, outputs, 1)
+    count += 2 * (2 * planes + outputs)
+    return count + (conv(inputs, outputs, 1) + 2 * outputs if stride > 1 or inputs != outputs else 0)
+
+
+def resnet(block, expansion, layers, channels, classes, in_chans=3):
+    """Parameters of a ResNet with a 3 x 3 stem, from the definition."""
+    count, inputs = conv(in_chans, channels[0], 3) + 2 * channels[0], channels[0]
+    for stage, (repeats, planes) in enumerate(zip(layers, channels, strict=True)):
+        for index in range(repeats):
+            count += block(inputs, planes, 2 if stage and not index else 1)
+            inputs = planes * expansion
+    return count + (inputs + 1) * classes
+
+
+def test_listed_by_timm():
+    assert set(NAMES) <= set(timm.list_models("*_cifar"))
+    assert not set(NAMES) & set(timm.list_models("*_cifar", pretrained=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretrained_cfg(name):
+    cfg = timm.create_model(name, device="meta").pretrained_cfg
+    assert cfg["architecture"] == name
+    assert tuple(cfg["input_size"]) == (3, 32, 32)
+    assert cfg["num_classes"] == 10 and cfg["crop_pct"] == 1.0 and not cfg["url"]
+    assert cfg["mean"] == (0.4914, 0.4822, 0.4465)
+    assert cfg["std"] == (0.2470, 0.2435, 0.2616)
+    assert timm.data.resolve_data_config({}, pretrained_cfg=cfg)["input_size"] == (3, 32, 32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_pool_size_of_the_cfg_are_right(name):
+    network = build(name).eval()
+    cfg = network.pretrained_cfg
+    assert network.get_submodule(cfg["first_conv"]).in_channels == 3
+    assert network.get_submodule(cfg["classifier"]) is network.get_classifier()
+    assert network.get_classifier(name_only=True) == cfg["classifier"]
+    with torch.no_grad():
+        features = network.forward_features(images(1))
+    assert tuple(features.shape) == (1, network.num_features, *cfg["pool_size"])
+
+
+def test_pretrained_weights_do_not_exist():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for resnet10_cifar"):
+        timm.create_model("resnet10_cifar", pretrained=True)
+
+
+def test_parameter_counts():
+    default, narrow = (64, 128, 256, 512), (16, 32, 64, 128)
+    count = {name: numbers(timm.create_model(name, device="meta")) for name in NAMES}
+    assert count["resnet10_cifar"] == resnet(basic_block, 1, (1, 1, 1, 1), narrow, 10)
+    assert count["resnet18_cifar"] == resnet(basic_block, 1, (2, 2, 2, 2), default, 10) == 11_173_962
+    assert count["resnet50_cifar"] == resnet(bottleneck, 4, (3, 4, 6, 3), default, 10) == 23_520_842
+    widths = [3, 64, 64, 128, 128, *[256] * 4, *[512] * 8]
+    convolutions = sum(conv(a, b, 3) + 3 * b for a, b in pairwise(widths))
+    assert count["vgg19_bn_cifar"] == convolutions + 2 * (512 * 512 + 512) + 513 * 10
+
+
+def test_vgg_is_vgg19_with_three_fully_connected_layers():
+    network = timm.create_model("vgg19_bn_cifar", device="meta")
+    kinds = [type(module) for module in network.features]
+    assert kinds.count(nn.Conv2d) == 16 and kinds.count(nn.BatchNorm2d) == 16
+    assert kinds.count(nn.MaxPool2d) == 5 and kinds[-1] is nn.MaxPool2d
+    assert [type(m) for m in network.pre_logits.children()] == [
+        nn.Conv2d,
+        nn.ReLU,
+        nn.Dropout,
+        nn.Conv2d,
+        nn.ReLU,
+    ]
+    assert network.pre_logits.drop.p == network.head.drop.p == 0.5
+    assert network.pre_logits.fc1.kernel_size == network.pre_logits.fc2.kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet18_cifar", 16_384), ("resnet50_cifar", 65_536)])
+def test_features_before_the_last_stage(name, width):
+    network = build(name, features_only=True, out_indices=(3,)).eval()
+    with torch.no_grad():
+        (features,) = network(images(1))
+    assert features.flatten(1).shape == (1, width)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stem_stride", [1, 2])
+def test_feature_info_is_what_the_features_are(name, stem_stride):
+    options = {} if name == "vgg19_bn_cifar" else {"stem_stride": stem_stride}
+    network = build(name, features_only=True, **options).eval()
+    with torch.no_grad():
+        features = network(images(1))
+    info = network.feature_info
+    assert [tuple(f.shape) for f in features] == [
+        (1, c, 32 // r, 32 // r) for c, r in zip(info.channels(), info.reduction(), strict=True)
+    ]
+    plain = build(name, **options).eval()
+    with torch.no_grad():
+        named, _ = plain.forward_intermediates(images(1))
+        torch.testing.assert_close(features[-1], named)
+    assert all(module in dict(plain.named_modules()) for module in info.module_name())
+
+
+def test_lowrank_stage_of_vgg_is_the_input_of_its_first_fully_connected_layer():
+    network = build("vgg19_bn_cifar").eval()
+    seen = {}
+    network.get_submodule(network.lowrank_stage).register_forward_hook(lambda m, a, out: seen.update(out=out))
+    network.pre_logits.fc1.register_forward_pre_hook(lambda m, args: seen.update(fc=args[0]))
+    with torch.no_grad():
+        network(images(3))
+    assert seen["out"].data_ptr() == seen["fc"].data_ptr()
+    assert seen["out"].flatten(1).shape == (3, 512)
+    assert not hasattr(build("resnet10_cifar"), "lowrank_stage")  # the generic rule is right there
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward(name):
+    network = build(name, **SMALL[name])
+    for batch, training in ((1, False), (2, True)):
+        network.train(training).zero_grad()
+        logits = network(images(batch))
+        assert logits.shape == (batch, 10) and logits.isfinite().all()
+        nn.functional.cross_entropy(logits, torch.arange(batch)).backward()
+        gradients = {key: p.grad for key, p in network.named_parameters()}
+        assert all(g is not None and g.isfinite().all() for g in gradients.values())
+        assert gradients["features.0.weight" if "vgg" in name else "conv1.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_head_and_pre_logits(name):
+    network = build(name, **SMALL[name]).eval()
+    x = images()
+    with torch.no_grad():
+        features = network.forward_features(x)
+        hidden = network.forward_head(features, pre_logits=True)
+        assert hidden.shape == (2, network.head_hidden_size)
+        torch.testing.assert_close(network.get_classifier()(hidden), network(x))
+        network.reset_classifier(7)
+        assert network(x).shape == (2, 7) and network.num_classes == 7
+        network.reset_classifier(0)
+        torch.testing.assert_close(network(x), hidden)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_nothing(name):
+    gradients, calls = [], []
+    for enable in (False, True):
+        network = build(name, **{**SMALL[name], "drop_rate": 0.0}).double()
+        network.set_grad_checkpointing(enable)
+        count = []
+        last = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+        last.register_forward_hook(lambda *_, count=count: count.append(1))
+        network(images().double()).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+        calls.append(len(count))
+    assert calls == [1, 2]  # recomputed in the backward pass
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2])
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("size", [8, 28])
+def test_resnet10_on_small_images(size, in_chans, stem_stride):
+    network = build("resnet10_cifar", in_chans=in_chans, stem_stride=stem_stride, num_classes=4)
+    x = images(2, in_chans, size)
+    nn.functional.cross_entropy(network(x), torch.tensor([0, 3])).backward()
+    assert network.conv1.weight.shape == (16, in_chans, 3, 3)
+    assert network.conv1.weight.grad.isfinite().all()
+    side = math.ceil(math.ceil(size / stem_stride) / 8)
+    assert network.forward_features(x).shape == (2, 128, side, side)
+
+
+def test_widths_and_stem_of_resnet10():
+    network = build("resnet10_cifar", channels=(8, 12, 16, 20), stem_channels=10, num_classes=3)
+    expected = resnet(basic_block, 1, (1, 1, 1, 1), (8, 12, 16, 20), 3)
+    stem_of_10 = conv(3, 10, 3) + 20 + conv(10, 8, 3) + conv(10, 8, 1) + 16
+    stem_of_8 = conv(3, 8, 3) + 16 + conv(8, 8, 3)
+    assert numbers(network) == expected + stem_of_10 - stem_of_8
+    assert [info["num_chs"] for info in network.feature_info] == [10, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize(("output_stride", "side"), [(2, 16), (4, 8), (8, 4), (32, 4)])
+def test_output_stride_counts_from_the_image(output_stride, side):
+    network = build("resnet10_cifar", output_stride=output_stride).eval()
+    with torch.no_grad():
+        assert network.forward_features(images(1)).shape[-1] == side
+    assert network.feature_info[-1]["reduction"] == 32 // side
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_hub_layout_round_trip(name, in_chans, tmp_path):
+    network = build(name, num_classes=6, in_chans=in_chans, **SMALL[name])
+    network(images(4, in_chans))  # moves the running statistics away from their start
+    network.eval()
+    timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    needed = {
+        key: value for key, value in SMALL[name].items() if key != "drop_rate"
+    }  # not part of the weights
+    assert needed.items() <= config["model_args"].items()
+    assert config["pretrained_cfg"]["input_size"] == [in_chans, 32, 32]
+    del config["model_args"][
+        "num_classes"
+    ]  # it is also a key of the root, and transformers would pass it twice
+    path.write_text(json.dumps(config))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert type(loaded) is type(network)
+    with torch.no_grad():
+        x = images(3, in_chans, seed=1)
+        assert torch.equal(loaded(x), network(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": (16, 32, 64)}, "four stages"),
+        ({"channels": ()}, "four stages"),
+        ({"channels": (15, 32, 64, 64)}, "even number of channels"),
+        ({"stem_channels": 0}, "even number of channels"),
+        ({"stem_stride": 3}, "stem_stride must be 1 or 2"),
+        ({"stem_type": "deep"}, "set stem_channels and stem_stride"),
+        ({"output_stride": 3}, "output_stride must be one of 2, 4, 8"),
+        ({"output_stride": 2, "stem_stride": 2}, "output_stride must be one of 4, 8, 16"),
+    ],
+)
+def test_networks_that_cannot_be_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("resnet10_cifar", **options)
+
+
+def test_widths_do_not_leak_into_timm():
+    """timm's own ResNet keeps its stem: the subclass edits instances, never the class."""
+    network = timm.create_model("resnet18", device="meta")
+    assert not isinstance(network, CifarResNet)
+    assert network.conv1.kernel_size == (7, 7) and isinstance(network.maxpool, nn.MaxPool2d)

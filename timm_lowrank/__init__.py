@@ -1,0 +1,37 @@
+"""Low-rank representations for image models: a virtual branch that pulls a layer's activations into a low-dimensional
+subspace while a network trains, and is gone when it predicts.
+
+An implementation of Sanyal, Kanade, Torr, Dokania, "Robustness via Deep Low-Rank Representations".
+Importing the package registers its CIFAR networks with timm.
+"""
+
+from . import networks
+from .checkpoint import save_pretrained
+from .core import projection, spectrum
+from .core.branch import LowRankBranch
+from .core.config import LowRankConfig
+from .core.errors import CaptureError, CollapseError, LowRankError, ProjectionWarning
+from .core.model import LossHook, LowRankModel, attach
+from .layers import LayerInfo, list_layers
+from .wrapping import wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CollapseError",
+    "LayerInfo",
+    "LossHook",
+    "LowRankBranch",
+    "LowRankConfig",
+    "LowRankError",
+    "LowRankModel",
+    "ProjectionWarning",
+    "attach",
+    "list_layers",
+    "networks",
+    "projection",
+    "save_pretrained",
+    "spectrum",
+    "wrap",
+]

@@ -1,0 +1,94 @@
+"""A trained model as a folder: the plain network in timm's own Hub layout, the branches beside it.
+
+    config.json, model.safetensors        what timm and transformers load, without this package
+    lowrank.json, lowrank.safetensors     the branches: configuration, and W and b of each layer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm.models
+from safetensors.torch import save_file
+from torch import nn
+
+from .core.model import LowRankModel
+
+LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"
+FORMAT = 1  # of lowrank.json
+
+
+def save_pretrained(
+    model: LowRankModel | nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model as `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, logits and all.
+
+    Everything is written beside the folder first and moved in when it is whole: files that are there from before
+    stay as they were if anything fails.
+
+    Args:
+        model: a `LowRankModel`, or a plain timm network (then only timm's two files are written).
+        folder: is made if it does not exist; other files in it are left alone.
+        label_names: one per class, in the order of the logits.
+        data_config: input_size, mean, std and so on of the images that the model was trained on, over the
+            network's `pretrained_cfg`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the network was not made by timm, or the number of labels is not its number of classes.
+    """
+    backbone = model.unwrap() if isinstance(model, LowRankModel) else model
+    if not getattr(backbone, "pretrained_cfg", None):
+        raise ValueError(f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
+                         "save its state_dict() with safetensors instead")
+    if label_names is not None and len(label_names) != backbone.num_classes:
+        raise ValueError(f"{len(label_names)} label names for {backbone.num_classes} classes")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    try:
+        _write_backbone(backbone, staging, label_names, data_config)
+        if isinstance(model, LowRankModel):
+            _write_branches(model, staging)
+        for file in sorted(staging.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _write_backbone(
+    backbone: nn.Module, folder: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any] | None
+) -> None:
+    timm.models.save_for_hf(
+        backbone,
+        str(folder),
+        model_config={"label_names": list(label_names)} if label_names is not None else None,
+        safe_serialization=True,
+        data_config=dict(data_config) if data_config is not None else None,
+    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    # The number of classes stands at the root; in model_args as well, transformers would pass it twice and fail.
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_branches(model: LowRankModel, folder: Path) -> None:
+    layers = {layer: {"rank": branch.rank, "num_features": branch.num_features} for layer, branch in model.branches.items()}
+    description = {"format": FORMAT, "config": model.lowrank_config.to_dict(), "layers": layers}
+    (folder / LOWRANK_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    tensors = {key: value.contiguous().cpu() for key, value in model.branches.state_dict().items()}
+    save_file(tensors, folder / LOWRANK_WEIGHTS, metadata={"format": "pt"})

@@ -1,0 +1,106 @@
+"""Recording the activations of named layers during one forward pass.
+
+Hooks exist only inside a `with` block around that forward and store references, nothing else. That is what makes
+them safe: a checkpointed block that runs again in backward finds no hook, arithmetic in a hook would change what
+checkpointing saves, and a copy or a pickle of the network never meets one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CaptureError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """Where the activations of one layer are read."""
+
+    layer: str  # the name that the user gave
+    path: str  # dotted name of the module that is hooked
+    takes_input: bool = False  # the module's first input instead of its output
+
+    @classmethod
+    def at(cls, layer: str, path: str, backbone: nn.Module, *, takes_input: bool = False) -> Tap:
+        """A tap on `path`, moved into plain `nn.Sequential`s: gradient checkpointing calls their children directly,
+        and a hook on the container would never fire."""
+        module = backbone.get_submodule(path)
+        while type(module) is nn.Sequential and len(module):
+            name = list(module._modules)[0 if takes_input else -1]
+            path, module = f"{path}.{name}", module._modules[name]
+        return cls(layer, path, takes_input)
+
+
+@dataclasses.dataclass
+class Recording:
+    """What one forward pass left behind: per layer the tensor itself, its version then, and how often it was seen."""
+
+    values: dict[str, object] = dataclasses.field(default_factory=dict)
+    versions: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def store(self, layer: str, value: object) -> None:
+        self.values[layer] = value
+        self.counts[layer] = self.counts.get(layer, 0) + 1
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+            self.versions[layer] = value._version
+
+    def activation(self, tap: Tap) -> Tensor:
+        """The recorded activations of one layer, as the network left them, (batch, ...).
+
+        Raises:
+            CaptureError: the layer never ran, ran more than once, gave no float tensor, or was overwritten in place.
+        """
+        name = f"layer {tap.layer!r}"
+        if tap.layer not in self.values:
+            raise CaptureError(f"{name} did not run during the forward pass, so there is nothing to regularize; "
+                               "choose a layer that every training forward calls")
+        value = self.values[tap.layer]
+        if self.counts[tap.layer] > 1:
+            raise CaptureError(f"{name} ran {self.counts[tap.layer]} times in one forward pass; choose a layer that runs once")
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"{name} gives a {type(value).__name__}, not a tensor; choose a layer inside or behind it")
+        if not value.is_floating_point() or value.dim() < 2:
+            raise CaptureError(f"{name} gives a tensor of shape {tuple(value.shape)} and type {value.dtype}; "
+                               "a branch needs floating point activations (batch, ...)")
+        if self.versions.get(tap.layer, value._version) != value._version:
+            raise CaptureError(f"the output of {name} was overwritten in place after it was recorded (an in-place "
+                               "activation behind it, most likely); choose the layer that overwrites it")
+        return value
+
+
+@contextlib.contextmanager
+def recording(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[Recording]:
+    """Record what `taps` see for as long as the block lasts; no hook outlives it, whatever happens inside."""
+    record, handles = Recording(), []
+    try:
+        for tap in taps:
+            handles.append(_hook(backbone.get_submodule(tap.path), tap, record))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(module: nn.Module, tap: Tap, record: Recording) -> torch.utils.hooks.RemovableHandle:
+    if tap.takes_input:
+        return module.register_forward_pre_hook(lambda _, args: record.store(tap.layer, args[0] if args else None))
+    return module.register_forward_hook(lambda _, args, output: record.store(tap.layer, output))
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside the block; every submodule's own mode is restored after it."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode

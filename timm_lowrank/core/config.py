@@ -1,0 +1,171 @@
+"""`LowRankConfig`: what is regularized, how strongly, and how W is kept at its rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import nearest
+
+SCALES = ("unit", "reference", "batch", "paper")
+STEP_RULES = ("normalized", "fixed")
+PROJECTIONS = ("subspace", "nystrom", "exact")
+STORAGES = ("factored", "dense")
+PRESETS = ("1-LR", "2-LR")
+
+BRANCH_KEYS = ("rank", "reconstruction_weight", "norm_weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """Configuration of all low-rank branches of one model.
+
+    Args:
+        branches: where the branches sit. "1-LR" is the input of the classifier with target rank 100; "2-LR"
+            adds the input of the last stage with target rank 500 (paper, Section 3). Or a mapping from layer
+            name to target rank, or to a mapping with "rank" and, for that branch alone,
+            "reconstruction_weight" or "norm_weight".
+        reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6).
+        norm_weight: lambda_2, the weight of L_n (Algorithm 2, line 7).
+        scale: how the rows that L_c sees are scaled; `scaling.py` explains each.
+            "unit": every centred activation vector divided by its own norm, so that L_c is the share of a
+            sample's energy outside the subspace. "reference": divided by the root mean square norm at the time
+            the branch was switched on. "batch": divided by that of the current batch. "paper": as printed.
+        step_size: lambda of the Update Step (Algorithm 2, line 12). With `step_rule="normalized"` it is in
+            units of the largest step that is stable for the current batch, whatever the norm of its
+            activations, and must lie in (0, 1].
+        step_rule: "normalized", or "fixed" for gradient steps on W and b of exactly `step_size`, as printed.
+        bias_momentum: with "normalized", the share by which b moves towards minus the batch mean at each update.
+        project_every: updates between two rank projections (paper: 10).
+        projection: "subspace" (warm-started subspace iteration), "nystrom" (the paper's ensembled,
+            column-sampled Nystrom method) or "exact" (truncated eigendecomposition).
+        oversampling: random columns that widen the start of the subspace iteration.
+        nystrom_columns: l, the columns sampled by one Nystrom run; None is 2 * rank, as in the paper.
+        nystrom_runs: t, the Nystrom runs that are averaged.
+        update_rows: at most this many rows of an update enter W, drawn evenly from all rows since the last
+            update; None takes them all. The loss always sees every row.
+        storage: "factored" (W = B^T M B, nothing of size m x m) or "dense" (the literal Algorithm 2, for tests
+            and narrow layers).
+        seed: of everything random in a branch.
+
+    Raises:
+        ValueError: with every field that is out of range named in one message.
+    """
+
+    branches: str | Mapping[str, int | Mapping[str, Any]] = "1-LR"
+    reconstruction_weight: float = 1.0
+    norm_weight: float = 0.0
+    scale: str = "unit"
+    step_size: float = 0.5
+    step_rule: str = "normalized"
+    bias_momentum: float = 0.1
+    project_every: int = 10
+    projection: str = "subspace"
+    oversampling: int = 10
+    nystrom_columns: int | None = None
+    nystrom_runs: int = 4
+    update_rows: int | None = 64
+    storage: str = "factored"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [*self._wrong_choices(), *self._wrong_numbers(), *self._wrong_branches()]
+        if problems:
+            raise ValueError("LowRankConfig: " + "; ".join(problems))
+
+    def _wrong_choices(self) -> list[str]:
+        choices = {"scale": SCALES, "step_rule": STEP_RULES, "projection": PROJECTIONS, "storage": STORAGES}
+        return [
+            f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+
+    def _wrong_numbers(self) -> list[str]:
+        problems = []
+        for name in ("reconstruction_weight", "norm_weight"):
+            if not _is_weight(getattr(self, name)):
+                problems.append(f"{name}={getattr(self, name)!r} must be a finite number >= 0")
+        top = 1.0 if self.step_rule == "normalized" else math.inf
+        if not (_is_number(self.step_size) and 0 < self.step_size <= top):
+            problems.append(f"step_size={self.step_size!r} must lie in (0, {top}] with step_rule={self.step_rule!r}")
+        if not (_is_number(self.bias_momentum) and 0 <= self.bias_momentum <= 1):
+            problems.append(f"bias_momentum={self.bias_momentum!r} must lie in [0, 1]")
+        for name in ("project_every", "nystrom_runs", "nystrom_columns", "update_rows"):
+            value = getattr(self, name)
+            optional = name in ("nystrom_columns", "update_rows")
+            if not (optional and value is None) and not (_is_int(value) and value >= 1):
+                problems.append(f"{name}={value!r} must be an integer >= 1" + " or None" * optional)
+        if not (_is_int(self.oversampling) and self.oversampling >= 0):
+            problems.append(f"oversampling={self.oversampling!r} must be an integer >= 0")
+        if not _is_int(self.seed):
+            problems.append(f"seed={self.seed!r} must be an integer")
+        return problems
+
+    def _wrong_branches(self) -> list[str]:
+        if isinstance(self.branches, str):
+            if self.branches in PRESETS:
+                return []
+            return [f"branches={self.branches!r} is neither of {', '.join(PRESETS)} nor a mapping of layer name to rank"]
+        if not isinstance(self.branches, Mapping) or not self.branches:
+            return [f"branches={self.branches!r} must name at least one layer"]
+        problems = []
+        for layer, spec in self.branches.items():
+            options = spec if isinstance(spec, Mapping) else {"rank": spec}
+            problems += [f"branches[{layer!r}] has no option {k!r}; {nearest(k, BRANCH_KEYS)}"
+                         for k in options if k not in BRANCH_KEYS]
+            rank = options.get("rank")
+            if not (_is_int(rank) and rank >= 1):
+                problems.append(f"the rank of branch {layer!r} is {rank!r}; it must be an integer >= 1")
+            problems += [f"{k} of branch {layer!r} is {v!r}; it must be a finite number >= 0"
+                         for k, v in options.items() if k.endswith("_weight") and not _is_weight(v)]
+        return problems
+
+    def for_branch(self, layer: str) -> LowRankConfig:
+        """This configuration with the options that `branches[layer]` sets for itself, and that branch alone."""
+        if isinstance(self.branches, str) or not isinstance(self.branches.get(layer), Mapping):
+            return self
+        options = dict(self.branches[layer])  # type: ignore[arg-type]
+        return dataclasses.replace(self, branches={layer: options.pop("rank")}, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain values that JSON and YAML can hold."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not isinstance(self.branches, str):
+            values["branches"] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.branches.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, strict: bool = True) -> LowRankConfig:
+        """The inverse of `to_dict`.
+
+        Args:
+            strict: whether an unknown key is an error. A checkpoint of a newer version may hold keys that this
+                version does not know: with `strict=False` they are named in a warning and left out.
+
+        Raises:
+            ValueError: an unknown key (the nearest known ones are named) or a value out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            message = "; ".join(f"LowRankConfig has no field {key!r}. {nearest(key, known)}" for key in unknown)
+            if strict:
+                raise ValueError(message)
+            warnings.warn(message + " Left out.", stacklevel=2)
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_weight(value: object) -> bool:
+    return _is_number(value) and value >= 0  # type: ignore[operator]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,97 @@
+"""W as a plain m x m matrix: Algorithm 2 as printed, by autograd. The slow twin of `factored.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import projection
+from .config import LowRankConfig
+
+
+class DenseWeight:
+    """The symmetric matrix W (m, m) of a branch, stored as such. Same methods as `FactoredWeight`."""
+
+    def __init__(self, num_features: int, rank: int, config: LowRankConfig, device: torch.device, dtype: torch.dtype):
+        self.num_features, self.rank, self.config = num_features, rank, config
+        self.matrix = torch.zeros(num_features, num_features, device=device, dtype=dtype)
+        self.start = torch.zeros(num_features, 0, device=device, dtype=dtype)
+        self._rows = torch.zeros(0, num_features, device=device, dtype=dtype)
+
+    @property
+    def pending(self) -> int:
+        return self._rows.shape[0]
+
+    def reconstruction_error(self, rows: Tensor, remember: Tensor | None) -> Tensor:
+        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
+        if remember is not None:
+            self._rows = torch.cat([self._rows, rows.detach()[remember]])
+        return (rows @ self.matrix - rows).square().sum(dim=1)
+
+    def thin_pending(self, keep: Tensor) -> None:
+        """Keep of the pending rows only those with the sorted indices `keep`, (p,) int64."""
+        self._rows = self._rows[keep]
+
+    def pending_gram(self) -> Tensor:
+        """K = X X^T (p, p) of the pending rows X."""
+        return self._rows @ self._rows.T
+
+    def step(self, step_size: Tensor | float, count: Tensor | int) -> None:
+        """W_s <- W_s - step_size dL_c/dW_s at W = (W_s + W_s^T) / 2 (Algorithm 2, line 12)."""
+        with torch.enable_grad():
+            parameter = self.matrix.clone().requires_grad_()
+            symmetric = (parameter + parameter.T) / 2
+            loss = (self._rows @ symmetric - self._rows).square().sum() / count
+            (gradient,) = torch.autograd.grad(loss, parameter)
+        self.matrix = self.matrix - step_size * gradient
+        self._rows = self._rows[:0]
+
+    def residual(self, vector: Tensor) -> Tensor:
+        """(W - I)^2 vector, (m,)."""
+        once = self.matrix @ vector - vector
+        return self.matrix @ once - once
+
+    def project(self, generator: torch.Generator) -> None:
+        """W <- the rank-r approximation of W that `config.projection` asks for (Algorithm 2, line 13)."""
+        config, rank = self.config, self.rank
+        if config.projection == "exact":
+            self.matrix = projection.exact(self.matrix, rank)
+        elif config.projection == "nystrom":
+            self.matrix = projection.nystrom(self.matrix, rank, config.nystrom_columns, config.nystrom_runs, generator)
+        else:
+            start = self.start if self.start.shape[1] else None
+            self.matrix = projection.subspace(self.matrix, rank, start, config.oversampling, generator)
+            eigenvalues, vectors = torch.linalg.eigh(self.matrix)
+            order = eigenvalues.abs().argsort(descending=True)[:rank]
+            order = order[eigenvalues[order].abs() > 1e-12 * eigenvalues.abs().amax()]
+            self.start = vectors[:, order]
+
+    def eigenvalues(self) -> Tensor:
+        """The nonzero eigenvalues of W, by magnitude, float64."""
+        values = torch.linalg.eigvalsh(self.matrix.double())
+        values = values[values.abs().argsort(descending=True)]
+        return values[values.abs() > 1e-13 * values.abs().amax()]
+
+    def factor(self) -> Tensor:
+        """F (m, r) with F F^T the positive part of W; W itself if it is positive semidefinite."""
+        eigenvalues, vectors = torch.linalg.eigh(self.matrix)
+        return vectors[:, -self.rank :] * eigenvalues[-self.rank :].clamp_min(0).sqrt()
+
+    def dense(self) -> Tensor:
+        """W as an (m, m) matrix."""
+        return self.matrix
+
+    def state(self) -> dict[str, Tensor]:
+        """What resuming needs, bit for bit; rows that no step has used yet are left out."""
+        return {"matrix": self.matrix.clone(), "start": self.start.clone()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave. Raises ValueError if the shapes do not belong to this layer."""
+        matrix = state["matrix"].to(self.matrix)
+        if matrix.shape != self.matrix.shape:
+            raise ValueError(f"a matrix of shape {tuple(matrix.shape)} does not fit a layer of {self.num_features} features")
+        self.matrix, self.start = matrix, state["start"].to(self.start)
+        self._rows = self._rows[:0]
+
+    def to(self, device: torch.device) -> None:
+        self.matrix, self.start, self._rows = (t.to(device) for t in (self.matrix, self.start, self._rows))

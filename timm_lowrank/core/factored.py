@@ -1,0 +1,221 @@
+"""W in factored form: what makes the low-rank branch affordable on wide layers.
+
+Between two rank projections W changes only by products of activations that were seen since the last one, so
+
+    W = B^T M B      B (k, m): the rows seen so far, M (k, k) symmetric,
+
+holds exactly at all times. With the Gram matrix G = B B^T kept beside them, loss, gradient and Update Step need
+two products of size k x n x m and otherwise only small matrices; the m x m matrix never exists. For a batch X
+(n, m) of rows:
+
+    P = B X^T                   (k, n)      the first large product
+    y = M P                     (k, n)      W x_i = B^T y_i
+    ||W x_i - x_i||^2           = |x_i|^2 + y_i . (G y_i - 2 P_i)
+    its gradient in x_i         = 2 (x_i + B^T (M (G y_i - P_i) - y_i))      the second large product
+
+and the Update Step with p rows X, W <- W - s (1/p) (X^T R + R^T X), R = X W - X, appends X to B and borders M:
+
+    M <- [[M, -(s/p) y], [-(s/p) y^T, (2s/p) I]]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import projection
+from .config import LowRankConfig
+
+_REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
+
+
+class _ReconstructionError(torch.autograd.Function):
+    """Squared norms (n,) of W x_i - x_i for fixed W, with the gradient in x alone (the formulas of this module)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, products: Tensor, weight: FactoredWeight) -> Tensor:
+        core, gram = weight.core, weight.gram
+        images = core @ products  # y
+        excess = gram @ images - products  # G y - P
+        ctx.weight, ctx.generation = weight, weight.generation  # type: ignore[attr-defined]
+        ctx.save_for_backward(rows, core @ excess - images)
+        return rows.square().sum(dim=1) + (images * (excess - products)).sum(dim=0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def, override]
+        rows, coefficients = ctx.saved_tensors
+        weight = ctx.weight
+        if ctx.generation != weight.generation:
+            raise RuntimeError("W was updated between penalty() and backward(); call update() after the optimizer step")
+        gradient = torch.addmm(rows, coefficients.T, weight.basis)
+        return gradient.mul_(2 * grad_output[:, None]), None, None
+
+
+class FactoredWeight:
+    """The symmetric matrix W (m, m) of a branch, stored as W = B^T M B.
+
+    Attributes:
+        basis: B (k, m), `dtype`. The first `kept` rows are orthonormal: the eigenvectors of the last projection.
+        core: M (k, k) symmetric, `dtype`.
+        gram: G = B B^T (k, k), `dtype`.
+    """
+
+    def __init__(self, num_features: int, rank: int, config: LowRankConfig, device: torch.device, dtype: torch.dtype):
+        self.num_features, self.rank, self.config = num_features, rank, config
+        self._buffer = torch.empty(0, num_features, device=device, dtype=dtype)
+        self._load(self._buffer, *(torch.empty(0, 0, device=device, dtype=dtype),) * 2, kept=0)
+        self.projections = 0
+
+    def _load(self, basis: Tensor, core: Tensor, gram: Tensor, *, kept: int) -> None:
+        """Take over W = basis^T core basis, whose first `kept` rows are orthonormal; forget all pending rows."""
+        self._reserve(basis.shape[0])
+        self._buffer[: basis.shape[0]] = basis
+        self.core = core
+        self._gram = gram  # of basis and pending rows together
+        self.kept = kept
+        self.generation = getattr(self, "generation", 0) + 1
+
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` rows; at first for all rows that a whole interval between projections brings."""
+        if count <= self._buffer.shape[0]:
+            return
+        interval = self.rank + (self.config.update_rows or 0) * self.config.project_every
+        larger = self._buffer.new_empty(max(count, interval), self.num_features)
+        larger[: self._buffer.shape[0]] = self._buffer
+        self._buffer = larger
+
+    @property
+    def basis(self) -> Tensor:
+        return self._buffer[: self.core.shape[0]]
+
+    @property
+    def gram(self) -> Tensor:
+        size = self.core.shape[0]
+        return self._gram[:size, :size]
+
+    @property
+    def pending(self) -> int:
+        """Rows that were remembered since the last step."""
+        return self._gram.shape[0] - self.core.shape[0]
+
+    # ------------------------------------------------------------------------------------------ forward and step
+
+    def reconstruction_error(
+        self,
+        rows: Tensor,  # (n, m) scaled activations with a graph, `dtype`
+        remember: Tensor | None,  # (p,) int64: the rows that enter the next step; None in evaluation
+    ) -> Tensor:
+        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
+        size = self.core.shape[0]
+        with torch.no_grad():
+            seen = self._buffer[: size + self.pending] @ rows.T  # P, and the products with the pending rows below it
+        error = _ReconstructionError.apply(rows, seen[:size], self)
+        if remember is not None:
+            self._remember(rows.detach()[remember], seen[:, remember])
+        return error
+
+    def _remember(self, rows: Tensor, products: Tensor) -> None:
+        # G+ = [[G, P], [P^T, K]]
+        old = self._gram.shape[0]
+        self._reserve(old + rows.shape[0])
+        self._buffer[old : old + rows.shape[0]] = rows
+        top = torch.cat([self._gram, products], dim=1)
+        bottom = torch.cat([products.T, rows @ rows.T], dim=1)
+        self._gram = torch.cat([top, bottom])
+
+    def thin_pending(self, keep: Tensor) -> None:
+        """Keep of the pending rows only those with the sorted indices `keep`, (p,) int64."""
+        size = self.core.shape[0]
+        self._buffer[size : size + keep.numel()] = self._buffer[size + keep]
+        index = torch.cat([torch.arange(size, device=keep.device), size + keep])
+        self._gram = self._gram[index][:, index]
+
+    def pending_gram(self) -> Tensor:
+        """K = X X^T (p, p) of the pending rows X."""
+        return self._gram[self.core.shape[0] :, self.core.shape[0] :]
+
+    def step(
+        self,
+        step_size: Tensor | float,  # scalar: step size times the weight of the loss
+        count: Tensor | int,  # scalar: rows that the mean of the loss runs over
+    ) -> None:
+        """W <- W - step_size (1/count) (X^T R + R^T X) with the pending rows X (Algorithm 2, line 12)."""
+        size, pending = self.core.shape[0], self.pending
+        border = self.core @ self._gram[:size, size:] * (-step_size / count)  # -(s/p) y
+        corner = torch.eye(pending, device=border.device, dtype=border.dtype) * (2 * step_size / count)
+        self.core = torch.cat([torch.cat([self.core, border], dim=1), torch.cat([border.T, corner], dim=1)])
+        self.generation += 1
+
+    def residual(
+        self,
+        vector: Tensor,  # (m,)
+    ) -> Tensor:
+        """(W - I)^2 vector, (m,)."""
+        image = self.core @ (self.basis @ vector)
+        return vector + self.basis.T @ (self.core @ (self.gram @ image) - 2 * image)
+
+    # ------------------------------------------------------------------------------------------------ projection
+
+    def project(self, generator: torch.Generator) -> None:
+        """W <- the rank-r approximation of W that `config.projection` asks for (Algorithm 2, line 13)."""
+        if self.core.shape[0] == 0:
+            return
+        self._gram = self.gram  # pending rows stay out: a projection follows a step
+        core, gram = self.core.double(), self.gram.double()
+        result = self._projected(core, gram, generator)
+        basis = result.vectors.T.to(self.basis.dtype) @ self.basis  # the one product with m in it
+        self.projections += 1
+        if self.projections % _REFRESH_GRAM_EVERY:
+            gram = torch.eye(basis.shape[0], device=basis.device, dtype=basis.dtype)
+        else:
+            gram = basis @ basis.T
+        self._load(basis, torch.diag(result.eigenvalues.to(basis.dtype)), gram, kept=basis.shape[0])
+
+    def _projected(self, core: Tensor, gram: Tensor, generator: torch.Generator) -> projection.CoreProjection:
+        config, width, rank = self.config, self.num_features, self.rank
+        if config.projection == "exact":
+            return projection.exact_factored(core, gram, rank)
+        if config.projection == "nystrom":
+            samples = projection.nystrom_samples(width, rank, config.nystrom_columns, config.nystrom_runs, generator)
+            sampled = [self.basis[:, sample.to(core.device)].double() for sample in samples]
+            return projection.nystrom_factored(core, gram, rank, sampled)
+        extra = projection.random_columns(width, self.kept, rank, config.oversampling, generator)
+        start = torch.cat([gram[:, : self.kept], (self.basis @ extra.to(self.basis)).double()], dim=1)
+        return projection.subspace_factored(core, gram, rank, start)
+
+    # ------------------------------------------------------------------------------------------------- inspection
+
+    def eigenvalues(self) -> Tensor:
+        """The nonzero eigenvalues of W, by magnitude, float64."""
+        return projection.exact_factored(self.core.double(), self.gram.double(), self.core.shape[0]).eigenvalues
+
+    def factor(self) -> Tensor:
+        """F (m, r) with F F^T the positive part of W; W itself if it is positive semidefinite."""
+        found = projection.exact_factored(self.core.double(), self.gram.double(), self.rank)
+        scaled = found.vectors * found.eigenvalues.clamp_min(0).sqrt()
+        return self.basis.T @ scaled.to(self.basis.dtype)
+
+    def dense(self) -> Tensor:
+        """W as an (m, m) matrix: for tests and narrow layers."""
+        return self.basis.T @ (self.core @ self.basis)
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Tensor]:
+        """What resuming needs, bit for bit; rows that no step has used yet are left out."""
+        counters = torch.tensor([self.kept, self.projections])
+        return {"basis": self.basis.clone(), "core": self.core.clone(), "gram": self.gram.clone(), "factored": counters}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave. Raises ValueError if the shapes do not belong to this layer."""
+        basis, core, gram = (state[name].to(self._buffer) for name in ("basis", "core", "gram"))
+        if basis.shape != (core.shape[0], self.num_features) or gram.shape != core.shape or core.dim() != 2:
+            raise ValueError(f"a factor of shape {tuple(basis.shape)} with a core of shape {tuple(core.shape)} does not fit "
+                             f"a layer of {self.num_features} features")
+        self._load(basis, core, gram, kept=int(state["factored"][0]))
+        self.projections = int(state["factored"][1])
+
+    def to(self, device: torch.device) -> None:
+        self._buffer, self.core, self._gram = (t.to(device) for t in (self._buffer, self.core, self._gram))

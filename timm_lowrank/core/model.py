@@ -1,0 +1,210 @@
+"""`LowRankModel`: a network with low-rank branches on some of its layers. `LossHook` and `attach` join it to a loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .branch import LowRankBranch
+from .capture import Recording, Tap, recording
+from .config import LowRankConfig
+from .errors import CaptureError
+
+
+class BranchDict(nn.ModuleDict):
+    """A ModuleDict whose keys are layer names; torch forbids dots in them, so they are stored with "/" instead."""
+
+    def __getitem__(self, key: str) -> LowRankBranch:
+        return super().__getitem__(key.replace(".", "/"))  # type: ignore[return-value]
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(key.replace(".", "/"), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key.replace(".", "/"))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and super().__contains__(key.replace(".", "/"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self):  # type: ignore[no-untyped-def, override]
+        return [key.replace("/", ".") for key in self._modules]
+
+    def items(self):  # type: ignore[no-untyped-def, override]
+        return list(zip(self.keys(), self._modules.values(), strict=True))
+
+
+class LowRankModel(nn.Module):
+    """A backbone with virtual low-rank branches (paper, Figure 1): its outputs are the backbone's own.
+
+    A training forward records the regularized activations; `penalty` turns them into the branches' loss and
+    `update` moves W and b after the optimizer's step. In eval mode, or switched off, the wrapper only calls the
+    backbone. Attributes that it does not have are looked up on the backbone. State dict: the backbone's under
+    "backbone.", unchanged, and the branches' under "branches.".
+
+    Built by `timm_lowrank.wrap`, which finds taps and widths.
+
+    Args:
+        backbone: the network; it is neither changed nor copied.
+        config: the configuration of the branches.
+        taps: where each branch reads its layer.
+        widths: number of features of each layer.
+        ranks: target rank of each layer.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: LowRankConfig,
+        taps: Sequence[Tap],
+        widths: Mapping[str, int],
+        ranks: Mapping[str, int],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.lowrank_config = config
+        self.taps = tuple(taps)
+        self.enabled = True
+        self._recording: Recording | None = None
+        device = next((p.device for p in backbone.parameters()), None)
+        self.branches = BranchDict()
+        for tap in self.taps:
+            branch = LowRankBranch(widths[tap.layer], ranks[tap.layer], config.for_branch(tap.layer), device)
+            branch.name = tap.layer
+            self.branches[tap.layer] = branch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's output, in train and eval mode alike."""
+        if not (self.training and self.enabled):
+            return self.backbone(*args, **kwargs)
+        with recording(self.backbone, self.taps) as record:
+            output = self.backbone(*args, **kwargs)
+        self._recording = record
+        return output
+
+    def penalty(self) -> Tensor:
+        """The summed penalty of all branches for the last training forward, a scalar with a graph (Algorithm 2, line 8).
+
+        Can be had once per forward, so that no batch counts twice. Zero while the branches are switched off.
+
+        Raises:
+            CaptureError: no training forward since the last call, or a layer's activations could not be recorded.
+        """
+        if not self.enabled:
+            return next(self.backbone.parameters()).new_zeros((), dtype=torch.float32)
+        if self._recording is None:
+            raise CaptureError("penalty() needs a forward pass in train mode before each call; "
+                               "it was called without one, or twice for the same one")
+        record, self._recording = self._recording, None
+        activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
+        return torch.stack([self.branches[layer].penalty(value) for layer, value in activations.items()]).sum()
+
+    def _checked(self, tap: Tap, record: Recording) -> Tensor:
+        value = record.activation(tap)
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
+        if learns and not value.requires_grad:
+            raise CaptureError(f"the activations of layer {tap.layer!r} carry no gradient, so its penalty could not train "
+                               "anything; is the network in front of it frozen, or checkpointed with use_reentrant=True?")
+        return value.flatten(1)
+
+    def update(self) -> None:
+        """The Update Step of every branch (Algorithm 2, lines 11 to 13), from all penalties since the last update.
+
+        Call it after `optimizer.step()`, once per step that really happened. Nothing happens while the branches
+        are switched off.
+
+        Raises:
+            RuntimeError: no penalty was computed since the last update.
+            CollapseError: a regularized layer died or turned NaN.
+        """
+        if self.enabled:
+            for branch in self.branches.values():
+                branch.update()
+
+    def enable(self, on: bool = True) -> LowRankModel:
+        """Switch the branches on or off; switched off, the wrapper costs nothing and `penalty` is zero.
+
+        The paper trains plainly for 50 epochs before it switches them on. Returns the model.
+        """
+        self.enabled = on
+        self._recording = None
+        return self
+
+    def losses(self) -> dict[str, dict[str, Tensor]]:
+        """Per layer the detached parts of its last penalty, see `LowRankBranch.losses`."""
+        return {layer: branch.losses() for layer, branch in self.branches.items()}
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[dict[str, object]]:
+        """`with model.capture() as activations: model(images)` fills {layer: activations}, also in eval mode."""
+        with recording(self.backbone, self.taps) as record:
+            yield record.values
+
+    def unwrap(self) -> nn.Module:
+        """The backbone itself. Nothing was ever left on it, so there is nothing to undo."""
+        return self.backbone
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "backbone":  # not built yet, or being unpickled: looking further would never end
+                raise
+            return getattr(self.backbone, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recording": None}  # graph tensors can neither be copied nor pickled
+
+    def _replicate_for_data_parallel(self) -> LowRankModel:
+        raise RuntimeError("nn.DataParallel would give each replica activations that the branches never see; use "
+                           "DistributedDataParallel, for example through `accelerate launch`")
+
+
+class LossHook(nn.Module):
+    """A criterion that includes the penalty: `criterion = LossHook(criterion, model)`, then use it as before.
+
+    In eval mode, and while the branches are off, it is the criterion alone.
+
+    Args:
+        criterion: any callable that gives a scalar loss.
+        model: the `LowRankModel` itself, not a DDP or compiled wrapper around it.
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor], model: LowRankModel):
+        super().__init__()
+        self.criterion = criterion
+        # In a tuple, so that the criterion's parameters and state dict do not come to include the model's.
+        self._model = (model,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.criterion(*args, **kwargs)
+        model = self._model[0]
+        return loss + model.penalty() if model.training and model.enabled else loss
+
+
+def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHandle:
+    """Call `model.update()` after each step of `optimizer`: instead of calling it in the loop.
+
+    Args:
+        optimizer: a torch optimizer, or a wrapper that keeps it as `.optimizer`, as accelerate's does. The hook
+            sits on the torch optimizer, so it does not fire where accumulation or an overflow skips the step.
+        model: the `LowRankModel` itself.
+
+    Returns:
+        A handle; `handle.remove()` detaches.
+
+    Raises:
+        TypeError: `optimizer` is no torch optimizer and holds none.
+    """
+    raw = optimizer
+    while not isinstance(raw, torch.optim.Optimizer) or type(raw).__name__ == "AcceleratedOptimizer":
+        if not hasattr(raw, "optimizer"):
+            raise TypeError(f"attach() needs a torch optimizer, not a {type(optimizer).__name__}")
+        raw = raw.optimizer
+    return raw.register_step_post_hook(lambda *_: model.update())

@@ -1,0 +1,207 @@
+"""Rank projections: the hard thresholding operator of Algorithm 2, line 13.
+
+Each of the three methods stands here twice. `exact`, `nystrom` and `subspace` take a dense symmetric matrix and
+are written as literally as torch allows. Their `*_factored` twins take the same matrix as W = B^T M B, given by
+its core M (k, k) and the Gram matrix G = B B^T (k, k), and return the result in the coordinates of B: nothing in
+them is larger than k x k. The twins agree to rounding; the tests hold them to it.
+
+All core algebra is done in float64. It goes through Gram matrices, which square the condition number: in
+float32 the small directions would be lost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import CollapseError, ProjectionWarning
+
+_DEPENDENT = 1e-13  # of the largest eigenvalue of a Gram matrix: below it a direction is rounding noise
+_WELL_CONDITIONED = 1e-5  # smallest over largest Cholesky pivot that the fast orthonormalisation accepts
+
+
+class CoreProjection(NamedTuple):
+    """A rank-r symmetric matrix in the coordinates of a row basis B: sum_i eigenvalues[i] q_i q_i^T, q_i = B^T vectors[:, i]."""
+
+    vectors: Tensor  # (k, r) float64, orthonormal in the inner product of G
+    eigenvalues: Tensor  # (r,) float64, by magnitude, largest first
+
+
+# ---------------------------------------------------------------------------------------------- dense, literal
+
+
+def exact(
+    matrix: Tensor,  # (m, m) symmetric, float32 or float64
+    rank: int,
+) -> Tensor:
+    """The best rank-`rank` approximation of a symmetric matrix in Frobenius norm: its eigenvalues of largest magnitude."""
+    eigenvalues, vectors = _eigh(matrix)
+    keep = eigenvalues.abs().argsort(descending=True)[:rank]
+    return (vectors[:, keep] * eigenvalues[keep]) @ vectors[:, keep].T
+
+
+def nystrom(
+    matrix: Tensor,  # (m, m) symmetric positive semidefinite, float32 or float64
+    rank: int,
+    columns: int | None = None,
+    runs: int = 4,
+    generator: torch.Generator | None = None,
+    *,
+    truncate: bool = True,
+) -> Tensor:
+    """The paper's ensembled Nystrom approximation (Appendix B.2, equation 3): the mean over `runs` of C Z_r^+ C^T.
+
+    Each run samples `columns` (None: 2 * rank) of the m columns uniformly without replacement. The mean of t
+    matrices of rank r has rank up to t r; the paper leaves it there. `truncate` projects it once more, so that
+    the promise rank(W) <= r holds.
+    """
+    total = torch.zeros_like(matrix)
+    for sample in nystrom_samples(matrix.shape[0], rank, columns, runs, generator):
+        c = matrix[:, sample.to(matrix.device)]
+        root = _inverse_root(c[sample.to(matrix.device)], rank)
+        total += (c @ root) @ (c @ root).T / runs
+    return exact(total, rank) if truncate else total
+
+
+def subspace(
+    matrix: Tensor,  # (m, m) symmetric, float32 or float64
+    rank: int,
+    start: Tensor | None = None,  # (m, s): a guess of the leading eigenvectors, for example the previous result's
+    oversampling: int = 10,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One step of subspace iteration from `start`, widened by random columns, and a Rayleigh-Ritz truncation.
+
+    It computes the best rank-`rank` approximation within the range of `matrix @ [start, random]`. It does not
+    iterate to convergence: W moves little between two projections, and the previous factor is a start so good
+    that one step came within 1e-5 of the best error in the measurements of `benchmarks/projection.py`.
+    """
+    wide = widen(start, matrix.shape[0], rank, oversampling, generator).to(matrix)
+    q, _ = torch.linalg.qr(matrix @ wide)
+    return q @ exact(q.T @ matrix @ q, rank) @ q.T
+
+
+# ------------------------------------------------------------------------------------------------- factored twins
+
+
+def exact_factored(
+    core: Tensor,  # (k, k) M, symmetric, float64
+    gram: Tensor,  # (k, k) G = B B^T, float64
+    rank: int,
+) -> CoreProjection:
+    """`exact` of B^T M B. Costs two eigendecompositions of size k."""
+    return _ritz(core, gram, torch.eye(core.shape[0], dtype=core.dtype, device=core.device), rank)
+
+
+def nystrom_factored(
+    core: Tensor,  # (k, k) M, symmetric positive semidefinite, float64
+    gram: Tensor,  # (k, k) G = B B^T, float64
+    rank: int,
+    samples: list[Tensor],  # t times (k, l): the sampled columns of B
+) -> CoreProjection:
+    """`nystrom` of B^T M B, with the final truncation. C = B^T (M B[:, I]) is never formed."""
+    roots = []
+    for sampled in samples:
+        c = core @ sampled  # C in coordinates, (k, l)
+        roots.append(c @ _inverse_root(sampled.T @ c, rank) / len(samples) ** 0.5)
+    half = torch.cat(roots, dim=1)  # (k, t r); the averaged core is half @ half.T
+    return _ritz(half @ half.T, gram, half, rank)
+
+
+def subspace_factored(
+    core: Tensor,  # (k, k) M, symmetric, float64
+    gram: Tensor,  # (k, k) G = B B^T, float64
+    rank: int,
+    start: Tensor,  # (k, s): B @ [start, random], the widened start seen from B
+) -> CoreProjection:
+    """`subspace` of B^T M B. W [start, random] has the coordinates M (B [start, random])."""
+    return _ritz(core, gram, core @ start, rank)
+
+
+def nystrom_samples(
+    width: int, rank: int, columns: int | None, runs: int, generator: torch.Generator | None
+) -> list[Tensor]:
+    """The column indices of each Nystrom run, (l,) int64 on the CPU, so that every process and device draws alike."""
+    count = min(width, 2 * rank if columns is None else columns)
+    return [torch.randperm(width, generator=generator)[:count].sort().values for _ in range(runs)]
+
+
+def random_columns(
+    width: int, known: int, rank: int, oversampling: int, generator: torch.Generator | None
+) -> Tensor:
+    """The random columns, (width, rank - known + oversampling) float64 on the CPU, that widen a start of `known` columns.
+
+    A direction that is exactly orthogonal to the start stays invisible to the iteration without them.
+    """
+    count = min(width, max(0, rank - known) + oversampling)
+    return torch.randn(width, count, dtype=torch.float64, generator=generator)
+
+
+def widen(
+    start: Tensor | None, width: int, rank: int, oversampling: int, generator: torch.Generator | None
+) -> Tensor:
+    """`start` (width, s) with `random_columns` beside it, float64 on the CPU if there is no start."""
+    extra = random_columns(width, 0 if start is None else start.shape[1], rank, oversampling, generator)
+    return extra if start is None else torch.cat([start, extra.to(start)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------- common steps
+
+
+def _ritz(core: Tensor, gram: Tensor, span: Tensor, rank: int) -> CoreProjection:
+    """The best rank-`rank` approximation of Q Q^T W Q Q^T, Q an orthonormal basis of the columns B^T span."""
+    gram_span = gram @ span
+    basis = _orthonormalizer(span.T @ gram_span)  # (s, q)
+    seen = gram_span @ basis  # B Q, (k, q)
+    eigenvalues, vectors = _eigh(seen.T @ core @ seen)  # Q^T W Q
+    order = eigenvalues.abs().argsort(descending=True)[:rank]
+    eigenvalues = eigenvalues[order]
+    nonzero = eigenvalues.abs() > _DEPENDENT * eigenvalues.abs().amax() if eigenvalues.numel() else eigenvalues.bool()
+    order, eigenvalues = order[nonzero], eigenvalues[nonzero]
+    return CoreProjection(span @ (basis @ vectors[:, order]), eigenvalues)
+
+
+def _orthonormalizer(gram: Tensor) -> Tensor:
+    """R (s, q) with R^T gram R = I, of full column rank: by Cholesky where that is safe, else by eigenvectors."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal()
+    if not failed and pivots.numel() and pivots.min() > _WELL_CONDITIONED * pivots.max():
+        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        return torch.linalg.solve_triangular(factor, identity, upper=False).T
+    eigenvalues, vectors = _eigh(gram)
+    keep = eigenvalues > _DEPENDENT * eigenvalues.amax().clamp_min(torch.finfo(gram.dtype).tiny)
+    return vectors[:, keep] / eigenvalues[keep].sqrt()
+
+
+def _inverse_root(block: Tensor, rank: int) -> Tensor:
+    """H (l, <= rank) with H H^T = Z_r^+, the pseudo-inverse of the best rank-r approximation of a PSD block (l, l)."""
+    eigenvalues, vectors = _eigh((block + block.T) / 2)
+    # The theory asks for a positive semidefinite matrix: what rounding pushed below zero is cut off with the noise.
+    floor = eigenvalues.amax().clamp_min(0) * block.shape[0] * torch.finfo(block.dtype).eps
+    eigenvalues, vectors = eigenvalues[-rank:], vectors[:, -rank:]
+    keep = eigenvalues > floor
+    return vectors[:, keep] / eigenvalues[keep].sqrt()
+
+
+def _eigh(matrix: Tensor, tries: int = 3) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`, smoothed only as far as a failing factorisation needs (paper, Appendix B.1).
+
+    The paper adds 0.01 I until the decomposition converges. Adding it always would be by far the largest error
+    of a projection, so the first try adds nothing.
+    """
+    jitter = 0.0
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    for attempt in range(tries):
+        try:
+            eigenvalues, vectors = torch.linalg.eigh(matrix + jitter * identity if jitter else matrix)
+            return eigenvalues - jitter, vectors
+        except torch.linalg.LinAlgError:
+            if not matrix.isfinite().all():
+                raise CollapseError("the rank projection met NaN or infinite values in W") from None
+            jitter = 10.0 ** (attempt - 3) * float(matrix.diagonal().abs().mean())
+            warnings.warn(f"an eigendecomposition failed; trying again with {jitter:.1e} I added", ProjectionWarning,
+                          stacklevel=2)
+    raise CollapseError(f"the rank projection failed {tries} times, the last time with {jitter:.1e} I added")
