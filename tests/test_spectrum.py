@@ -351,7 +351,7 @@ def test_activations_without_a_spectrum(function, activations, error, message, s
     ("stream", "error", "message"),
     [
         ([], ValueError, "there was no batch"),
-        ([ROWS, ROWS[:, :1]], ValueError, "batch 1: the batch has 1 features, the rows before had 2"),
+        ([ROWS, ROWS[:, :1]], ValueError, "batch 1: the batch has 1 features, the sketch is of 2"),
         ([ROWS, ROWS * float("inf")], ValueError, "batch 1: activations hold NaN or infinite"),
         ([(ROWS, 1)], TypeError, "batch 0: activations must be tensors, got tuple"),
         ([torch.full((1, 3), 0.1)] * 9, ValueError, "all rows are equal"),

@@ -153,7 +153,7 @@ def _fitting_ranks(wanted: Mapping[str, int], widths: Mapping[str, int], *, capp
 def _pre_logits_tap(backbone: nn.Module, images: Tensor) -> Tap:
     """The tap on the input of the classifier: timm's `get_classifier()`, else the last linear layer that runs."""
     if hasattr(backbone, "get_classifier"):
-        classifier = backbone.get_classifier()
+        classifier: Any = backbone.get_classifier()  # type: ignore[operator]
         classifier = classifier[0] if isinstance(classifier, tuple | list) else classifier
         for name, module in backbone.named_modules():
             if module is classifier and not isinstance(module, nn.Identity):

@@ -65,6 +65,7 @@ class LowRankBranch(nn.Module):
         self._sum = torch.zeros_like(self.bias)  # of the activations since the last update
         self._count = torch.zeros_like(self.reference_norm)
         self._batches = 0
+        self._priorities = torch.zeros(0, dtype=torch.float64)  # of the rows that wait for the next step; see `_lowest`
 
     # --------------------------------------------------------------------------------------------------- the loss
 
@@ -83,19 +84,27 @@ class LowRankBranch(nn.Module):
         remember = self.training and torch.is_grad_enabled()
         with torch.autocast(activations.device.type, enabled=False):
             values = activations.to(self.bias.dtype)
-            if remember and not self._started:
+            if remember and not self._started and bool(values.isfinite().all()):  # not with an overflow
                 self._start(values.detach())
             centred = values + self.bias
-            rows = SCALINGS[self.config.scale](centred, self.reference_norm)
-            chosen = self._choose(values) if remember else None
-            reconstruction = self.weight.reconstruction_error(rows, chosen).mean()  # L_c
-            norm = (1 - torch.linalg.vector_norm(values, dim=1)).abs().mean()  # L_n
+            norms = torch.linalg.vector_norm(centred, dim=1)
+            factors = SCALINGS[self.config.scale](norms, self.reference_norm)
+            chosen = self._choose(values, factors) if remember else None
+            reconstruction = (factors.square() * self.weight.reconstruction_error(centred, chosen)).mean()  # L_c
+            sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
+            norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
             total = self.config.reconstruction_weight * reconstruction
             if self.config.norm_weight:  # else a NaN gradient of L_n would not be multiplied away
                 total = total + self.config.norm_weight * norm
-        spread = centred.detach().square().sum(dim=1).mean().sqrt()
+            total = total * self._warmth()
+        spread = norms.detach().square().mean().sqrt()
         self._losses = {"reconstruction": reconstruction.detach(), "norm": norm.detach(), "activation_norm": spread}
         return total
+
+    def _warmth(self) -> float:
+        """The share of its weight that the penalty has by now, see `LowRankConfig.warmup_updates`."""
+        warmup = self.config.warmup_updates
+        return min(1.0, max(0.0, self.updates / warmup - 1.0)) if warmup else 1.0
 
     def _check(self, activations: Tensor) -> None:
         where = f"layer {self.name!r}: " if self.name else ""
@@ -110,29 +119,33 @@ class LowRankBranch(nn.Module):
     def _start(self, values: Tensor) -> None:
         """Begin with b at minus the mean of the first batch, unless W and b are to move exactly as printed (from zero)."""
         if self.config.step_rule == "normalized":
-            self.bias = -torch.nan_to_num(values.mean(dim=0), posinf=0.0, neginf=0.0)
+            self.bias = -values.mean(dim=0)
         self.reference_norm = (values + self.bias).square().sum(dim=1).mean().sqrt()
         self._started = True
 
-    def _choose(self, values: Tensor) -> Tensor:
-        """The rows of this batch that enter W, drawn evenly, and the batch's share in the next step of b."""
+    def _choose(self, values: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of this batch that enter W, drawn evenly, with their factors; adds the batch to the next step of b."""
         total = values.detach().sum(dim=0)
         finite = total.isfinite().all()  # an overflow that a gradient scaler will skip must not enter b
         self._sum = self._sum + torch.where(finite, total, 0)
         self._count = self._count + finite * values.shape[0]
         self._batches += 1
-        return self._draw(values.shape[0], self._batches).to(values.device)
+        priorities = torch.rand(values.shape[0], dtype=torch.float64, generator=self._generator(self._batches))
+        chosen = self._lowest(priorities)
+        self._priorities = torch.cat([self._priorities, priorities[chosen]])
+        rows = chosen.to(values.device)
+        return rows, factors.detach()[rows]
 
-    def _draw(self, available: int, salt: int) -> Tensor:
-        """`config.update_rows` of `available` row indices without replacement, (p,) int64, sorted."""
-        wanted = self.config.update_rows
-        if wanted is None or available <= wanted:
-            return torch.arange(available)
-        return torch.randperm(available, generator=self._generator(salt))[:wanted].sort().values
+    def _lowest(self, priorities: Tensor) -> Tensor:
+        """Indices of the `config.update_rows` lowest of some random numbers, (p,) int64, sorted: an even draw.
+
+        The lowest of each batch hold the lowest of all, so the draw stays even over batches of different sizes.
+        """
+        return priorities.argsort()[: self.config.update_rows].sort().values
 
     def _generator(self, salt: int) -> torch.Generator:
         """A CPU generator that depends on seed, update and `salt` alone: nothing to save, alike on every process."""
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.updates) * 1_009 + salt)
+        return torch.Generator().manual_seed(((self.config.seed * 1_000_003 + self.updates) * 1_009 + salt) % 2**63)
 
     # ------------------------------------------------------------------------------------------------ Update Step
 
@@ -147,7 +160,7 @@ class LowRankBranch(nn.Module):
         if self.weight.pending == 0:
             raise RuntimeError(f"update() of the branch on {self.name!r} without a penalty() since the last one")
         if self.config.update_rows is not None and self.weight.pending > self.config.update_rows:
-            self.weight.thin_pending(self._draw(self.weight.pending, 0).to(self.bias.device))
+            self.weight.thin_pending(self._lowest(self._priorities).to(self.bias.device))
         count = self.weight.pending
         self._step_bias()  # first: its gradient is taken at the old W
         if self.config.step_rule == "fixed":

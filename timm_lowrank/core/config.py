@@ -39,6 +39,10 @@ class LowRankConfig:
             activations, and must lie in (0, 1].
         step_rule: "normalized", or "fixed" for gradient steps on W and b of exactly `step_size`, as printed.
         bias_momentum: with "normalized", the share by which b moves towards minus the batch mean at each update.
+        warmup_updates: for so many updates after switch-on W and b are fitted to the layer while the penalty has
+            no weight; over as many again the weight then rises linearly to its value. W begins at zero, where all
+            activations lie outside the subspace: without a warm-up the first thing that L_c does is to shrink the
+            whole layer. 0 is as printed.
         project_every: updates between two rank projections (paper: 10).
         projection: "subspace" (warm-started subspace iteration), "nystrom" (the paper's ensembled,
             column-sampled Nystrom method) or "exact" (truncated eigendecomposition).
@@ -62,6 +66,7 @@ class LowRankConfig:
     step_size: float = 0.5
     step_rule: str = "normalized"
     bias_momentum: float = 0.1
+    warmup_updates: int = 0
     project_every: int = 10
     projection: str = "subspace"
     oversampling: int = 10
@@ -97,10 +102,12 @@ class LowRankConfig:
         for name in ("project_every", "nystrom_runs", "nystrom_columns", "update_rows"):
             value = getattr(self, name)
             optional = name in ("nystrom_columns", "update_rows")
-            if not (optional and value is None) and not (_is_int(value) and value >= 1):
+            if not (optional and value is None) and not _is_count(value):
                 problems.append(f"{name}={value!r} must be an integer >= 1" + " or None" * optional)
-        if not (_is_int(self.oversampling) and self.oversampling >= 0):
-            problems.append(f"oversampling={self.oversampling!r} must be an integer >= 0")
+        for name in ("oversampling", "warmup_updates"):
+            value = getattr(self, name)
+            if not (_is_int(value) and value >= 0):
+                problems.append(f"{name}={value!r} must be an integer >= 0")
         if not _is_int(self.seed):
             problems.append(f"seed={self.seed!r} must be an integer")
         return problems
@@ -118,7 +125,7 @@ class LowRankConfig:
             problems += [f"branches[{layer!r}] has no option {k!r}; {nearest(k, BRANCH_KEYS)}"
                          for k in options if k not in BRANCH_KEYS]
             rank = options.get("rank")
-            if not (_is_int(rank) and rank >= 1):
+            if not _is_count(rank):
                 problems.append(f"the rank of branch {layer!r} is {rank!r}; it must be an integer >= 1")
             problems += [f"{k} of branch {layer!r} is {v!r}; it must be a finite number >= 0"
                          for k, v in options.items() if k.endswith("_weight") and not _is_weight(v)]
@@ -165,6 +172,10 @@ def _is_number(value: object) -> bool:
 
 def _is_weight(value: object) -> bool:
     return _is_number(value) and value >= 0  # type: ignore[operator]
+
+
+def _is_count(value: object) -> bool:
+    return _is_int(value) and value >= 1  # type: ignore[operator]
 
 
 def _is_int(value: object) -> bool:

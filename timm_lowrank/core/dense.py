@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import projection
 from .config import LowRankConfig
+from .scaling import finite_rows
 
 
 class DenseWeight:
@@ -22,10 +23,10 @@ class DenseWeight:
     def pending(self) -> int:
         return self._rows.shape[0]
 
-    def reconstruction_error(self, rows: Tensor, remember: Tensor | None) -> Tensor:
+    def reconstruction_error(self, rows: Tensor, remember: tuple[Tensor, Tensor] | None) -> Tensor:
         """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
         if remember is not None:
-            self._rows = torch.cat([self._rows, rows.detach()[remember]])
+            self._rows = torch.cat([self._rows, finite_rows(rows.detach(), *remember)[0]])
         return (rows @ self.matrix - rows).square().sum(dim=1)
 
     def thin_pending(self, keep: Tensor) -> None:
@@ -83,14 +84,15 @@ class DenseWeight:
 
     def state(self) -> dict[str, Tensor]:
         """What resuming needs, bit for bit; rows that no step has used yet are left out."""
-        return {"matrix": self.matrix.clone(), "start": self.start.clone()}
+        # With a column of zeros in front: checkpoint writers drop tensors without elements.
+        return {"matrix": self.matrix.clone(), "start": torch.nn.functional.pad(self.start, (1, 0))}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave. Raises ValueError if the shapes do not belong to this layer."""
         matrix = state["matrix"].to(self.matrix)
         if matrix.shape != self.matrix.shape:
             raise ValueError(f"a matrix of shape {tuple(matrix.shape)} does not fit a layer of {self.num_features} features")
-        self.matrix, self.start = matrix, state["start"].to(self.start)
+        self.matrix, self.start = matrix, state["start"][:, 1:].to(self.start)
         self._rows = self._rows[:0]
 
     def to(self, device: torch.device) -> None:

@@ -26,6 +26,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import projection
 from .config import LowRankConfig
+from .scaling import finite_rows
 
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
 
@@ -40,7 +41,7 @@ class _ReconstructionError(torch.autograd.Function):
         excess = gram @ images - products  # G y - P
         ctx.weight, ctx.generation = weight, weight.generation  # type: ignore[attr-defined]
         ctx.save_for_backward(rows, core @ excess - images)
-        return rows.square().sum(dim=1) + (images * (excess - products)).sum(dim=0)
+        return torch.linalg.vector_norm(rows, dim=1).square() + (images * (excess - products)).sum(dim=0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -49,8 +50,10 @@ class _ReconstructionError(torch.autograd.Function):
         weight = ctx.weight
         if ctx.generation != weight.generation:
             raise RuntimeError("W was updated between penalty() and backward(); call update() after the optimizer step")
-        gradient = torch.addmm(rows, coefficients.T, weight.basis)
-        return gradient.mul_(2 * grad_output[:, None]), None, None
+        with torch.autocast(rows.device.type, enabled=False):  # backward() may be called inside an autocast block
+            scale = 2 * grad_output
+            gradient = (rows * scale[:, None]).addmm_((coefficients * scale).T, weight.basis)
+        return gradient, None, None
 
 
 class FactoredWeight:
@@ -70,6 +73,8 @@ class FactoredWeight:
 
     def _load(self, basis: Tensor, core: Tensor, gram: Tensor, *, kept: int) -> None:
         """Take over W = basis^T core basis, whose first `kept` rows are orthonormal; forget all pending rows."""
+        if basis.shape[0] == 0:  # W = 0 with one row of zeros: checkpoint writers drop tensors without elements
+            basis, core, gram = basis.new_zeros(1, self.num_features), core.new_zeros(1, 1), gram.new_zeros(1, 1)
         self._reserve(basis.shape[0])
         self._buffer[: basis.shape[0]] = basis
         self.core = core
@@ -104,8 +109,8 @@ class FactoredWeight:
 
     def reconstruction_error(
         self,
-        rows: Tensor,  # (n, m) scaled activations with a graph, `dtype`
-        remember: Tensor | None,  # (p,) int64: the rows that enter the next step; None in evaluation
+        rows: Tensor,  # (n, m) centred activations with a graph, `dtype`
+        remember: tuple[Tensor, Tensor] | None,  # rows for the next step (p,) int64 and factors (p,); None in evaluation
     ) -> Tensor:
         """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
         size = self.core.shape[0]
@@ -113,12 +118,13 @@ class FactoredWeight:
             seen = self._buffer[: size + self.pending] @ rows.T  # P, and the products with the pending rows below it
         error = _ReconstructionError.apply(rows, seen[:size], self)
         if remember is not None:
-            self._remember(rows.detach()[remember], seen[:, remember])
+            self._remember(*finite_rows(rows.detach(), *remember), seen[:, remember[0]])
         return error
 
-    def _remember(self, rows: Tensor, products: Tensor) -> None:
+    def _remember(self, rows: Tensor, factors: Tensor, products: Tensor) -> None:
         # G+ = [[G, P], [P^T, K]]
         old = self._gram.shape[0]
+        products = torch.where(factors > 0, products * factors, 0)
         self._reserve(old + rows.shape[0])
         self._buffer[old : old + rows.shape[0]] = rows
         top = torch.cat([self._gram, products], dim=1)
@@ -160,8 +166,6 @@ class FactoredWeight:
 
     def project(self, generator: torch.Generator) -> None:
         """W <- the rank-r approximation of W that `config.projection` asks for (Algorithm 2, line 13)."""
-        if self.core.shape[0] == 0:
-            return
         self._gram = self.gram  # pending rows stay out: a projection follows a step
         core, gram = self.core.double(), self.gram.double()
         result = self._projected(core, gram, generator)

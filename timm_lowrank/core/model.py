@@ -58,6 +58,9 @@ class LowRankModel(nn.Module):
         ranks: target rank of each layer.
     """
 
+    backbone: nn.Module
+    branches: BranchDict
+
     def __init__(
         self,
         backbone: nn.Module,

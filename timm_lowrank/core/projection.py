@@ -137,7 +137,7 @@ def random_columns(
     A direction that is exactly orthogonal to the start stays invisible to the iteration without them.
     """
     count = min(width, max(0, rank - known) + oversampling)
-    return torch.randn(width, count, dtype=torch.float64, generator=generator)
+    return torch.randn(width, count, generator=generator).double()
 
 
 def widen(
@@ -166,6 +166,8 @@ def _ritz(core: Tensor, gram: Tensor, span: Tensor, rank: int) -> CoreProjection
 
 def _orthonormalizer(gram: Tensor) -> Tensor:
     """R (s, q) with R^T gram R = I, of full column rank: by Cholesky where that is safe, else by eigenvectors."""
+    if not gram.numel():
+        return gram
     factor, failed = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal()
     if not failed and pivots.numel() and pivots.min() > _WELL_CONDITIONED * pivots.max():
@@ -195,13 +197,14 @@ def _eigh(matrix: Tensor, tries: int = 3) -> tuple[Tensor, Tensor]:
     jitter = 0.0
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     for attempt in range(tries):
+        if attempt:
+            jitter = 10.0 ** (attempt - 4) * float(matrix.diagonal().abs().mean())
+            warnings.warn(f"an eigendecomposition failed; trying again with {jitter:.1e} I added", ProjectionWarning,
+                          stacklevel=2)
         try:
             eigenvalues, vectors = torch.linalg.eigh(matrix + jitter * identity if jitter else matrix)
             return eigenvalues - jitter, vectors
         except torch.linalg.LinAlgError:
             if not matrix.isfinite().all():
                 raise CollapseError("the rank projection met NaN or infinite values in W") from None
-            jitter = 10.0 ** (attempt - 3) * float(matrix.diagonal().abs().mean())
-            warnings.warn(f"an eigendecomposition failed; trying again with {jitter:.1e} I added", ProjectionWarning,
-                          stacklevel=2)
     raise CollapseError(f"the rank projection failed {tries} times, the last time with {jitter:.1e} I added")

@@ -1,8 +1,8 @@
-"""The scale of the rows that the reconstruction loss sees.
+"""The scale of what the reconstruction loss sees.
 
 As printed, L_c has the unit of a squared activation norm: thousands at a wide layer before training has shaped
 it. That swamps the task's loss, and killing the layer is then the network's cheapest answer. Each function here
-maps centred activations A + b (n, m) to the rows that take their place in L_c. `docs/objective.md` has the
+maps the norms of the rows of A + b (n,) to the factors (n,) by which these rows are multiplied in L_c and L_n. `docs/objective.md` has the
 measurements that the default was chosen by.
 """
 
@@ -16,32 +16,49 @@ from torch import Tensor
 Scaling = Callable[[Tensor, Tensor], Tensor]
 
 
-def unit(centred: Tensor, reference: Tensor) -> Tensor:
+def unit(norms: Tensor, reference: Tensor) -> Tensor:
     """Every row divided by its own norm: L_c becomes the mean share of a sample's energy outside the subspace, in [0, 1].
 
     This is L_c with the norm constraint that L_n asks for (||a|| = 1) satisfied exactly instead of penalised. It
-    has no gradient along a row, so neither shrinking the layer nor inflating a few samples pays.
+    has no gradient along a row, so shrinking the layer does not pay. Inflating the directions that W keeps does.
     """
-    norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    return centred / norms.clamp_min(torch.finfo(centred.dtype).tiny ** 0.5)
+    return 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny ** 0.25)
 
 
-def reference(centred: Tensor, reference: Tensor) -> Tensor:
-    """Divided by the root mean square norm that the layer had when the branch was switched on: a fixed scale."""
-    return centred / reference
+def reference(norms: Tensor, reference: Tensor) -> Tensor:
+    """Divided by the root mean square norm that the layer had when the branch was switched on: a fixed scale.
+
+    Nothing that the network does to the directions that W keeps is rewarded; only what lies outside them shrinks.
+    """
+    return (1 / reference).expand_as(norms)
 
 
-def batch(centred: Tensor, reference: Tensor) -> Tensor:
+def batch(norms: Tensor, reference: Tensor) -> Tensor:
     """Divided by the root mean square norm of the batch, differentiated through: the batch's unexplained variance.
 
     Kept for comparison: a few samples with huge norms make it small without explaining the others.
     """
-    return centred / centred.square().sum(dim=1).mean().clamp_min(torch.finfo(centred.dtype).tiny).sqrt()
+    return norms.square().mean().clamp_min(torch.finfo(norms.dtype).tiny ** 0.5).rsqrt().expand_as(norms)
 
 
-def paper(centred: Tensor, reference: Tensor) -> Tensor:
+def paper(norms: Tensor, reference: Tensor) -> Tensor:
     """As printed: not scaled."""
-    return centred
+    return torch.ones_like(norms)
 
 
 SCALINGS: dict[str, Scaling] = {"unit": unit, "reference": reference, "batch": batch, "paper": paper}
+
+
+def finite_rows(
+    rows: Tensor,  # (n, m) centred activations
+    chosen: Tensor,  # (p,) int64
+    factors: Tensor,  # (p,)
+) -> tuple[Tensor, Tensor]:
+    """The chosen rows times their factors (p, m), and the factors; rows that are not finite become zero, factor and all.
+
+    A gradient scaler skips the step of an overflowing batch, but the rows were remembered by then: as zeros they
+    do not enter W.
+    """
+    taken = rows[chosen] * factors[:, None]
+    good = taken.isfinite().all(dim=1)
+    return torch.where(good[:, None], taken, 0), torch.where(good, factors, 0)

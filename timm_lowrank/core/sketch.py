@@ -107,9 +107,7 @@ class SpectrumSketch:
         """
         batch = as_matrix(batch)
         if batch.shape[1] != self.num_features:
-            raise ValueError(
-                f"the batch has {batch.shape[1]} features, the rows before had {self.num_features}"
-            )
+            raise ValueError(f"the batch has {batch.shape[1]} features, the sketch is of {self.num_features}")
         if not len(batch):
             return
         check_values(batch, _LARGEST[self.dtype])

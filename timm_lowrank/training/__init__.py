@@ -5,6 +5,13 @@
 >>> summary = train(recipe, "runs/short")  # doctest: +SKIP
 """
 
+try:
+    import accelerate as _accelerate
+    import tqdm as _tqdm
+    import yaml as _yaml
+except ImportError as error:
+    raise ImportError(f"training recipes need {error.name}: pip install 'timm_lowrank[train]'") from error
+
 from .errors import DataError, DivergedError, RecipeError, RunError, TrainingError
 from .experiment import train
 from .images import ImageData, load_images

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
@@ -16,6 +17,7 @@ from .plots import plot_spectrum
 from .recipe import Recipe
 from .report import layer_energies, read_plain_run, spectrum_content, summarize, table
 from .run import RunFolder, read_json
+from .sources import require
 from .state import TrainingState, build, seeded
 
 Finished = tuple[dict[str, Any], dict[str, Any]]  # the contents of summary.json and spectrum.json
@@ -42,6 +44,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False) -> dict[s
             for a run that diverged or could not be written.
         LowRankError: from a branch, if a regularized layer collapsed.
     """
+    require("matplotlib", "matplotlib")  # now, not after hours of training
     folder = RunFolder(output, recipe, resume)
     twin_folder = RunFolder(folder.path / "twin", recipe.plain(), resume) if recipe.twin is True else None
     twin = read_plain_run(Path(recipe.twin)) if isinstance(recipe.twin, str) else None
@@ -165,6 +168,8 @@ def _finish(state: TrainingState, data: ImageData, folder: RunFolder, twin: Fini
 
 def _export(state: TrainingState, data: ImageData, folder: RunFolder) -> None:
     """model/ in timm's Hub layout; a plain run has no branch to put beside it."""
+    # safetensors takes no channels-last weights
+    state.lowrank.to(memory_format=torch.contiguous_format)
     model = state.lowrank if state.recipe.lowrank_enabled else state.lowrank.unwrap()
     data_config = {"input_size": data.image_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
     with folder.writing("model"):

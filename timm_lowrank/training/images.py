@@ -83,7 +83,9 @@ def load_images(
     elif extra:
         raise DataError(f"data={source!r} has no extra images: set data_args.extra=false")
     if train[0].shape[1:] != test[0].shape[1:]:
-        raise DataError(f"training images are {train[0].shape[1:]} and test images {test[0].shape[1:]}: one size is needed")
+        raise DataError(
+            f"training images are {train[0].shape[1:]} and test images {test[0].shape[1:]}: one size is needed"
+        )
     statistics = _statistics(train[0])
     return ImageData(
         name=source,
@@ -169,7 +171,9 @@ def _pixels(split: Split, row: int, mode: str | None) -> np.ndarray:
 
 def _joined(one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     if one[0].shape[1:] != two[0].shape[1:]:
-        raise DataError(f"training images are {one[0].shape[1:]} and extra images {two[0].shape[1:]}: one size is needed")
+        raise DataError(
+            f"training images are {one[0].shape[1:]} and extra images {two[0].shape[1:]}: one size is needed"
+        )
     return np.concatenate([one[0], two[0]]), np.concatenate([one[1], two[1]])
 
 

@@ -67,6 +67,6 @@ def _draw(panel: Any, runs: Mapping[str, Sequence[float]], branch: Mapping[str, 
     panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     panel.grid(color="#e3e6ea", linewidth=0.7)
     panel.set_axisbelow(True)
-    panel.tick_params(labelsize=8, colors=INK, length=0)
+    panel.tick_params(which="both", labelsize=8, colors=INK, length=0)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color("#c5cad1")

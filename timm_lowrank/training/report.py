@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,7 +91,6 @@ def summarize(
             "features": branch.num_features,
             "target_rank": branch.rank if recipe.lowrank_enabled else None,
             **layer_summary(energies[layer]),
-            "branch_effective_rank": branch.effective_rank() if recipe.lowrank_enabled else None,
             "losses": {key.removeprefix(f"{layer}."): value for key, value in last.items() if _is_part(key, layer)},
         }
     return {
@@ -112,7 +111,10 @@ def summarize(
         "precision": recipe.precision,
         "seed": recipe.seed,
         "data": _data_summary(data),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: str(importlib.import_module(name).__version__) for name in PACKAGES},
+        },
     }
 
 
@@ -135,13 +137,6 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def spectrum_content(energies: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -45,15 +45,17 @@ class RunFolder:
                 "choose another folder with --output, or delete it"
             )
         if "config.yaml" not in held:
-            raise RunError(f"{self.path} holds no config.yaml, so it is not a run that could be resumed: choose another folder")
+            raise RunError(
+                f"{self.path} holds no config.yaml, so it is not a run that could be resumed: choose another folder"
+            )
         self._check_same_recipe()
 
     def _check_same_recipe(self) -> None:
-        """Compares with config.yaml as it was written, so that a file of an older version is not misread."""
+        """Compares with config.yaml. The place of the data may change: its fingerprint is compared instead."""
         with _disk(f"cannot read {self.path / 'config.yaml'}"):
             before = parse_yaml((self.path / "config.yaml").read_text())
         now = self.recipe.to_dict()
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        keys = [key for key in {**before, **now} if key != "data" and before.get(key) != now.get(key)]
         if keys:
             changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
             raise RunError(
@@ -94,7 +96,9 @@ class RunFolder:
         what = f"could not write the checkpoint of epoch {epoch} to {self._checkpoints}"
         try:
             with _disk(what, f"Free some space and continue with --resume auto; {self._kept()}."):
-                accelerator.save_state(str(partial))
+                # Not safetensors: a branch that has seen nothing yet has empty tensors in its state, which accelerate
+                # takes for tensors that share memory and leaves out.
+                accelerator.save_state(str(partial), safe_serialization=False)
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
                     os.replace(partial, final)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, TrainingError
 
 IMAGE_COLUMNS = ("img", "image")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -67,7 +67,7 @@ def require(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(f"this data needs {package}: pip install {package}") from error
+        raise TrainingError(f"{package} is needed here: pip install 'timm_lowrank[train]' ({error})") from error
 
 
 def _digits() -> dict[str, Split]:

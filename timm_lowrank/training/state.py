@@ -109,24 +109,22 @@ def build(recipe: Recipe, data: ImageData, output: Path) -> TrainingState:
     if recipe.compile:
         network.compile()
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # dropout: a stream of its own on each process
-    return TrainingState(
-        recipe, accelerator, lowrank, network, prepared, ema, progress, train_batches, test_batches
-    )
+    return TrainingState(recipe, accelerator, lowrank, network, prepared, ema, progress, train_batches, test_batches)
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators, which weight initialisation and dropout draw from, and restores them after."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global ones are what is meant
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _accelerator(recipe: Recipe, output: Path) -> Accelerator:
@@ -151,7 +149,9 @@ def _accelerator(recipe: Recipe, output: Path) -> Accelerator:
 def _wrapped(recipe: Recipe, data: ImageData) -> LowRankModel:
     channels = data.image_size[0]
     if recipe.model_args.get("in_chans", channels) != channels:
-        raise RecipeError(f"model_args.in_chans={recipe.model_args['in_chans']}, but the images have {channels}: drop it")
+        raise RecipeError(
+            f"model_args.in_chans={recipe.model_args['in_chans']}, but the images have {channels}: drop it"
+        )
     # What the network is fed is written into its configuration, and with it into the exported model.
     overlay = {"input_size": data.image_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
     try:

@@ -1,0 +1,57 @@
+"""What all tests share: one thread, warnings as errors where they are this package's own, and small real data."""
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # A warning of this package that a test does not expect is a failure; those of other packages are not ours to judge.
+    config.addinivalue_line("filterwarnings", "error::timm_lowrank.ProjectionWarning")
+    config.addinivalue_line("filterwarnings", "error::UserWarning:timm_lowrank")
+    config.addinivalue_line("filterwarnings", "error::RuntimeWarning:timm_lowrank")
+
+
+@pytest.fixture(autouse=True)
+def global_state_is_left_alone():
+    """Tests may seed torch's global generator; the library may not draw from it, and `random_stream` proves it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def random_stream():
+    """A function that says whether the global random stream of torch is where it was when the test began."""
+    before = torch.get_rng_state()
+    return lambda: torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """1,797 real images of handwritten digits, (1797, 1, 8, 8) float32 in [0, 1], and their labels (1797,)."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    return torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target)
+
+
+class SmallNet(nn.Module):
+    """A network that is not timm's: two convolutions, a hidden layer of 32 features, a classifier."""
+
+    def __init__(self, classes=10, channels=1):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.hidden = nn.Linear(32, 32)
+        self.act = nn.ReLU()
+        self.classifier = nn.Linear(32, classes)
+
+    def forward(self, images):
+        return self.classifier(self.act(self.hidden(self.body(self.stem(images)).flatten(1))))
+
+
+@pytest.fixture
+def small_net():
+    """The class of a small convolutional network for 8 x 8 images."""
+    return SmallNet

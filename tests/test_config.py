@@ -1,0 +1,108 @@
+"""`LowRankConfig`: what it takes, what it refuses and how it says so, and the way through JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from timm_lowrank import LowRankConfig
+from timm_lowrank.core.errors import nearest
+
+WRONG = {
+    "scale": ["papers", None, 1],
+    "step_rule": ["normalised", ""],
+    "projection": ["svd"],
+    "storage": ["sparse"],
+    "reconstruction_weight": [-1.0, float("nan"), float("inf"), "1", True],
+    "norm_weight": [-0.1, float("nan")],
+    "step_size": [0.0, -0.5, 1.5, float("nan"), "0.5"],
+    "bias_momentum": [-0.1, 1.1, None],
+    "project_every": [0, -1, 2.5, None, True],
+    "nystrom_columns": [0, 1.5],
+    "nystrom_runs": [0, None],
+    "update_rows": [0, -1, 1.5, True],
+    "oversampling": [-1, 0.5, None],
+    "seed": [1.5, None, "0"],
+    "branches": ["3-LR", {}, None, 5, {"layer3": 0}, {"layer3": -2}, {"layer3": 2.5}, {"layer3": True}, {"layer3": None},
+                 {"layer3": {}}, {"layer3": {"rank": 5, "reconstruction_weight": -1}}],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_wrong_values_are_named(field, value):
+    with pytest.raises(ValueError, match=r"^LowRankConfig: ") as caught:
+        LowRankConfig(**{field: value})
+    message = str(caught.value)
+    if isinstance(value, dict) and value:
+        assert "layer3" in message
+    else:
+        assert f"{field}={value!r}" in message
+
+
+def test_every_problem_is_in_one_message():
+    with pytest.raises(ValueError, match="LowRankConfig") as caught:
+        LowRankConfig(scale="x", project_every=0, seed=None, branches={"a": 0, "b": {"rank": 3, "rnak": 2}})
+    message = str(caught.value)
+    for part in ("scale='x'", "unit, reference, batch, paper", "project_every=0", "seed=None", "'a'", "'rnak'", "rank?"):
+        assert part in message
+
+
+def test_the_largest_step_depends_on_the_rule():
+    assert LowRankConfig(step_rule="fixed", step_size=7.5).step_size == 7.5
+    with pytest.raises(ValueError, match=r"step_size=7\.5 must lie in \(0, 1\.0\]"):
+        LowRankConfig(step_rule="normalized", step_size=7.5)
+
+
+def test_it_is_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LowRankConfig().seed = 3
+    with pytest.raises(TypeError):
+        LowRankConfig("1-LR")
+
+
+@pytest.mark.parametrize("config", [
+    LowRankConfig(),
+    LowRankConfig(branches="2-LR", update_rows=None, nystrom_columns=7, step_rule="fixed", step_size=2, seed=-4),
+    LowRankConfig(branches={"layer3": 50, "pre_logits": {"rank": 5, "norm_weight": 0.25}}, storage="dense"),
+], ids=["default", "preset", "mapping"])
+def test_round_trip_through_json(config):
+    values = json.loads(json.dumps(config.to_dict()))
+    assert LowRankConfig.from_dict(values) == config
+    assert set(values) == {field.name for field in dataclasses.fields(LowRankConfig)}
+
+
+def test_a_dictionary_is_no_view_of_the_configuration():
+    config = LowRankConfig(branches={"layer3": {"rank": 5}})
+    config.to_dict()["branches"]["layer3"]["rank"] = 6
+    assert config.branches["layer3"]["rank"] == 5
+
+
+def test_unknown_keys():
+    values = {**LowRankConfig(seed=3).to_dict(), "project_evry": 5, "zzz": 1}
+    with pytest.raises(ValueError, match="zzz") as caught:
+        LowRankConfig.from_dict(values)
+    assert "'project_evry'. Did you mean: project_every" in str(caught.value)
+    with pytest.warns(UserWarning, match="project_evry.*Left out"):
+        assert LowRankConfig.from_dict(values, strict=False) == LowRankConfig(seed=3)
+
+
+def test_not_strict_does_not_let_wrong_values_through():
+    with pytest.raises(ValueError, match="project_every=0"):
+        LowRankConfig.from_dict({"project_every": 0}, strict=False)
+
+
+def test_options_of_one_branch():
+    config = LowRankConfig(reconstruction_weight=2.0, norm_weight=0.5, seed=9,
+                           branches={"a": 5, "b": {"rank": 3, "reconstruction_weight": 0.1}, "c": {"rank": 2, "norm_weight": 0}})
+    assert config.for_branch("a") == config
+    weights = {layer: (config.for_branch(layer).reconstruction_weight, config.for_branch(layer).norm_weight) for layer in "abc"}
+    assert weights == {"a": (2.0, 0.5), "b": (0.1, 0.5), "c": (2.0, 0)}
+    assert config.for_branch("b").branches == {"b": 3}
+    assert config.for_branch("b").seed == 9
+    assert LowRankConfig().for_branch("pre_logits") == LowRankConfig()
+
+
+def test_nearest_names():
+    assert nearest("layr3", ["layer1", "layer3", "stem"], count=1) == "Did you mean: layer3?"
+    assert nearest("zzz", ["a", "b"]) == "Did you mean: a, b?", "a few names are all listed if none is near"
+    assert nearest("zzz", []) == "There are none."

@@ -1,0 +1,149 @@
+"""Recipes: reading, overriding, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+
+import timm_lowrank  # noqa: F401 - registers the CIFAR networks
+from timm_lowrank.training import Recipe, RecipeError, load_recipe
+from timm_lowrank.training.schedule import learning_rate, penalty_weight
+
+CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
+PAPER = {"epochs": 350, "milestones": [150, 250], "pretrain_epochs": 50}
+
+
+def recipe(**values: object) -> Recipe:
+    return Recipe.from_dict({"model": "resnet10_cifar", "epochs": 3, **values})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_a_valid_recipe_of_a_known_network(path):
+    loaded = load_recipe(path)
+    assert loaded.name == path.stem
+    assert timm.is_model(loaded.model)
+    assert Recipe.from_dict(loaded.to_dict()) == loaded
+
+
+def test_the_paper_recipe_is_the_paper_recipe():
+    loaded = load_recipe(next(path for path in CONFIGS if path.stem == "cifar10-resnet18"))
+    assert (loaded.epochs, loaded.milestones, loaded.pretrain_epochs) == (350, (150, 250), 50)
+    assert (loaded.batch_size, loaded.momentum, loaded.weight_decay) == (128, 0.9, 5e-4)
+    assert loaded.lowrank_config().project_every == 10
+    rates = [learning_rate(loaded, epoch, 0, 390) for epoch in (0, 149, 150, 249, 250, 349)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_overrides_reach_inside(tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_text("model: resnet10_cifar\nepochs: 3\nlowrank: {reconstruction_weight: 1}\n")
+    overrides = ["lowrank.reconstruction_weight=3e-1", "weight_decay=5e-4", "lowrank.branches.layer3.0=7", "seed = 4"]
+    loaded = load_recipe(path, overrides, data="digits")
+    assert loaded.lowrank == {"reconstruction_weight": 0.3, "branches": {"layer3.0": 7}}
+    assert (loaded.weight_decay, loaded.seed, loaded.data) == (5e-4, 4, "digits")
+    assert loaded.lowrank_config().seed == 4  # follows the recipe's unless it is set
+
+
+def test_unknown_keys_are_one_error_with_the_nearest_names():
+    with pytest.raises(RecipeError) as caught:
+        recipe(epoch=3, learning_rat=0.1)
+    message = str(caught.value)
+    assert "'epoch'" in message
+    assert "epochs" in message
+    assert "'learning_rat'" in message
+    assert "learning_rate" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": "three"}, r"epochs='three' must be an integer"),
+        ({"epochs": True}, r"epochs=True must be an integer"),
+        ({"learning_rate": "fast"}, r"learning_rate='fast' must be a number"),
+        ({"ema_decay": "no"}, r"ema_decay='no' must be a number or null"),
+        ({"milestones": [1, "b"]}, r"milestones=\[1, 'b'\] must be an integer"),
+        ({"milestones": [2, 1]}, r"milestones=\[2, 1\] must be increasing"),
+        ({"model_args": 3}, r"model_args=3 must be a mapping"),
+        ({"epochs": 0}, r"epochs=0 must be > 0"),
+        ({"learning_rate": float("nan")}, r"learning_rate=nan must be > 0"),
+        ({"schedule": "linear"}, r"schedule='linear' is not one of step, cosine"),
+        ({"augment": "mixup"}, r"augment='mixup' is not one of"),
+        ({"precision": "fp8"}, r"precision='fp8' is not one of no, bf16, fp16"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0 must lie between 0 and 1"),
+        ({"gradient_accumulation": 3}, r"batch_size=128 cannot be split into gradient_accumulation=3"),
+        ({"nesterov": True, "momentum": 0.0}, r"nesterov=true needs a momentum"),
+        ({"pretrain_epochs": 3}, r"leaves none of epochs=3 for the low-rank branch"),
+        ({"twin": True, "lowrank": {"enabled": False}}, r"set twin=false"),
+        ({"lowrank": {"enabled": "yes"}}, r"lowrank.enabled='yes' must be true or false"),
+        ({"lowrank": {"reconstruction_wieght": 1}}, r"reconstruction_wieght.*reconstruction_weight"),
+        ({"lowrank": {"branches": {"layer3": 0}}}, r"layer3.*0.*must be an integer >= 1"),
+        ({"data_args": {"train_limt": 5}}, r"data_args.train_limt.*train_limit"),
+        ({"model_args": {"num_classes": 5}}, r"model_args.num_classes cannot be set"),
+        ({"trackers": ["tensorbord"]}, r"no tracker 'tensorbord'.*tensorboard"),
+    ],
+)
+def test_a_wrong_value_names_its_key(values, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(**values)
+
+
+def test_several_mistakes_are_told_at_once():
+    with pytest.raises(RecipeError, match=r"(?s)learning_rate=-1.*schedule='never'"):
+        recipe(learning_rate=-1, schedule="never")
+
+
+def test_missing_keys():
+    with pytest.raises(RecipeError, match=r"(?s)'model' is missing.*'epochs' is missing"):
+        Recipe.from_dict({})
+
+
+def test_mistakes_in_the_file_or_the_override(tmp_path):
+    good = tmp_path / "good.yaml"
+    good.write_text("model: resnet10_cifar\nepochs: 3\n")
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*goood.yaml.* Recipes there: good"):
+        load_recipe(tmp_path / "goood.yaml")
+    with pytest.raises(RecipeError, match="write it as key=value"):
+        load_recipe(good, ["epochs"])
+    with pytest.raises(RecipeError, match="epochs is 3, which has no keys inside"):
+        load_recipe(good, ["epochs.more=3"])
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(good, ["milestones=[1"])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: [")
+    with pytest.raises(RecipeError, match="bad.yaml is not valid YAML"):
+        load_recipe(bad)
+    bad.write_text("- a list")
+    with pytest.raises(RecipeError, match="must hold a mapping"):
+        load_recipe(bad)
+
+
+def test_the_twin_differs_in_the_branch_alone():
+    wrapped = recipe(twin=True, lowrank={"branches": {"layer3": 5}}, seed=3)
+    plain = wrapped.plain()
+    assert not plain.lowrank_enabled
+    assert plain.lowrank_config() == wrapped.lowrank_config()
+    changed = {key for key, value in plain.to_dict().items() if value != wrapped.to_dict()[key]}
+    assert changed == {"name", "lowrank", "twin"}
+
+
+def test_cosine_schedule_with_warmup():
+    cosine = recipe(schedule="cosine", warmup_epochs=1, learning_rate=0.2, epochs=4)
+    rates = [learning_rate(cosine, epoch, step, 10) for epoch in range(4) for step in range(10)]
+    peak = rates.index(max(rates))
+    assert rates[0] == pytest.approx(0.02)
+    assert 8 <= peak <= 10
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[20] == pytest.approx(0.1)
+    assert 0 < rates[-1] < 0.001
+
+
+def test_the_penalty_is_off_in_pretraining_and_then_grows():
+    ramped = recipe(epochs=6, pretrain_epochs=2, ramp_epochs=2)
+    assert [penalty_weight(ramped, epoch, 9, 10) for epoch in range(6)] == [0, 0, 0.5, 1, 1, 1]
+    assert penalty_weight(ramped, 2, 0, 10) == pytest.approx(0.05)
+    assert penalty_weight(recipe(**PAPER), 49, 0, 10) == 0
+    assert penalty_weight(recipe(**PAPER), 50, 0, 10) == 1
+    assert penalty_weight(ramped.plain(), 5, 0, 10) == 0

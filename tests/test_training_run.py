@@ -1,0 +1,456 @@
+"""Whole runs on real digits: what a run leaves, that it resumes bit for bit, and how it fails."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+import timm_lowrank
+from timm_lowrank.training import DivergedError, Recipe, RecipeError, RunError, load_images, train
+from timm_lowrank.training.loop import check_not_at_chance
+from timm_lowrank.training.run import RunFolder
+from timm_lowrank.training.state import build, seeded
+
+ROOT = Path(__file__).parents[1]
+TIMING = ("images_per_second", "seconds")
+
+# Seven steps an epoch and a projection every ten updates: epochs end between two projections.
+SMALL = {
+    "name": "small",
+    "model": "resnet10_cifar",
+    "model_args": {"channels": [8, 8, 16, 16]},
+    "data_args": {"train_limit": 450, "test_limit": 100},
+    "lowrank": {"branches": {"layer3": 6, "pre_logits": 4}},
+    "epochs": 5,
+    "pretrain_epochs": 2,
+    "batch_size": 64,
+    "learning_rate": 0.05,
+    "schedule": "cosine",
+    "augment": "crop",
+    "keep_checkpoints": 9,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate holds one precision per process; each test starts without one."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def recipe(**values) -> Recipe:
+    return Recipe.from_dict({**SMALL, **values})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never interrupted, with its twin and an average of its weights."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return output, train(recipe(twin=True, ema_decay=0.9), output)
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{name: cell for name, cell in row.items() if name not in TIMING} for row in csv.DictReader(file)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = [file for file in ("model.safetensors", "lowrank.safetensors") if (folder / "model" / file).exists()]
+    return {f"{file}:{key}": value for file in files for key, value in load_file(folder / "model" / file).items()}
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert metrics(one) == metrics(two)
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    assert first
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+# ------------------------------------------------------------------------------------------------ a run and its twin
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    output, summary = finished
+    for path in (
+        "config.yaml",
+        "metrics.csv",
+        "summary.json",
+        "spectrum.json",
+        "plots/spectrum.png",
+        "model/config.json",
+    ):
+        assert (output / path).is_file()
+        assert (output / "twin" / path).is_file()
+    assert json.loads((output / "summary.json").read_text()) == summary
+    assert Recipe.from_dict(yaml.safe_load((output / "config.yaml").read_text())).lowrank == SMALL["lowrank"]
+    assert (output / "plots" / "spectrum.png").read_bytes()[1:4] == b"PNG"
+    assert [path.name for path in sorted((output / "checkpoints").iterdir())] == [f"epoch_000{n}" for n in range(1, 6)]
+    assert summary["optimizer_steps"] == 35
+    assert summary["epochs"] == 5
+    assert summary["weights"] == "averaged"
+    assert summary["seconds"] > 0
+    assert summary["images_per_second"] > 0
+    assert summary["seed"] == 0
+    assert summary["data"]["fingerprint"] == load_images(**SMALL["data_args"]).fingerprint
+    assert summary["versions"]["torch"] == torch.__version__
+    assert not list(output.rglob("*.partial"))
+
+
+def test_the_summary_measures_the_exported_network(finished):
+    output, summary = finished
+    network = timm.create_model("resnet10_cifar", pretrained=False, **read(output / "model")).eval()
+    network.load_state_dict(load_file(output / "model" / "model.safetensors"))
+    data = load_images(**SMALL["data_args"])
+    images = (data.test_images.float() / 255 - data.mean[0]) / data.std[0]
+    model = timm_lowrank.wrap(network, recipe().lowrank_config(), example_input=images[:2])
+    with torch.no_grad(), model.capture() as activations:
+        accuracy = (model(images).argmax(1) == data.test_labels).float().mean().item()
+    assert summary["clean_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    for layer, branch in summary["branches"].items():
+        values = activations[layer].flatten(1).double()
+        held = torch.linalg.svdvals(values - values.mean(0)).square().cumsum(0)
+        held = held / held[-1]
+        for count in (1, 5, 10):
+            assert branch["variance_ratio"][str(count)] == pytest.approx(held[count - 1].item(), abs=1e-5)
+        assert branch["variance_ratio"]["500"] == 1.0
+        assert branch["effective_rank"] == int((held < 0.99).sum()) + 1
+        assert branch["features"] == values.shape[1]
+        assert branch["target_rank"] == SMALL["lowrank"]["branches"][layer]
+
+
+def read(model: Path) -> dict[str, object]:
+    config = json.loads((model / "config.json").read_text())
+    assert config["label_names"] == list("0123456789")
+    cfg = config["pretrained_cfg"]
+    assert cfg["input_size"] == [1, 8, 8]
+    assert cfg["mean"] == list(load_images(**SMALL["data_args"]).mean)
+    return {"num_classes": config["num_classes"], **config["model_args"]}
+
+
+def test_metrics_have_a_row_an_epoch_and_empty_cells_while_the_branch_is_off(finished):
+    rows = metrics(finished[0])
+    assert [row["epoch"] for row in rows] == list("12345")
+    for row in rows:
+        on = int(row["epoch"]) > 2
+        assert bool(row["penalty"]) is on
+        assert bool(row["layer3.reconstruction"]) is on
+        assert row["penalty_weight"] == ("1" if on else "0")
+        assert float(row["ema_test_accuracy"]) >= 0
+    summary = finished[1]["branches"]["layer3"]["losses"]
+    assert summary == {
+        part: float(rows[-1][f"layer3.{part}"]) for part in ("reconstruction", "norm", "activation_norm")
+    }
+
+
+def test_the_twin_starts_alike_and_has_no_branch(finished):
+    output, summary = finished
+    both = metrics(output), metrics(output / "twin")
+    shared = ("learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "ema_test_accuracy")
+    for name in shared:
+        assert [row[name] for row in both[0][:2]] == [row[name] for row in both[1][:2]]
+    assert both[0][2]["train_loss"] != both[1][2]["train_loss"]
+    assert "penalty" not in both[1][0]
+    assert not (output / "twin" / "model" / "lowrank.json").exists()
+    twin = summary["twin"]
+    assert twin["lowrank"] is False
+    assert twin["branches"]["layer3"]["target_rank"] is None
+    assert twin["branches"].keys() == summary["branches"].keys()
+    gained = [summary["branches"][layer]["variance_ratio"]["5"] - twin["branches"][layer]["variance_ratio"]["5"]
+              for layer in twin["branches"]]  # fmt: skip
+    assert min(gained) > 0
+
+
+def test_an_existing_plain_run_serves_as_twin(finished, tmp_path, capsys):
+    output, _ = finished
+    plain = str(output / "twin")
+    summary = train(recipe(twin=plain, ema_decay=0.9), tmp_path / "run")
+    assert summary["twin"]["clean_accuracy"] == finished[1]["twin"]["clean_accuracy"]
+    assert_same_run(tmp_path / "run", output)
+    printed = capsys.readouterr().out.splitlines()
+    heading = printed.index(next(line for line in printed if line.split() == ["plain", "low", "rank"]))
+    shown = [f"{run['clean_accuracy']:.1%}".replace("%", "") for run in (finished[1]["twin"], summary)]
+    assert printed[heading + 1].split() == ["test", "accuracy", shown[0], "%", shown[1], "%"]
+    with pytest.raises(RunError, match="was trained on other data"):
+        train(recipe(twin=plain, data_args={"train_limit": 400}), tmp_path / "other")
+    with pytest.raises(RunError, match="is not a plain run"):
+        train(recipe(twin=str(output)), tmp_path / "other")
+    with pytest.raises(RunError, match="holds no finished run"):
+        train(recipe(twin=str(tmp_path)), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_leaves_the_global_generators_alone(tmp_path):
+    before = torch.get_rng_state()
+    train(recipe(epochs=1, pretrain_epochs=0), tmp_path / "run")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4], ids=["in pretraining", "at switch-on", "between projections"])
+def test_resuming_gives_the_run_that_was_never_interrupted(finished, tmp_path, epochs):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    (output / "summary.json").unlink()
+    for later in range(epochs + 1, 6):
+        shutil.rmtree(output / "checkpoints" / f"epoch_{later:04d}")
+    leftover = output / "checkpoints" / f".epoch_{epochs + 1:04d}.partial"
+    leftover.mkdir()
+    with (output / "metrics.csv").open("a") as file:
+        file.write("6,0.0")  # a row that a kill cut off
+    shutil.rmtree(output / "model")
+    train(recipe(twin=True, ema_decay=0.9), output, resume=True)
+    assert_same_run(output, finished[0])
+    assert not leftover.exists()
+
+
+def test_a_killed_run_resumes_to_the_same_figures_and_weights(tmp_path):
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump({**SMALL, "epochs": 14, "pretrain_epochs": 1, "keep_checkpoints": 1}))
+    whole = start(config, tmp_path / "whole")
+    killed = start(config, tmp_path / "killed")
+    table = tmp_path / "killed" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (table.exists() and table.read_text().count("\n") >= 4):
+        assert killed.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    resumed = start(config, tmp_path / "killed", "--resume", "auto")
+    out, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0
+    assert "resumed after epoch" in out
+    assert whole.wait(timeout=120) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["epoch_0014"]
+
+
+def start(config: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "train.py"),
+        "--config",
+        str(config),
+        "--output",
+        str(output),
+        *more,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_finished_run_is_not_trained_again(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    shutil.rmtree(output / "checkpoints")
+    assert train(recipe(twin=True, ema_decay=0.9), output, resume=True) == finished[1]
+    assert not (output / "checkpoints").exists()
+
+
+def test_resume_refuses_another_recipe_other_data_and_other_folders(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    with pytest.raises(RunError, match=r"another recipe \(learning_rate was 0.05 and is 0.1; seed was 0 and is 1\)"):
+        train(recipe(twin=True, ema_decay=0.9, seed=1, learning_rate=0.1), output, resume=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    with pytest.raises(RunError, match="is not a run that could be resumed"):
+        train(recipe(), tmp_path / "photos", resume=True)
+    # The same recipe, but the data behind its name is not what it was.
+    plain = recipe(twin=True, ema_decay=0.9).plain()
+    state = build(plain, load_images(train_limit=400, test_limit=100), output / "twin")
+    with pytest.raises(RunError, match="the data is not what this run was started with"):
+        RunFolder(output / "twin", plain, resume=True).load_newest(state.accelerator)
+
+
+def test_a_damaged_checkpoint_says_what_to_do(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    (output / "summary.json").unlink()
+    newest = output / "checkpoints" / "epoch_0005"
+    for file in newest.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"epoch_0005 cannot be loaded .* delete it to resume from an older one"):
+        train(recipe(twin=True, ema_decay=0.9), output, resume=True)
+    shutil.rmtree(newest)
+    train(recipe(twin=True, ema_decay=0.9), output, resume=True)
+    assert_same_run(output, finished[0])
+
+
+# --------------------------------------------------------------------------------------------------- output folders
+
+
+def test_an_output_folder_that_is_used_already(finished, tmp_path):
+    before = sorted(path for path in finished[0].rglob("*"))
+    with pytest.raises(RunError, match=r"exists and is not empty: continue that run with --resume auto"):
+        train(recipe(), finished[0])
+    assert sorted(path for path in finished[0].rglob("*")) == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        train(recipe(), tmp_path / "file")
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")  # a folder inside a file: not even root can make it
+    with pytest.raises(RunError, match=r"cannot (read|write to) the output folder .*: Not a directory"):
+        train(recipe(epochs=1, pretrain_epochs=0), tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(finished, tmp_path):
+    folder = RunFolder(tmp_path / "run", recipe())
+    folder.create()
+    state = build(recipe(), load_images(**SMALL["data_args"]), folder.path)
+    folder.save(state.accelerator, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # the kernel refuses to let any file grow beyond
+    try:
+        with pytest.raises(RunError, match=r"could not write the checkpoint of epoch 2 .*the checkpoint of epoch 1 is"):
+            folder.save(state.accelerator, 2)
+        with pytest.raises(RunError, match=r"could not write .*summary.json: File too large"):
+            folder.write_json("summary.json", {"long": "x" * 4000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in folder._checkpoints.iterdir()] == ["epoch_0001"]
+    assert not (folder.path / "summary.json").exists()
+    assert not list(folder.path.glob(".*"))
+    assert folder.load_newest(state.accelerator) == 1
+
+
+def test_old_checkpoints_go(tmp_path):
+    train(recipe(epochs=4, save_every=2, keep_checkpoints=1), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0004"]
+
+
+# --------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "resnet10_cifr"}, r"resnet10_cifar"),
+        ({"model_args": {"chanels": 3}}, r"chanels"),
+        ({"lowrank": {"branches": {"layr3": 4}}}, r"layr3.*layer3"),
+        ({"lowrank": {"branches": {"pre_logits": 4000}}}, r"4000"),
+        ({"model_args": {"in_chans": 3}}, r"in_chans=3, but the images have 1"),
+        ({"batch_size": 500}, r"more than the 450 training images"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(values, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        train(recipe(twin=True, **values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_holds_one_precision(tmp_path):
+    train(recipe(epochs=1, pretrain_epochs=0), tmp_path / "first")
+    with pytest.raises(RecipeError, match="precision=bf16 cannot be used here"):
+        train(recipe(precision="bf16"), tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(DivergedError, match=r"train_loss is (nan|inf).*Lower learning_rate \(now 1e\+30\)"):
+        train(recipe(learning_rate=1e30, pretrain_epochs=1), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_an_accuracy_that_falls_back_to_chance_stops_the_run(tmp_path):
+    state = build(recipe(pretrain_epochs=0), load_images(**SMALL["data_args"]), tmp_path)
+    check_not_at_chance(state, 0.11)  # at chance from the beginning: it may still learn
+    check_not_at_chance(state, 0.60)
+    check_not_at_chance(state, 0.30)
+    with pytest.raises(DivergedError, match=r"fell to chance \(10.5%\) after 60.0%.*lowrank.reconstruction_weight"):
+        check_not_at_chance(state, 0.105)
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16", "channels_last": True},
+        {"precision": "fp16"},
+        {"gradient_accumulation": 2, "clip_norm": 1.0, "nesterov": True, "ramp_epochs": 1, "ema_decay": 0.9},
+        {"model": "vit_tiny_patch16_224", "model_args": {"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 24},
+         "lowrank": {"branches": {"blocks.0": 6}}, "augment": "crop-flip", "spectrum_images": 30},
+    ],
+    ids=["bf16", "fp16", "accumulation", "a ViT"],
+)  # fmt: skip
+def test_options_train_and_update_once_a_step(options, tmp_path):
+    values = {**SMALL, "epochs": 3, "pretrain_epochs": 1, **options}
+    summary = train(Recipe.from_dict(values), tmp_path / "run")
+    assert summary["optimizer_steps"] == 21
+    saved = load_file(tmp_path / "run" / "model" / "lowrank.safetensors")
+    counters = [value for name, value in saved.items() if name.endswith("counters")]
+    assert [int(counter[0]) for counter in counters] == [14] * len(summary["branches"])
+    first, *_, last = metrics(tmp_path / "run")
+    assert float(last["train_loss"]) < float(first["train_loss"])
+
+
+def test_trackers_get_every_epoch(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(recipe(epochs=2, pretrain_epochs=1, trackers=["tensorboard"]), tmp_path / "run")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_seeded_restores_every_generator():
+    before = torch.get_rng_state()
+    with seeded(3):
+        one = torch.rand(2)
+    with seeded(3):
+        assert torch.equal(one, torch.rand(2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def script():
+    """recipes/train.py as a module."""
+    spec = importlib.util.spec_from_file_location("recipes_train", ROOT / "recipes" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_line_explains_itself(script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.parse_arguments(["--help"])
+    printed = capsys.readouterr().out
+    assert left.value.code == 0
+    assert "cifar10-resnet18" in printed
+    assert "--resume" in printed
+    assert script.parse_arguments([]).config.stem == "digits"
+    assert len((ROOT / "recipes" / "train.py").read_text().splitlines()) < 150
+
+
+def test_a_mistake_on_the_command_line_is_one_message(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--set", "epocs=3", "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"error: recipe 'digits': there is no key 'epocs'. Did you mean: epochs"):
+        script.main()
+    assert not (tmp_path / "run").exists()
