@@ -10,6 +10,7 @@ features one would take longer than everything else here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from timm_lowrank.core.branch import LowRankBranch
 
 BATCH = 128
 TURN = 10  # steps
+POOL = 8  # different batches: enough rows to fill a factor of rank 500
 WIDTHS = (512, 2048, 16384, 65536, 200704)
 NEVER = 10**9
 VARIANTS = ("plain", "1-LR", "2-LR", "2-LR dense")
@@ -38,13 +40,16 @@ def training_step(variant: str, device: torch.device) -> Callable[[], None]:
                                    project_every=NEVER if dense else TURN)
         network = tlr.wrap(network, config)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (BATCH,), device=device)
+    images = torch.randn(POOL, BATCH, 3, 32, 32, device=device)
+    labels = torch.randint(10, (POOL, BATCH), device=device)
+    turns = itertools.cycle(range(POOL))
     network.train()
 
     def step() -> None:
+        now = next(turns)
+        batch = images[now].to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = nn.functional.cross_entropy(network(images), labels)
+            loss = nn.functional.cross_entropy(network(batch), labels[now])
         if isinstance(network, tlr.LowRankModel):
             loss = loss + network.penalty()
         optimizer.zero_grad()
@@ -100,10 +105,13 @@ def branch_step(width: int, storage: str, device: torch.device) -> Callable[[], 
     config = tlr.LowRankConfig(branches={"layer": rank}, storage=storage, project_every=TURN if storage == "factored" else NEVER)
     branch = LowRankBranch(width, rank, config, device)
     generator = torch.Generator(device).manual_seed(0)
-    activations = torch.randn(BATCH, width, device=device, generator=generator).requires_grad_()
+    codes = torch.randn(POOL, BATCH, 1024, device=device, generator=generator)
+    mixing = torch.randn(1024, width, device=device, generator=generator)
+    mixing *= torch.arange(1, 1025, device=device)[:, None] ** -0.5  # a decaying spectrum of more than `rank` directions
+    batches = itertools.cycle([code @ mixing for code in codes] if width <= 65536 else [codes[0] @ mixing, codes[1] @ mixing])
 
     def step() -> None:
-        branch.penalty(activations).backward()
+        branch.penalty(next(batches).requires_grad_()).backward()
         branch.update()
 
     return step

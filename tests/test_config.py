@@ -22,6 +22,7 @@ WRONG = {
     "nystrom_runs": [0, None],
     "update_rows": [0, -1, 1.5, True],
     "oversampling": [-1, 0.5, None],
+    "warmup_updates": [-1, 2.5, None],
     "seed": [1.5, None, "0"],
     "branches": ["3-LR", {}, None, 5, {"layer3": 0}, {"layer3": -2}, {"layer3": 2.5}, {"layer3": True}, {"layer3": None},
                  {"layer3": {}}, {"layer3": {"rank": 5, "reconstruction_weight": -1}}],

@@ -112,7 +112,7 @@ def test_mistakes_in_the_file_or_the_override(tmp_path):
         load_recipe(good, ["milestones=[1"])
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: [")
-    with pytest.raises(RecipeError, match="bad.yaml is not valid YAML"):
+    with pytest.raises(RecipeError, match=r"bad\.yaml is not valid YAML"):
         load_recipe(bad)
     bad.write_text("- a list")
     with pytest.raises(RecipeError, match="must hold a mapping"):

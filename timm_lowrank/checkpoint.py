@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.models
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -64,6 +66,9 @@ def save_pretrained(
             _write_branches(model, staging)
         for file in sorted(staging.iterdir()):
             os.replace(file, folder / file.name)
+        if not isinstance(model, LowRankModel):  # branches of another model that was there would not belong to this one
+            for name in (LOWRANK_CONFIG, LOWRANK_WEIGHTS):
+                (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -72,6 +77,8 @@ def save_pretrained(
 def _write_backbone(
     backbone: nn.Module, folder: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any] | None
 ) -> None:
+    if not all(tensor.is_contiguous() for tensor in backbone.state_dict().values()):  # channels-last: safetensors refuses
+        backbone = copy.deepcopy(backbone).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(
         backbone,
         str(folder),

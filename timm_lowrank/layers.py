@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
@@ -76,10 +77,12 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
     # On the modules themselves, not inside Sequentials: every name gets a row of its own.
     record = _example_forward(backbone, [Tap(name, name) for name in names], images)
     found = []
-    for name, value in record.values.items():
-        if record.counts[name] == 1 and isinstance(value, Tensor) and _is_activation(value, images):
-            kind = type(backbone.get_submodule(name)).__name__
-            found.append(LayerInfo(name, kind, tuple(value.shape[1:]), value[0].numel()))
+    for name in record.values:
+        with contextlib.suppress(CaptureError):  # then no branch can sit there
+            value = record.activation(Tap(name, name))
+            if value.shape[0] == images.shape[0]:
+                kind = type(backbone.get_submodule(name)).__name__
+                found.append(LayerInfo(name, kind, tuple(value.shape[1:]), value[0].numel()))
     with_logits = _pre_logits_tap(backbone, images)
     value = _example_forward(backbone, [with_logits], images).activation(with_logits)
     return [*found, LayerInfo(PRE_LOGITS, f"input of {with_logits.path}", tuple(value.shape[1:]), value[0].numel())]
@@ -165,10 +168,6 @@ def _pre_logits_tap(backbone: nn.Module, images: Tensor) -> Tap:
     if not ran:
         raise ValueError(f"{type(backbone).__name__} runs no nn.Linear, so there is no {PRE_LOGITS!r}; name a layer instead")
     return Tap(PRE_LOGITS, list(ran)[-1], takes_input=True)
-
-
-def _is_activation(value: Tensor, images: Tensor) -> bool:
-    return value.is_floating_point() and value.dim() >= 2 and value.shape[0] == images.shape[0]
 
 
 def _example_forward(backbone: nn.Module, taps: Sequence[Tap], images: Tensor) -> Recording:

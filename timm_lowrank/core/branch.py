@@ -52,7 +52,7 @@ class LowRankBranch(nn.Module):
         place = torch.empty(0, device=device).device
         self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, place, dtype)
         self.bias = torch.zeros(num_features, device=place, dtype=dtype)
-        self.reference_norm = torch.zeros((), device=place, dtype=dtype)  # root mean square of ||a + b|| at switch-on
+        self.reference_norm = torch.zeros((), device=place, dtype=dtype)  # root mean square of ||a - mean|| at switch-on
         self.updates = 0
         self._started = False  # whether b and the reference norm were taken from a first batch
         self._losses: dict[str, Tensor] = {}
@@ -63,6 +63,7 @@ class LowRankBranch(nn.Module):
 
     def _forget_batches(self) -> None:
         self._sum = torch.zeros_like(self.bias)  # of the activations since the last update
+        self._squares = torch.zeros_like(self.reference_norm)  # of ||a + b||
         self._count = torch.zeros_like(self.reference_norm)
         self._batches = 0
         self._priorities = torch.zeros(0, dtype=torch.float64)  # of the rows that wait for the next step; see `_lowest`
@@ -89,7 +90,7 @@ class LowRankBranch(nn.Module):
             centred = values + self.bias
             norms = torch.linalg.vector_norm(centred, dim=1)
             factors = SCALINGS[self.config.scale](norms, self.reference_norm)
-            chosen = self._choose(values, factors) if remember else None
+            chosen = self._choose(values, norms, factors) if remember else None
             reconstruction = (factors.square() * self.weight.reconstruction_error(centred, chosen)).mean()  # L_c
             sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
@@ -118,16 +119,18 @@ class LowRankBranch(nn.Module):
 
     def _start(self, values: Tensor) -> None:
         """Begin with b at minus the mean of the first batch, unless W and b are to move exactly as printed (from zero)."""
+        mean = values.mean(dim=0)
         if self.config.step_rule == "normalized":
-            self.bias = -values.mean(dim=0)
-        self.reference_norm = (values + self.bias).square().sum(dim=1).mean().sqrt()
+            self.bias = -mean
+        self.reference_norm = (values - mean).square().sum(dim=1).mean().sqrt()
         self._started = True
 
-    def _choose(self, values: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, values: Tensor, norms: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of this batch that enter W, drawn evenly, with their factors; adds the batch to the next step of b."""
         total = values.detach().sum(dim=0)
         finite = total.isfinite().all()  # an overflow that a gradient scaler will skip must not enter b
         self._sum = self._sum + torch.where(finite, total, 0)
+        self._squares = self._squares + torch.where(finite, norms.detach().square().sum(), 0)
         self._count = self._count + finite * values.shape[0]
         self._batches += 1
         priorities = torch.rand(values.shape[0], dtype=torch.float64, generator=self._generator(self._batches))
@@ -161,17 +164,23 @@ class LowRankBranch(nn.Module):
             raise RuntimeError(f"update() of the branch on {self.name!r} without a penalty() since the last one")
         if self.config.update_rows is not None and self.weight.pending > self.config.update_rows:
             self.weight.thin_pending(self._lowest(self._priorities).to(self.bias.device))
+        with torch.autocast(self.bias.device.type, enabled=False):
+            self._step()
+        self._forget_batches()
+
+    def _step(self) -> None:
         count = self.weight.pending
+        projects = (self.updates + 1) % self.config.project_every == 0
+        if projects:
+            self._raise_if_collapsed()
         self._step_bias()  # first: its gradient is taken at the old W
         if self.config.step_rule == "fixed":
             self.weight.step(self.config.step_size * self.config.reconstruction_weight, count)
         else:
             self.weight.step(self.config.step_size / self._largest_curvature(count), count)
         self.updates += 1
-        if self.updates % self.config.project_every == 0:
-            self._raise_if_collapsed()
+        if projects:
             self.weight.project(self._generator(0))
-        self._forget_batches()
 
     def _largest_curvature(self, count: int) -> Tensor:
         """A tight upper bound of lambda_max(X^T X / count): a step on W below its inverse never overshoots.
@@ -196,10 +205,12 @@ class LowRankBranch(nn.Module):
 
     def _raise_if_collapsed(self) -> None:
         """The one place of a training step that waits for the device, at projections, which do so anyway."""
-        spread, reference = float(self._losses["activation_norm"]), float(self.reference_norm)
+        count, reference = float(self._count), float(self.reference_norm)
+        offset = self._sum / count + self.bias if count > 1 else torch.zeros_like(self.bias)  # b follows the mean late
+        spread = float((self._squares / max(count, 1) - offset.square().sum()).clamp_min(0).sqrt())
         advice = ("Lower reconstruction_weight, begin with it later or more slowly, or use scale='unit', under which a "
                   "layer gains nothing by shrinking.")
-        if not (spread < float("inf") and float(self._count) > 0):
+        if not (spread < float("inf") and count > 0):
             raise CollapseError(f"the activations of layer {self.name!r} are not finite after {self.updates} updates. {advice}")
         if spread <= _COLLAPSED * reference:
             raise CollapseError(f"layer {self.name!r} collapsed: the root mean square norm of its centred activations is "
@@ -234,7 +245,7 @@ class LowRankBranch(nn.Module):
         """Follow the module to another device, never to another dtype: W must not become half precision with a model."""
         device = fn(torch.empty_like(self.bias)).device
         self.weight.to(device)
-        for name in ("bias", "reference_norm", "_sum", "_count"):
+        for name in ("bias", "reference_norm", "_sum", "_squares", "_count"):
             setattr(self, name, getattr(self, name).to(device))
         self._losses = {name: value.to(device) for name, value in self._losses.items()}
         return super()._apply(fn, recurse)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +77,27 @@ class Recording:
 @contextlib.contextmanager
 def recording(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[Recording]:
     """Record what `taps` see for as long as the block lasts; no hook outlives it, whatever happens inside."""
-    record, handles = Recording(), []
+    record = Recording()
+    replaced: list[tuple[nn.Module, str, object]] = []
     try:
         for tap in taps:
-            handles.append(_hook(backbone.get_submodule(tap.path), tap, record))
+            module = backbone.get_submodule(tap.path)
+            kind = "_forward_pre_hooks" if tap.takes_input else "_forward_hooks"
+            hooks = getattr(module, kind)
+            replaced.append((module, kind, hooks))
+            # Not register_forward_hook: torch.compile cannot trace the handle that it makes, while this becomes part
+            # of one graph together with the network. The key is new: blocks may be nested, taps share a module.
+            setattr(module, kind, {**hooks, ("timm_lowrank", len(hooks)): _hook(tap, record)})
         yield record
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, kind, hooks in reversed(replaced):
+            setattr(module, kind, hooks)
 
 
-def _hook(module: nn.Module, tap: Tap, record: Recording) -> torch.utils.hooks.RemovableHandle:
+def _hook(tap: Tap, record: Recording) -> Callable[..., None]:
     if tap.takes_input:
-        return module.register_forward_pre_hook(lambda _, args: record.store(tap.layer, args[0] if args else None))
-    return module.register_forward_hook(lambda _, args, output: record.store(tap.layer, output))
+        return lambda _, args: record.store(tap.layer, args[0] if args else None)
+    return lambda _, args, output: record.store(tap.layer, output)
 
 
 @contextlib.contextmanager

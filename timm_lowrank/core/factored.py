@@ -214,7 +214,7 @@ class FactoredWeight:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave. Raises ValueError if the shapes do not belong to this layer."""
-        basis, core, gram = (state[name].to(self._buffer) for name in ("basis", "core", "gram"))
+        basis, core, gram = (state[name].to(self._buffer, copy=True) for name in ("basis", "core", "gram"))
         if basis.shape != (core.shape[0], self.num_features) or gram.shape != core.shape or core.dim() != 2:
             raise ValueError(f"a factor of shape {tuple(basis.shape)} with a core of shape {tuple(core.shape)} does not fit "
                              f"a layer of {self.num_features} features")

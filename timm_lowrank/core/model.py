@@ -36,6 +36,9 @@ class BranchDict(nn.ModuleDict):
     def keys(self):  # type: ignore[no-untyped-def, override]
         return [key.replace("/", ".") for key in self._modules]
 
+    def values(self):  # type: ignore[no-untyped-def, override]
+        return list(self._modules.values())
+
     def items(self):  # type: ignore[no-untyped-def, override]
         return list(zip(self.keys(), self._modules.values(), strict=True))
 

@@ -46,6 +46,8 @@ class CifarResNet(ResNet):
         ValueError: for a stem or an output stride that cannot be built, or other than four stages.
     """
 
+    feature_info: list[dict[str, Any]]
+
     def __init__(
         self,
         block: Any,
@@ -82,7 +84,7 @@ class CifarResNet(ResNet):
         self.add_module("conv1", conv1)  # in the place of timm's, so that the order of the parameters stays
         self.add_module("maxpool", nn.Identity())
         # timm counts strides from a stem of stride 2 followed by a pooling of stride 2
-        stem_info, *stages = cast(list[dict[str, Any]], self.feature_info)
+        stem_info, *stages = self.feature_info
         self.feature_info = [{**stem_info, "reduction": stem_stride}]
         self.feature_info += [{**info, "reduction": info["reduction"] * stem_stride // 4} for info in stages]
 

@@ -5,17 +5,16 @@
 >>> summary = train(recipe, "runs/short")  # doctest: +SKIP
 """
 
-try:
-    import accelerate as _accelerate
-    import tqdm as _tqdm
-    import yaml as _yaml
-except ImportError as error:
-    raise ImportError(f"training recipes need {error.name}: pip install 'timm_lowrank[train]'") from error
+import importlib.util
 
-from .errors import DataError, DivergedError, RecipeError, RunError, TrainingError
-from .experiment import train
-from .images import ImageData, load_images
-from .recipe import Recipe, load_recipe
+_missing = [name for name in ("accelerate", "tqdm", "yaml") if importlib.util.find_spec(name) is None]
+if _missing:
+    raise ImportError(f"training recipes need {', '.join(_missing)}: pip install 'timm_lowrank[train]'")
+
+from .errors import DataError, DivergedError, RecipeError, RunError, TrainingError  # noqa: E402
+from .experiment import train  # noqa: E402
+from .images import ImageData, load_images  # noqa: E402
+from .recipe import Recipe, load_recipe  # noqa: E402
 
 __all__ = [
     "DataError",

@@ -65,7 +65,8 @@ def _choices(recipe: Recipe) -> Iterable[str]:
 
 def _together(recipe: Recipe) -> Iterable[str]:
     if recipe.gradient_accumulation > 0 and recipe.batch_size % recipe.gradient_accumulation:
-        yield f"batch_size={recipe.batch_size} cannot be split into gradient_accumulation={recipe.gradient_accumulation}"
+        parts = recipe.gradient_accumulation
+        yield f"batch_size={recipe.batch_size} cannot be split into gradient_accumulation={parts}"
     if recipe.nesterov and not recipe.momentum:
         yield "nesterov=true needs a momentum > 0"
     if recipe.lowrank_enabled and recipe.pretrain_epochs >= recipe.epochs:

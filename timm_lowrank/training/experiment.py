@@ -169,7 +169,6 @@ def _finish(state: TrainingState, data: ImageData, folder: RunFolder, twin: Fini
 def _export(state: TrainingState, data: ImageData, folder: RunFolder) -> None:
     """model/ in timm's Hub layout; a plain run has no branch to put beside it."""
     # safetensors takes no channels-last weights
-    state.lowrank.to(memory_format=torch.contiguous_format)
     model = state.lowrank if state.recipe.lowrank_enabled else state.lowrank.unwrap()
     data_config = {"input_size": data.image_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
     with folder.writing("model"):

@@ -111,8 +111,9 @@ def _class_names(splits: dict[str, Split]) -> tuple[str, ...]:
         wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(names)))
         if len(wrong):
             raise DataError(
-                f"{split.name}: row {wrong[0]} has the label {split.labels[wrong[0]]}, outside the {len(names)} classes "
-                f"0 to {len(names) - 1}" + (f" ({len(wrong)} such rows)" if len(wrong) > 1 else "")
+                f"{split.name}: row {wrong[0]} has the label {split.labels[wrong[0]]}, "
+                f"outside the {len(names)} classes 0 to {len(names) - 1}"
+                + (f" ({len(wrong)} such rows)" if len(wrong) > 1 else "")
             )
     if len(np.unique(train.labels)) < 2:
         raise DataError(f"{train.name} holds a single class, {names[train.labels[0]]}: there is nothing to learn")

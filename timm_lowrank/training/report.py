@@ -27,7 +27,7 @@ KEPT_ENERGIES = 1000
 
 @torch.no_grad()
 def layer_energies(lowrank: LowRankModel, batches: EvalBatches, limit: int | None) -> dict[str, Tensor]:
-    """The squared singular values of every regularized layer's centred activations on test images.
+    """The squared singular values of every regularized layer's centred activations on test images, in float32.
 
     Args:
         lowrank: the wrapped network; switched on or off makes no difference.
@@ -46,7 +46,7 @@ def layer_energies(lowrank: LowRankModel, batches: EvalBatches, limit: int | Non
     for images, _ in batches:
         images = images if limit is None else images[: limit - taken]
         with lowrank.capture() as activations:
-            lowrank(images)
+            lowrank.unwrap()(images)  # not the wrapper: once compiled, it does not see hooks that come later
         for layer, value in activations.items():
             kept.setdefault(layer, []).append(value.float().flatten(1))  # type: ignore[attr-defined]
         taken += len(images)

@@ -96,9 +96,7 @@ class RunFolder:
         what = f"could not write the checkpoint of epoch {epoch} to {self._checkpoints}"
         try:
             with _disk(what, f"Free some space and continue with --resume auto; {self._kept()}."):
-                # Not safetensors: a branch that has seen nothing yet has empty tensors in its state, which accelerate
-                # takes for tensors that share memory and leaves out.
-                accelerator.save_state(str(partial), safe_serialization=False)
+                accelerator.save_state(str(partial))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
                     os.replace(partial, final)

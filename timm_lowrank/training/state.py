@@ -116,7 +116,9 @@ def build(recipe: Recipe, data: ImageData, output: Path) -> TrainingState:
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators, which weight initialisation and dropout draw from, and restores them after."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global ones are what is meant
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    # The device that accelerate will choose: asking for the current one would open a context on the first GPU.
+    devices = [int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)

@@ -1,0 +1,800 @@
+"""`LowRankBranch`: against Algorithm 2 written down literally, and everything that training does to it."""
+
+import copy
+import itertools
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import timm_lowrank as tlr
+from timm_lowrank import CollapseError, LowRankBranch, LowRankConfig
+from timm_lowrank.core.config import PROJECTIONS, SCALES, STEP_RULES, STORAGES
+from timm_lowrank.core.factored import FactoredWeight
+
+DOUBLE = torch.float64
+
+
+def batches(count, rows=8, width=24, seed=0, size=1.0):
+    """Batches (rows, width) float64 with a decaying spectrum about a mean, both of which drift as a network's do."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=DOUBLE, generator=generator)
+
+    mixing = torch.linalg.qr(randn(width, width))[0] * torch.arange(1, width + 1, dtype=DOUBLE) ** -0.7
+    mean = randn(width) / width**0.5
+    for _ in range(count):
+        mixing = mixing + 0.02 * randn(width, width) / width
+        mean = mean + 0.02 * randn(width) / width**0.5
+        yield size * (randn(rows, width) @ mixing.T + mean)
+
+
+def config(**values):
+    return LowRankConfig(**{"project_every": 4, "update_rows": None, "oversampling": 3, **values})
+
+
+def build(width=24, rank=4, dtype=DOUBLE, **values):
+    return LowRankBranch(width, rank, config(**values), dtype=dtype)
+
+
+def train(branch, rows):
+    """One training step of the branch; the loss and its gradient in the activations."""
+    rows = rows.clone().requires_grad_()
+    loss = branch.penalty(rows)
+    loss.backward()
+    branch.update()
+    return loss.detach(), rows.grad
+
+
+def trained(updates=6, **values):
+    branch = build(**values)
+    for rows in batches(updates):
+        train(branch, rows)
+    return branch
+
+
+def difference(found, expected, floor=1e-300):
+    """The largest difference, relative to the largest entry of what is expected or to `floor`."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(floor))
+
+
+def eigenvalues(branch):
+    return torch.linalg.eigvalsh(branch.dense_weight())
+
+
+def rank_of(branch, rtol=1e-9):
+    return int(torch.linalg.matrix_rank(branch.dense_weight(), rtol=rtol))
+
+
+# against Algorithm 2
+
+
+class LiteralAlgorithm2:
+    """The paper's layer, line by line: W_s and b by autograd, the projection by singular value decomposition.
+
+    Independent of the package: no line of it is called here.
+    """
+
+    def __init__(self, width, rank, weights, step_size, project_every):
+        self.matrix = torch.zeros(width, width, dtype=DOUBLE, requires_grad=True)
+        self.bias = torch.zeros(width, dtype=DOUBLE, requires_grad=True)
+        self.rank, self.weights, self.step_size, self.project_every = rank, weights, step_size, project_every
+        self.updates = 0
+
+    def loss(self, a):
+        w = (self.matrix + self.matrix.T) / 2
+        z = (a + self.bias) @ w
+        d1 = self.weights[0] / len(a) * ((z - (a + self.bias)) ** 2).sum()
+        d2 = self.weights[1] / len(a) * sum(abs(1 - row.norm()) for row in a)
+        return d1 + d2
+
+    def train(self, a):
+        a = a.clone().requires_grad_()
+        loss = self.loss(a)
+        loss.backward()
+        with torch.no_grad():
+            self.matrix -= self.step_size * self.matrix.grad
+            self.bias -= self.step_size * self.bias.grad
+            self.updates += 1
+            if self.updates % self.project_every == 0:
+                u, s, v = torch.linalg.svd((self.matrix + self.matrix.T) / 2)
+                self.matrix.copy_((u[:, : self.rank] * s[: self.rank]) @ v[: self.rank])
+        self.matrix.grad = self.bias.grad = None
+        return loss.detach(), a.grad
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("norm_weight", [0.0, 0.3])
+def test_as_printed_it_is_the_paper_s_algorithm(storage, norm_weight):
+    literal = LiteralAlgorithm2(24, 4, (0.7, norm_weight), 0.2, 4)
+    branch = build(scale="paper", step_rule="fixed", projection="exact", storage=storage, step_size=0.2,
+                   reconstruction_weight=0.7, norm_weight=norm_weight)
+    moved = []
+    for rows in batches(80):
+        (loss, gradient), (expected_loss, expected_gradient) = train(branch, rows), literal.train(rows)
+        assert difference(loss, expected_loss) < 1e-10
+        assert difference(gradient, expected_gradient) < 1e-10
+        assert difference(branch.bias, literal.bias.detach()) < 1e-10
+        assert difference(branch.dense_weight(), literal.matrix.detach()) < 1e-10
+        moved.append(float(branch.bias.norm()))
+    assert moved[-1] > moved[0] > 0
+    assert rank_of(branch) == 4
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("step_rule", STEP_RULES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_factored_and_dense_storage_agree(scale, step_rule, projection):
+    """80 updates with 20 projections, in loss, gradient to the activations, W and b, to 1e-10."""
+    values = {"scale": scale, "step_rule": step_rule, "projection": projection, "norm_weight": 0.1, "step_size": 0.3}
+    fast, slow = build(**values), build(storage="dense", **values)
+    for rows in batches(80):
+        (loss, gradient), (expected_loss, expected_gradient) = train(fast, rows), train(slow, rows)
+        assert difference(loss, expected_loss) < 1e-10
+        assert difference(gradient, expected_gradient, floor=1e-3) < 1e-10  # zero at W = 0 on the unit scale
+        assert difference(fast.bias, slow.bias) < 1e-10
+        assert difference(fast.dense_weight(), slow.dense_weight()) < 1e-10
+    assert rank_of(fast) == 4
+    assert difference(fast.weight.eigenvalues()[:4], slow.weight.eigenvalues()[:4]) < 1e-9
+    assert fast.effective_rank() == slow.effective_rank() > 0
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_storages_agree_when_rows_are_drawn_and_batches_accumulated(projection):
+    fast, slow = (build(storage=storage, projection=projection, update_rows=5) for storage in STORAGES)
+    for rows in batches(24, rows=14):
+        for branch in (fast, slow):
+            for part in rows.split([8, 2, 4]):
+                branch.penalty(part.clone().requires_grad_()).backward()
+            branch.update()
+        assert difference(fast.dense_weight(), slow.dense_weight()) < 1e-10
+        assert difference(fast.bias, slow.bias) < 1e-10
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_gradient_to_the_activations(scale, storage):
+    branch = trained(scale=scale, storage=storage, norm_weight=0.2).eval()
+    (rows,) = batches(1, rows=3, seed=5)
+    assert torch.autograd.gradcheck(branch.penalty, rows.requires_grad_())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_parts_of_the_loss(storage):
+    branch = trained(storage=storage, scale="paper", reconstruction_weight=2.0, norm_weight=0.5).eval()
+    (rows,) = batches(1, seed=5)
+    total, parts = branch.penalty(rows), branch.losses()
+    centred = rows + branch.bias
+    reconstruction = (centred @ branch.dense_weight() - centred).square().sum(1).mean()
+    norm = (1 - rows.norm(dim=1)).abs().mean()
+    assert torch.allclose(parts["reconstruction"], reconstruction)
+    assert torch.allclose(parts["norm"], norm)
+    assert torch.allclose(parts["activation_norm"], centred.square().sum(1).mean().sqrt())
+    assert torch.allclose(total, 2 * reconstruction + 0.5 * norm)
+    assert all(not part.requires_grad for part in parts.values())
+
+
+def test_the_unit_scale_is_the_share_of_the_energy_outside_the_subspace():
+    branch = trained(scale="unit", updates=200, project_every=1, projection="exact", step_size=1.0).eval()
+    (rows,) = batches(1, seed=5)
+    centred = rows + branch.bias
+    shares = (centred @ branch.dense_weight() - centred).square().sum(1) / centred.square().sum(1)
+    assert torch.allclose(branch.penalty(rows), shares.mean())
+    assert 0 < float(shares.mean()) < 1
+    assert torch.allclose(branch.penalty(rows), branch.penalty(1e6 * centred - branch.bias)), "of no unit"
+
+
+def test_the_reference_scale_is_measured_once():
+    first, *others = batches(20)
+    branch = build(scale="reference")
+    train(branch, first)
+    expected = (first - first.mean(0)).square().sum(1).mean().sqrt()
+    assert difference(branch.reference_norm, expected) < 1e-12
+    for rows in others:
+        train(branch, 5 * rows)
+    assert difference(branch.reference_norm, expected) < 1e-12
+
+
+def test_the_warmup_adapts_the_branch_before_it_pulls():
+    branch, plain = build(warmup_updates=5), build()
+    shares = []
+    for rows in batches(14):
+        (loss, gradient), (full, _) = train(branch, rows), train(plain, rows)
+        shares.append(float(loss / full))
+        assert (float(gradient.norm()) > 0) == (shares[-1] > 0)
+        assert torch.equal(branch.dense_weight(), plain.dense_weight()), "W and b learn from the first batch on"
+    assert shares == pytest.approx([0, 0, 0, 0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+
+
+# nothing of size m x m
+
+
+class NothingLarge(TorchDispatchMode):
+    """Raises when an operation makes a tensor of `numbers` elements or decomposes a matrix with a side of `side`."""
+
+    DECOMPOSITION = re.compile(r"eig|svd|qr|cholesky|lu_factor|ldl|inv|solve|lstsq")
+
+    def __init__(self, numbers, side):
+        super().__init__()
+        self.numbers, self.side, self.operations, self.decompositions = numbers, side, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if self.DECOMPOSITION.search(name):
+            self.decompositions += 1
+            sides = [max(x.shape[-2:], default=0) for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            if max(sides, default=0) >= self.side:
+                raise AssertionError(f"{name} of a matrix with a side of {max(sides)}")
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        largest = max((x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)), default=0)
+        if largest >= self.numbers:
+            raise AssertionError(f"{name} made a tensor of {largest} numbers")
+        return result
+
+
+WIDE = 2048
+
+
+def run_wide(storage, projection, updates=11):
+    values = {"project_every": 5, "update_rows": 16, "storage": storage, "projection": projection}
+    branch = LowRankBranch(WIDE, 24, LowRankConfig(**values))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(updates):
+        rows = torch.randn(32, WIDE, generator=generator, requires_grad=True)
+        branch.penalty(rows).backward()
+        branch.update()
+    restored = LowRankBranch(WIDE, 24, LowRankConfig(**values))
+    restored.load_state_dict(branch.state_dict())
+    assert branch.factor().shape == (WIDE, 24)
+    assert 0 < branch.effective_rank() <= 24 + 16
+    return rows.grad
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_nothing_of_size_m_by_m_is_made(projection):
+    with NothingLarge(WIDE * WIDE, WIDE // 2) as guard:
+        gradient = run_wide("factored", projection)
+    assert float(gradient.norm()) > 0
+    assert guard.operations > 500
+    assert guard.decompositions >= 4
+
+
+@pytest.mark.parametrize("limits", [(WIDE * WIDE, 10**9), (10**12, WIDE // 2)], ids=["tensors", "decompositions"])
+def test_the_guard_does_fire(limits):
+    with pytest.raises(AssertionError, match=r"made a tensor of 4194304|of a matrix with a side of 2048"), NothingLarge(*limits):
+        run_wide("dense", "exact", updates=5)
+
+
+# stability
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_normalized_rule_is_stable_at_any_norm(scale, projection):
+    """||I - W||_2 <= 1 always, so W stays between 0 and 2, for batches and rows of norms from 1e-4 to 1e6."""
+    branch = build(scale=scale, projection=projection, step_size=1.0)
+    generator = torch.Generator().manual_seed(1)
+    for i, rows in enumerate(batches(40)):
+        sizes = 10 ** (10 * torch.rand(8 if i % 2 else 1, 1, dtype=DOUBLE, generator=generator) - 4)
+        train(branch, rows / rows.norm(dim=1, keepdim=True) * sizes)
+        distance = float((1 - eigenvalues(branch)).abs().max())
+        assert distance <= 1 + 1e-9
+    assert float(eigenvalues(branch).max()) > 1e-3
+
+
+def test_a_fixed_step_is_not_stable_at_large_norms():
+    branch = build(scale="paper", step_rule="fixed", step_size=0.1, project_every=100)
+    for rows in batches(4, size=30.0):
+        train(branch, rows)
+    assert float(eigenvalues(branch).abs().max()) > 1e3
+
+
+def test_single_precision_stays_stable():
+    branch = build(dtype=torch.float32, step_size=1.0, project_every=10)
+    for rows in batches(400):
+        train(branch, rows.float())
+    assert float((1 - eigenvalues(branch)).abs().max()) <= 1 + 1e-4
+    assert rank_of(branch, rtol=1e-5) == 4
+    basis = branch.weight.basis
+    assert torch.allclose(basis @ basis.T, torch.eye(4), atol=1e-4), "kept orthonormal through 40 projections"
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_rank_is_kept_after_every_projection(storage, projection):
+    branch = build(storage=storage, projection=projection, nystrom_runs=5)
+    ranks = []
+    for rows in batches(24):
+        train(branch, rows)
+        ranks.append(rank_of(branch))
+    assert ranks[3::4] == [4] * 6
+    assert max(ranks) > 4, "it grows in between"
+    factor = branch.factor()
+    assert factor.shape == (24, 4)
+    assert torch.allclose(factor @ factor.T, branch.dense_weight(), atol=1e-9)
+    assert 1 <= branch.effective_rank() <= 4
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_before_its_first_update_it_holds_nothing(storage):
+    branch = build(storage=storage)
+    assert torch.equal(branch.dense_weight(), torch.zeros(24, 24, dtype=DOUBLE))
+    assert branch.effective_rank() == 0
+    assert float(branch.factor().norm()) == 0
+    assert branch.losses() == {}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_batches_without_variation_leave_w_at_zero(storage):
+    branch = build(storage=storage, project_every=100)
+    for _ in range(3):
+        train(branch, torch.ones(4, 24, dtype=DOUBLE))
+    assert torch.equal(branch.dense_weight(), torch.zeros(24, 24, dtype=DOUBLE))
+    branch.weight.project(torch.Generator())
+    assert branch.effective_rank() == 0
+
+
+def test_it_learns_the_subspace_of_the_data():
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(40, 3, dtype=DOUBLE, generator=generator))[0]
+    branch = build(width=40, rank=3, project_every=10, update_rows=16)
+    for _ in range(100):
+        inside = torch.randn(32, 3, dtype=DOUBLE, generator=generator) @ directions.T
+        loss, _ = train(branch, inside + 0.01 * torch.randn(32, 40, dtype=DOUBLE, generator=generator) + 2.0)
+    projector = directions @ directions.T
+    assert float((branch.dense_weight() - projector).norm()) < 0.1
+    assert float((branch.bias + 2.0).abs().max()) < 0.2
+    assert float(loss) < 0.02
+
+
+# rows that enter W
+
+
+def test_the_growth_of_the_basis_is_bounded():
+    branch = build(update_rows=3, project_every=5, rank=4)
+    sizes = []
+    for rows in batches(20):
+        train(branch, rows)
+        sizes.append(branch.weight.basis.shape[0])
+    assert max(sizes) == 4 + 3 * 5 - 3, "just before a projection"
+    assert sizes[4::5] == [4] * 4
+
+
+def weight_before_the_step():
+    return trained(updates=5, step_rule="fixed", scale="paper", step_size=0.1, project_every=4).weight
+
+
+def stepped(weight, rows, chosen):
+    weight = copy.deepcopy(weight)
+    weight.reconstruction_error(rows, (torch.tensor(chosen), torch.ones(len(chosen), dtype=DOUBLE)))
+    weight.step(0.1, len(chosen))
+    return weight.dense()
+
+
+def test_the_step_with_drawn_rows_is_unbiased_over_all_subsets():
+    weight = weight_before_the_step()
+    assert isinstance(weight, FactoredWeight)
+    (rows,) = batches(1, rows=5, seed=9)
+    full = stepped(weight, rows, list(range(5)))
+    parts = [stepped(weight, rows, list(chosen)) for chosen in itertools.combinations(range(5), 2)]
+    assert difference(sum(parts) / 10, full) < 1e-12
+    assert difference(parts[0], full) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [[10], [5, 5], [7, 1, 2]], ids=str)
+def test_rows_are_drawn_evenly_whatever_the_batches_are(sizes):
+    """Every row of an update enters W equally often, also when micro-batches are of different sizes."""
+    drawn, seeds = torch.zeros(10), 600
+    rows = torch.eye(10, 24, dtype=DOUBLE)
+    for seed in range(seeds):
+        branch = build(scale="paper", step_rule="fixed", update_rows=3, seed=seed)
+        for part in rows.split(sizes):
+            branch.penalty(part)
+        branch.update()
+        entered = branch.dense_weight().diagonal()[:10] > 0
+        assert int(entered.sum()) == 3
+        drawn += entered
+    expected = seeds * 3 / 10
+    chi_square = float(((drawn - expected).square() / expected).sum()) / 0.7  # drawn without replacement
+    assert chi_square < 27.9, "the 0.999 quantile of 9 degrees of freedom"
+
+
+def test_the_mean_of_many_drawn_steps_is_the_full_step():
+    def step(seed, update_rows):
+        branch = build(scale="paper", step_rule="fixed", step_size=0.1, update_rows=update_rows, seed=seed)
+        train(branch, rows)
+        return branch.dense_weight()
+
+    (rows,) = batches(1, rows=8)
+    full = step(0, None)
+    single = [step(seed, 4) for seed in range(400)]
+    mean_error = float((sum(single) / 400 - full).norm() / full.norm())
+    single_error = sum(float((w - full).norm() / full.norm()) for w in single) / 400
+    assert mean_error < 3 * single_error / 400**0.5
+    assert single_error > 0.2
+
+
+def test_draws_depend_on_seed_and_update_alone(random_stream):
+    def run(seed):
+        branch = build(update_rows=3, seed=seed)
+        for rows in batches(6):
+            train(branch, rows)
+        return branch.dense_weight()
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    assert run(2**62 + 1).isfinite().all()
+    assert run(-5).isfinite().all()
+    assert random_stream()
+
+
+def test_the_loss_sees_every_row():
+    (rows,) = batches(1)
+    losses = [trained(update_rows=None).eval().penalty(rows), trained(update_rows=None).train().penalty(rows)]
+    drawn = trained(update_rows=None)
+    drawn.config = config(update_rows=2)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], drawn.penalty(rows))
+
+
+# accumulation, precision, skipped steps
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("step_rule", STEP_RULES)
+@pytest.mark.parametrize("parts", [[4, 4], [1, 5, 2]])
+def test_micro_batches_are_one_batch(storage, step_rule, parts):
+    values = {"storage": storage, "step_rule": step_rule, "scale": "reference", "step_size": 0.3}
+    whole, split = trained(4, **values), trained(4, **values)
+    for rows in batches(8, seed=3):
+        _, gradient = train(whole, rows)
+        pieces = [piece.clone().requires_grad_() for piece in rows.split(parts)]
+        for piece in pieces:
+            (split.penalty(piece) * len(piece) / len(rows)).backward()
+        split.update()
+        assert difference(torch.cat([piece.grad for piece in pieces]), gradient) < 1e-10
+        assert difference(split.dense_weight(), whole.dense_weight()) < 1e-10
+        assert difference(split.bias, whole.bias) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_activations(dtype):
+    branch, twin = (build(dtype=torch.float32) for _ in range(2))
+    for rows in batches(6):
+        low = rows.to(dtype)
+        loss, gradient = train(branch, low)
+        expected_loss, expected = train(twin, low.float())
+        assert (loss.dtype, gradient.dtype, branch.bias.dtype) == (torch.float32, dtype, torch.float32)
+        assert torch.equal(loss, expected_loss)
+        assert torch.equal(gradient, expected.to(dtype))
+    assert torch.equal(branch.dense_weight(), twin.dense_weight())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_autocast_changes_nothing(storage):
+    branch, twin = (build(dtype=torch.float32, storage=storage) for _ in range(2))
+    for rows in batches(6):
+        expected = train(twin, rows.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = branch.penalty(rows.float().requires_grad_())
+            branch.update()
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, expected[0])
+    assert torch.equal(branch.dense_weight(), twin.dense_weight())
+
+
+def test_backward_inside_autocast_is_not_in_half_precision():
+    branch = trained(dtype=torch.float32).eval()
+    gradients = []
+    for enabled in (False, True):
+        (rows,) = batches(1)
+        rows = rows.float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            branch.penalty(rows).backward()
+        gradients.append(rows.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("convert", ["half", "double", "bfloat16", "float"])
+def test_a_model_s_change_of_precision_leaves_it_alone(convert):
+    model = nn.ModuleDict({"branch": trained(dtype=torch.float32), "layer": nn.Linear(2, 2)})
+    before = copy.deepcopy(model["branch"].state_dict())
+    getattr(model, convert)()
+    after = model["branch"].state_dict()
+    assert {key: value.dtype for key, value in after.items()} == {key: value.dtype for key, value in before.items()}
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    (rows,) = batches(1)
+    train(model["branch"], rows.to(model["layer"].weight.dtype))
+
+
+def test_it_is_neither_parameter_nor_buffer():
+    branch = trained()
+    assert list(branch.parameters()) == []
+    assert list(branch.buffers()) == []
+    assert all(not value.requires_grad for value in branch.state_dict().values())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_batch_with_an_overflow_that_a_scaler_skips_does_not_enter(storage, scale, bad):
+    """A gradient scaler skips the optimizer's step and with it the update; the next good batch must not pay for it."""
+    branch, twin = (trained(storage=storage, scale=scale) for _ in range(2))
+    overflow, good = batches(2, seed=3)
+    overflow[:, 1] = bad
+    assert not branch.penalty(overflow.requires_grad_()).isfinite(), "the scaler must see it"
+    train(branch, good)
+    train(twin, good)
+    assert torch.equal(branch.bias, twin.bias)
+    assert difference(branch.dense_weight(), twin.dense_weight()) < 1e-12
+    for rows in batches(6, seed=4):
+        train(branch, rows)
+    assert branch.dense_weight().isfinite().all()
+    assert rank_of(branch) >= 4
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", ["unit", "reference"])
+def test_an_overflow_in_the_very_first_batch_is_not_taken_for_the_scale(storage, scale):
+    branch = build(storage=storage, scale=scale)
+    overflow, good, *others = batches(10)
+    overflow[0, 0] = float("inf")
+    branch.penalty(overflow)
+    train(branch, good)
+    assert difference(branch.reference_norm, (good - good.mean(0)).square().sum(1).mean().sqrt()) < 1e-12
+    for rows in others:
+        train(branch, rows)
+    assert branch.dense_weight().isfinite().all()
+
+
+# state
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_a_file_resumes_bit_for_bit(tmp_path, storage, projection, dtype):
+    """From the start, in the middle of an interval, and right after a projection."""
+    values = {"storage": storage, "projection": projection, "update_rows": 5, "dtype": dtype}
+    rows = [batch.to(dtype) for batch in batches(15)]
+    for stop in (0, 1, 4, 7):
+        straight = build(**values)
+        for batch in rows[:stop]:
+            train(straight, batch)
+        safetensors.torch.save_file(straight.state_dict(), tmp_path / "branch.safetensors")
+        resumed = build(**values)
+        resumed.load_state_dict(safetensors.torch.load_file(tmp_path / "branch.safetensors"))
+        for batch in rows[stop:]:
+            (loss, gradient), (expected_loss, expected) = train(resumed, batch), train(straight, batch)
+            assert torch.equal(loss, expected_loss)
+            assert torch.equal(gradient, expected)
+        assert torch.equal(resumed.dense_weight(), straight.dense_weight())
+        assert torch.equal(resumed.bias, straight.bias)
+        assert resumed.updates == straight.updates == 15
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_state_dict_has_no_empty_and_no_shared_tensors(storage):
+    """Writers of checkpoints drop those."""
+    for branch in (build(storage=storage), trained(storage=storage)):
+        state = branch.state_dict()
+        assert min(value.numel() for value in state.values()) > 0
+        assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_state_dict_is_a_copy(storage):
+    branch = trained(storage=storage)
+    state = branch.state_dict()
+    before = copy.deepcopy(state)
+    for rows in batches(5):
+        train(branch, rows)
+    assert all(torch.equal(state[key], before[key]) for key in state)
+    branch.load_state_dict(state)
+    for value in state.values():
+        value.zero_()
+    assert torch.equal(branch.bias, before["bias"])
+    assert float(branch.dense_weight().norm()) > 0
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_batches_that_wait_are_forgotten_when_a_state_is_loaded(storage):
+    branch, twin = trained(storage=storage), trained(storage=storage)
+    first, second = batches(2, seed=3)
+    state = branch.state_dict()
+    branch.penalty(first)
+    branch.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="without a penalty"):
+        branch.update()
+    train(branch, second)
+    train(twin, second)
+    assert torch.equal(branch.dense_weight(), twin.dense_weight())
+    assert torch.equal(branch.bias, twin.bias)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_wrong_state_dicts(storage):
+    state = trained(storage=storage).state_dict()
+    before = build(width=30, storage=storage)
+    with pytest.raises(RuntimeError, match=r"a bias of shape \(24,\) does not fit 30 features"):
+        before.load_state_dict(state)
+    wrong = {**state, "basis" if storage == "factored" else "matrix": torch.zeros(3, 23)}
+    branch = trained(storage=storage)
+    unchanged = branch.dense_weight().clone(), branch.bias.clone()
+    with pytest.raises(RuntimeError, match=r"low-rank branch.*of shape \(3, 23\).* does not fit a layer of 24 features"):
+        branch.load_state_dict(wrong)
+    assert torch.equal(branch.dense_weight(), unchanged[0])
+    assert torch.equal(branch.bias, unchanged[1])
+    missing = {key: value for key, value in state.items() if key != "counters"}
+    with pytest.raises(RuntimeError, match='Missing key.*"counters"'):
+        build(storage=storage).load_state_dict(missing)
+    with pytest.raises(RuntimeError, match='Unexpected key.*"extra"'):
+        build(storage=storage).load_state_dict({**state, "extra": torch.zeros(1)})
+    other = STORAGES[1 - STORAGES.index(storage)]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        build(storage=other).load_state_dict(state)
+
+
+def test_a_deep_copy_lives_its_own_life():
+    branch = trained()
+    twin = copy.deepcopy(branch)
+    before = branch.dense_weight().clone()
+    for rows in batches(3):
+        train(twin, rows)
+    assert torch.equal(branch.dense_weight(), before)
+    for rows in batches(3):
+        train(branch, rows)
+    assert torch.equal(branch.dense_weight(), twin.dense_weight())
+
+
+# errors
+
+
+@pytest.mark.parametrize("rank", [0, -1, 25])
+def test_ranks_that_do_not_fit(rank):
+    with pytest.raises(ValueError, match=rf"rank {rank} must lie between 1 and .*24"):
+        LowRankBranch(24, rank)
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    (torch.zeros(3, 23), r"\(3, 23\) do not fit \(batch, 24\)"),
+    (torch.zeros(24), r"\(24,\) do not fit"),
+    (torch.zeros(3, 24, 1), r"\(3, 24, 1\) do not fit"),
+    (torch.zeros(3, 24, dtype=torch.int64), "must be floating point, not torch.int64"),
+    (torch.zeros(0, 24), "empty batch"),
+])
+def test_wrong_activations(rows, message):
+    branch = build()
+    branch.name = "layer3"
+    with pytest.raises(ValueError, match=f"'layer3'.*{message}"):
+        branch.penalty(rows)
+    assert branch.weight.pending == 0
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_update_needs_a_penalty(storage):
+    branch = build(storage=storage)
+    (rows,) = batches(1)
+    with pytest.raises(RuntimeError, match="without a penalty"):
+        branch.update()
+    branch.eval().penalty(rows)
+    with torch.no_grad():
+        branch.train().penalty(rows)
+    with pytest.raises(RuntimeError, match="without a penalty"):
+        branch.update()
+    train(branch, rows)
+    with pytest.raises(RuntimeError, match="without a penalty"):
+        branch.update()
+
+
+def test_an_update_between_penalty_and_backward_is_an_error():
+    branch = trained()
+    (rows,) = batches(1)
+    loss = branch.penalty(rows.requires_grad_())
+    branch.update()
+    with pytest.raises(RuntimeError, match="updated between penalty.. and backward"):
+        loss.backward()
+
+
+# collapse
+
+
+def collapse(images, labels, seed=0, epochs=9, **values):
+    """Train a network with a hidden layer of 256 features on real digits, with a branch from the fourth epoch on.
+
+    Returns the accuracies at switch-on and at the end, and the error that stopped the training.
+    """
+    torch.manual_seed(seed)
+    images, labels = images[:1000].flatten(1), labels[:1000]
+    network = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    model = tlr.wrap(network, LowRankConfig(branches={"1": 10}, **values), example_input=images[:2]).enable(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+    def accuracy():
+        return float((network(images).argmax(1) == labels).float().mean())
+
+    before, error = 0.0, None
+    try:
+        for epoch in range(epochs):
+            if epoch == 3:
+                before = accuracy()
+                model.enable()
+            for chosen in torch.randperm(1000).split(50):
+                loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen]) + model.penalty()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                model.update()
+    except CollapseError as caught:
+        error = caught
+    return before, accuracy(), error
+
+
+@pytest.mark.parametrize(("step_rule", "step_size", "weight"), [("fixed", 0.001, 1.0), ("normalized", 0.5, 5.0)])
+def test_the_printed_loss_kills_a_layer_and_says_so(digits, step_rule, step_size, weight):
+    before, after, error = collapse(*digits, scale="paper", step_rule=step_rule, step_size=step_size, reconstruction_weight=weight)
+    assert before > 0.85
+    assert after < 0.2
+    assert "layer '1' collapsed" in str(error)
+    assert "scale='unit'" in str(error)
+
+
+@pytest.mark.parametrize("weight", [1.0, 5.0])
+def test_the_unit_scale_does_not_kill_it(digits, weight):
+    before, after, error = collapse(*digits, scale="unit", reconstruction_weight=weight)
+    assert error is None
+    assert after > before - 0.03
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_dead_activations_are_a_collapse_although_b_has_not_followed_yet(storage):
+    """A dead layer is equal for all samples, not zero about -b, which moves slowly."""
+    branch = build(storage=storage, scale="paper", step_rule="fixed", step_size=1e-3)
+    for rows in batches(5):
+        train(branch, rows)
+    dead = torch.full((8, 24), 0.5, dtype=DOUBLE)
+    with pytest.raises(CollapseError, match="collapsed: the root mean square norm of its centred activations is"):
+        for _ in range(4):
+            train(branch, dead)
+
+
+@pytest.mark.parametrize("step_rule", STEP_RULES)
+def test_activations_with_a_large_mean_are_no_collapse(step_rule):
+    branch = build(step_rule=step_rule, scale="unit", step_size=1e-3)
+    for rows in batches(9):
+        train(branch, rows + 1e4)
+    assert branch.updates == 9
+
+
+def test_batches_of_one_sample_are_no_collapse():
+    branch = build(project_every=2)
+    for rows in batches(9, rows=1):
+        train(branch, rows)
+    assert branch.updates == 9
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_stay_not_finite_are_an_error_at_the_next_projection(storage, value):
+    branch = trained(storage=storage, updates=5)
+    branch.name = "layer3"
+    broken = torch.full((8, 24), value, dtype=DOUBLE)
+    with pytest.raises(CollapseError, match="activations of layer 'layer3' are not finite after 7 updates"):
+        for _ in range(4):
+            train(branch, broken)
+    assert branch.updates == 7
+    assert branch.dense_weight().isfinite().all()
+    assert branch.bias.isfinite().all()
+
+
+def test_a_network_that_is_broken_from_the_start_is_an_error_too():
+    branch = build()
+    with pytest.raises(CollapseError, match="not finite"):
+        for _ in range(4):
+            train(branch, torch.full((8, 24), float("nan"), dtype=DOUBLE))

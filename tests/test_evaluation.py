@@ -1,0 +1,124 @@
+"""Pixels, noise and linear probes."""
+
+import pytest
+import timm
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+import timm_lowrank as tlr
+from timm_lowrank.evaluation import PixelModel, linear_accuracy, pixel_noise, predictions
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return timm.create_model("resnet10_cifar", num_classes=10, channels=(8, 8, 8, 8)).eval()
+
+
+def test_a_pixel_model_normalises_inside(network):
+    images = torch.rand(4, 3, 32, 32)
+    mean, std = (torch.tensor(network.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    expected = network((images - mean) / std)
+    assert torch.equal(PixelModel(network)(images), expected)
+    wrapped = tlr.wrap(network, tlr.LowRankConfig(branches={"pre_logits": 2}))
+    assert torch.equal(PixelModel(wrapped)(images), expected)
+    assert PixelModel(network).state_dict().keys() == {f"network.{key}" for key in network.state_dict()}
+
+
+def test_a_pixel_model_returns_float32_logits(network):
+    half = timm.create_model("resnet10_cifar", num_classes=10, channels=(8, 8, 8, 8)).eval().bfloat16()
+    model = PixelModel(half)
+    assert model(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(2, 3, 32, 32) * 255, r"must lie in \[0, 1\]"),
+        (torch.randn(2, 3, 32, 32).clamp(-1, 1), r"must lie in \[0, 1\]"),
+        (torch.randint(255, (2, 3, 32, 32)), "divide by 255"),
+    ],
+)
+def test_a_pixel_model_refuses_what_is_no_pixel(network, images, message):
+    with pytest.raises(ValueError, match=message):
+        PixelModel(network)(images)
+
+
+def test_a_pixel_model_needs_to_know_the_normalisation():
+    with pytest.raises(ValueError, match="pass mean and std"):
+        PixelModel(torch.nn.Conv2d(3, 2, 3))
+
+
+def test_predictions_do_not_depend_on_the_batch_size(network):
+    images = torch.rand(7, 3, 32, 32)
+    model = PixelModel(network).train()
+    assert torch.equal(predictions(model, images, batch_size=3), predictions(model, images, batch_size=7))
+    assert model.training
+    network.eval()
+
+
+def test_pixel_noise_hits_the_share_of_pixels_that_it_is_told_to():
+    images = torch.full((20, 3, 32, 32), 0.5)
+    noisy = pixel_noise(images, 0.4, sigma=0.05, generator=torch.Generator().manual_seed(0))
+    hit = (noisy != images).any(dim=1)
+    assert hit.float().mean().item() == pytest.approx(0.4, abs=0.01)
+    changed = (noisy - images)[hit[:, None].expand_as(images)]
+    assert changed.std().item() == pytest.approx(0.05, rel=0.02)  # three channels hit together, each with its own value
+    together = pixel_noise(images, 1.0, sigma=0.05, per_channel=False, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(together[:, 0], together[:, 2])
+
+
+def test_pixel_noise_stays_in_the_box_and_repeats():
+    images = torch.rand(5, 1, 8, 8)
+    first, second = (pixel_noise(images, 1.0, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert torch.equal(pixel_noise(images, 0.0), images)
+
+
+@pytest.mark.parametrize("options", [{"probability": 1.5}, {"probability": 0.5, "sigma": -1.0}])
+def test_pixel_noise_refuses_impossible_settings(options):
+    with pytest.raises(ValueError, match="probability"):
+        pixel_noise(torch.rand(1, 1, 2, 2), **options)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images[:900]), torch.tensor(labels[:900]), torch.tensor(images[900:]), torch.tensor(labels[900:])
+
+
+def test_linear_accuracy_on_all_directions_is_that_of_the_whole_layer(digits):
+    train, train_labels, test, test_labels = digits
+    rank = int(torch.linalg.matrix_rank(train - train.mean(0)))
+    (accuracy,) = linear_accuracy(train, train_labels, test, test_labels, [rank])
+    whole = LogisticRegression(max_iter=2000).fit(train.numpy(), train_labels.numpy()).score(test.numpy(), test_labels.numpy())
+    assert accuracy == pytest.approx(whole, abs=0.04)
+
+
+def test_linear_accuracy_sees_only_the_leading_directions(digits):
+    train, train_labels, test, test_labels = digits
+    few, more = linear_accuracy(train, train_labels, test, test_labels, [2, 10])
+    assert few < more - 0.2
+    loud = torch.randn(900, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e4
+    drowned = torch.cat([train, loud], 1)
+    new = torch.cat([test, torch.zeros(len(test), 2)], 1)
+    (blind,) = linear_accuracy(drowned, train_labels, new, test_labels, [2])
+    assert blind < 0.2
+
+
+def test_linear_accuracy_is_the_same_from_either_gram_matrix(digits):
+    train, train_labels, test, test_labels = digits
+    wide = linear_accuracy(train[:60], train_labels[:60], test, test_labels, [5])  # fewer rows than columns
+    padded = torch.cat([train[:60], train[:60]]), torch.cat([train_labels[:60]] * 2)
+    assert linear_accuracy(*padded, test, test_labels, [5]) == pytest.approx(wide, abs=0.03)
+
+
+def test_linear_accuracy_names_what_is_wrong(digits):
+    train, labels, test, test_labels = digits
+    with pytest.raises(ValueError, match="between 1 and 64"):
+        linear_accuracy(train, labels, test, test_labels, [65])
+    with pytest.raises(ValueError, match="two classes"):
+        linear_accuracy(train, torch.zeros_like(labels), test, test_labels, [5])

@@ -1,0 +1,92 @@
+"""Who may import whom: read from the source, so that an import inside a function counts too."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "timm_lowrank"
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name, path, everywhere=True):
+    """Absolute names of the modules that a module imports; with `everywhere` off, at its top level only."""
+    tree = ast.parse(path.read_text())
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    nodes = list(ast.walk(tree)) if everywhere else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, node.module] if node.module else base)
+            # `from package import module` imports the module, `from module import name` the module that has the name.
+            found |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names}
+    return found
+
+
+def test_the_reader_of_imports_sees_what_is_there():
+    assert "timm_lowrank.core.projection" in imports("timm_lowrank.core.factored", MODULES["timm_lowrank.core.factored"])
+    assert "torch" in imports("timm_lowrank.core.factored", MODULES["timm_lowrank.core.factored"])
+    assert "timm_lowrank.core.model" in imports("timm_lowrank", MODULES["timm_lowrank"])
+    assert len(MODULES) > 15
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("timm_lowrank.core")])
+def test_the_core_imports_torch_alone(name):
+    for imported in imports(name, MODULES[name]):
+        top = imported.split(".")[0]
+        inside = imported == "timm_lowrank.core" or imported.startswith("timm_lowrank.core.")
+        assert inside or top == "torch" or top in sys.stdlib_module_names, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_the_library_does_not_import_its_scripts_and_tests(name):
+    tops = {imported.split(".")[0] for imported in imports(name, MODULES[name])}
+    assert tops.isdisjoint({"recipes", "hub", "benchmarks", "tests", "conftest", "train", "evaluate"})
+
+
+def test_importing_the_package_needs_none_of_its_extras():
+    """Followed from module to module through the imports at top level, parent packages included."""
+    reached, waiting = set(), ["timm_lowrank", "timm_lowrank.__main__"]
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        if name in MODULES:
+            waiting += imports(name, MODULES[name], everywhere=False)
+            waiting += [name.rpartition(".")[0]] if "." in name else []
+    tops = {name.split(".")[0] for name in reached}
+    assert {"timm_lowrank", "timm_lowrank.core.branch", "timm_lowrank.layers"} <= reached
+    assert tops - sys.stdlib_module_names <= {"timm_lowrank", "torch", "timm", "safetensors", "huggingface_hub"}
+
+
+def test_there_are_no_cycles():
+    """A package stands for its __init__ alone: `from .core import spectrum` does not depend on all of core."""
+    graph = {name: imports(name, path, everywhere=False) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            raise AssertionError(" -> ".join([*path[path.index(name):], name]))
+        if name not in done:
+            path.append(name)
+            for imported in sorted(graph[name]):
+                visit(imported)
+            path.pop()
+            done.add(name)
+
+    for name in graph:
+        visit(name)
+    assert done == set(MODULES)

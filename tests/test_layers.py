@@ -1,0 +1,316 @@
+"""Layers by name on many families of networks: presets, widths, the table of the command line, and every wrong name."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_lowrank as tlr
+from timm_lowrank import CaptureError, LowRankConfig, list_layers
+from timm_lowrank.__main__ import main
+
+# name, keyword arguments, image size, layer and width of the input of the last stage, width before the classifier
+FAMILIES = [
+    ("test_resnet", {}, 32, "layer3", 192 * 2 * 2, 96),
+    ("resnet18", {}, 32, "layer3", 256 * 2 * 2, 512),
+    ("test_vit", {"img_size": 32}, 32, "blocks.4", 5 * 64, 64),
+    ("test_convnext", {}, 64, "stages.2", 48 * 4 * 4, 64),
+    ("test_efficientnet", {}, 32, "blocks.3", 48 * 2 * 2, 256),
+    ("test_byobnet", {}, 32, "stages.2", 128 * 2 * 2, 256),
+    ("test_nfnet", {}, 32, "stages.2", 96 * 2 * 2, 192),
+    ("test_mambaout", {}, 64, "stages.2", 4 * 4 * 48, 256),
+    ("mobilenetv3_small_050", {}, 32, "blocks.3", 24 * 2 * 2, 1024),
+    ("densenet121", {"growth_rate": 8, "block_config": (2, 2, 2, 2)}, 32, "features.denseblock3", 32 * 2 * 2, 32),
+]
+
+
+def images(size, count=2):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def capped(name, options, size, branches):
+    """A wrapped network; warnings about ranks that were capped belong to it."""
+    with pytest.warns(UserWarning, match="is larger than the .* features .*capped there"):
+        return tlr.wrap(name, LowRankConfig(branches=branches), example_input=images(size), num_classes=3, **options)
+
+
+@pytest.mark.parametrize(("name", "options", "size", "stage", "stage_width", "width"), FAMILIES, ids=lambda x: x if isinstance(x, str) else "")
+def test_presets(name, options, size, stage, stage_width, width, recwarn):
+    model = tlr.wrap(name, LowRankConfig(branches="2-LR"), example_input=images(size), num_classes=3, **options).train()
+    found = {layer: (branch.num_features, branch.rank) for layer, branch in model.branches.items()}
+    assert list(found) == [stage, "pre_logits"]
+    assert found[stage] == (stage_width, min(500, stage_width))
+    assert found["pre_logits"] == (width, min(100, width))
+    short = [layer for layer, rank in ((stage, 500), ("pre_logits", 100)) if found[layer][0] < rank]
+    messages = [str(w.message) for w in recwarn if "capped" in str(w.message)]
+    assert len(messages) == bool(short)
+    assert all(repr(layer) in messages[0] for layer in short)
+    # What the branch sees in training is what enters the last stage and the classifier.
+    batch = images(size, 4)
+    output = model(batch)
+    assert output.shape == (4, 3)
+    (output.square().mean() + model.penalty()).backward()
+    model.update()
+    assert all(branch.updates == 1 for branch in model.branches.values())
+    assert torch.equal(model.eval()(batch), model.unwrap()(batch))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
+def test_pre_logits_is_the_input_of_the_classifier(name):
+    options = {"img_size": 64} if "vit" in name else {}
+    model = tlr.wrap(name, LowRankConfig(branches={"pre_logits": 3}), example_input=images(64), num_classes=3, **options).eval()
+    with model.capture() as seen, torch.no_grad():
+        logits = model(images(64))
+    assert torch.allclose(model.get_classifier()(seen["pre_logits"]), logits)
+
+
+def test_the_input_of_the_last_stage_is_what_the_last_stage_gets():
+    model = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 3}), example_input=images(32)).eval()
+    got = []
+    model.layer4.register_forward_pre_hook(lambda _, args: got.append(args[0]))
+    with model.capture() as seen, torch.no_grad():
+        model(images(32))
+    assert torch.equal(seen["layer3"], got[0])
+
+
+def test_ranks_of_presets_are_capped_with_a_warning():
+    model = capped("test_vit", {"img_size": 32}, 32, "1-LR")
+    assert model.branches["pre_logits"].rank == model.branches["pre_logits"].num_features == 64
+
+
+def test_example_inputs_decide_the_width():
+    widths = {}
+    for size in (32, 64):
+        model = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 3}), example_input=images(size, 1))
+        widths[size] = model.branches["layer3"].num_features
+    assert widths[64] == 4 * widths[32]
+    default = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 3})).branches["layer3"].num_features
+    assert default == 25 * widths[32], "160 px, of the pretrained_cfg"
+    small = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3}), img_size=32, in_chans=1)
+    assert small.branches["blocks.1"].num_features == 5 * 64
+    oblong = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3}), img_size=(32, 64))
+    assert oblong.branches["blocks.1"].num_features == 9 * 64
+
+
+def test_finding_layers_changes_nothing(random_stream):
+    network = timm.create_model("test_resnet", num_classes=3, drop_rate=0.5).train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    stream = torch.get_rng_state()
+    network.layer2.eval()
+    model = tlr.wrap(network, LowRankConfig(branches={"layer3": 3, "pre_logits": 3}), example_input=images(32))
+    list_layers(network, images=images(32))
+    assert torch.equal(stream, torch.get_rng_state())
+    assert model.unwrap() is network
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert model.training
+    assert network.training
+
+
+def test_wrapping_keeps_the_mode_of_the_network():
+    assert not tlr.wrap(timm.create_model("test_vit").eval(), LowRankConfig(branches={"blocks.1": 3})).training
+    assert tlr.wrap(timm.create_model("test_vit").train(), LowRankConfig(branches={"blocks.1": 3})).training
+
+
+# Hugging Face transformers
+
+
+def huggingface_resnet():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    return transformers.ResNetForImageClassification(config), "resnet.encoder.stages.0", 8 * 8 * 8, 16
+
+
+def huggingface_vit():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32,
+                                    patch_size=8, num_labels=3)
+    return transformers.ViTForImageClassification(config), "vit.embeddings", 17 * 24, 24
+
+
+@pytest.mark.parametrize("build", [huggingface_resnet, huggingface_vit])
+def test_transformers(build):
+    network, layer, width, classifier_width = build()
+    config = LowRankConfig(branches={layer: 5, "pre_logits": 4}, project_every=2)
+    model = tlr.wrap(network.train(), config, example_input=images(32))
+    assert model.branches[layer].num_features == width
+    assert model.branches["pre_logits"].num_features == classifier_width
+    labels = torch.tensor([0, 2, 1, 1])
+    for _ in range(4):
+        output = model(pixel_values=images(32, 4), labels=labels)
+        (output.loss + model.penalty()).backward()
+        model.update()
+    assert output.logits.shape == (4, 3)
+    assert all(branch.updates == 4 for branch in model.branches.values())
+    with model.eval().capture() as seen, torch.no_grad():
+        logits = model(images(32)).logits
+    classifier = network.classifier if isinstance(network.classifier, nn.Linear) else network.classifier[-1]
+    assert torch.allclose(classifier(seen["pre_logits"]), logits)
+    assert {"pre_logits", layer} <= {info.name for info in list_layers(network, images=images(32))}
+
+
+def test_transformers_have_no_presets_of_stages():
+    network = huggingface_vit()[0]
+    with pytest.raises(ValueError, match=r'"2-LR" needs timm.s feature_info .*ViTForImageClassification'):
+        tlr.wrap(network, LowRankConfig(branches="2-LR"), example_input=images(32))
+
+
+# lists
+
+
+def test_list_layers():
+    found = list_layers("resnet18", images=images(32))
+    by_name = {info.name: info for info in found}
+    assert len(by_name) == len(found)
+    assert by_name["layer3"].shape == (256, 2, 2)
+    assert by_name["layer3"].width == 1024
+    assert by_name["layer3"].kind == "Sequential"
+    assert by_name["layer4.1.conv2"].kind == "Conv2d"
+    assert by_name["fc"].shape == (1000,)
+    assert (found[-1].name, found[-1].kind, found[-1].width) == ("pre_logits", "input of fc", 512)
+    order = [info.name for info in found]
+    assert order.index("conv1") < order.index("layer1.0.conv1") < order.index("layer3") < order.index("fc")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_branch_can_sit_on_every_layer_that_is_listed(name):
+    options = {"img_size": 32} if "vit" in name else {}
+    network = timm.create_model(name, **options).train()
+    found = list_layers(network, images=images(32))
+    assert len(found) > 25
+    config = LowRankConfig(branches={info.name: 1 for info in found})
+    model = tlr.wrap(network, config, example_input=images(32))
+    assert {layer: branch.num_features for layer, branch in model.branches.items()} == {i.name: i.width for i in found}
+
+
+def test_layers_of_a_module_that_is_not_timm_s(small_net):
+    found = list_layers(small_net(), images=torch.zeros(2, 1, 8, 8))
+    assert [info.name for info in found if "." not in info.name] == ["stem", "body", "hidden", "act", "classifier", "pre_logits"]
+    with pytest.raises(ValueError, match="input size of a SmallNet is not known; pass example_input"):
+        list_layers(small_net())
+
+
+def test_layers_that_give_no_activations_are_not_listed():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.twice, self.spare, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.twice(self.twice(self.lstm(x)[0][:, -1])))
+
+    network, x = Odd(), torch.zeros(3, 5, 4)
+    assert [info.name for info in list_layers(network, images=x)] == ["head", "pre_logits"]
+    for layer, message in {"lstm": "gives a tuple", "twice": "ran 2 times", "spare": "did not run"}.items():
+        with pytest.raises(CaptureError, match=f"'{layer}' {message}"):
+            tlr.wrap(network, LowRankConfig(branches={layer: 1}), example_input=x)
+
+
+# the command line
+
+
+def test_the_table_of_the_command_line():
+    command = [sys.executable, "-m", "timm_lowrank", "layers", "resnet18", "--model-args", '{"in_chans": 1}']
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["layer", "kind", "shape", "width"]
+    assert ["layer3", "Sequential", "256", "x", "14", "x", "14", "50,176"] in lines
+    assert lines[-1] == ["pre_logits", "input", "of", "fc", "512", "512"]
+    assert len({len(line) for line in result.stdout.splitlines()}) == 1, "columns are aligned"
+
+
+def test_depth_of_the_table(capsys):
+    counts = []
+    for depth in ("1", "2", "0"):
+        assert main(["layers", "test_resnet", "--depth", depth]) == 0
+        counts.append(len(capsys.readouterr().out.splitlines()))
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_errors_of_the_command_line(capsys):
+    assert main(["layers", "resnet_18"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert "resnet18" in captured.err
+    assert len(captured.err.splitlines()) == 1
+    with pytest.raises(SystemExit) as caught:
+        main(["layers", "resnet18", "--model-args", "{not json"])
+    assert caught.value.code == 2
+
+
+def test_keywords_of_the_command_line(capsys):
+    assert main(["layers", "test_vit", "--model-args", json.dumps({"img_size": 32})]) == 0
+    assert "5 x 64" in capsys.readouterr().out
+
+
+# wrong names
+
+
+def test_an_unknown_timm_name_lists_the_nearest():
+    with pytest.raises(ValueError, match=r"has no model 'resnet19'\. Did you mean: .*resnet18"):
+        tlr.wrap("resnet19")
+    with pytest.raises(ValueError, match=r"'resnt18\.a1_in1k'\. Did you mean: .*resnet18"):
+        tlr.wrap("resnt18.a1_in1k")
+
+
+def test_all_unknown_layers_are_named_with_the_nearest():
+    with pytest.raises(ValueError, match="ResNet has no layer") as caught:
+        tlr.wrap("test_resnet", LowRankConfig(branches={"layer33": 5, "layer3": 5, "prelogits": 3, "stem.conv": 2}))
+    message = str(caught.value)
+    assert "'layer33'. Did you mean: layer3" in message
+    assert "'prelogits'. Did you mean: pre_logits" in message
+    assert "'stem.conv'" in message
+    assert "no layer 'layer3'" not in message
+
+
+def test_a_rank_that_is_larger_than_the_layer():
+    with pytest.raises(ValueError, match="rank") as caught:
+        tlr.wrap("test_vit", LowRankConfig(branches={"pre_logits": 65, "blocks.1": 1000, "blocks.2": 5}), img_size=32)
+    message = str(caught.value)
+    assert "rank 65 is larger than the 64 features of layer 'pre_logits'" in message
+    assert "rank 1000 is larger than the 320 features of layer 'blocks.1'" in message
+    assert "blocks.2" not in message
+
+
+@pytest.mark.parametrize(("options", "cls"), [({"num_classes": 0}, "ResNet")])
+def test_a_network_without_a_classifier_has_no_pre_logits(options, cls):
+    with pytest.raises(ValueError, match=f"{cls} has no classifier .*num_classes=0.*name a layer"):
+        tlr.wrap("test_resnet", **options)
+    model = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 5}), example_input=images(32), **options)
+    assert list(model.branches) == ["layer3"]
+
+
+def test_a_module_without_linear_layers_has_no_pre_logits():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(ValueError, match="Sequential runs no nn.Linear.*name a layer"):
+        tlr.wrap(network, example_input=images(8))
+    with pytest.raises(ValueError, match='"2-LR" needs timm'):
+        tlr.wrap(network, LowRankConfig(branches="2-LR"), example_input=images(8))
+
+
+def test_a_layer_whose_rows_are_not_images():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.layer(x.flatten(2).transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).mean(1))
+
+    with pytest.raises(CaptureError, match=r"'layer' gives a tensor of shape \(32, 6\) for 2 images; .* not the batch"):
+        tlr.wrap(Tokens(), LowRankConfig(branches={"layer": 2}), example_input=images(4))
+
+
+def test_wrong_models():
+    with pytest.raises(TypeError, match="a timm name or an nn.Module is needed, not a int"):
+        tlr.wrap(18)
+    with pytest.raises(TypeError, match="num_classes: keywords for timm.create_model, but the model exists already"):
+        tlr.wrap(timm.create_model("test_vit"), num_classes=3)
+    with pytest.raises(TypeError, match=r"wrapped already; wrap model\.unwrap\(\)"):
+        tlr.wrap(tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3})))
+    with pytest.raises(ValueError, match="input size of a Linear is not known"):
+        tlr.wrap(nn.Linear(3, 3))

@@ -1,0 +1,635 @@
+"""`LowRankModel`, `LossHook` and `attach`: on timm networks, in real training loops, and where others want to use it."""
+
+import copy
+import io
+import pickle
+
+import accelerate
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import timm_lowrank as tlr
+from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, attach
+
+def config(branches=None, **values):
+    return LowRankConfig(**{"branches": branches or {"body": 5, "pre_logits": 4}, "project_every": 4, **values})
+
+
+@pytest.fixture
+def wrapped(small_net, digits):
+    """A function that wraps a small network for digits, always with the same weights."""
+
+    def build(branches=None, *, net=None, **values):
+        torch.manual_seed(0)
+        return tlr.wrap(net or small_net(), config(branches, **values), example_input=digits[0][:2]).train()
+
+    return build
+
+
+@pytest.fixture
+def data(digits):
+    """A function that gives batches of 16 digits and their labels."""
+    images, labels = digits
+    return lambda count, start=0: [(images[i : i + 16], labels[i : i + 16]) for i in range(start, 16 * count + start, 16)]
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+
+def train(model, optimizer, batches, update=True):
+    """Plain training steps; the losses."""
+    losses = []
+    for images, labels in batches:
+        loss = nn.functional.cross_entropy(model(images), labels) + model.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if update:
+            model.update()
+        losses.append(loss.detach())
+    return losses
+
+
+def state_of(module):
+    return {key: value.detach().clone() for key, value in module.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def hooks(module):
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for child in module.modules() for name in names for hook in getattr(child, name).values()]
+
+
+# the wrapper
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_are_the_backbone_s_own(wrapped, data, training):
+    model = wrapped().train(training)
+    ((images, _),) = data(1)
+    assert torch.equal(model(images), model.backbone(images))
+
+
+def test_the_penalty_is_the_sum_of_the_branches_own(wrapped, data):
+    model = wrapped(norm_weight=0.1)
+    ((images, _),) = data(1)
+    twin = copy.deepcopy(model)
+    model(images)
+    total = model.penalty()
+    with twin.capture() as activations:
+        twin(images)
+    parts = [twin.branches[layer].penalty(value.flatten(1)) for layer, value in activations.items()]
+    assert torch.equal(total, sum(parts))
+    assert set(model.losses()) == {"body", "pre_logits"}
+    assert set(model.losses()["body"]) == {"reconstruction", "norm", "activation_norm"}
+
+
+def test_the_penalty_trains_what_lies_before_the_layer(wrapped, data):
+    model = wrapped({"body": 2})
+    batches = data(2)
+    train(model, sgd(model), batches[:1])
+    model.zero_grad()
+    model(batches[1][0])
+    model.penalty().backward()
+    touched = {name for name, p in model.backbone.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched == {"stem.0.weight", "stem.0.bias", "body.0.weight", "body.0.bias"}
+
+
+def test_training_makes_activations_low_rank(wrapped, digits):
+    """The point of it all, on real images: 4 directions of the hidden layer hold more variance than without."""
+    images, labels = digits
+    shares = {}
+    for on in (False, True):
+        model = wrapped({"pre_logits": 4}, reconstruction_weight=1.0)
+        optimizer = sgd(model)
+        for epoch in range(10):
+            model.enable(on and epoch >= 4)
+            train(model, optimizer, zip(images.split(64), labels.split(64), strict=True))
+        model.eval()
+        with torch.no_grad(), model.capture() as seen:
+            accuracy = float((model(images).argmax(1) == labels).float().mean())
+        (shares[on],) = tlr.spectrum.variance_ratio(seen["pre_logits"], [4])
+        assert accuracy > 0.8
+    assert shares[True] > shares[False] + 0.1
+
+
+def test_branch_names_and_options(wrapped):
+    model = wrapped({"body.0": {"rank": 3, "reconstruction_weight": 0.1}, "pre_logits": {"rank": 4, "norm_weight": 0.7}},
+                    reconstruction_weight=2.0)
+    assert list(model.branches) == list(model.branches.keys()) == ["body.0", "pre_logits"]
+    assert [name for name, _ in model.branches.items()] == ["body.0", "pre_logits"]
+    assert "body.0" in model.branches
+    assert "body.1" not in model.branches
+    first, second = model.branches["body.0"], model.branches["pre_logits"]
+    assert (first.rank, first.num_features, first.name) == (3, 8 * 4 * 4, "body.0")
+    assert (first.config.reconstruction_weight, first.config.norm_weight) == (0.1, 0.0)
+    assert (second.rank, second.num_features) == (4, 32)
+    assert (second.config.reconstruction_weight, second.config.norm_weight) == (2.0, 0.7)
+
+
+def test_three_branches_at_once(wrapped, data):
+    model = wrapped({"stem": 3, "body.1": 4, "pre_logits": 5})
+    train(model, sgd(model), data(5))
+    for branch in model.branches.values():
+        assert branch.updates == 5
+        assert float(branch.dense_weight().norm()) > 0
+        assert branch.effective_rank() >= 1
+
+
+def test_attributes_of_the_backbone_are_reachable(wrapped):
+    model = wrapped()
+    assert model.classifier is model.backbone.classifier
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.no_such_thing
+    assert not hasattr(LowRankModel.__new__(LowRankModel), "backbone")
+
+
+# unwrapping and eval mode
+
+
+def test_nothing_is_left_on_the_backbone():
+    model = tlr.wrap("test_resnet", config({"layer3": 8, "pre_logits": 4}), num_classes=3, example_input=torch.zeros(1, 3, 32, 32))
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    train(model.train(), sgd(model), [(images, labels)] * 5)
+    backbone = model.unwrap()
+    plain = timm.create_model("test_resnet", num_classes=3)
+    assert type(backbone) is type(plain)
+    assert backbone.state_dict().keys() == plain.state_dict().keys()
+    assert hooks(backbone) == []
+    plain.load_state_dict(backbone.state_dict())
+    assert torch.equal(plain.eval()(images), backbone.eval()(images))
+    assert torch.equal(plain(images), model.eval()(images))
+    prefixed = {key.removeprefix("backbone.") for key in model.state_dict() if key.startswith("backbone.")}
+    assert prefixed == set(plain.state_dict())
+    assert all(key.startswith(("backbone.", "branches.")) for key in model.state_dict())
+
+
+def test_the_wrapper_has_no_parameters_of_its_own(wrapped):
+    model = wrapped()
+    assert list(model.parameters())
+    assert [id(p) for p in model.parameters()] == [id(p) for p in model.backbone.parameters()]
+    assert list(model.branches.parameters()) == list(model.branches.buffers()) == []
+
+
+@pytest.mark.parametrize("how", ["eval", "disabled"])
+def test_switched_off_it_never_records(wrapped, data, how, monkeypatch):
+    model = wrapped()
+    monkeypatch.setattr("timm_lowrank.core.model.recording", None)  # calling it would raise
+    ((images, _),) = data(1)
+    before = state_of(model.branches)
+    _ = model.eval() if how == "eval" else model.enable(False)
+    assert torch.equal(model(images), model.backbone(images))
+    assert same(before, state_of(model.branches))
+
+
+def test_switched_off_everything_is_free(wrapped, data):
+    model = wrapped().enable(False)
+    plain = copy.deepcopy(model.backbone)
+    optimizer, twin = sgd(model), sgd(plain)
+    for images, labels in data(5):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        penalty = model.penalty()
+        assert float(penalty) == 0
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+        optimizer.step()
+        model.update()
+        twin.zero_grad()
+        nn.functional.cross_entropy(plain(images), labels).backward()
+        twin.step()
+    assert same(state_of(model.backbone), state_of(plain))
+    assert model.branches["body"].updates == 0
+    assert model.enable() is model
+    train(model, optimizer, data(2))
+    assert model.branches["body"].updates == 2
+
+
+def test_capture_works_in_eval_mode_too(wrapped, data):
+    model = wrapped().eval()
+    ((images, _),) = data(1)
+    with model.capture() as activations:
+        model(images)
+    assert {layer: tuple(value.shape) for layer, value in activations.items()} == {"body": (16, 8, 2, 2), "pre_logits": (16, 32)}
+    assert hooks(model) == []
+
+
+# errors of penalty and update
+
+
+def test_a_penalty_needs_a_forward_of_its_own(wrapped, data):
+    model = wrapped()
+    ((images, _),) = data(1)
+    with pytest.raises(CaptureError, match="needs a forward pass in train mode"):
+        model.penalty()
+    model(images)
+    model.penalty()
+    with pytest.raises(CaptureError, match="twice for the same one"):
+        model.penalty()
+    model.eval()(images)
+    with pytest.raises(CaptureError, match="needs a forward pass in train mode"):
+        model.penalty()
+    model.train()(images)
+    model.enable(False).enable()
+    with pytest.raises(CaptureError, match="needs a forward pass"):
+        model.penalty()
+
+
+def test_an_update_needs_a_penalty(wrapped, data):
+    model = wrapped()
+    ((images, _),) = data(1)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"'body'.* without a penalty"):
+        model.update()
+
+
+def test_an_image_size_that_changed_is_named(wrapped):
+    model = wrapped({"stem": 3})
+    model.stem(torch.zeros(2, 1, 16, 16))
+    with model.capture() as activations:
+        model.stem(torch.zeros(2, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"'stem'.*\(2, 256\) do not fit.*another image size"):
+        model.branches["stem"].penalty(activations["stem"].flatten(1))
+
+
+def test_a_layer_that_dropped_out_of_a_training_forward_is_named(wrapped, data):
+    model = wrapped({"act": 3})
+    ((images, _),) = data(1)
+    model.backbone.forward = lambda x: model.backbone.classifier(model.backbone.hidden(model.body(model.stem(x)).flatten(1)))
+    model(images)
+    with pytest.raises(CaptureError, match="'act' did not run"):
+        model.penalty()
+
+
+def test_a_frozen_part_in_front_of_the_layer_is_an_error(wrapped, data):
+    model = wrapped({"body": 3})
+    ((images, _),) = data(1)
+    for part in (model.stem, model.body):
+        part.requires_grad_(False)
+    model(images)
+    with pytest.raises(CaptureError, match=r"'body' carry no gradient.*frozen"):
+        model.penalty()
+    model.hidden.requires_grad_(False)
+    with torch.no_grad():
+        model(images)
+        assert float(model.penalty()) > 0, "without gradients there is nothing to complain about"
+
+
+def test_a_frozen_backbone_can_be_analysed(wrapped, data):
+    """Then only W and b move."""
+    model = wrapped()
+    model.backbone.requires_grad_(False)
+    losses = []
+    for _ in range(6):
+        for images, _ in data(4):
+            model(images)
+            penalty = model.penalty()
+            assert not penalty.requires_grad
+            model.update()
+            losses.append(float(penalty))
+    assert model.branches["body"].updates == 24
+    assert losses[-1] < losses[0] / 2
+
+
+def test_data_parallel_is_refused(wrapped):
+    with pytest.raises(RuntimeError, match=r"DataParallel.*use DistributedDataParallel"):
+        wrapped()._replicate_for_data_parallel()
+
+
+# gradient checkpointing
+
+
+@pytest.mark.parametrize(("name", "branches", "options"), [
+    ("test_resnet", {"layer3": 6, "pre_logits": 4}, {}),
+    ("test_vit", {"blocks.2": 6, "pre_logits": 4}, {"img_size": 32}),
+    ("test_efficientnet", {"blocks.3": 6, "pre_logits": 4}, {}),
+])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(name, branches, options):
+    torch.manual_seed(0)
+    model = tlr.wrap(name, config(branches), num_classes=3, example_input=torch.zeros(1, 3, 32, 32), **options).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # a checkpointed block sees its batch twice
+            module.momentum = 0.0
+    other = copy.deepcopy(model)
+    other.backbone.set_grad_checkpointing(True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        images = torch.randn(4, 3, 32, 32)
+        losses = []
+        for network in (model, other):
+            network.zero_grad()
+            loss = network(images).square().mean() + network.penalty()
+            loss.backward()
+            network.update()
+            losses.append(loss.detach())
+        assert torch.equal(*losses)
+        for (key, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), key
+    for layer, branch in model.branches.items():
+        assert branch.updates == other.branches[layer].updates == 3
+        assert torch.equal(branch.dense_weight(), other.branches[layer].dense_weight())
+
+
+def test_reentrant_checkpointing_is_an_error(wrapped, data):
+    model = wrapped({"body.0": 3})
+    model.body.forward = lambda x: checkpoint(nn.Sequential.forward, model.body, x, use_reentrant=True)
+    ((images, _),) = data(1)
+    model(images)
+    with pytest.raises(CaptureError, match=r"'body.0' carry no gradient.*use_reentrant=True"):
+        model.penalty()
+
+
+# copies
+
+
+def test_deepcopy_and_pickle_with_a_graph_that_waits(data):
+    model = tlr.wrap("test_vit", config({"blocks.1": 4, "pre_logits": 3}), num_classes=4, img_size=32).train()
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    optimizer = sgd(model)
+    train(model, optimizer, [(images, labels)] * 3)
+    model(images)  # activations with a graph are held now
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies.append(torch.load(file, weights_only=False))
+    for twin in copies:
+        assert same(state_of(twin), state_of(model))
+        assert torch.equal(twin(images), model(images))
+        assert torch.allclose(twin.penalty(), model.penalty())
+    before = state_of(model)
+    train(copies[0], sgd(copies[0]), [(images, labels)] * 3)
+    assert same(before, state_of(model)), "a copy shares nothing"
+    with pytest.raises(CaptureError, match="needs a forward"):
+        copy.deepcopy(model).penalty()
+
+
+def test_a_copy_of_the_backbone_for_an_average_is_a_plain_network(wrapped, data):
+    """An average of rank-r matrices is not of rank r: average the backbone only."""
+    model = wrapped()
+    average = timm.utils.ModelEmaV3(model.backbone, decay=0.5)
+    train(model, sgd(model), data(3))
+    average.update(model.backbone)
+    assert average.module.state_dict().keys() == model.backbone.state_dict().keys()
+    assert not any(isinstance(module, tlr.LowRankBranch) for module in average.module.modules())
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_wrapper_matches_eager(wrapped, data, fresh_compiler, backend):
+    model, twin = wrapped(), wrapped()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    optimizer, twin_optimizer = sgd(model), sgd(twin)
+    for images, labels in data(5):
+        (expected,) = train(twin, twin_optimizer, [(images, labels)])
+        loss = nn.functional.cross_entropy(compiled(images), labels) + model.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update()
+        assert torch.allclose(loss, expected, rtol=1e-5)
+    for layer, branch in model.branches.items():
+        assert branch.updates == 5
+        assert torch.allclose(branch.dense_weight(), twin.branches[layer].dense_weight(), atol=1e-5)
+    assert hooks(model) == []
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_wrapper_can_be_switched_at_any_time(wrapped, data, fresh_compiler, fullgraph):
+    """The compiler does not look at hooks that are registered after a module was compiled; these are part of the graph."""
+    graphs, runs = [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return lambda *inputs: (runs.append(1), graph(*inputs))[1]
+
+    model = wrapped({"body.0": 5, "pre_logits": 4})
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    for modes in ("off on eval on off on eval off", "eval on off eval on"):
+        for mode in modes.split():
+            compiled.train(mode != "eval")
+            model.enable(mode != "off")
+            for images, _ in data(3):
+                assert torch.allclose(compiled(images), model.backbone(images), atol=1e-5)
+                if mode != "on":
+                    continue
+                with model.capture() as seen:
+                    model.backbone(images)
+                twin = sum(copy.deepcopy(branch).penalty(seen[layer].flatten(1)) for layer, branch in model.branches.items())
+                assert torch.allclose(model.penalty(), twin, atol=1e-5)
+                model.update()
+    assert len(graphs) == 3, "one for each mode, each with the whole network"
+    assert len(runs) == 3 * 13
+
+
+# the loop
+
+
+def test_loss_hook(wrapped, data):
+    model, twin = wrapped(), wrapped()
+    criterion = LossHook(nn.CrossEntropyLoss(), model)
+    ((images, labels),) = data(1)
+    loss = criterion(model(images), labels)
+    expected = nn.functional.cross_entropy(twin(images), labels) + twin.penalty()
+    assert torch.equal(loss, expected)
+    plain = nn.functional.cross_entropy(model.eval()(images), labels)
+    assert torch.equal(criterion(model(images), labels), plain)
+    model.train().enable(False)
+    assert torch.equal(criterion(model(images), labels), plain)
+
+
+def test_loss_hook_leaves_the_criterion_s_own_parameters_alone(wrapped):
+    model, inner = wrapped(), nn.CrossEntropyLoss(weight=torch.ones(10))
+    criterion = LossHook(inner, model)
+    assert list(criterion.state_dict()) == ["criterion.weight"]
+    assert list(criterion.parameters()) == []
+    criterion.eval()
+    assert model.training
+
+
+def test_attach_updates_after_each_step(wrapped, data):
+    model, twin = wrapped(), wrapped()
+    optimizer = sgd(model)
+    handle = attach(optimizer, model)
+    losses = train(model, optimizer, data(6), update=False)
+    expected = train(twin, sgd(twin), data(6))
+    assert all(map(torch.equal, losses, expected))
+    assert same(state_of(model), state_of(twin))
+    handle.remove()
+    model(data(1)[0][0])
+    model.penalty()
+    optimizer.step()
+    assert model.branches["body"].updates == 6
+
+
+def test_attach_says_what_it_needs(wrapped):
+    model = wrapped()
+    with pytest.raises(TypeError, match="torch optimizer, not a LowRankModel"):
+        attach(model, model)
+    with pytest.raises(TypeError, match="torch optimizer, not a list"):
+        attach([], model)
+
+
+def test_a_step_that_a_gradient_scaler_skips_is_no_update(wrapped, data):
+    """After an overflow neither the network nor W and b may move, and no trace of it is left behind."""
+    model, twin = wrapped(), wrapped()
+    optimizer, twin_optimizer = sgd(model), sgd(twin)
+    attach(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    batches = data(6)
+
+    def scaled_step(images, labels):
+        loss = nn.functional.cross_entropy(model(images), labels) + model.penalty()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return model.branches["body"].updates
+
+    assert scaled_step(*batches[0]) == 1
+    train(twin, twin_optimizer, batches[:1])
+    overflow = batches[1][0].clone()
+    overflow[:] = float("inf")
+    assert scaled_step(overflow, batches[1][1]) == 1, "skipped"
+    assert scaler.get_scale() == 2.0**9
+    for i, batch in enumerate(batches[2:]):
+        assert scaled_step(*batch) == 2 + i
+    train(twin, twin_optimizer, batches[2:])
+    for layer, branch in model.branches.items():
+        assert torch.allclose(branch.dense_weight(), twin.branches[layer].dense_weight(), atol=1e-4)
+        assert torch.allclose(branch.bias, twin.branches[layer].bias, atol=1e-4)
+
+
+def test_gradients_that_overflow_leave_the_rows_for_the_next_update(wrapped, data):
+    """The activations themselves were fine, and no step came between them and the next batch."""
+    model, twin = wrapped(), wrapped()
+    optimizer = sgd(model)
+    attach(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
+    (first, labels), (second, others) = data(2)
+    for images, target in ((first, labels), (second, others)):
+        loss = nn.functional.cross_entropy(model(images), target) + model.penalty()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    for images in (first, second):
+        twin(images)
+        twin.penalty()
+    twin.update()
+    for layer, branch in model.branches.items():
+        assert branch.updates == 1
+        assert torch.equal(branch.dense_weight(), twin.branches[layer].dense_weight())
+
+
+def test_the_branch_draws_nothing_from_the_global_stream(wrapped, data):
+    model = wrapped(update_rows=4, project_every=2)
+    optimizer = sgd(model)
+    before = torch.get_rng_state()
+    train(model, optimizer, data(4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_autocast(wrapped, data):
+    model = wrapped()
+    for images, labels in data(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(images), labels)
+            penalty = model.penalty()
+        assert penalty.dtype == torch.float32
+        (loss + penalty).backward()
+        model.update()
+    assert model.branches["body"].dense_weight().isfinite().all()
+    assert model.branches["body"].dense_weight().dtype == torch.float32
+
+
+# accelerate
+
+
+@pytest.fixture
+def accelerator():
+    """A function that makes an Accelerator, without the state of an earlier one."""
+
+    def build(**options):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+        return accelerate.Accelerator(cpu=True, **options)
+
+    yield build
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_attach_under_gradient_accumulation(wrapped, data, accelerator, prepared):
+    """One update per real step of the optimizer, and four micro-batches are one batch."""
+    parallel = accelerator(gradient_accumulation_steps=4)
+    model, twin = wrapped(bias_momentum=0.3), wrapped(bias_momentum=0.3)
+    optimizer = sgd(model)
+    if not prepared:
+        attach(optimizer, model)
+    network, ready = parallel.prepare(model, optimizer)
+    if prepared:
+        attach(ready, model)
+    criterion = LossHook(nn.CrossEntropyLoss(), model)
+    for one in (model, twin):  # b is taken from the first batch: let it be the same
+        one(data(1)[0][0])
+        one.penalty()
+        one.update()
+    twin_optimizer, updates = sgd(twin), []
+    for images, labels in data(5):
+        for part, target in zip(images.split(4), labels.split(4), strict=True):
+            with parallel.accumulate(network):
+                loss = criterion(network(part), target)
+                parallel.backward(loss)
+                ready.step()
+                ready.zero_grad()
+            updates.append(model.branches["body"].updates)
+        train(twin, twin_optimizer, [(images, labels)])
+    assert updates == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6]
+    for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-5), key
+    for layer, branch in model.branches.items():
+        assert torch.allclose(branch.dense_weight(), twin.branches[layer].dense_weight(), atol=1e-4)
+        assert torch.allclose(branch.bias, twin.branches[layer].bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["factored", "dense"])
+@pytest.mark.parametrize("stop", [0, 2, 4, 5])
+def test_a_checkpoint_of_accelerate_resumes_bit_for_bit(wrapped, data, accelerator, tmp_path, storage, stop):
+    """From before the first update, in the middle of an interval between projections, and right after one."""
+    batches = data(9)
+
+    def start():
+        parallel = accelerator()
+        model = wrapped(storage=storage, update_rows=6)
+        network, optimizer = parallel.prepare(model, sgd(model))
+        return parallel, model, network, optimizer
+
+    parallel, straight, network, optimizer = start()
+    train(network, optimizer, batches[:stop])
+    parallel.save_state(tmp_path / "checkpoint")
+    train(network, optimizer, batches[stop:])
+
+    parallel, resumed, network, optimizer = start()
+    train(network, optimizer, batches[3:5])  # whatever was there is replaced
+    parallel.load_state(tmp_path / "checkpoint")
+    losses = train(network, optimizer, batches[stop:])
+    assert same(state_of(resumed), state_of(straight))
+    assert len(losses) == 9 - stop
+    assert resumed.branches["body"].updates == 9

@@ -1,0 +1,82 @@
+"""`measure_run`: the figures by which a regularized network is judged beside its plain twin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..core.spectrum import variance_ratio
+from ..evaluation import PixelModel, linear_accuracy, pixel_noise, predictions
+from ..wrapping import wrap
+from .errors import RunError
+from .images import load_images
+from .recipe import Recipe, load_recipe
+
+Figures = dict[str, float]  # name of the figure: a share in [0, 1]
+
+
+def measure_run(
+    run: Path, directions: Sequence[int], noise: float, limit: int, *, data: str | None = None
+) -> Figures:
+    """Measures the exported network of a run.
+
+    Args:
+        run: a run folder of `train`.
+        directions: numbers of leading directions.
+        noise: probability that a pixel is hit, see `timm_lowrank.evaluation.pixel_noise`; seed 0.
+        limit: how many training and how many test images the layers are measured on.
+        data: where the images are now; None is where the recipe says.
+
+    Returns:
+        "clean", "noise P", and for each regularized layer (in a plain run: those that its recipe names)
+        "LAYER variance D" of the test activations and "LAYER linear D", the test accuracy of a linear classifier
+        on the D leading directions.
+
+    Raises:
+        RunError: not a finished run.
+        DataError: the images cannot be read.
+    """
+    if not (run / "summary.json").exists():
+        raise RunError(f"{run} is not a finished run: it has no summary.json")
+    recipe = load_recipe(run / "config.yaml", data=data)
+    images = load_images(recipe.data, **recipe.data_args)
+    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    model = PixelModel(network)
+    test = images.test_images.float() / 255
+    hit = pixel_noise(test, noise, generator=torch.Generator().manual_seed(0))
+    figures = {
+        "clean": _accuracy(predictions(model, test), images.test_labels),
+        f"noise {noise:g}": _accuracy(predictions(model, hit), images.test_labels),
+    }
+    seen = _activations(recipe, network, model, images.train_images[:limit])
+    new = _activations(recipe, network, model, images.test_images[:limit])
+    for layer in seen:
+        ratios = variance_ratio(new[layer], directions)
+        linear = linear_accuracy(
+            seen[layer], images.train_labels[:limit], new[layer], images.test_labels[:limit], directions
+        )
+        figures |= {f"{layer} variance {d}": ratio for d, ratio in zip(directions, ratios, strict=True)}
+        figures |= {f"{layer} linear {d}": accuracy for d, accuracy in zip(directions, linear, strict=True)}
+    return figures
+
+
+def _accuracy(predicted: Tensor, labels: Tensor) -> float:
+    return float((predicted == labels).float().mean())
+
+
+@torch.no_grad()
+def _activations(recipe: Recipe, network: nn.Module, model: PixelModel, images: Tensor) -> dict[str, Tensor]:
+    """Flattened activations (n, features) of every layer that the recipe names, of uint8 images (n, c, h, w)."""
+    batches = [batch.float() / 255 for batch in images.split(500)]
+    wrapped = wrap(network, recipe.lowrank_config(), example_input=batches[0][:1])
+    found: dict[str, list[Tensor]] = {layer: [] for layer in wrapped.branches}
+    for batch in batches:
+        with wrapped.capture() as activations:
+            model(batch)
+        for layer, value in activations.items():
+            found[layer].append(value.flatten(1))  # type: ignore[attr-defined]
+    return {layer: torch.cat(values) for layer, values in found.items()}
