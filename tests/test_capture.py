@@ -20,7 +20,9 @@ class Net(nn.Module):
 
     def __init__(self, run=None):
         super().__init__()
-        self.body = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True)))
+        self.body = nn.Sequential(
+            nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+        )
         self.spare = nn.Linear(6, 6)
         self.head = nn.Linear(6, 3)
         self.run = run or (lambda net, x: net.head(net.body(x)))
@@ -142,15 +144,18 @@ class Gives(nn.Module):
         return self.value(x)
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    (lambda x: (x, x), "gives a tuple, not a tensor"),
-    (lambda x: {"x": x}, "gives a dict, not a tensor"),
-    (lambda x: None, "gives a NoneType, not a tensor"),
-    (lambda x: x.argmax(1, keepdim=True), "shape (2, 1) and type torch.int64"),
-    (lambda x: x.mean(), "shape () and type torch.float32"),
-    (lambda x: x.mean(1), "shape (2,)"),
-    (lambda x: x.to(torch.complex64), "torch.complex64"),
-])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda x: (x, x), "gives a tuple, not a tensor"),
+        (lambda x: {"x": x}, "gives a dict, not a tensor"),
+        (lambda x: None, "gives a NoneType, not a tensor"),
+        (lambda x: x.argmax(1, keepdim=True), "shape (2, 1) and type torch.int64"),
+        (lambda x: x.mean(), "shape () and type torch.float32"),
+        (lambda x: x.mean(1), "shape (2,)"),
+        (lambda x: x.to(torch.complex64), "torch.complex64"),
+    ],
+)
 def test_a_layer_that_gives_no_float_activations(value, message):
     def run(net, x):
         net.spare(net.body(x))

@@ -21,7 +21,9 @@ def images(size=32, count=4):
 @pytest.fixture
 def model():
     """A wrapped network after five updates, one more than a projection."""
-    config = LowRankConfig(branches={"layer3": {"rank": 6, "norm_weight": 0.1}, "pre_logits": 4}, project_every=4, seed=5)
+    config = LowRankConfig(
+        branches={"layer3": {"rank": 6, "norm_weight": 0.1}, "pre_logits": 4}, project_every=4, seed=5
+    )
     model = tlr.wrap("test_resnet", config, num_classes=3, example_input=images()).train()
     for seed in range(5):
         torch.manual_seed(seed)
@@ -103,10 +105,13 @@ def test_labels_and_images_are_described(model, tmp_path):
     assert tuple(described["label_names"]) == ("cat", "dog", "ship")
 
 
-@pytest.mark.parametrize(("name", "options", "size"), [
-    ("test_vit", {"img_size": 32}, 32),
-    ("resnet10_cifar", {"channels": [8, 8, 8, 8]}, 32),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("test_vit", {"img_size": 32}, 32),
+        ("resnet10_cifar", {"channels": [8, 8, 8, 8]}, 32),
+    ],
+)
 def test_arguments_of_the_architecture_travel_along(tmp_path, name, options, size):
     model = tlr.wrap(name, LowRankConfig(branches={"pre_logits": 3}), num_classes=3, **options).eval()
     save_pretrained(model, tmp_path)
@@ -174,7 +179,9 @@ def test_a_folder_that_cannot_be(model, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", ["timm_lowrank.checkpoint.save_file", "timm.models.save_for_hf", "timm_lowrank.checkpoint._write_branches"])
+@pytest.mark.parametrize(
+    "where", ["timm_lowrank.checkpoint.save_file", "timm.models.save_for_hf", "timm_lowrank.checkpoint._write_branches"]
+)
 def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monkeypatch, where):
     save_pretrained(model, tmp_path)
     before = contents(tmp_path)

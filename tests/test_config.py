@@ -24,8 +24,19 @@ WRONG = {
     "oversampling": [-1, 0.5, None],
     "warmup_updates": [-1, 2.5, None],
     "seed": [1.5, None, "0"],
-    "branches": ["3-LR", {}, None, 5, {"layer3": 0}, {"layer3": -2}, {"layer3": 2.5}, {"layer3": True}, {"layer3": None},
-                 {"layer3": {}}, {"layer3": {"rank": 5, "reconstruction_weight": -1}}],
+    "branches": [
+        "3-LR",
+        {},
+        None,
+        5,
+        {"layer3": 0},
+        {"layer3": -2},
+        {"layer3": 2.5},
+        {"layer3": True},
+        {"layer3": None},
+        {"layer3": {}},
+        {"layer3": {"rank": 5, "reconstruction_weight": -1}},
+    ],
 }
 
 
@@ -44,7 +55,15 @@ def test_every_problem_is_in_one_message():
     with pytest.raises(ValueError, match="LowRankConfig") as caught:
         LowRankConfig(scale="x", project_every=0, seed=None, branches={"a": 0, "b": {"rank": 3, "rnak": 2}})
     message = str(caught.value)
-    for part in ("scale='x'", "unit, reference, batch, paper", "project_every=0", "seed=None", "'a'", "'rnak'", "rank?"):
+    for part in (
+        "scale='x'",
+        "unit, reference, batch, paper",
+        "project_every=0",
+        "seed=None",
+        "'a'",
+        "'rnak'",
+        "rank?",
+    ):
         assert part in message
 
 
@@ -61,11 +80,15 @@ def test_it_is_frozen_and_keyword_only():
         LowRankConfig("1-LR")
 
 
-@pytest.mark.parametrize("config", [
-    LowRankConfig(),
-    LowRankConfig(branches="2-LR", update_rows=None, nystrom_columns=7, step_rule="fixed", step_size=2, seed=-4),
-    LowRankConfig(branches={"layer3": 50, "pre_logits": {"rank": 5, "norm_weight": 0.25}}, storage="dense"),
-], ids=["default", "preset", "mapping"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LowRankConfig(),
+        LowRankConfig(branches="2-LR", update_rows=None, nystrom_columns=7, step_rule="fixed", step_size=2, seed=-4),
+        LowRankConfig(branches={"layer3": 50, "pre_logits": {"rank": 5, "norm_weight": 0.25}}, storage="dense"),
+    ],
+    ids=["default", "preset", "mapping"],
+)
 def test_round_trip_through_json(config):
     values = json.loads(json.dumps(config.to_dict()))
     assert LowRankConfig.from_dict(values) == config
@@ -93,10 +116,16 @@ def test_not_strict_does_not_let_wrong_values_through():
 
 
 def test_options_of_one_branch():
-    config = LowRankConfig(reconstruction_weight=2.0, norm_weight=0.5, seed=9,
-                           branches={"a": 5, "b": {"rank": 3, "reconstruction_weight": 0.1}, "c": {"rank": 2, "norm_weight": 0}})
+    config = LowRankConfig(
+        reconstruction_weight=2.0,
+        norm_weight=0.5,
+        seed=9,
+        branches={"a": 5, "b": {"rank": 3, "reconstruction_weight": 0.1}, "c": {"rank": 2, "norm_weight": 0}},
+    )
     assert config.for_branch("a") == config
-    weights = {layer: (config.for_branch(layer).reconstruction_weight, config.for_branch(layer).norm_weight) for layer in "abc"}
+    weights = {
+        layer: (config.for_branch(layer).reconstruction_weight, config.for_branch(layer).norm_weight) for layer in "abc"
+    }
     assert weights == {"a": (2.0, 0.5), "b": (0.1, 0.5), "c": (2.0, 0)}
     assert config.for_branch("b").branches == {"b": 3}
     assert config.for_branch("b").seed == 9

@@ -31,12 +31,16 @@ def imports(name, path, everywhere=True):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*base, node.module] if node.module else base)
             # `from package import module` imports the module, `from module import name` the module that has the name.
-            found |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names}
+            found |= {
+                f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names
+            }
     return found
 
 
 def test_the_reader_of_imports_sees_what_is_there():
-    assert "timm_lowrank.core.projection" in imports("timm_lowrank.core.factored", MODULES["timm_lowrank.core.factored"])
+    assert "timm_lowrank.core.projection" in imports(
+        "timm_lowrank.core.factored", MODULES["timm_lowrank.core.factored"]
+    )
     assert "torch" in imports("timm_lowrank.core.factored", MODULES["timm_lowrank.core.factored"])
     assert "timm_lowrank.core.model" in imports("timm_lowrank", MODULES["timm_lowrank"])
     assert len(MODULES) > 15
@@ -79,7 +83,7 @@ def test_there_are_no_cycles():
 
     def visit(name):
         if name in path:
-            raise AssertionError(" -> ".join([*path[path.index(name):], name]))
+            raise AssertionError(" -> ".join([*path[path.index(name) :], name]))
         if name not in done:
             path.append(name)
             for imported in sorted(graph[name]):

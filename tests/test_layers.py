@@ -38,7 +38,11 @@ def capped(name, options, size, branches):
         return tlr.wrap(name, LowRankConfig(branches=branches), example_input=images(size), num_classes=3, **options)
 
 
-@pytest.mark.parametrize(("name", "options", "size", "stage", "stage_width", "width"), FAMILIES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "options", "size", "stage", "stage_width", "width"),
+    FAMILIES,
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_presets(name, options, size, stage, stage_width, width, recwarn):
     model = tlr.wrap(name, LowRankConfig(branches="2-LR"), example_input=images(size), num_classes=3, **options).train()
     found = {layer: (branch.num_features, branch.rank) for layer, branch in model.branches.items()}
@@ -62,7 +66,9 @@ def test_presets(name, options, size, stage, stage_width, width, recwarn):
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
 def test_pre_logits_is_the_input_of_the_classifier(name):
     options = {"img_size": 64} if "vit" in name else {}
-    model = tlr.wrap(name, LowRankConfig(branches={"pre_logits": 3}), example_input=images(64), num_classes=3, **options).eval()
+    model = tlr.wrap(
+        name, LowRankConfig(branches={"pre_logits": 3}), example_input=images(64), num_classes=3, **options
+    ).eval()
     with model.capture() as seen, torch.no_grad():
         logits = model(images(64))
     assert torch.allclose(model.get_classifier()(seen["pre_logits"]), logits)
@@ -120,14 +126,23 @@ def test_wrapping_keeps_the_mode_of_the_network():
 
 def huggingface_resnet():
     transformers = pytest.importorskip("transformers")
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
     return transformers.ResNetForImageClassification(config), "resnet.encoder.stages.0", 8 * 8 * 8, 16
 
 
 def huggingface_vit():
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32,
-                                    patch_size=8, num_labels=3)
+    config = transformers.ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        num_labels=3,
+    )
     return transformers.ViTForImageClassification(config), "vit.embeddings", 17 * 24, 24
 
 
@@ -188,7 +203,14 @@ def test_a_branch_can_sit_on_every_layer_that_is_listed(name):
 
 def test_layers_of_a_module_that_is_not_timm_s(small_net):
     found = list_layers(small_net(), images=torch.zeros(2, 1, 8, 8))
-    assert [info.name for info in found if "." not in info.name] == ["stem", "body", "hidden", "act", "classifier", "pre_logits"]
+    assert [info.name for info in found if "." not in info.name] == [
+        "stem",
+        "body",
+        "hidden",
+        "act",
+        "classifier",
+        "pre_logits",
+    ]
     with pytest.raises(ValueError, match="input size of a SmallNet is not known; pass example_input"):
         list_layers(small_net())
 
@@ -197,7 +219,12 @@ def test_layers_that_give_no_activations_are_not_listed():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.lstm, self.twice, self.spare, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.lstm, self.twice, self.spare, self.head = (
+                nn.LSTM(4, 4, batch_first=True),
+                nn.Linear(4, 4),
+                nn.Linear(4, 4),
+                nn.Linear(4, 2),
+            )
 
         def forward(self, x):
             return self.head(self.twice(self.twice(self.lstm(x)[0][:, -1])))
@@ -286,7 +313,7 @@ def test_a_network_without_a_classifier_has_no_pre_logits(options, cls):
 
 def test_a_module_without_linear_layers_has_no_pre_logits():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    with pytest.raises(ValueError, match="Sequential runs no nn.Linear.*name a layer"):
+    with pytest.raises(ValueError, match=r"Sequential runs no nn\.Linear.*name a layer"):
         tlr.wrap(network, example_input=images(8))
     with pytest.raises(ValueError, match='"2-LR" needs timm'):
         tlr.wrap(network, LowRankConfig(branches="2-LR"), example_input=images(8))
@@ -306,9 +333,9 @@ def test_a_layer_whose_rows_are_not_images():
 
 
 def test_wrong_models():
-    with pytest.raises(TypeError, match="a timm name or an nn.Module is needed, not a int"):
+    with pytest.raises(TypeError, match=r"a timm name or an nn\.Module is needed, not a int"):
         tlr.wrap(18)
-    with pytest.raises(TypeError, match="num_classes: keywords for timm.create_model, but the model exists already"):
+    with pytest.raises(TypeError, match=r"num_classes: keywords for timm\.create_model, but the model exists already"):
         tlr.wrap(timm.create_model("test_vit"), num_classes=3)
     with pytest.raises(TypeError, match=r"wrapped already; wrap model\.unwrap\(\)"):
         tlr.wrap(tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3})))

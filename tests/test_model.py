@@ -1,4 +1,4 @@
-"""`LowRankModel`, `LossHook` and `attach`: on timm networks, in real training loops, and where others want to use it."""
+"""`LowRankModel`, `LossHook` and `attach`: on timm networks, in real training loops, copied, compiled and resumed."""
 
 import copy
 import io
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, attach
+
 
 def config(branches=None, **values):
     return LowRankConfig(**{"branches": branches or {"body": 5, "pre_logits": 4}, "project_every": 4, **values})
@@ -33,7 +34,9 @@ def wrapped(small_net, digits):
 def data(digits):
     """A function that gives batches of 16 digits and their labels."""
     images, labels = digits
-    return lambda count, start=0: [(images[i : i + 16], labels[i : i + 16]) for i in range(start, 16 * count + start, 16)]
+    return lambda count, start=0: [
+        (images[i : i + 16], labels[i : i + 16]) for i in range(start, 16 * count + start, 16)
+    ]
 
 
 def sgd(model):
@@ -121,8 +124,10 @@ def test_training_makes_activations_low_rank(wrapped, digits):
 
 
 def test_branch_names_and_options(wrapped):
-    model = wrapped({"body.0": {"rank": 3, "reconstruction_weight": 0.1}, "pre_logits": {"rank": 4, "norm_weight": 0.7}},
-                    reconstruction_weight=2.0)
+    model = wrapped(
+        {"body.0": {"rank": 3, "reconstruction_weight": 0.1}, "pre_logits": {"rank": 4, "norm_weight": 0.7}},
+        reconstruction_weight=2.0,
+    )
     assert list(model.branches) == list(model.branches.keys()) == ["body.0", "pre_logits"]
     assert [name for name, _ in model.branches.items()] == ["body.0", "pre_logits"]
     assert "body.0" in model.branches
@@ -155,7 +160,9 @@ def test_attributes_of_the_backbone_are_reachable(wrapped):
 
 
 def test_nothing_is_left_on_the_backbone():
-    model = tlr.wrap("test_resnet", config({"layer3": 8, "pre_logits": 4}), num_classes=3, example_input=torch.zeros(1, 3, 32, 32))
+    model = tlr.wrap(
+        "test_resnet", config({"layer3": 8, "pre_logits": 4}), num_classes=3, example_input=torch.zeros(1, 3, 32, 32)
+    )
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     train(model.train(), sgd(model), [(images, labels)] * 5)
     backbone = model.unwrap()
@@ -216,7 +223,10 @@ def test_capture_works_in_eval_mode_too(wrapped, data):
     ((images, _),) = data(1)
     with model.capture() as activations:
         model(images)
-    assert {layer: tuple(value.shape) for layer, value in activations.items()} == {"body": (16, 8, 2, 2), "pre_logits": (16, 32)}
+    assert {layer: tuple(value.shape) for layer, value in activations.items()} == {
+        "body": (16, 8, 2, 2),
+        "pre_logits": (16, 32),
+    }
     assert hooks(model) == []
 
 
@@ -261,7 +271,9 @@ def test_an_image_size_that_changed_is_named(wrapped):
 def test_a_layer_that_dropped_out_of_a_training_forward_is_named(wrapped, data):
     model = wrapped({"act": 3})
     ((images, _),) = data(1)
-    model.backbone.forward = lambda x: model.backbone.classifier(model.backbone.hidden(model.body(model.stem(x)).flatten(1)))
+    model.backbone.forward = lambda x: model.backbone.classifier(
+        model.backbone.hidden(model.body(model.stem(x)).flatten(1))
+    )
     model(images)
     with pytest.raises(CaptureError, match="'act' did not run"):
         model.penalty()
@@ -305,11 +317,14 @@ def test_data_parallel_is_refused(wrapped):
 # gradient checkpointing
 
 
-@pytest.mark.parametrize(("name", "branches", "options"), [
-    ("test_resnet", {"layer3": 6, "pre_logits": 4}, {}),
-    ("test_vit", {"blocks.2": 6, "pre_logits": 4}, {"img_size": 32}),
-    ("test_efficientnet", {"blocks.3": 6, "pre_logits": 4}, {}),
-])
+@pytest.mark.parametrize(
+    ("name", "branches", "options"),
+    [
+        ("test_resnet", {"layer3": 6, "pre_logits": 4}, {}),
+        ("test_vit", {"blocks.2": 6, "pre_logits": 4}, {"img_size": 32}),
+        ("test_efficientnet", {"blocks.3": 6, "pre_logits": 4}, {}),
+    ],
+)
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(name, branches, options):
     torch.manual_seed(0)
     model = tlr.wrap(name, config(branches), num_classes=3, example_input=torch.zeros(1, 3, 32, 32), **options).train()
@@ -411,7 +426,7 @@ def test_a_compiled_wrapper_matches_eager(wrapped, data, fresh_compiler, backend
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_compiled_wrapper_can_be_switched_at_any_time(wrapped, data, fresh_compiler, fullgraph):
-    """The compiler does not look at hooks that are registered after a module was compiled; these are part of the graph."""
+    """The compiler does not see hooks that are registered after a module was compiled; these are in the graph."""
     graphs, runs = [], []
 
     def backend(graph, _):
@@ -430,7 +445,9 @@ def test_a_compiled_wrapper_can_be_switched_at_any_time(wrapped, data, fresh_com
                     continue
                 with model.capture() as seen:
                     model.backbone(images)
-                twin = sum(copy.deepcopy(branch).penalty(seen[layer].flatten(1)) for layer, branch in model.branches.items())
+                twin = sum(
+                    copy.deepcopy(branch).penalty(seen[layer].flatten(1)) for layer, branch in model.branches.items()
+                )
                 assert torch.allclose(model.penalty(), twin, atol=1e-5)
                 model.update()
     assert len(graphs) == 3, "one for each mode, each with the whole network"

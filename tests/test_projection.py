@@ -193,10 +193,14 @@ def test_dependent_rows_do_not_matter(method):
     samples = projection.nystrom_samples(30, 4, 12, 2, seeded(3))
     fast, slow = {
         "exact": (lambda: projection.exact_factored(core, gram, 4), lambda: projection.exact(matrix, 4)),
-        "nystrom": (lambda: projection.nystrom_factored(core, gram, 4, [basis[:, s] for s in samples]),
-                    lambda: projection.nystrom(matrix, 4, 12, 2, seeded(3))),
-        "subspace": (lambda: projection.subspace_factored(core, gram, 4, basis @ projection.widen(None, 30, 4, 2, seeded(3))),
-                     lambda: projection.subspace(matrix, 4, None, 2, seeded(3))),
+        "nystrom": (
+            lambda: projection.nystrom_factored(core, gram, 4, [basis[:, s] for s in samples]),
+            lambda: projection.nystrom(matrix, 4, 12, 2, seeded(3)),
+        ),
+        "subspace": (
+            lambda: projection.subspace_factored(core, gram, 4, basis @ projection.widen(None, 30, 4, 2, seeded(3))),
+            lambda: projection.subspace(matrix, 4, None, 2, seeded(3)),
+        ),
     }[method]
     assert torch.allclose(dense(fast(), basis), slow(), rtol=1e-7, atol=1e-7 * float(matrix.norm()))
 
@@ -255,7 +259,9 @@ def test_more_runs_of_nystrom_are_better_on_average():
     matrix, _ = symmetric(60, decaying(60, 2))
 
     def error(runs):
-        results = [projection.nystrom(matrix, 4, runs=runs, generator=seeded(seed), truncate=False) for seed in range(12)]
+        results = [
+            projection.nystrom(matrix, 4, runs=runs, generator=seeded(seed), truncate=False) for seed in range(12)
+        ]
         return sum(relative_error(result, matrix, 4) for result in results)
 
     assert error(8) < error(1)
@@ -308,9 +314,15 @@ def test_smoothing_grows_and_ends_in_an_error(failing_eigh):
     matrix, _ = symmetric(10, decaying(10))
     tried = failing_eigh(99)
     mean = float(matrix.diagonal().abs().mean())
-    with pytest.warns(ProjectionWarning) as warned, pytest.raises(CollapseError, match=rf"failed 3 times.*{mean / 100:.1e} I"):
+    with (
+        pytest.warns(ProjectionWarning) as warned,
+        pytest.raises(CollapseError, match=rf"failed 3 times.*{mean / 100:.1e} I"),
+    ):
         projection.exact(matrix, 3)
-    assert [f"{amount * mean:.1e} I" in str(w.message) for w, amount in zip(warned, (1e-3, 1e-2), strict=True)] == [True, True]
+    assert [f"{amount * mean:.1e} I" in str(w.message) for w, amount in zip(warned, (1e-3, 1e-2), strict=True)] == [
+        True,
+        True,
+    ]
     added = [float((m - matrix).diagonal().mean()) for m in tried]
     assert added == pytest.approx([0, mean / 1000, mean / 100])
 

@@ -78,8 +78,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file}:{key}": value for file in files for key, value in load_file(folder / "model" / file).items()}
 
 
-def assert_same_run(one: Path, two: Path) -> None:
-    assert metrics(one) == metrics(two)
+def assert_same_run(one: Path, two: Path, *, but: str = "nothing") -> None:
+    rows = ([{k: v for k, v in row.items() if not k.endswith(but)} for row in metrics(run)] for run in (one, two))
+    assert next(rows) == next(rows)
     first, second = weights(one), weights(two)
     assert first.keys() == second.keys()
     assert first
@@ -158,9 +159,8 @@ def test_metrics_have_a_row_an_epoch_and_empty_cells_while_the_branch_is_off(fin
         assert row["penalty_weight"] == ("1" if on else "0")
         assert float(row["ema_test_accuracy"]) >= 0
     summary = finished[1]["branches"]["layer3"]["losses"]
-    assert summary == {
-        part: float(rows[-1][f"layer3.{part}"]) for part in ("reconstruction", "norm", "activation_norm")
-    }
+    assert summary.keys() >= {"reconstruction", "gradient_share"}
+    assert summary == {part: float(rows[-1][f"layer3.{part}"]) for part in summary}
 
 
 def test_the_twin_starts_alike_and_has_no_branch(finished):
@@ -419,7 +419,7 @@ def test_a_compiled_network_trains_like_any_other(monkeypatch, tmp_path):
     train(recipe(**values, compile=True), tmp_path / "compiled")
     torch.compiler.reset()
     train(recipe(**values), tmp_path / "plain")
-    assert_same_run(tmp_path / "compiled", tmp_path / "plain")
+    assert_same_run(tmp_path / "compiled", tmp_path / "plain", but="gradient_share")  # not measured when compiled
 
 
 def test_trackers_get_every_epoch(tmp_path):

@@ -147,7 +147,7 @@ class LowRankModel(nn.Module):
         return {layer: branch.losses() for layer, branch in self.branches.items()}
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[dict[str, object]]:
+    def capture(self) -> Iterator[dict[str, Any]]:
         """`with model.capture() as activations: model(images)` fills {layer: activations}, also in eval mode."""
         with recording(self.backbone, self.taps) as record:
             yield record.values

@@ -78,5 +78,5 @@ def _activations(recipe: Recipe, network: nn.Module, model: PixelModel, images: 
         with wrapped.capture() as activations:
             model(batch)
         for layer, value in activations.items():
-            found[layer].append(value.flatten(1))  # type: ignore[attr-defined]
+            found[layer].append(value.flatten(1))
     return {layer: torch.cat(values) for layer, values in found.items()}

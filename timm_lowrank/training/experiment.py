@@ -20,6 +20,7 @@ from .run import RunFolder, read_json
 from .sources import require
 from .state import TrainingState, build, seeded
 
+BRANCH_PARTS = ("reconstruction", "norm", "activation_norm", "gradient_share")
 Finished = tuple[dict[str, Any], dict[str, Any]]  # the contents of summary.json and spectrum.json
 
 
@@ -112,7 +113,7 @@ def _columns(state: TrainingState) -> list[str]:
     if state.recipe.lowrank_enabled:
         columns += ["penalty_weight", "penalty"]
         for layer in state.lowrank.branches:
-            columns += [f"{layer}.{part}" for part in ("reconstruction", "norm", "activation_norm")]
+            columns += [f"{layer}.{part}" for part in BRANCH_PARTS]
     return [*columns, "images_per_second", "seconds"]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,7 +67,9 @@ def train_epoch(state: TrainingState, epoch: int) -> dict[str, Any]:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         weight = penalty_weight(recipe, epoch, step, batches.steps)
-        _train_step(state, images, labels, weight, means)
+        # Looked at once an epoch: it costs a backward pass more. A compiled network does not see hooks that come later.
+        shares = index == 0 and weight > 0 and not recipe.compile
+        _train_step(state, images, labels, weight, means, shares=shares)
         last = index + 1 == len(batches)
         if accelerator.sync_gradients and ((step + 1) % REPORT_EVERY == 0 or last):
             _check_finite(state, means, epoch)
@@ -78,18 +82,24 @@ def train_epoch(state: TrainingState, epoch: int) -> dict[str, Any]:
     return {**row, "images_per_second": batches.steps * batches.batch_size / seconds, "seconds": seconds}
 
 
-def _train_step(state: TrainingState, images: Tensor, labels: Tensor, weight: float, means: Means) -> None:
+def _train_step(
+    state: TrainingState, images: Tensor, labels: Tensor, weight: float, means: Means, *, shares: bool
+) -> None:
     """One forward and backward pass, and the optimizer's step if this is the last part of a batch."""
     accelerator, lowrank, optimizer = state.accelerator, state.lowrank, state.optimizer
     if state.recipe.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     with accelerator.accumulate(state.network):
-        logits = state.network(images)
+        nothing: contextlib.AbstractContextManager[dict[str, Tensor]] = contextlib.nullcontext({})
+        with lowrank.capture() if shares else nothing as activations:
+            logits = state.network(images)
         task_loss = loss = functional.cross_entropy(logits.float(), labels)
         if weight:
             penalty = lowrank.penalty()  # the low-rank branch, first half: its loss joins the task's
             loss = task_loss + weight * penalty
             means.add("penalty", penalty, len(images))
+        for layer, share in gradient_shares(task_loss, loss, activations).items():
+            means.add(f"{layer}.gradient_share", share, len(images))
         accelerator.backward(loss)
         if accelerator.sync_gradients and state.recipe.clip_norm is not None:
             accelerator.clip_grad_norm_(lowrank.backbone.parameters(), state.recipe.clip_norm)
@@ -107,6 +117,16 @@ def _train_step(state: TrainingState, images: Tensor, labels: Tensor, weight: fl
         for layer, parts in lowrank.losses().items():
             for part, value in parts.items():
                 means.add(f"{layer}.{part}", value, len(images))
+
+
+def gradient_shares(task_loss: Tensor, loss: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How hard the branches pull at each layer: the norm of what they add to the gradient over that of the task's own."""
+    shares = {}
+    for layer, value in activations.items():
+        (task,) = torch.autograd.grad(task_loss, value, retain_graph=True)
+        (both,) = torch.autograd.grad(loss, value, retain_graph=True)
+        shares[layer] = (both - task).float().norm() / task.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return shares
 
 
 @torch.no_grad()

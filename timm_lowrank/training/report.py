@@ -48,7 +48,7 @@ def layer_energies(lowrank: LowRankModel, batches: EvalBatches, limit: int | Non
         with lowrank.capture() as activations:
             lowrank.unwrap()(images)  # not the wrapper: once compiled, it does not see hooks that come later
         for layer, value in activations.items():
-            kept.setdefault(layer, []).append(value.float().flatten(1))  # type: ignore[attr-defined]
+            kept.setdefault(layer, []).append(value.float().flatten(1))
         taken += len(images)
         if taken == limit:
             break
