@@ -199,6 +199,24 @@ def test_the_unit_scale_is_the_share_of_the_energy_outside_the_subspace():
     assert torch.allclose(branch.penalty(rows), branch.penalty(1e6 * centred - branch.bias)), "of no unit"
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_what_each_scale_divides_by(scale):
+    branch = trained(scale=scale).eval()
+    (rows,) = batches(1, seed=5)
+    centred = rows + branch.bias
+    norms = centred.norm(dim=1)
+    divisors = {
+        "unit": norms,
+        "reference": branch.reference_norm,
+        "batch": norms.square().mean().sqrt(),
+        "paper": torch.ones(1, dtype=DOUBLE),
+    }
+    errors = (centred @ branch.dense_weight() - centred).square().sum(1)
+    assert torch.allclose(branch.penalty(rows), (errors / divisors[scale].square()).mean())
+    sizes = rows.norm(dim=1) if scale == "paper" else norms / divisors[scale]
+    assert torch.allclose(branch.losses()["norm"], (1 - sizes).abs().mean())
+
+
 def test_the_reference_scale_is_measured_once():
     first, *others = batches(20)
     branch = build(scale="reference")
@@ -301,6 +319,17 @@ def test_the_normalized_rule_is_stable_at_any_norm(scale, projection):
     assert float(eigenvalues(branch).max()) > 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 8, 50])
+def test_the_normalized_step_is_nearly_the_largest_that_is_stable(rows):
+    """The first step from W = 0 gives 2 s C with s below 1 / lambda_max(C), but above 1 / (p^(1/8) lambda_max(C))."""
+    branch = build(scale="paper", step_size=1.0)
+    branch.reference_norm, branch._started = torch.ones((), dtype=DOUBLE), True  # with b at zero
+    (batch,) = batches(1, rows=rows)
+    train(branch, batch)
+    largest = float(eigenvalues(branch).max())
+    assert 2 / rows**0.125 - 1e-9 <= largest <= 2 + 1e-9
+
+
 def test_a_fixed_step_is_not_stable_at_large_norms():
     branch = build(scale="paper", step_rule="fixed", step_size=0.1, project_every=100)
     for rows in batches(4, size=30.0):
@@ -316,6 +345,17 @@ def test_single_precision_stays_stable():
     assert rank_of(branch, rtol=1e-5) == 4
     basis = branch.weight.basis
     assert torch.allclose(basis @ basis.T, torch.eye(4), atol=1e-4), "kept orthonormal through 40 projections"
+
+
+def test_rounding_of_the_kept_rows_is_measured_now_and_then():
+    """Between two measurements they count as orthonormal, which in single precision they are not quite."""
+    branch, measured = build(dtype=torch.float32, project_every=1), []
+    for rows in batches(40):
+        train(branch, rows.float())
+        basis = branch.weight.basis
+        measured.append(torch.equal(branch.weight.gram, basis @ basis.T))
+        assert measured[-1] or torch.equal(branch.weight.gram, torch.eye(len(basis)))
+    assert [i + 1 for i, yes in enumerate(measured) if yes] == [20, 40]
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

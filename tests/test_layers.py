@@ -74,6 +74,17 @@ def test_pre_logits_is_the_input_of_the_classifier(name):
     assert torch.allclose(model.get_classifier()(seen["pre_logits"]), logits)
 
 
+def test_of_several_classifiers_the_first_counts():
+    """A distilled network has one for the labels and one for the teacher."""
+    options = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 3}
+    config = LowRankConfig(branches={"pre_logits": 3})
+    model = tlr.wrap("deit_tiny_distilled_patch16_224", config, **options)
+    assert isinstance(model.get_classifier(), tuple)
+    assert [tap.path for tap in model.taps] == ["head"]
+    model.train()(images(32))
+    assert float(model.penalty().detach()) > 0
+
+
 def test_the_input_of_the_last_stage_is_what_the_last_stage_gets():
     model = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 3}), example_input=images(32)).eval()
     got = []
