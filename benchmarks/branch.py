@@ -13,6 +13,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -36,8 +37,11 @@ def training_step(variant: str, device: torch.device) -> Callable[[], None]:
     network: nn.Module = timm.create_model("resnet18_cifar").to(device, memory_format=torch.channels_last)
     if variant != "plain":
         dense = variant.endswith("dense")
-        config = tlr.LowRankConfig(branches=variant.split()[0], storage="dense" if dense else "factored",
-                                   project_every=NEVER if dense else TURN)
+        config = tlr.LowRankConfig(
+            branches=variant.split()[0],
+            storage="dense" if dense else "factored",
+            project_every=NEVER if dense else TURN,
+        )
         network = tlr.wrap(network, config)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(POOL, BATCH, 3, 32, 32, device=device)
@@ -69,7 +73,7 @@ def turn(step: Callable[[], None], steps: int = TURN) -> Callable[[], None]:
     return run
 
 
-def measure_steps(device: torch.device, rounds: int, skip_dense: bool) -> list[dict[str, object]]:
+def measure_steps(device: torch.device, rounds: int, skip_dense: bool) -> list[dict[str, Any]]:
     names = [name for name in VARIANTS if not (skip_dense and name.endswith("dense"))]
     steps = {name: training_step(name, device) for name in names}
     for name, step in steps.items():  # fill the factors: two intervals for the branches
@@ -80,11 +84,17 @@ def measure_steps(device: torch.device, rounds: int, skip_dense: bool) -> list[d
         dense, plain = steps["2-LR dense"], steps["plain"]
         for name, values in interleaved({"2-LR dense": dense, "beside": plain}, max(1, rounds), device).items():
             seconds[name] = [value * TURN for value in values]
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         beside = seconds["beside"] if "dense" in name else seconds["plain"]
-        rows.append({"variant": name, "ms": 1000 * statistics.median(seconds[name]) / TURN,
-                     "ratio": median_ratio(seconds[name], beside), "peak_mib": memory_peak(name, device)})
+        rows.append(
+            {
+                "variant": name,
+                "ms": 1000 * statistics.median(seconds[name]) / TURN,
+                "ratio": median_ratio(seconds[name], beside),
+                "peak_mib": memory_peak(name, device),
+            }
+        )
     return rows
 
 
@@ -102,13 +112,19 @@ def memory_peak(variant: str, device: torch.device) -> float:
 def branch_step(width: int, storage: str, device: torch.device) -> Callable[[], None]:
     """penalty, backward and update of one branch, without any network around it."""
     rank = min(500, width // 4)
-    config = tlr.LowRankConfig(branches={"layer": rank}, storage=storage, project_every=TURN if storage == "factored" else NEVER)
+    config = tlr.LowRankConfig(
+        branches={"layer": rank}, storage=storage, project_every=TURN if storage == "factored" else NEVER
+    )
     branch = LowRankBranch(width, rank, config, device)
     generator = torch.Generator(device).manual_seed(0)
     codes = torch.randn(POOL, BATCH, 1024, device=device, generator=generator)
     mixing = torch.randn(1024, width, device=device, generator=generator)
-    mixing *= torch.arange(1, 1025, device=device)[:, None] ** -0.5  # a decaying spectrum of more than `rank` directions
-    batches = itertools.cycle([code @ mixing for code in codes] if width <= 65536 else [codes[0] @ mixing, codes[1] @ mixing])
+    mixing *= (
+        torch.arange(1, 1025, device=device)[:, None] ** -0.5
+    )  # a decaying spectrum of more than `rank` directions
+    batches = itertools.cycle(
+        [code @ mixing for code in codes] if width <= 65536 else [codes[0] @ mixing, codes[1] @ mixing]
+    )
 
     def step() -> None:
         branch.penalty(next(batches).requires_grad_()).backward()
@@ -117,8 +133,8 @@ def branch_step(width: int, storage: str, device: torch.device) -> Callable[[], 
     return step
 
 
-def measure_widths(device: torch.device, rounds: int, skip_dense: bool) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def measure_widths(device: torch.device, rounds: int, skip_dense: bool) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for width in WIDTHS:
         factored = branch_step(width, "factored", device)
         turn(factored, 2 * TURN)()
@@ -150,14 +166,35 @@ def main() -> None:
         print(own_peak_mib())
         return
     steps = measure_steps(device, options.rounds, options.skip_dense)
-    plain_peak = float(steps[0]["peak_mib"])  # type: ignore[arg-type]
-    print_table(f"training step, resnet18_cifar, batch {BATCH}, {device}", ("variant", "ms", "x plain", "peak MiB", "extra MiB"),
-                [(r["variant"], f"{r['ms']:.1f}", f"{r['ratio']:.3f}", f"{r['peak_mib']:.0f}",
-                  f"{float(r['peak_mib']) - plain_peak:.0f}") for r in steps])  # type: ignore[arg-type]
+    plain_peak = steps[0]["peak_mib"]
+    print_table(
+        f"training step, resnet18_cifar, batch {BATCH}, {device}",
+        ("variant", "ms", "x plain", "peak MiB", "extra MiB"),
+        [
+            (
+                r["variant"],
+                f"{r['ms']:.1f}",
+                f"{r['ratio']:.3f}",
+                f"{r['peak_mib']:.0f}",
+                f"{r['peak_mib'] - plain_peak:.0f}",
+            )
+            for r in steps
+        ],
+    )
     widths = measure_widths(device, options.rounds, options.skip_dense)
-    print_table(f"branch alone, batch {BATCH}, {device}", ("features", "ms", "us per feature", "dense / factored"),
-                [(f"{r['width']:,}", f"{r['ms']:.2f}", f"{r['us_per_feature']:.2f}",
-                  f"{r['dense_over_factored']:.1f}" if r["dense_over_factored"] else "-") for r in widths])
+    print_table(
+        f"branch alone, batch {BATCH}, {device}",
+        ("features", "ms", "us per feature", "dense / factored"),
+        [
+            (
+                f"{r['width']:,}",
+                f"{r['ms']:.2f}",
+                f"{r['us_per_feature']:.2f}",
+                f"{r['dense_over_factored']:.1f}" if r["dense_over_factored"] else "-",
+            )
+            for r in widths
+        ],
+    )
     write_json(options.output, {"batch": BATCH, "device": str(device), "steps": steps, "widths": widths})
 
 

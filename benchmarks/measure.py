@@ -21,7 +21,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each variant in each round. The variants take turns, so that drift of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
@@ -41,8 +43,10 @@ def median_ratio(of: Sequence[float], to: Sequence[float]) -> float:
 
 def peak_memory_mib(arguments: Sequence[str]) -> float:
     """Largest resident set of this Python script run with `arguments` in a process of its own, MiB."""
-    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+    code = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
     command = [sys.executable, "-c", code, *arguments]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.split()[-1])
@@ -57,13 +61,22 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
     for row in cells:
-        print("  " + "  ".join(cell.rjust(width) if i else cell.ljust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  "
+            + "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
 
 
 def write_json(path: str | Path, figures: Mapping[str, Any]) -> None:
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.processor(),
-               "threads": torch.get_num_threads()}
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": platform.processor(),
+        "threads": torch.get_num_threads(),
+    }
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -74,9 +74,17 @@ def measure(width: int, rank: int, device: torch.device, rounds: int) -> list[di
     runs = {name: project_copy(weight, options) for name, options in METHODS.items()}
     results = {name: run() for name, run in runs.items()}
     seconds = interleaved(runs, rounds, device)
-    return [{"width": width, "rank": rank, "method": name, "ms": 1000 * statistics.median(seconds[name]),
-             "error": distance(weight, result.basis, result.core) / optimum, "kept": result.basis.shape[0]}
-            for name, result in results.items()]
+    return [
+        {
+            "width": width,
+            "rank": rank,
+            "method": name,
+            "ms": 1000 * statistics.median(seconds[name]),
+            "error": distance(weight, result.basis, result.core) / optimum,
+            "kept": result.basis.shape[0],
+        }
+        for name, result in results.items()
+    ]
 
 
 def main() -> None:
@@ -89,8 +97,11 @@ def main() -> None:
     rows = []
     for width, rank in ((512, 100), (2048, 200), (16384, 500)):
         rows += measure(width, rank, device, options.rounds)
-    print_table(f"rank projection of W, {device}", ("features", "rank", "method", "ms", "error / best", "rank kept"),
-                [(f"{r['width']:,}", r["rank"], r["method"], f"{r['ms']:.1f}", f"{r['error']:.4f}", r["kept"]) for r in rows])
+    print_table(
+        f"rank projection of W, {device}",
+        ("features", "rank", "method", "ms", "error / best", "rank kept"),
+        [(f"{r['width']:,}", r["rank"], r["method"], f"{r['ms']:.1f}", f"{r['error']:.4f}", r["kept"]) for r in rows],
+    )
     write_json(options.output, {"device": str(device), "rows": rows})
 
 

@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of recipes/train.py on the same data")
     parser.add_argument("--data", help="where the data are now, if not where they were when the runs were made")
     parser.add_argument("--noise", type=float, default=0.4, help="probability that a pixel is hit (default 0.4)")
-    parser.add_argument("--limit", type=int, default=5000, help="training and test images for the layers (default 5000)")
+    parser.add_argument(
+        "--limit", type=int, default=5000, help="training and test images for the layers (default 5000)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures of each run to this file")
     options = parser.parse_args()
     groups: dict[str, list[Figures]] = defaultdict(list)

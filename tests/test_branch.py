@@ -13,10 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 import timm_lowrank as tlr
 from timm_lowrank import CollapseError, LowRankBranch, LowRankConfig
+from timm_lowrank.core import errors
 from timm_lowrank.core.config import PROJECTIONS, SCALES, STEP_RULES, STORAGES
 from timm_lowrank.core.factored import FactoredWeight
 
 DOUBLE = torch.float64
+
+# No warm-up: the penalty has its whole weight from the first batch on.
+PLAIN = {"warmup_updates": 0, "reconstruction_weight": 1.0, "scale": "unit"}
 
 
 def batches(count, rows=8, width=24, seed=0, size=1.0):
@@ -35,7 +39,7 @@ def batches(count, rows=8, width=24, seed=0, size=1.0):
 
 
 def config(**values):
-    return LowRankConfig(**{"project_every": 4, "update_rows": None, "oversampling": 3, **values})
+    return LowRankConfig(**{**PLAIN, "project_every": 4, "update_rows": None, "oversampling": 3, **values})
 
 
 def build(width=24, rank=4, dtype=DOUBLE, **values):
@@ -271,13 +275,13 @@ WIDE = 2048
 
 def run_wide(storage, projection, updates=11):
     values = {"project_every": 5, "update_rows": 16, "storage": storage, "projection": projection}
-    branch = LowRankBranch(WIDE, 24, LowRankConfig(**values))
+    branch = LowRankBranch(WIDE, 24, LowRankConfig(**{**PLAIN, **values}))
     generator = torch.Generator().manual_seed(0)
     for _ in range(updates):
         rows = torch.randn(32, WIDE, generator=generator, requires_grad=True)
         branch.penalty(rows).backward()
         branch.update()
-    restored = LowRankBranch(WIDE, 24, LowRankConfig(**values))
+    restored = LowRankBranch(WIDE, 24, LowRankConfig(**{**PLAIN, **values}))
     restored.load_state_dict(branch.state_dict())
     assert branch.factor().shape == (WIDE, 24)
     assert 0 < branch.effective_rank() <= 24 + 16
@@ -307,8 +311,9 @@ def test_the_guard_does_fire(limits):
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_normalized_rule_is_stable_at_any_norm(scale, projection):
+def test_the_normalized_rule_is_stable_at_any_norm(monkeypatch, scale, projection):
     """||I - W||_2 <= 1 always, so W stays between 0 and 2, for batches and rows of norms from 1e-4 to 1e6."""
+    monkeypatch.setattr(errors, "_BLOWN_UP", float("inf"))  # no layer of one network does this
     branch = build(scale=scale, projection=projection, step_size=1.0)
     generator = torch.Generator().manual_seed(1)
     for i, rows in enumerate(batches(40)):
@@ -771,7 +776,9 @@ def collapse(images, labels, seed=0, epochs=9, **values):
     torch.manual_seed(seed)
     images, labels = images[:1000].flatten(1), labels[:1000]
     network = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-    model = tlr.wrap(network, LowRankConfig(branches={"1": 10}, **values), example_input=images[:2]).enable(False)
+    model = tlr.wrap(
+        network, LowRankConfig(**{**PLAIN, "branches": {"1": 10}, **values}), example_input=images[:2]
+    ).enable(False)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
     def accuracy():
@@ -802,7 +809,7 @@ def test_the_printed_loss_kills_a_layer_and_says_so(digits, step_rule, step_size
     assert before > 0.85
     assert after < 0.2
     assert "layer '1' collapsed" in str(error)
-    assert "scale='unit'" in str(error)
+    assert "Lower reconstruction_weight" in str(error)
 
 
 @pytest.mark.parametrize("weight", [1.0, 5.0])
@@ -819,7 +826,7 @@ def test_dead_activations_are_a_collapse_although_b_has_not_followed_yet(storage
     for rows in batches(5):
         train(branch, rows)
     dead = torch.full((8, 24), 0.5, dtype=DOUBLE)
-    with pytest.raises(CollapseError, match="collapsed: the root mean square norm of its centred activations is"):
+    with pytest.raises(CollapseError, match=r"collapsed: after 7 updates the root mean square norm"):
         train_all(branch, [dead] * 4)
 
 
@@ -855,3 +862,34 @@ def test_a_network_that_is_broken_from_the_start_is_an_error_too():
     branch = build()
     with pytest.raises(CollapseError, match="not finite"):
         train_all(branch, [torch.full((8, 24), float("nan"), dtype=DOUBLE)] * 4)
+
+
+@pytest.mark.parametrize("storage", ["factored", "dense"])
+def test_a_layer_that_blows_up_is_named(storage):
+    branch = build(storage=storage, project_every=2)
+    branch.name = "layer3"
+    rows = torch.randn(8, branch.num_features, dtype=DOUBLE)
+    train(branch, rows)
+    with pytest.raises(CollapseError, match=r"layer 'layer3' blew up: after 1 updates"):
+        train(branch, rows * 1e6)
+
+
+def test_the_penalty_waits_until_the_subspace_is_fitted():
+    branch = build(warmup_updates=4, scale="reference", reconstruction_weight=2.0)
+    seen = []
+    for rows in batches(10):
+        x = rows.clone().requires_grad_()
+        penalty = branch.penalty(x)
+        (gradient,) = torch.autograd.grad(penalty, x)
+        seen.append(float(penalty.detach() / (2 * branch.losses()["reconstruction"])))
+        assert bool(gradient.norm()) is bool(seen[-1])
+        branch.update()
+    assert seen == pytest.approx([0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
+    assert float(branch.losses()["reconstruction"]) < 0.9  # W was fitted meanwhile
+
+
+def test_a_batch_of_one_image_gives_a_scale():
+    branch = build(scale="reference")
+    row = torch.randn(1, branch.num_features, dtype=DOUBLE, requires_grad=True)
+    assert branch.penalty(row).isfinite()
+    assert float(branch.reference_norm) == pytest.approx(float(row.detach().norm()))

@@ -57,7 +57,7 @@ def test_every_problem_is_in_one_message():
     message = str(caught.value)
     for part in (
         "scale='x'",
-        "unit, reference, batch, paper",
+        "reference, unit, batch, paper",
         "project_every=0",
         "seed=None",
         "'a'",

@@ -87,14 +87,23 @@ def test_pixel_noise_refuses_impossible_settings(options):
 @pytest.fixture(scope="module")
 def digits():
     images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images[:900]), torch.tensor(labels[:900]), torch.tensor(images[900:]), torch.tensor(labels[900:])
+    return (
+        torch.tensor(images[:900]),
+        torch.tensor(labels[:900]),
+        torch.tensor(images[900:]),
+        torch.tensor(labels[900:]),
+    )
 
 
 def test_linear_accuracy_on_all_directions_is_that_of_the_whole_layer(digits):
     train, train_labels, test, test_labels = digits
     rank = int(torch.linalg.matrix_rank(train - train.mean(0)))
     (accuracy,) = linear_accuracy(train, train_labels, test, test_labels, [rank])
-    whole = LogisticRegression(max_iter=2000).fit(train.numpy(), train_labels.numpy()).score(test.numpy(), test_labels.numpy())
+    whole = (
+        LogisticRegression(max_iter=2000)
+        .fit(train.numpy(), train_labels.numpy())
+        .score(test.numpy(), test_labels.numpy())
+    )
     assert accuracy == pytest.approx(whole, abs=0.04)
 
 

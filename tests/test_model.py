@@ -16,7 +16,16 @@ from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, at
 
 
 def config(branches=None, **values):
-    return LowRankConfig(**{"branches": branches or {"body": 5, "pre_logits": 4}, "project_every": 4, **values})
+    return LowRankConfig(
+        **{
+            "branches": branches or {"body": 5, "pre_logits": 4},
+            "project_every": 4,
+            "warmup_updates": 0,
+            "reconstruction_weight": 1.0,
+            "scale": "unit",
+            **values,
+        }
+    )
 
 
 @pytest.fixture

@@ -78,7 +78,9 @@ def test_pretrained_cfg(name):
     cfg = timm.create_model(name, device="meta").pretrained_cfg
     assert cfg["architecture"] == name
     assert tuple(cfg["input_size"]) == (3, 32, 32)
-    assert cfg["num_classes"] == 10 and cfg["crop_pct"] == 1.0 and not cfg["url"]
+    assert cfg["num_classes"] == 10
+    assert cfg["crop_pct"] == 1.0
+    assert not cfg["url"]
     assert cfg["mean"] == (0.4914, 0.4822, 0.4465)
     assert cfg["std"] == (0.2470, 0.2435, 0.2616)
     assert timm.data.resolve_data_config({}, pretrained_cfg=cfg)["input_size"] == (3, 32, 32)
@@ -115,8 +117,10 @@ def test_parameter_counts():
 def test_vgg_is_vgg19_with_three_fully_connected_layers():
     network = timm.create_model("vgg19_bn_cifar", device="meta")
     kinds = [type(module) for module in network.features]
-    assert kinds.count(nn.Conv2d) == 16 and kinds.count(nn.BatchNorm2d) == 16
-    assert kinds.count(nn.MaxPool2d) == 5 and kinds[-1] is nn.MaxPool2d
+    assert kinds.count(nn.Conv2d) == 16
+    assert kinds.count(nn.BatchNorm2d) == 16
+    assert kinds.count(nn.MaxPool2d) == 5
+    assert kinds[-1] is nn.MaxPool2d
     assert [type(m) for m in network.pre_logits.children()] == [
         nn.Conv2d,
         nn.ReLU,
@@ -172,7 +176,8 @@ def test_forward_and_backward(name):
     for batch, training in ((1, False), (2, True)):
         network.train(training).zero_grad()
         logits = network(images(batch))
-        assert logits.shape == (batch, 10) and logits.isfinite().all()
+        assert logits.shape == (batch, 10)
+        assert logits.isfinite().all()
         nn.functional.cross_entropy(logits, torch.arange(batch)).backward()
         gradients = {key: p.grad for key, p in network.named_parameters()}
         assert all(g is not None and g.isfinite().all() for g in gradients.values())
@@ -189,7 +194,8 @@ def test_head_and_pre_logits(name):
         assert hidden.shape == (2, network.head_hidden_size)
         torch.testing.assert_close(network.get_classifier()(hidden), network(x))
         network.reset_classifier(7)
-        assert network(x).shape == (2, 7) and network.num_classes == 7
+        assert network(x).shape == (2, 7)
+        assert network.num_classes == 7
         network.reset_classifier(0)
         torch.testing.assert_close(network(x), hidden)
 
@@ -249,14 +255,10 @@ def test_hub_layout_round_trip(name, in_chans, tmp_path):
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    needed = {
-        key: value for key, value in SMALL[name].items() if key != "drop_rate"
-    }  # not part of the weights
+    needed = {key: value for key, value in SMALL[name].items() if key != "drop_rate"}  # not part of the weights
     assert needed.items() <= config["model_args"].items()
     assert config["pretrained_cfg"]["input_size"] == [in_chans, 32, 32]
-    del config["model_args"][
-        "num_classes"
-    ]  # it is also a key of the root, and transformers would pass it twice
+    del config["model_args"]["num_classes"]  # it is also a key of the root, and transformers would pass it twice
     path.write_text(json.dumps(config))
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert type(loaded) is type(network)
@@ -287,4 +289,5 @@ def test_widths_do_not_leak_into_timm():
     """timm's own ResNet keeps its stem: the subclass edits instances, never the class."""
     network = timm.create_model("resnet18", device="meta")
     assert not isinstance(network, CifarResNet)
-    assert network.conv1.kernel_size == (7, 7) and isinstance(network.maxpool, nn.MaxPool2d)
+    assert network.conv1.kernel_size == (7, 7)
+    assert isinstance(network.maxpool, nn.MaxPool2d)

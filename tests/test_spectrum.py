@@ -186,7 +186,8 @@ def check_certificate(summary, matrix):
     assert (energies[1:] <= energies[:-1]).all()
     ranks = list(range(1, len(expected) + 5))
     for exact, (lower, upper) in zip(ratios(expected, ranks), summary.variance_ratio(ranks), strict=True):
-        assert 0.0 <= lower <= exact + 1e-12 and exact - 1e-12 <= upper <= 1.0
+        assert 0.0 <= lower <= exact + 1e-12
+        assert exact - 1e-12 <= upper <= 1.0
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
@@ -247,12 +248,7 @@ def test_streams_return_the_certified_side(digits):
     assert streamed == pytest.approx([lower for lower, _ in summary.variance_ratio([1, 10, 50])], abs=0.01)
     assert all(low <= high + 1e-12 for low, high in zip(streamed, exact, strict=True))
     lower, upper = spectrum.sketch(features.split(64), 150).effective_rank(0.9)
-    assert (
-        lower
-        <= effective_rank(features, 0.9)
-        <= upper
-        == effective_rank(features.split(64), 0.9, sketch_size=150)
-    )
+    assert lower <= effective_rank(features, 0.9) <= upper == effective_rank(features.split(64), 0.9, sketch_size=150)
     assert effective_rank(features.split(64), 0.9) == effective_rank(features, 0.9)  # 512 exceeds the width
     torch.testing.assert_close(
         singular_energies(features.split(64), sketch_size=150),
@@ -270,9 +266,7 @@ def test_size_follows_the_largest_rank(digits, monkeypatch):
 
 
 def test_stream_whose_sketch_is_too_small(digits):
-    with pytest.raises(
-        ValueError, match=r"certifies no more than 0\.\d+ of the variance.*enlarge the sketch"
-    ):
+    with pytest.raises(ValueError, match=r"certifies no more than 0\.\d+ of the variance.*enlarge the sketch"):
         effective_rank(digits[1].split(100), 0.99, sketch_size=10)
 
 
@@ -316,7 +310,8 @@ def test_input_is_not_changed_and_global_state_is_left_alone():
     before, state = rows.clone(), torch.get_rng_state()
     singular_energies(rows)
     variance_ratio(batches(rows, 7), [2], sketch_size=4)
-    assert torch.equal(rows, before) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(rows, before)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 # errors
@@ -394,17 +389,16 @@ def test_a_refused_batch_leaves_the_sketch_as_it_was():
     summary.update(ROWS)
     expected = summary.energies()
     for bad in (ROWS * float("nan"), ROWS[:, :1], ROWS.double() * 1e35):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"finite|width|features|large"):
             summary.update(bad)
-    assert summary.count == 3 and torch.equal(summary.energies(), expected)
+    assert summary.count == 3
+    assert torch.equal(summary.energies(), expected)
 
 
 def test_core_imports_torch_alone():
     for module in (spectrum, inspect.getmodule(SpectrumSketch), inspect.getmodule(spectrum.as_matrix)):
         lines = [
-            line.split()[1]
-            for line in inspect.getsource(module).splitlines()
-            if line.startswith(("import", "from"))
+            line.split()[1] for line in inspect.getsource(module).splitlines() if line.startswith(("import", "from"))
         ]
         allowed = {"__future__", "collections.abc", "math", "operator", "torch", ".matrices", ".sketch"}
         assert set(lines) <= allowed

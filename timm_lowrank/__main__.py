@@ -11,13 +11,22 @@ from .layers import LayerInfo, list_layers
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m timm_lowrank", description="Tools for low-rank branches on timm networks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m timm_lowrank", description="Tools for low-rank branches on timm networks."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     layers = commands.add_parser("layers", help="list the layers that a branch can sit on")
     layers.add_argument("model", help="a timm name, for example resnet18")
-    layers.add_argument("--depth", type=int, default=2, help="only names of at most this many parts (default 2; 0 for all)")
-    layers.add_argument("--model-args", type=json.loads, default={}, metavar="JSON",
-                        help="keywords for timm.create_model, for example '{\"img_size\": 32}'")
+    layers.add_argument(
+        "--depth", type=int, default=2, help="only names of at most this many parts (default 2; 0 for all)"
+    )
+    layers.add_argument(
+        "--model-args",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="keywords for timm.create_model, for example '{\"img_size\": 32}'",
+    )
     options = parser.parse_args(arguments)
     try:
         found = list_layers(options.model, **options.model_args)

@@ -1,7 +1,7 @@
 """A trained model as a folder: the plain network in timm's own Hub layout, the branches beside it.
 
-    config.json, model.safetensors        what timm and transformers load, without this package
-    lowrank.json, lowrank.safetensors     the branches: configuration, and W and b of each layer
+config.json, model.safetensors        what timm and transformers load, without this package
+lowrank.json, lowrank.safetensors     the branches: configuration, and W and b of each layer
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def save_pretrained(
     """
     backbone = model.unwrap() if isinstance(model, LowRankModel) else model
     if not getattr(backbone, "pretrained_cfg", None):
-        raise ValueError(f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
-                         "save its state_dict() with safetensors instead")
+        raise ValueError(
+            f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
+            "save its state_dict() with safetensors instead"
+        )
     if label_names is not None and len(label_names) != backbone.num_classes:
         raise ValueError(f"{len(label_names)} label names for {backbone.num_classes} classes")
     folder = Path(folder)
@@ -77,7 +79,9 @@ def save_pretrained(
 def _write_backbone(
     backbone: nn.Module, folder: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any] | None
 ) -> None:
-    if not all(tensor.is_contiguous() for tensor in backbone.state_dict().values()):  # channels-last: safetensors refuses
+    if not all(
+        tensor.is_contiguous() for tensor in backbone.state_dict().values()
+    ):  # channels-last: safetensors refuses
         backbone = copy.deepcopy(backbone).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(
         backbone,
@@ -94,7 +98,9 @@ def _write_backbone(
 
 
 def _write_branches(model: LowRankModel, folder: Path) -> None:
-    layers = {layer: {"rank": branch.rank, "num_features": branch.num_features} for layer, branch in model.branches.items()}
+    layers = {
+        layer: {"rank": branch.rank, "num_features": branch.num_features} for layer, branch in model.branches.items()
+    }
     description = {"format": FORMAT, "config": model.lowrank_config.to_dict(), "layers": layers}
     (folder / LOWRANK_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     tensors = {key: value.contiguous().cpu() for key, value in model.branches.state_dict().items()}

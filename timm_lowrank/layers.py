@@ -1,4 +1,4 @@
-"""Layers by name: what a branch can sit on, what "pre_logits" and "2-LR" mean for a given network, and how wide it is."""
+"""Layers by name: what a branch can sit on, what "pre_logits" and "2-LR" mean for a network, and how wide it is."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     """
     architecture = name.split(":")[-1] if name.startswith("timm:") else name
     if ":" not in name and "/" not in name and not timm.is_model(architecture):
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}. "
-                         + nearest(architecture.split(".")[0], timm.list_models(), count=5))
+        raise ValueError(
+            f"timm {timm.__version__} has no model {name!r}. "
+            + nearest(architecture.split(".")[0], timm.list_models(), count=5)
+        )
     return timm.create_model(name, **kwargs)
 
 
@@ -54,13 +56,17 @@ def example_input(backbone: nn.Module, **create_kwargs: Any) -> Tensor:
     """
     size = dict(getattr(backbone, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
-        raise ValueError(f"the input size of a {type(backbone).__name__} is not known; pass example_input=images, "
-                         "one batch as the network takes it")
+        raise ValueError(
+            f"the input size of a {type(backbone).__name__} is not known; pass example_input=images, "
+            "one batch as the network takes it"
+        )
     channels, height, width = size
     if image_size := create_kwargs.get("img_size"):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     place = next(backbone.parameters(), torch.empty(0))
-    return torch.zeros(1, create_kwargs.get("in_chans", channels), height, width, device=place.device, dtype=place.dtype)
+    return torch.zeros(
+        1, create_kwargs.get("in_chans", channels), height, width, device=place.device, dtype=place.dtype
+    )
 
 
 def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **create_kwargs: Any) -> list[LayerInfo]:
@@ -88,7 +94,9 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
     return [*found, LayerInfo(PRE_LOGITS, f"input of {with_logits.path}", tuple(value.shape[1:]), value[0].numel())]
 
 
-def find_taps(backbone: nn.Module, config: LowRankConfig, images: Tensor) -> tuple[list[Tap], dict[str, int], dict[str, int]]:
+def find_taps(
+    backbone: nn.Module, config: LowRankConfig, images: Tensor
+) -> tuple[list[Tap], dict[str, int], dict[str, int]]:
     """Taps, widths and target ranks of the branches that `config` asks for.
 
     The ranks of the presets are capped by the width of the layer, with a warning.
@@ -100,14 +108,18 @@ def find_taps(backbone: nn.Module, config: LowRankConfig, images: Tensor) -> tup
     """
     wanted = _wanted_ranks(backbone, config)
     _raise_if_unknown(backbone, wanted)
-    taps = [_pre_logits_tap(backbone, images) if layer == PRE_LOGITS else Tap.at(layer, layer, backbone) for layer in wanted]
+    taps = [
+        _pre_logits_tap(backbone, images) if layer == PRE_LOGITS else Tap.at(layer, layer, backbone) for layer in wanted
+    ]
     record = _example_forward(backbone, taps, images)
     widths = {}
     for tap in taps:
         value = record.activation(tap)
         if value.shape[0] != images.shape[0]:
-            raise CaptureError(f"layer {tap.layer!r} gives a tensor of shape {tuple(value.shape)} for {images.shape[0]} images; "
-                               "its first dimension is not the batch, so its rows are not images")
+            raise CaptureError(
+                f"layer {tap.layer!r} gives a tensor of shape {tuple(value.shape)} for {images.shape[0]} images; "
+                "its first dimension is not the batch, so its rows are not images"
+            )
         widths[tap.layer] = value[0].numel()
     return taps, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
 
@@ -125,12 +137,14 @@ def _last_stage_input(backbone: nn.Module) -> str:
     if hasattr(backbone, "lowrank_stage"):  # a network that knows better, such as a VGG
         return str(backbone.lowrank_stage)
     info = getattr(backbone, "feature_info", None)
-    stages: Sequence[str] = [] if info is None else [
-        entry["module"] for entry in (info.info if hasattr(info, "info") else info)
-    ]
+    stages: Sequence[str] = (
+        [] if info is None else [entry["module"] for entry in (info.info if hasattr(info, "info") else info)]
+    )
     if len(stages) < 2:
-        raise ValueError(f'"2-LR" needs timm\'s feature_info with at least two stages, which {type(backbone).__name__} does '
-                         'not have; name the layers instead, for example branches={"layer3": 500, "pre_logits": 100}')
+        raise ValueError(
+            f'"2-LR" needs timm\'s feature_info with at least two stages, which {type(backbone).__name__} does '
+            'not have; name the layers instead, for example branches={"layer3": 500, "pre_logits": 100}'
+        )
     return stages[-2]
 
 
@@ -138,18 +152,26 @@ def _raise_if_unknown(backbone: nn.Module, wanted: Mapping[str, int]) -> None:
     known = [name for name, _ in backbone.named_modules() if name]
     unknown = [layer for layer in wanted if layer != PRE_LOGITS and layer not in known]
     if unknown:
-        raise ValueError("; ".join(f"{type(backbone).__name__} has no layer {layer!r}. "
-                                   + nearest(layer, [*known, PRE_LOGITS], count=5) for layer in unknown))
+        raise ValueError(
+            "; ".join(
+                f"{type(backbone).__name__} has no layer {layer!r}. " + nearest(layer, [*known, PRE_LOGITS], count=5)
+                for layer in unknown
+            )
+        )
 
 
 def _fitting_ranks(wanted: Mapping[str, int], widths: Mapping[str, int], *, capped: bool) -> dict[str, int]:
     too_large = {layer: rank for layer, rank in wanted.items() if rank > widths[layer]}
-    text = "; ".join(f"rank {rank} is larger than the {widths[layer]} features of layer {layer!r}"
-                     for layer, rank in too_large.items())
+    text = "; ".join(
+        f"rank {rank} is larger than the {widths[layer]} features of layer {layer!r}"
+        for layer, rank in too_large.items()
+    )
     if too_large and not capped:
         raise ValueError(f"{text}; a branch needs a rank well below the width to have an effect")
     if too_large:
-        warnings.warn(f"{text}; capped there, where the branch has no effect: name the layers and smaller ranks", stacklevel=3)
+        warnings.warn(
+            f"{text}; capped there, where the branch has no effect: name the layers and smaller ranks", stacklevel=3
+        )
     return {layer: min(rank, widths[layer]) for layer, rank in wanted.items()}
 
 
@@ -161,12 +183,16 @@ def _pre_logits_tap(backbone: nn.Module, images: Tensor) -> Tap:
         for name, module in backbone.named_modules():
             if module is classifier and not isinstance(module, nn.Identity):
                 return Tap.at(PRE_LOGITS, name, backbone, takes_input=True)
-        raise ValueError(f"{type(backbone).__name__} has no classifier (num_classes=0?), so there is no {PRE_LOGITS!r}; "
-                         "name a layer instead")
+        raise ValueError(
+            f"{type(backbone).__name__} has no classifier (num_classes=0?), so there is no {PRE_LOGITS!r}; "
+            "name a layer instead"
+        )
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     ran = _example_forward(backbone, [Tap(name, name) for name in linear], images).values
     if not ran:
-        raise ValueError(f"{type(backbone).__name__} runs no nn.Linear, so there is no {PRE_LOGITS!r}; name a layer instead")
+        raise ValueError(
+            f"{type(backbone).__name__} runs no nn.Linear, so there is no {PRE_LOGITS!r}; name a layer instead"
+        )
     return Tap(PRE_LOGITS, list(ran)[-1], takes_input=True)
 
 

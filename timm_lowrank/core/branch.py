@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,11 +10,9 @@ from torch import Tensor, nn
 
 from .config import LowRankConfig
 from .dense import DenseWeight
-from .errors import CollapseError
+from .errors import raise_if_collapsed
 from .factored import FactoredWeight
 from .scaling import SCALINGS
-
-_COLLAPSED = 1e-3  # centred norm over that at switch-on, below which a layer counts as dead
 
 
 class LowRankBranch(nn.Module):
@@ -52,7 +51,9 @@ class LowRankBranch(nn.Module):
         place = torch.empty(0, device=device).device
         self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, place, dtype)
         self.bias = torch.zeros(num_features, device=place, dtype=dtype)
-        self.reference_norm = torch.zeros((), device=place, dtype=dtype)  # root mean square of ||a - mean|| at switch-on
+        self.reference_norm = torch.zeros(
+            (), device=place, dtype=dtype
+        )  # root mean square of ||a - mean|| at switch-on
         self.updates = 0
         self._started = False  # whether b and the reference norm were taken from a first batch
         self._losses: dict[str, Tensor] = {}
@@ -112,21 +113,25 @@ class LowRankBranch(nn.Module):
         if not activations.is_floating_point():
             raise ValueError(f"{where}activations must be floating point, not {activations.dtype}")
         if activations.dim() != 2 or activations.shape[1] != self.num_features:
-            raise ValueError(f"{where}activations of shape {tuple(activations.shape)} do not fit (batch, {self.num_features}); "
-                             "was the model wrapped for another image size?")
+            raise ValueError(
+                f"{where}activations of shape {tuple(activations.shape)} do not fit (batch, {self.num_features}); "
+                "was the model wrapped for another image size?"
+            )
         if activations.shape[0] == 0:
             raise ValueError(f"{where}an empty batch has no penalty")
 
     def _start(self, values: Tensor) -> None:
-        """Begin with b at minus the mean of the first batch, unless W and b are to move exactly as printed (from zero)."""
+        """b begins at minus the mean of the first batch; at zero if it is to move exactly as printed."""
         mean = values.mean(dim=0)
         if self.config.step_rule == "normalized":
             self.bias = -mean
-        self.reference_norm = (values - mean).square().sum(dim=1).mean().sqrt()
+        spread = (values - mean).square().sum(dim=1).mean().sqrt()
+        alone = torch.linalg.vector_norm(mean)  # a batch of one image has no spread
+        self.reference_norm = torch.where(spread > 0, spread, alone)
         self._started = True
 
     def _choose(self, values: Tensor, norms: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of this batch that enter W, drawn evenly, with their factors; adds the batch to the next step of b."""
+        """The rows of this batch that enter W, drawn evenly, and their factors; the batch joins the next step of b."""
         total = values.detach().sum(dim=0)
         finite = total.isfinite().all()  # an overflow that a gradient scaler will skip must not enter b
         self._sum = self._sum + torch.where(finite, total, 0)
@@ -205,16 +210,10 @@ class LowRankBranch(nn.Module):
 
     def _raise_if_collapsed(self) -> None:
         """The one place of a training step that waits for the device, at projections, which do so anyway."""
-        count, reference = float(self._count), float(self.reference_norm)
+        count = float(self._count)
         offset = self._sum / count + self.bias if count > 1 else torch.zeros_like(self.bias)  # b follows the mean late
         spread = float((self._squares / max(count, 1) - offset.square().sum()).clamp_min(0).sqrt())
-        advice = ("Lower reconstruction_weight, begin with it later or more slowly, or use scale='unit', under which a "
-                  "layer gains nothing by shrinking.")
-        if not (spread < float("inf") and count > 0):
-            raise CollapseError(f"the activations of layer {self.name!r} are not finite after {self.updates} updates. {advice}")
-        if spread <= _COLLAPSED * reference:
-            raise CollapseError(f"layer {self.name!r} collapsed: the root mean square norm of its centred activations is "
-                                f"{spread:.3g}, and was {reference:.3g} when the branch was switched on. {advice}")
+        raise_if_collapsed(self.name, spread if count else math.nan, float(self.reference_norm), self.updates)
 
     # ------------------------------------------------------------------------------------------------- inspection
 
@@ -242,7 +241,7 @@ class LowRankBranch(nn.Module):
     # ------------------------------------------------------------------------------------------------------ state
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def, override]
-        """Follow the module to another device, never to another dtype: W must not become half precision with a model."""
+        """Follow the module to another device, never to another dtype: W must not become half precision."""
         device = fn(torch.empty_like(self.bias)).device
         self.weight.to(device)
         for name in ("bias", "reference_norm", "_sum", "_squares", "_count"):
@@ -258,7 +257,16 @@ class LowRankBranch(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination.update({prefix + name: value for name, value in self._state().items()})
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):  # type: ignore[no-untyped-def, override]
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         # Not buffers: the number of rows of B changes from step to step, and buffers are broadcast by DDP.
         names = self._state().keys()
         missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
@@ -268,7 +276,9 @@ class LowRankBranch(nn.Module):
             return
         try:
             if found["bias"].shape != self.bias.shape:
-                raise ValueError(f"a bias of shape {tuple(found['bias'].shape)} does not fit {self.num_features} features")
+                raise ValueError(
+                    f"a bias of shape {tuple(found['bias'].shape)} does not fit {self.num_features} features"
+                )
             self.weight.load_state(found)
         except ValueError as problem:
             error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")

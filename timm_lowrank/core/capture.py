@@ -58,19 +58,29 @@ class Recording:
         """
         name = f"layer {tap.layer!r}"
         if tap.layer not in self.values:
-            raise CaptureError(f"{name} did not run during the forward pass, so there is nothing to regularize; "
-                               "choose a layer that every training forward calls")
+            raise CaptureError(
+                f"{name} did not run during the forward pass, so there is nothing to regularize; "
+                "choose a layer that every training forward calls"
+            )
         value = self.values[tap.layer]
         if self.counts[tap.layer] > 1:
-            raise CaptureError(f"{name} ran {self.counts[tap.layer]} times in one forward pass; choose a layer that runs once")
+            raise CaptureError(
+                f"{name} ran {self.counts[tap.layer]} times in one forward pass; choose a layer that runs once"
+            )
         if not isinstance(value, Tensor):
-            raise CaptureError(f"{name} gives a {type(value).__name__}, not a tensor; choose a layer inside or behind it")
+            raise CaptureError(
+                f"{name} gives a {type(value).__name__}, not a tensor; choose a layer inside or behind it"
+            )
         if not value.is_floating_point() or value.dim() < 2:
-            raise CaptureError(f"{name} gives a tensor of shape {tuple(value.shape)} and type {value.dtype}; "
-                               "a branch needs floating point activations (batch, ...)")
+            raise CaptureError(
+                f"{name} gives a tensor of shape {tuple(value.shape)} and type {value.dtype}; "
+                "a branch needs floating point activations (batch, ...)"
+            )
         if self.versions.get(tap.layer, value._version) != value._version:
-            raise CaptureError(f"the output of {name} was overwritten in place after it was recorded (an in-place "
-                               "activation behind it, most likely); choose the layer that overwrites it")
+            raise CaptureError(
+                f"the output of {name} was overwritten in place after it was recorded (an in-place "
+                "activation behind it, most likely); choose the layer that overwrites it"
+            )
         return value
 
 

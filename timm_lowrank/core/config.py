@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import nearest
 
-SCALES = ("unit", "reference", "batch", "paper")
+SCALES = ("reference", "unit", "batch", "paper")
 STEP_RULES = ("normalized", "fixed")
 PROJECTIONS = ("subspace", "nystrom", "exact")
 STORAGES = ("factored", "dense")
@@ -31,9 +31,9 @@ class LowRankConfig:
         reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6).
         norm_weight: lambda_2, the weight of L_n (Algorithm 2, line 7).
         scale: how the rows that L_c sees are scaled; `scaling.py` explains each.
-            "unit": every centred activation vector divided by its own norm, so that L_c is the share of a
-            sample's energy outside the subspace. "reference": divided by the root mean square norm at the time
-            the branch was switched on. "batch": divided by that of the current batch. "paper": as printed.
+            "reference": divided by the root mean square norm at the time the branch was switched on. "unit":
+            every centred activation vector divided by its own norm, so that L_c is the share of a sample's energy
+            outside the subspace. "batch": divided by the root mean square norm of the batch. "paper": as printed.
         step_size: lambda of the Update Step (Algorithm 2, line 12). With `step_rule="normalized"` it is in
             units of the largest step that is stable for the current batch, whatever the norm of its
             activations, and must lie in (0, 1].
@@ -60,13 +60,13 @@ class LowRankConfig:
     """
 
     branches: str | Mapping[str, int | Mapping[str, Any]] = "1-LR"
-    reconstruction_weight: float = 1.0
+    reconstruction_weight: float = 5.0
     norm_weight: float = 0.0
-    scale: str = "unit"
+    scale: str = "reference"
     step_size: float = 0.5
     step_rule: str = "normalized"
     bias_momentum: float = 0.1
-    warmup_updates: int = 0
+    warmup_updates: int = 100
     project_every: int = 10
     projection: str = "subspace"
     oversampling: int = 10
@@ -90,10 +90,11 @@ class LowRankConfig:
         ]
 
     def _wrong_numbers(self) -> list[str]:
-        problems = []
-        for name in ("reconstruction_weight", "norm_weight"):
-            if not _is_weight(getattr(self, name)):
-                problems.append(f"{name}={getattr(self, name)!r} must be a finite number >= 0")
+        problems = [
+            f"{name}={getattr(self, name)!r} must be a finite number >= 0"
+            for name in ("reconstruction_weight", "norm_weight")
+            if not _is_weight(getattr(self, name))
+        ]
         top = 1.0 if self.step_rule == "normalized" else math.inf
         if not (_is_number(self.step_size) and 0 < self.step_size <= top):
             problems.append(f"step_size={self.step_size!r} must lie in (0, {top}] with step_rule={self.step_rule!r}")
@@ -116,19 +117,27 @@ class LowRankConfig:
         if isinstance(self.branches, str):
             if self.branches in PRESETS:
                 return []
-            return [f"branches={self.branches!r} is neither of {', '.join(PRESETS)} nor a mapping of layer name to rank"]
+            return [
+                f"branches={self.branches!r} is neither of {', '.join(PRESETS)} nor a mapping of layer name to rank"
+            ]
         if not isinstance(self.branches, Mapping) or not self.branches:
             return [f"branches={self.branches!r} must name at least one layer"]
         problems = []
         for layer, spec in self.branches.items():
             options = spec if isinstance(spec, Mapping) else {"rank": spec}
-            problems += [f"branches[{layer!r}] has no option {k!r}; {nearest(k, BRANCH_KEYS)}"
-                         for k in options if k not in BRANCH_KEYS]
+            problems += [
+                f"branches[{layer!r}] has no option {k!r}; {nearest(k, BRANCH_KEYS)}"
+                for k in options
+                if k not in BRANCH_KEYS
+            ]
             rank = options.get("rank")
             if not _is_count(rank):
                 problems.append(f"the rank of branch {layer!r} is {rank!r}; it must be an integer >= 1")
-            problems += [f"{k} of branch {layer!r} is {v!r}; it must be a finite number >= 0"
-                         for k, v in options.items() if k.endswith("_weight") and not _is_weight(v)]
+            problems += [
+                f"{k} of branch {layer!r} is {v!r}; it must be a finite number >= 0"
+                for k, v in options.items()
+                if k.endswith("_weight") and not _is_weight(v)
+            ]
         return problems
 
     def for_branch(self, layer: str) -> LowRankConfig:

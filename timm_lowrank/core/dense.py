@@ -91,7 +91,9 @@ class DenseWeight:
         """Take over what `state` gave. Raises ValueError if the shapes do not belong to this layer."""
         matrix = state["matrix"].to(self.matrix, copy=True)
         if matrix.shape != self.matrix.shape:
-            raise ValueError(f"a matrix of shape {tuple(matrix.shape)} does not fit a layer of {self.num_features} features")
+            raise ValueError(
+                f"a matrix of shape {tuple(matrix.shape)} does not fit a layer of {self.num_features} features"
+            )
         self.matrix, self.start = matrix, state["start"][:, 1:].to(self.start, copy=True)
         self._rows = self._rows[:0]
 

@@ -18,6 +18,34 @@ class CollapseError(LowRankError):
     """
 
 
+# Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
+# a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
+_DEAD, _BLOWN_UP = 1e-3, 1e4
+
+
+def raise_if_collapsed(layer: str, spread: float, reference: float, updates: int) -> None:
+    """Raise CollapseError if a layer is past saving.
+
+    Args:
+        layer: its name.
+        spread: root mean square norm of its activations about their mean; NaN if none were finite.
+        reference: the same when the branch was switched on.
+        updates: of the branch so far.
+    """
+    advice = (
+        "Lower reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
+        "warmup_updates; the loss as printed (scale='paper') kills most wide layers."
+    )
+    if not spread < float("inf"):
+        raise CollapseError(f"the activations of layer {layer!r} are not finite after {updates} updates. {advice}")
+    if not _DEAD * reference < spread < _BLOWN_UP * reference:
+        what = "collapsed" if spread <= reference else "blew up"
+        raise CollapseError(
+            f"layer {layer!r} {what}: after {updates} updates the root mean square norm of its centred activations is "
+            f"{spread:.3g}, and it was {reference:.3g} when the branch was switched on. {advice}"
+        )
+
+
 class CaptureError(LowRankError):
     """The activations of a named layer could not be had from a forward pass."""
 

@@ -110,7 +110,8 @@ class FactoredWeight:
     def reconstruction_error(
         self,
         rows: Tensor,  # (n, m) centred activations with a graph, `dtype`
-        remember: tuple[Tensor, Tensor] | None,  # rows for the next step (p,) int64 and factors (p,); None in evaluation
+        remember: tuple[Tensor, Tensor]
+        | None,  # rows for the next step (p,) int64 and factors (p,); None in evaluation
     ) -> Tensor:
         """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
         size = self.core.shape[0]
@@ -216,8 +217,10 @@ class FactoredWeight:
         """Take over what `state` gave. Raises ValueError if the shapes do not belong to this layer."""
         basis, core, gram = (state[name].to(self._buffer, copy=True) for name in ("basis", "core", "gram"))
         if basis.shape != (core.shape[0], self.num_features) or gram.shape != core.shape or core.dim() != 2:
-            raise ValueError(f"a factor of shape {tuple(basis.shape)} with a core of shape {tuple(core.shape)} does not fit "
-                             f"a layer of {self.num_features} features")
+            raise ValueError(
+                f"a factor of shape {tuple(basis.shape)} with a core of shape {tuple(core.shape)} does not fit "
+                f"a layer of {self.num_features} features"
+            )
         self._load(basis, core, gram, kept=int(state["factored"][0]))
         self.projections = int(state["factored"][1])
 

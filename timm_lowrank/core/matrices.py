@@ -30,9 +30,7 @@ def as_matrix(
     if not activations.is_floating_point():
         raise TypeError(f"activations must be of a floating-point dtype, got {activations.dtype}")
     if activations.ndim < 2 or math.prod(activations.shape[1:]) == 0:
-        raise ValueError(
-            f"activations must be of shape (n, m) with m >= 1 features, got {tuple(activations.shape)}"
-        )
+        raise ValueError(f"activations must be of shape (n, m) with m >= 1 features, got {tuple(activations.shape)}")
     return activations.detach().flatten(1)
 
 

@@ -95,7 +95,7 @@ class LowRankModel(nn.Module):
         return output
 
     def penalty(self) -> Tensor:
-        """The summed penalty of all branches for the last training forward, a scalar with a graph (Algorithm 2, line 8).
+        """The summed penalty of all branches for the last training forward, a scalar with a graph (Alg. 2, line 8).
 
         Can be had once per forward, so that no batch counts twice. Zero while the branches are switched off.
 
@@ -105,8 +105,10 @@ class LowRankModel(nn.Module):
         if not self.enabled:
             return next(self.backbone.parameters()).new_zeros((), dtype=torch.float32)
         if self._recording is None:
-            raise CaptureError("penalty() needs a forward pass in train mode before each call; "
-                               "it was called without one, or twice for the same one")
+            raise CaptureError(
+                "penalty() needs a forward pass in train mode before each call; "
+                "it was called without one, or twice for the same one"
+            )
         record, self._recording = self._recording, None
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
         return torch.stack([self.branches[layer].penalty(value) for layer, value in activations.items()]).sum()
@@ -115,8 +117,10 @@ class LowRankModel(nn.Module):
         value = record.activation(tap)
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         if learns and not value.requires_grad:
-            raise CaptureError(f"the activations of layer {tap.layer!r} carry no gradient, so its penalty could not train "
-                               "anything; is the network in front of it frozen, or checkpointed with use_reentrant=True?")
+            raise CaptureError(
+                f"the activations of layer {tap.layer!r} carry no gradient, so its penalty could not train "
+                "anything; is the network in front of it frozen, or checkpointed with use_reentrant=True?"
+            )
         return value.flatten(1)
 
     def update(self) -> None:
@@ -168,8 +172,10 @@ class LowRankModel(nn.Module):
         return {**self.__dict__, "_recording": None}  # graph tensors can neither be copied nor pickled
 
     def _replicate_for_data_parallel(self) -> LowRankModel:
-        raise RuntimeError("nn.DataParallel would give each replica activations that the branches never see; use "
-                           "DistributedDataParallel, for example through `accelerate launch`")
+        raise RuntimeError(
+            "nn.DataParallel would give each replica activations that the branches never see; use "
+            "DistributedDataParallel, for example through `accelerate launch`"
+        )
 
 
 class LossHook(nn.Module):

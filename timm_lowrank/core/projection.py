@@ -24,7 +24,8 @@ _WELL_CONDITIONED = 1e-5  # smallest over largest Cholesky pivot that the fast o
 
 
 class CoreProjection(NamedTuple):
-    """A rank-r symmetric matrix in the coordinates of a row basis B: sum_i eigenvalues[i] q_i q_i^T, q_i = B^T vectors[:, i]."""
+    """A rank-r symmetric matrix in the coordinates of a row basis B: sum_i eigenvalues[i] q_i q_i^T with
+    q_i = B^T vectors[:, i]."""
 
     vectors: Tensor  # (k, r) float64, orthonormal in the inner product of G
     eigenvalues: Tensor  # (r,) float64, by magnitude, largest first
@@ -37,7 +38,7 @@ def exact(
     matrix: Tensor,  # (m, m) symmetric, float32 or float64
     rank: int,
 ) -> Tensor:
-    """The best rank-`rank` approximation of a symmetric matrix in Frobenius norm: its eigenvalues of largest magnitude."""
+    """The best rank-`rank` approximation in Frobenius norm: the eigenvalues of largest magnitude and their vectors."""
     eigenvalues, vectors = _eigh(matrix)
     keep = eigenvalues.abs().argsort(descending=True)[:rank]
     return (vectors[:, keep] * eigenvalues[keep]) @ vectors[:, keep].T
@@ -129,10 +130,8 @@ def nystrom_samples(
     return [torch.randperm(width, generator=generator)[:count].sort().values for _ in range(runs)]
 
 
-def random_columns(
-    width: int, known: int, rank: int, oversampling: int, generator: torch.Generator | None
-) -> Tensor:
-    """The random columns, (width, rank - known + oversampling) float64 on the CPU, that widen a start of `known` columns.
+def random_columns(width: int, known: int, rank: int, oversampling: int, generator: torch.Generator | None) -> Tensor:
+    """Random columns (width, rank - known + oversampling), float64 on the CPU, to widen a start of `known` columns.
 
     A direction that is exactly orthogonal to the start stays invisible to the iteration without them.
     """
@@ -140,9 +139,7 @@ def random_columns(
     return torch.randn(width, count, generator=generator).double()
 
 
-def widen(
-    start: Tensor | None, width: int, rank: int, oversampling: int, generator: torch.Generator | None
-) -> Tensor:
+def widen(start: Tensor | None, width: int, rank: int, oversampling: int, generator: torch.Generator | None) -> Tensor:
     """`start` (width, s) with `random_columns` beside it, float64 on the CPU if there is no start."""
     extra = random_columns(width, 0 if start is None else start.shape[1], rank, oversampling, generator)
     return extra if start is None else torch.cat([start, extra.to(start)], dim=1)
@@ -199,8 +196,9 @@ def _eigh(matrix: Tensor, tries: int = 3) -> tuple[Tensor, Tensor]:
     for attempt in range(tries):
         if attempt:
             jitter = 10.0 ** (attempt - 4) * float(matrix.diagonal().abs().mean())
-            warnings.warn(f"an eigendecomposition failed; trying again with {jitter:.1e} I added", ProjectionWarning,
-                          stacklevel=2)
+            warnings.warn(
+                f"an eigendecomposition failed; trying again with {jitter:.1e} I added", ProjectionWarning, stacklevel=2
+            )
         try:
             eigenvalues, vectors = torch.linalg.eigh(matrix + jitter * identity if jitter else matrix)
             return eigenvalues - jitter, vectors

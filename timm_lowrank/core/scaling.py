@@ -2,8 +2,8 @@
 
 As printed, L_c has the unit of a squared activation norm: thousands at a wide layer before training has shaped
 it. That swamps the task's loss, and killing the layer is then the network's cheapest answer. Each function here
-maps the norms of the rows of A + b (n,) to the factors (n,) by which these rows are multiplied in L_c and L_n. `docs/objective.md` has the
-measurements that the default was chosen by.
+maps the norms of the rows of A + b (n,) to the factors (n,) by which these rows are multiplied in L_c and L_n.
+`docs/objective.md` has the measurements that the default was chosen by.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Scaling = Callable[[Tensor, Tensor], Tensor]
 
 
 def unit(norms: Tensor, reference: Tensor) -> Tensor:
-    """Every row divided by its own norm: L_c becomes the mean share of a sample's energy outside the subspace, in [0, 1].
+    """Every row divided by its own norm: L_c is the mean share of a sample's energy outside the subspace, in [0, 1].
 
     This is L_c with the norm constraint that L_n asks for (||a|| = 1) satisfied exactly instead of penalised. It
     has no gradient along a row, so shrinking the layer does not pay. Inflating the directions that W keeps does.
@@ -30,7 +30,7 @@ def reference(norms: Tensor, reference: Tensor) -> Tensor:
 
     Nothing that the network does to the directions that W keeps is rewarded; only what lies outside them shrinks.
     """
-    return (1 / reference).expand_as(norms)
+    return (1 / reference.clamp_min(torch.finfo(norms.dtype).tiny ** 0.25)).expand_as(norms)
 
 
 def batch(norms: Tensor, reference: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def finite_rows(
     chosen: Tensor,  # (p,) int64
     factors: Tensor,  # (p,)
 ) -> tuple[Tensor, Tensor]:
-    """The chosen rows times their factors (p, m), and the factors; rows that are not finite become zero, factor and all.
+    """The chosen rows times their factors (p, m), and the factors; where a row is not finite both become zero.
 
     A gradient scaler skips the step of an overflowing batch, but the rows were remembered by then: as zeros they
     do not enter W.

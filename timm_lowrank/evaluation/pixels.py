@@ -45,7 +45,9 @@ class PixelModel(nn.Module):
             raise ValueError(f"pixels must be floating point in [0, 1], not {images.dtype}: divide by 255")
         low, high = images.detach().aminmax()
         if low < 0 or high > 1:
-            raise ValueError(f"pixels must lie in [0, 1], these in [{low:.3g}, {high:.3g}]: are they normalised already?")
+            raise ValueError(
+                f"pixels must lie in [0, 1], these in [{low:.3g}, {high:.3g}]: are they normalised already?"
+            )
         normalised = (images.float() - self.mean) / self.std
         weight = next(self.network.parameters(), normalised)
         logits: Tensor = self.network(normalised.to(weight.dtype))

@@ -77,9 +77,7 @@ class CifarResNet(ResNet):
             dtype=dtype,
             **kwargs,
         )
-        conv1 = nn.Conv2d(
-            in_chans, stem, 3, stride=stem_stride, padding=1, bias=False, device=device, dtype=dtype
-        )
+        conv1 = nn.Conv2d(in_chans, stem, 3, stride=stem_stride, padding=1, bias=False, device=device, dtype=dtype)
         nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
         self.add_module("conv1", conv1)  # in the place of timm's, so that the order of the parameters stays
         self.add_module("maxpool", nn.Identity())
@@ -89,9 +87,7 @@ class CifarResNet(ResNet):
         self.feature_info += [{**info, "reduction": info["reduction"] * stem_stride // 4} for info in stages]
 
 
-def _check_resnet(
-    layers: Sequence[int], channels: Sequence[int], stem_stride: int, kwargs: dict[str, Any]
-) -> None:
+def _check_resnet(layers: Sequence[int], channels: Sequence[int], stem_stride: int, kwargs: dict[str, Any]) -> None:
     if len(channels) != 4 or len(layers) != 4:
         raise ValueError(
             f"a ResNet has four stages: got channels={tuple(channels)} and layers={tuple(layers)}, "

@@ -19,9 +19,7 @@ from .recipe import Recipe, load_recipe
 Figures = dict[str, float]  # name of the figure: a share in [0, 1]
 
 
-def measure_run(
-    run: Path, directions: Sequence[int], noise: float, limit: int, *, data: str | None = None
-) -> Figures:
+def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, *, data: str | None = None) -> Figures:
     """Measures the exported network of a run.
 
     Args:

@@ -6,7 +6,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained

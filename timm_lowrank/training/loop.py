@@ -120,7 +120,7 @@ def _train_step(
 
 
 def gradient_shares(task_loss: Tensor, loss: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How hard the branches pull at each layer: the norm of what they add to the gradient over that of the task's own."""
+    """How hard the branches pull at each layer: the norm of their gradient there over that of the task's."""
     shares = {}
     for layer, value in activations.items():
         (task,) = torch.autograd.grad(task_loss, value, retain_graph=True)
