@@ -129,7 +129,8 @@ def test_options_of_one_branch():
     assert weights == {"a": (2.0, 0.5), "b": (0.1, 0.5), "c": (2.0, 0)}
     assert config.for_branch("b").branches == {"b": 3}
     assert config.for_branch("b").seed == 9
-    assert LowRankConfig().for_branch("pre_logits") == LowRankConfig()
+    defaults = {layer: LowRankConfig().for_branch(layer).reconstruction_weight for layer in ("layer3", "pre_logits")}
+    assert defaults == {"layer3": 5.0, "pre_logits": 0.3}
 
 
 def test_nearest_names():

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .core.capture import Recording, Tap, evaluating, recording
-from .core.config import LowRankConfig
+from .core.config import PRE_LOGITS, LowRankConfig
 from .core.errors import CaptureError, nearest
 
-PRE_LOGITS = "pre_logits"
 PRE_LOGITS_RANK, STAGE_RANK = 100, 500  # paper, Section 3
 
 

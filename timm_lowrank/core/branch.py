@@ -45,7 +45,7 @@ class LowRankBranch(nn.Module):
         if not 1 <= rank <= num_features:
             raise ValueError(f"rank {rank} must lie between 1 and the width of the layer, {num_features}")
         self.num_features, self.rank = num_features, rank
-        self.config = config = config or LowRankConfig()
+        self.config = config = (config or LowRankConfig()).for_branch("")
         self.name = ""
         kind = FactoredWeight if config.storage == "factored" else DenseWeight
         place = torch.empty(0, device=device).device
@@ -95,13 +95,19 @@ class LowRankBranch(nn.Module):
             reconstruction = (factors.square() * self.weight.reconstruction_error(centred, chosen)).mean()  # L_c
             sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
-            total = self.config.reconstruction_weight * reconstruction
+            total = self.reconstruction_weight * reconstruction
             if self.config.norm_weight:  # else a NaN gradient of L_n would not be multiplied away
                 total = total + self.config.norm_weight * norm
             total = total * self._warmth()
         spread = norms.detach().square().mean().sqrt()
         self._losses = {"reconstruction": reconstruction.detach(), "norm": norm.detach(), "activation_norm": spread}
         return total
+
+    @property
+    def reconstruction_weight(self) -> float:
+        """lambda_1 of this branch."""
+        assert self.config.reconstruction_weight is not None  # see LowRankConfig.for_branch
+        return self.config.reconstruction_weight
 
     def _warmth(self) -> float:
         """The share of its weight that the penalty has by now, see `LowRankConfig.warmup_updates`."""
@@ -180,7 +186,7 @@ class LowRankBranch(nn.Module):
             self._raise_if_collapsed()
         self._step_bias()  # first: its gradient is taken at the old W
         if self.config.step_rule == "fixed":
-            self.weight.step(self.config.step_size * self.config.reconstruction_weight, count)
+            self.weight.step(self.config.step_size * self.reconstruction_weight, count)
         else:
             self.weight.step(self.config.step_size / self._largest_curvature(count), count)
         self.updates += 1
@@ -203,7 +209,7 @@ class LowRankBranch(nn.Module):
         mean = self._sum / self._count.clamp_min(1)
         seen = (self._count > 0).to(mean.dtype)
         if self.config.step_rule == "fixed":  # b <- b - lambda dL_c/db,  dL_c/db = 2 (W - I)^2 (mean + b)
-            gradient = 2 * self.config.reconstruction_weight * self.weight.residual(mean + self.bias)
+            gradient = 2 * self.reconstruction_weight * self.weight.residual(mean + self.bias)
             self.bias = self.bias - seen * self.config.step_size * gradient
         else:  # minus the mean is the optimum of b for every W, and no offset of the layer can hide in it
             self.bias = self.bias - seen * self.config.bias_momentum * (mean + self.bias)

@@ -16,6 +16,9 @@ PROJECTIONS = ("subspace", "nystrom", "exact")
 STORAGES = ("factored", "dense")
 PRESETS = ("1-LR", "2-LR")
 
+PRE_LOGITS = "pre_logits"  # as a layer name: the input of the classifier
+INSIDE_WEIGHT, CLASSIFIER_WEIGHT = 5.0, 0.3
+
 BRANCH_KEYS = ("rank", "reconstruction_weight", "norm_weight")
 
 
@@ -28,7 +31,9 @@ class LowRankConfig:
             adds the input of the last stage with target rank 500 (paper, Section 3). Or a mapping from layer
             name to target rank, or to a mapping with "rank" and, for that branch alone,
             "reconstruction_weight" or "norm_weight".
-        reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6).
+        reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6). None is 5 for a layer inside the
+            network and 0.3 for the input of the classifier, where the same weight pulls much harder
+            (`docs/objective.md`).
         norm_weight: lambda_2, the weight of L_n (Algorithm 2, line 7).
         scale: how the rows that L_c sees are scaled; `scaling.py` explains each.
             "reference": divided by the root mean square norm at the time the branch was switched on. "unit":
@@ -60,7 +65,7 @@ class LowRankConfig:
     """
 
     branches: str | Mapping[str, int | Mapping[str, Any]] = "1-LR"
-    reconstruction_weight: float = 5.0
+    reconstruction_weight: float | None = None
     norm_weight: float = 0.0
     scale: str = "reference"
     step_size: float = 0.5
@@ -93,7 +98,8 @@ class LowRankConfig:
         problems = [
             f"{name}={getattr(self, name)!r} must be a finite number >= 0"
             for name in ("reconstruction_weight", "norm_weight")
-            if not _is_weight(getattr(self, name))
+            if not (name == "reconstruction_weight" and self.reconstruction_weight is None)
+            and not _is_weight(getattr(self, name))
         ]
         top = 1.0 if self.step_rule == "normalized" else math.inf
         if not (_is_number(self.step_size) and 0 < self.step_size <= top):
@@ -141,11 +147,13 @@ class LowRankConfig:
         return problems
 
     def for_branch(self, layer: str) -> LowRankConfig:
-        """This configuration with the options that `branches[layer]` sets for itself, and that branch alone."""
-        if isinstance(self.branches, str) or not isinstance(self.branches.get(layer), Mapping):
-            return self
-        options = dict(self.branches[layer])  # type: ignore[arg-type]
-        return dataclasses.replace(self, branches={layer: options.pop("rank")}, **options)
+        """This configuration for one branch: its own options in force, and a reconstruction weight in any case."""
+        spec = None if isinstance(self.branches, str) else self.branches.get(layer)
+        options = dict(spec) if isinstance(spec, Mapping) else {}
+        branches = {layer: options.pop("rank")} if options else self.branches
+        default = CLASSIFIER_WEIGHT if layer == PRE_LOGITS else INSIDE_WEIGHT
+        weight = default if self.reconstruction_weight is None else self.reconstruction_weight
+        return dataclasses.replace(self, branches=branches, **{"reconstruction_weight": weight, **options})
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of plain values that JSON and YAML can hold."""

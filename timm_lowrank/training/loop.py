@@ -177,8 +177,8 @@ def _check_finite(state: TrainingState, means: Means, epoch: int) -> None:
 def _advice(state: TrainingState) -> str:
     advice = f"Lower learning_rate (now {state.recipe.learning_rate:g}) or set clip_norm"
     if state.recipe.lowrank_enabled and state.progress.epoch >= state.recipe.pretrain_epochs:
-        weight = state.recipe.lowrank_config().reconstruction_weight
-        advice += f", lower lowrank.reconstruction_weight (now {weight:g}), or let it grow with ramp_epochs"
+        weights = ", ".join(f"{b.reconstruction_weight:g}" for b in state.lowrank.branches.values())
+        advice += f", lower lowrank.reconstruction_weight (now {weights}), or let it grow with ramp_epochs"
     return advice + "; then start a new run. The checkpoints of this one are kept."
 
 
