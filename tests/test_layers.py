@@ -77,7 +77,7 @@ def test_pre_logits_is_the_input_of_the_classifier(name):
 def test_of_several_classifiers_the_first_counts():
     """A distilled network has one for the labels and one for the teacher."""
     options = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 3}
-    config = LowRankConfig(branches={"pre_logits": 3})
+    config = LowRankConfig(branches={"pre_logits": 3}, warmup_updates=0)
     model = tlr.wrap("deit_tiny_distilled_patch16_224", config, **options)
     assert isinstance(model.get_classifier(), tuple)
     assert [tap.path for tap in model.taps] == ["head"]

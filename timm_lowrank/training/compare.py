@@ -24,7 +24,7 @@ def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, 
 
     Args:
         run: a run folder of `train`.
-        directions: numbers of leading directions.
+        directions: numbers of leading directions; those that a layer does not have are left out.
         noise: probability that a pixel is hit, see `timm_lowrank.evaluation.pixel_noise`; seed 0.
         limit: how many training and how many test images the layers are measured on.
         data: where the images are now; None is where the recipe says.
@@ -53,12 +53,13 @@ def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, 
     seen = _activations(recipe, network, model, images.train_images[:limit])
     new = _activations(recipe, network, model, images.test_images[:limit])
     for layer in seen:
-        ratios = variance_ratio(new[layer], directions)
+        fitting = [count for count in directions if count <= min(*seen[layer].shape, *new[layer].shape)]
+        ratios = variance_ratio(new[layer], fitting)
         linear = linear_accuracy(
-            seen[layer], images.train_labels[:limit], new[layer], images.test_labels[:limit], directions
+            seen[layer], images.train_labels[:limit], new[layer], images.test_labels[:limit], fitting
         )
-        figures |= {f"{layer} variance {d}": ratio for d, ratio in zip(directions, ratios, strict=True)}
-        figures |= {f"{layer} linear {d}": accuracy for d, accuracy in zip(directions, linear, strict=True)}
+        figures |= {f"{layer} variance {d}": ratio for d, ratio in zip(fitting, ratios, strict=True)}
+        figures |= {f"{layer} linear {d}": accuracy for d, accuracy in zip(fitting, linear, strict=True)}
     return figures
 
 
