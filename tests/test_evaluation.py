@@ -56,6 +56,9 @@ def test_predictions_do_not_depend_on_the_batch_size(network):
     assert torch.equal(predictions(model, images, batch_size=3), predictions(model, images, batch_size=7))
     assert model.training
     network.eval()
+    model = PixelModel(network)
+    predictions(model, images)
+    assert not network.training  # a network in eval mode stays there
 
 
 def test_pixel_noise_hits_the_share_of_pixels_that_it_is_told_to():

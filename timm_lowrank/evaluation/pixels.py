@@ -27,6 +27,7 @@ class PixelModel(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network.unwrap() if isinstance(network, LowRankModel) else network
+        self.train(self.network.training)
         config = dict(getattr(self.network, "pretrained_cfg", None) or {})
         mean, std = mean or config.get("mean"), std or config.get("std")
         if mean is None or std is None:
