@@ -5,7 +5,7 @@ An implementation of Sanyal, Kanade, Torr, Dokania, "Robustness via Deep Low-Ran
 Importing the package registers its CIFAR networks with timm.
 """
 
-from . import networks
+from . import evaluation, networks
 from .checkpoint import save_pretrained
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
@@ -28,6 +28,7 @@ __all__ = [
     "LowRankModel",
     "ProjectionWarning",
     "attach",
+    "evaluation",
     "list_layers",
     "networks",
     "projection",

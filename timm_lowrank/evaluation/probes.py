@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 
@@ -23,8 +22,13 @@ def linear_accuracy(
     no seed enters.
 
     Raises:
+        ImportError: scikit-learn is not installed.
         ValueError: more directions than the layer has features or the training set images, or a single class.
     """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError("linear_accuracy needs scikit-learn: pip install 'timm_lowrank[train]'") from error
     most = max(directions)
     if min(directions) < 1 or most > min(train.shape):
         raise ValueError(f"directions must lie between 1 and {min(train.shape)}, not {list(directions)}")
