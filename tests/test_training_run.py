@@ -36,7 +36,7 @@ SMALL = {
     "model": "resnet10_cifar",
     "model_args": {"channels": [8, 8, 16, 16]},
     "data_args": {"train_limit": 450, "test_limit": 100},
-    "lowrank": {"branches": {"layer3": 6, "pre_logits": 4}},
+    "lowrank": {"branches": {"layer3": 6, "pre_logits": 4}, "warmup_updates": 3},
     "epochs": 5,
     "pretrain_epochs": 2,
     "batch_size": 64,
