@@ -42,14 +42,9 @@ def median_ratio(of: Sequence[float], to: Sequence[float]) -> float:
 
 
 def peak_memory_mib(arguments: Sequence[str]) -> float:
-    """Largest resident set of this Python script run with `arguments` in a process of its own, MiB."""
-    code = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
-    command = [sys.executable, "-c", code, *arguments]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.split()[-1])
+    """Largest resident set, MiB, of a Python script run in a process of its own; it prints `own_peak_mib()` last."""
+    command = [sys.executable, *arguments]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def own_peak_mib() -> float:

@@ -2,9 +2,9 @@
 
     python recipes/compare.py runs/plain runs/1-LR runs/2-LR [--data PATH_OR_NAME] [--json FILE]
 
-Clean accuracy; accuracy under random pixel noise; and per layer the share of the test variance in the leading
-directions and the test accuracy of a linear classifier that sees only these. Several runs of the same name but
-for a trailing "-seedN" are averaged, with the standard deviation over seeds.
+Clean accuracy; accuracy under random pixel noise; and, for each layer that any of the runs names, the share of the
+test variance in the leading directions and the test accuracy of a linear classifier that sees only these. Runs
+whose names differ in a trailing "-seedN" alone are averaged, with the standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from timm_lowrank.training import TrainingError
-from timm_lowrank.training.compare import Figures, measure_run
+from timm_lowrank.training.compare import Figures, layers_of, measure_run
 
 DIRECTIONS = (5, 10, 20)
 
@@ -47,17 +47,20 @@ def main() -> None:
     groups: dict[str, list[Figures]] = defaultdict(list)
     figures: dict[str, Figures] = {}
     try:
+        layers = list(dict.fromkeys(layer for run in options.runs for layer in layers_of(run)))
         for run in options.runs:
-            figures[str(run)] = measure_run(run, DIRECTIONS, options.noise, options.limit, data=options.data)
+            figures[str(run)] = measure_run(
+                run, DIRECTIONS, options.noise, options.limit, layers=layers, data=options.data
+            )
             groups[re.sub(r"-seed\d+$", "", run.name)].append(figures[str(run)])
     except TrainingError as error:
         sys.exit(f"error: {error}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
     header = ["run", *next(iter(figures.values()))]
     rows = [header, *(row(name, runs) for name, runs in groups.items())]
     for column in zip(*rows, strict=True):  # one figure a line: runs side by side fit any terminal
         print("  ".join(f"{cell:<34}" if i == 0 else f"{cell:>14}" for i, cell in enumerate(column)))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

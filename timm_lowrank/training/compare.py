@@ -9,17 +9,27 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..core.config import LowRankConfig
 from ..core.spectrum import variance_ratio
 from ..evaluation import PixelModel, linear_accuracy, pixel_noise, predictions
 from ..wrapping import wrap
 from .errors import RunError
 from .images import load_images
-from .recipe import Recipe, load_recipe
+from .recipe import load_recipe
+from .run import read_json
 
 Figures = dict[str, float]  # name of the figure: a share in [0, 1]
 
 
-def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, *, data: str | None = None) -> Figures:
+def measure_run(
+    run: Path,
+    directions: Sequence[int],
+    noise: float,
+    limit: int,
+    *,
+    layers: Sequence[str] | None = None,
+    data: str | None = None,
+) -> Figures:
     """Measures the exported network of a run.
 
     Args:
@@ -27,10 +37,11 @@ def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, 
         directions: numbers of leading directions; those that a layer does not have are left out.
         noise: probability that a pixel is hit, see `timm_lowrank.evaluation.pixel_noise`; seed 0.
         limit: how many training and how many test images the layers are measured on.
+        layers: which layers to measure; None are those of `layers_of(run)`.
         data: where the images are now; None is where the recipe says.
 
     Returns:
-        "clean", "noise P", and for each regularized layer (in a plain run: those that its recipe names)
+        "clean", "noise P", and for each layer
         "LAYER variance D" of the test activations and "LAYER linear D", the test accuracy of a linear classifier
         on the D leading directions.
 
@@ -38,8 +49,7 @@ def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, 
         RunError: not a finished run.
         DataError: the images cannot be read.
     """
-    if not (run / "summary.json").exists():
-        raise RunError(f"{run} is not a finished run: it has no summary.json")
+    config = LowRankConfig(branches=dict.fromkeys(layers or layers_of(run), 1))
     recipe = load_recipe(run / "config.yaml", data=data)
     images = load_images(recipe.data, **recipe.data_args)
     network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
@@ -50,8 +60,8 @@ def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, 
         "clean": _accuracy(predictions(model, test), images.test_labels),
         f"noise {noise:g}": _accuracy(predictions(model, hit), images.test_labels),
     }
-    seen = _activations(recipe, network, model, images.train_images[:limit])
-    new = _activations(recipe, network, model, images.test_images[:limit])
+    seen = _activations(config, network, model, images.train_images[:limit])
+    new = _activations(config, network, model, images.test_images[:limit])
     for layer in seen:
         fitting = [count for count in directions if count <= min(*seen[layer].shape, *new[layer].shape)]
         ratios = variance_ratio(new[layer], fitting)
@@ -63,15 +73,26 @@ def measure_run(run: Path, directions: Sequence[int], noise: float, limit: int, 
     return figures
 
 
+def layers_of(run: Path) -> list[str]:
+    """The layers that a run regularizes, or in a plain run those that its recipe names.
+
+    Raises:
+        RunError: not a finished run.
+    """
+    if not (run / "summary.json").exists():
+        raise RunError(f"{run} is not a finished run: it has no summary.json")
+    return list(read_json(run / "summary.json")["branches"])
+
+
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted == labels).float().mean())
 
 
 @torch.no_grad()
-def _activations(recipe: Recipe, network: nn.Module, model: PixelModel, images: Tensor) -> dict[str, Tensor]:
-    """Flattened activations (n, features) of every layer that the recipe names, of uint8 images (n, c, h, w)."""
+def _activations(config: LowRankConfig, network: nn.Module, model: PixelModel, images: Tensor) -> dict[str, Tensor]:
+    """Flattened activations (n, features) of every layer that `config` names, of uint8 images (n, c, h, w)."""
     batches = [batch.float() / 255 for batch in images.split(500)]
-    wrapped = wrap(network, recipe.lowrank_config(), example_input=batches[0][:1])
+    wrapped = wrap(network, config, example_input=batches[0][:1])
     found: dict[str, list[Tensor]] = {layer: [] for layer in wrapped.branches}
     for batch in batches:
         with wrapped.capture() as activations:
