@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from timm_lowrank.training import Recipe, RunError, load_images, train
+from timm_lowrank.training import Recipe, RunError, train
 from timm_lowrank.training.compare import measure_run
 
 ROOT = Path(__file__).parents[1]
@@ -53,12 +51,9 @@ def test_the_figures_are_those_of_the_run(run):
 
 
 def test_noise_is_noticed_and_repeats(run):
-    first, second = (measure_run(run, (5,), noise=1.0, limit=100)["noise 1"] for _ in range(2))
-    images = load_images("digits", train_limit=450, test_limit=100)
-    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
+    first, second = (measure_run(run, (5,), noise=1.0, limit=100) for _ in range(2))
     assert first == second
-    assert network.num_classes == len(images.class_names)
-    assert not torch.equal(images.test_images, images.train_images[:100])
+    assert first["noise 1"] < first["clean"]
 
 
 def test_the_script_puts_twins_side_by_side(run, tmp_path):
