@@ -1,6 +1,13 @@
-"""`save_pretrained`: what lies in the folder, who can load it, and that a failed write costs nothing."""
+"""`save_pretrained` and `from_pretrained`: what lies in the folder, who can load it, and what is refused."""
 
+import hashlib
 import json
+import os
+import resource
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import timm_lowrank as tlr
-from timm_lowrank import LowRankConfig, checkpoint, save_pretrained
+from timm_lowrank import CheckpointError, LowRankConfig, LowRankModel, checkpoint, from_pretrained, save_pretrained
 
 FILES = {"config.json", "model.safetensors", "lowrank.json", "lowrank.safetensors"}
 
@@ -90,7 +97,7 @@ def test_transformers_load_it_as_well(model, tmp_path):
     transformers = pytest.importorskip("transformers")
     save_pretrained(model, tmp_path)
     network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.allclose(network(images()).logits, model(images()), atol=1e-6)
+    assert torch.equal(network(images()).logits, model(images()))
 
 
 def test_labels_and_images_are_described(model, tmp_path):
@@ -180,7 +187,12 @@ def test_a_folder_that_cannot_be(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where", ["timm_lowrank.checkpoint.save_file", "timm.models.save_for_hf", "timm_lowrank.checkpoint._write_branches"]
+    "where",
+    [
+        "timm_lowrank.checkpoint.saving.save_file",
+        "timm.models.save_for_hf",
+        "timm_lowrank.checkpoint.saving._write_branches",
+    ],
 )
 def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monkeypatch, where):
     save_pretrained(model, tmp_path)
@@ -195,3 +207,395 @@ def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monke
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(model, tmp_path)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files cannot be limited in size here")
+def test_a_full_disk(model, tmp_path):
+    """A real write that fails in the middle of model.safetensors."""
+    save_pretrained(model, tmp_path)
+    before = contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(checkpoint.CheckpointWriteError, match=r"could not write .* free some space") as caught:
+            save_pretrained(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(caught.value, OSError)
+    assert contents(tmp_path) == before
+    assert isinstance(from_pretrained(tmp_path), LowRankModel)
+
+
+# from_pretrained
+
+
+def train_step(model, seed):
+    """One step of SGD and the branches, on data that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randn(4, 3, 32, 32, generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.zero_grad()
+    (model(batch).square().mean() + model.penalty()).backward()
+    optimizer.step()
+    model.update()
+
+
+def rewrite(path, **changes):
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A saved `model`, and nothing else."""
+    return save_pretrained(model, tmp_path / "checkpoint")
+
+
+def test_everything_comes_back_bit_for_bit(model, folder):
+    again = from_pretrained(folder)
+    assert isinstance(again, LowRankModel)
+    assert not any(module.training for module in again.modules())
+    assert torch.equal(again(images()), model(images()))
+    assert again.lowrank_config == model.lowrank_config
+    assert again.taps == model.taps
+    expected, state = model.state_dict(), again.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[key], value) and state[key].dtype == value.dtype for key, value in expected.items())
+    for layer, branch in model.branches.items():
+        assert (again.branches[layer].rank, again.branches[layer].name) == (branch.rank, layer)
+        assert torch.equal(again.branches[layer].dense_weight(), branch.dense_weight())
+
+
+@pytest.mark.parametrize("options", [{}, {"storage": "dense"}, {"projection": "nystrom"}, {"scale": "paper"}], ids=str)
+def test_training_goes_on_as_if_it_had_never_stopped(tmp_path, options):
+    config = LowRankConfig(
+        branches={"layer3": 6, "pre_logits": 4}, project_every=3, warmup_updates=1, nystrom_columns=12, **options
+    )
+    model = tlr.wrap("test_resnet", config, num_classes=3, example_input=images()).train()
+    for seed in range(4):
+        train_step(model, seed)
+    again = from_pretrained(save_pretrained(model, tmp_path)).train()
+    for seed in range(4, 7):  # the sixth update projects
+        train_step(model, seed)
+        train_step(again, seed)
+        expected, state = model.state_dict(), again.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in expected.items()), f"step {seed}"
+
+
+def test_branches_that_are_switched_off_stay_off(model, tmp_path):
+    save_pretrained(model.enable(False), tmp_path)
+    assert not from_pretrained(tmp_path).enabled
+
+
+def test_the_description_of_images_and_labels_survives_saving_again(model, tmp_path):
+    data = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 1.0}
+    save_pretrained(model, tmp_path / "1", label_names=["cat", "dog", "ship"], data_config=data)
+    save_pretrained(from_pretrained(tmp_path / "1"), tmp_path / "2")
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    cfg = from_pretrained(tmp_path / "2").pretrained_cfg
+    assert {key: tuple(cfg[key]) for key in ("input_size", "mean", "std")} == {k: data[k] for k in list(data)[:3]}
+    assert tuple(cfg["label_names"]) == ("cat", "dog", "ship")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(model, tmp_path, dtype):
+    model.to(dtype)
+    again = from_pretrained(save_pretrained(model, tmp_path))
+    assert torch.equal(again(images().to(dtype)), model(images().to(dtype)))
+    assert again.branches["layer3"].bias.dtype == torch.float32
+
+
+def test_a_device(folder):
+    again = from_pretrained(folder, device="meta")
+    assert {tensor.device.type for tensor in (*again.parameters(), again.branches["layer3"].bias)} == {"meta"}
+
+
+def test_ways_to_name_a_folder(model, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for source in (
+        str(folder),
+        "checkpoint",
+        "./checkpoint",
+        "~/checkpoint",
+        f"local-dir:{folder}",
+        Path("checkpoint"),
+    ):
+        assert torch.equal(from_pretrained(source)(images()), model(images()))
+
+
+def test_a_run_folder(model, tmp_path):
+    (tmp_path / "config.yaml").write_text("name: run")
+    with pytest.raises(CheckpointError, match=r"has not come to its end.*--resume auto"):
+        from_pretrained(tmp_path)
+    save_pretrained(model, tmp_path / "model")
+    assert torch.equal(from_pretrained(tmp_path)(images()), model(images()))
+
+
+def test_a_plain_network_comes_with_a_note(folder):
+    network = timm.create_model("test_resnet", num_classes=7).eval()
+    save_pretrained(network, folder)
+    with pytest.warns(UserWarning, match=r"holds no lowrank.json: loaded as a plain network.*wrap"):
+        again = from_pretrained(folder)
+    assert type(again) is type(network)
+    assert not again.training
+    assert torch.equal(again(images()), network(images()))
+
+
+def test_without_the_branches(model, folder):
+    for damage in (lambda: None, lambda: rewrite(folder / "lowrank.json", format=99, config=None)):
+        damage()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            network = from_pretrained(folder, lowrank=False)
+        assert type(network) is type(model.unwrap())
+        assert torch.equal(network(images()), model(images()))
+
+
+def test_files_of_before_the_checksums_are_read(model, folder):
+    description = json.loads((folder / "lowrank.json").read_text())
+    del description["sha256"], description["enabled"]
+    (folder / "lowrank.json").write_text(json.dumps(description))
+    assert torch.equal(from_pretrained(folder)(images()), model(images()))
+
+
+def test_a_given_checksum(folder):
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert checkpoint.sha256_of(folder / "model.safetensors") == digest
+    assert json.loads((folder / "lowrank.json").read_text())["sha256"]["model.safetensors"] == digest
+    checkpoint.verify(folder, sha256=digest.upper())
+    assert isinstance(from_pretrained(folder, sha256=digest), LowRankModel)
+    with pytest.raises(checkpoint.CheckpointDamagedError, match=f"its sha256 is {digest}, and it should be 0000"):
+        from_pretrained(folder, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("where", ["lowrank.json", "its config", "pretrained_cfg"])
+def test_fields_of_a_newer_version_are_named_and_left_out(model, folder, where):
+    description, config = (json.loads((folder / name).read_text()) for name in ("lowrank.json", "config.json"))
+    target = {
+        "lowrank.json": description,
+        "its config": description["config"],
+        "pretrained_cfg": config["pretrained_cfg"],
+    }
+    target[where]["colour"] = "red"
+    rewrite(folder / "lowrank.json", **description)
+    rewrite(folder / "config.json", **config)
+    with pytest.warns(UserWarning, match=r"colour.*[Ll]eft out"):
+        again = from_pretrained(folder)
+    assert torch.equal(again(images()), model(images()))
+    assert again.lowrank_config == model.lowrank_config
+
+
+# What is refused
+
+
+def refused(source, match, **options):
+    with pytest.raises(CheckpointError, match=match):
+        from_pretrained(source, **options)
+
+
+def test_what_is_no_checkpoint(folder, tmp_path):
+    refused(tmp_path / "nowhere", "does not exist")
+    refused(str(tmp_path / "nowhere"), "does not exist")
+    refused(folder / "config.json", "is a file")
+    refused(tmp_path, r"holds no config\.json, so it is no checkpoint: give the folder")
+    refused("resnet18", "'resnet18' is no repository: .*USER/NAME; there is no folder 'resnet18' either")
+    refused(folder, "is a folder: revision='main' is for repositories", revision="main")
+    (folder / "model.safetensors").unlink()
+    refused(folder, r"holds no model\.safetensors: the checkpoint is not complete")
+
+
+def test_pickles_are_not_opened(model, folder):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "opened"),)
+
+    torch.save({"weight": Trap()}, folder / "pytorch_model.bin")
+    assert isinstance(from_pretrained(folder), LowRankModel), "beside the safetensors it is left alone"
+    (folder / "model.safetensors").unlink()
+    refused(folder, r"only pytorch_model\.bin: pickled weights can run any code")
+    assert not (folder / "opened").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "lowrank.safetensors"])
+def test_a_file_that_was_cut_off_or_changed(folder, name):
+    whole = (folder / name).read_bytes()
+    for damaged in (whole[:-1000], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        (folder / name).write_bytes(damaged)
+        refused(folder, f"{name} was damaged or exchanged")
+    description = json.loads((folder / "lowrank.json").read_text())
+    rewrite(folder / "lowrank.json", sha256={})
+    for damaged in (whole[:-1000], whole[:5], b"", b"\xff" * 100):
+        (folder / name).write_bytes(damaged)
+        refused(folder, f"{name} cannot be read as safetensors.*cut off or damaged")
+    (folder / name).write_bytes(whole)
+    rewrite(folder / "lowrank.json", sha256=description["sha256"])
+    assert isinstance(from_pretrained(folder), LowRankModel)
+
+
+def test_weights_of_another_network(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for changes in ({"num_classes": 5}, {"architecture": "test_vit"}, {"model_args": {"channels": [8, 8, 8, 8]}}):
+        rewrite(folder / "config.json", **changes)
+        refused(folder, r"(do not belong together|cannot build)")
+        rewrite(folder / "config.json", **config)
+
+
+def test_weights_that_timm_would_resample(tmp_path):
+    config = LowRankConfig(branches={"pre_logits": 3})
+    save_pretrained(tlr.wrap("test_vit", config, num_classes=3, img_size=32), tmp_path)
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    rewrite(tmp_path / "config.json", model_args={**args, "img_size": 64})
+    refused(tmp_path, r"the weights in .* do not fit the network that config\.json describes")
+
+
+def test_an_architecture_that_is_not_there(folder):
+    rewrite(folder / "config.json", architecture="resnet18_cifra")
+    refused(
+        folder,
+        "no architecture 'resnet18_cifra' in timm .*pip install -U timm.*import that package first "
+        r"\(import timm_lowrank for the \*_cifar networks\).*resnet18_cifar",
+    )
+    rewrite(folder / "config.json", architecture=None)
+    refused(folder, "names no architecture")
+
+
+def test_arguments_that_timm_does_not_know(folder):
+    rewrite(folder / "config.json", model_args={"flux_capacitor": True})
+    refused(folder, "cannot build 'test_resnet' as .*flux_capacitor.*newer version.*pip install -U timm")
+
+
+@pytest.mark.parametrize("name", ["config.json", "lowrank.json"])
+def test_json_that_is_none(folder, name):
+    for text, match in (
+        ("{", "is not valid JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+    ):
+        (folder / name).write_text(text)
+        refused(folder, f"{name}.*{match}")
+    (folder / name).write_bytes(b"\xff\xfe")
+    refused(folder, "is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"format": 2}, "has format 2, and this version of timm_lowrank reads up to 1: pip install -U timm_lowrank"),
+        ({"format": None}, "names no format"),
+        ({"format": True}, "names no format"),
+        ({"layers": {}}, "must hold config and layers"),
+        ({"config": "1-LR"}, "must hold config and layers"),
+        ({"config": {"step_size": -1}}, "cannot be restored: .*step_size=-1"),
+        ({"layers": {"layer3": {"rank": 6}}}, "layer 'layer3' must have rank and num_features"),
+        ({"layers": {"layer3": {"rank": 6, "num_features": 10**15}}}, "does not fit lowrank.json at layer 'layer3'"),
+        ({"layers": {"layer9": {"rank": 6, "num_features": 8}}}, "does not fit lowrank.json at layer 'layer9'"),
+        ({"layers": {"pre_logits": {"rank": 0, "num_features": 96}}}, "cannot be restored"),
+        ({"sha256": {"../../secret": "0"}}, r"'\.\./\.\./secret' is no name of a file inside"),
+        ({"sha256": {"/etc/passwd": "0"}}, "'/etc/passwd' is no name of a file inside"),
+        ({"sha256": {"other.safetensors": "0"}}, "not complete: other.safetensors is missing"),
+        ({"sha256": ["0"]}, "sha256 must name a digest"),
+    ],
+)
+def test_a_lowrank_json_that_makes_no_sense(folder, changes, match):
+    rewrite(folder / "lowrank.json", **changes)
+    refused(folder, match)
+
+
+def test_branches_on_layers_that_are_not_there(model, folder):
+    description = json.loads((folder / "lowrank.json").read_text())
+    tensors = {
+        key.replace("layer3", "layer9"): value for key, value in load_file(folder / "lowrank.safetensors").items()
+    }
+    checkpoint.saving.save_file(tensors, folder / "lowrank.safetensors")
+    layers = {layer.replace("layer3", "layer9"): size for layer, size in description["layers"].items()}
+    rewrite(folder / "lowrank.json", layers=layers, sha256={})
+    refused(folder, r"branches on layers that ResNet does not have: layer9\. Did you mean: .*layer3")
+
+
+def test_half_of_the_branches(folder):
+    (folder / "lowrank.safetensors").unlink()
+    refused(folder, r"lowrank\.safetensors is missing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "C:/x", "a\\b", ".git/config", "a\0b", None, 3],
+)
+def test_names_that_climb_out_of_a_folder(name):
+    with pytest.raises(CheckpointError, match="is no name of a file inside a repository"):
+        checkpoint.checked_name(name)
+
+
+@pytest.mark.parametrize("name", ["README.md", "plots/spectrum.png", "..x", "a..b/c", ".gitattributes"])
+def test_names_that_stay(name):
+    assert checkpoint.checked_name(name) == name
+
+
+# Without this package
+
+CIFAR_SIZED = {
+    "resnet18": {"output_stride": 8},
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 4},
+    "convnext_atto": {"patch_size": 1},
+}
+ELSEWHERE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "timm_lowrank":
+            raise ImportError("timm_lowrank is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+import timm, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    data = load_file(f"{folder}.safetensors")
+    with torch.no_grad():
+        for network in (
+            timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+            AutoModelForImageClassification.from_pretrained(folder).eval(),
+        ):
+            output = network(data["images"])
+            assert torch.equal(getattr(output, "logits", output), data["logits"]), (folder, type(network))
+            print("equal")
+assert "timm_lowrank" not in sys.modules
+"""
+
+
+def test_cifar_sized_networks_load_where_this_package_is_not(tmp_path):
+    """Trained one step with either preset, then loaded by timm and by transformers in a process of their own."""
+    pytest.importorskip("transformers")
+    folders = []
+    for name, arguments in CIFAR_SIZED.items():
+        for preset in ("1-LR", "2-LR"):
+            torch.manual_seed(0)
+            model = tlr.wrap(
+                name,
+                LowRankConfig(branches=preset, warmup_updates=0),
+                num_classes=10,
+                example_input=images(),
+                pretrained_cfg_overlay={"input_size": (3, 32, 32)},
+                **arguments,
+            ).train()
+            assert len(model.branches) == int(preset[0])
+            train_step(model, 0)
+            folders.append(tmp_path / f"{name}-{preset}")
+            save_pretrained(model, folders[-1])
+            with torch.no_grad():
+                data = {"images": images(), "logits": model.eval()(images())}
+            checkpoint.saving.save_file(data, f"{folders[-1]}.safetensors")
+            assert torch.equal(from_pretrained(folders[-1])(images()), data["logits"])
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, folders)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["equal"] * 12

@@ -6,7 +6,7 @@ Importing the package registers its CIFAR networks with timm.
 """
 
 from . import evaluation, networks
-from .checkpoint import save_pretrained
+from .checkpoint import CheckpointError, from_pretrained, push_to_hub, save_pretrained
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
 from .core.config import LowRankConfig
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
     "CollapseError",
     "LayerInfo",
     "LossHook",
@@ -29,9 +30,11 @@ __all__ = [
     "ProjectionWarning",
     "attach",
     "evaluation",
+    "from_pretrained",
     "list_layers",
     "networks",
     "projection",
+    "push_to_hub",
     "save_pretrained",
     "spectrum",
     "wrap",

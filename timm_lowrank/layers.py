@@ -107,9 +107,7 @@ def find_taps(
     """
     wanted = _wanted_ranks(backbone, config)
     _raise_if_unknown(backbone, wanted)
-    taps = [
-        _pre_logits_tap(backbone, images) if layer == PRE_LOGITS else Tap.at(layer, layer, backbone) for layer in wanted
-    ]
+    taps = [tap_on(backbone, layer, images) for layer in wanted]
     record = _example_forward(backbone, taps, images)
     widths = {}
     for tap in taps:
@@ -121,6 +119,16 @@ def find_taps(
             )
         widths[tap.layer] = value[0].numel()
     return taps, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
+
+
+def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap:
+    """The tap of a branch on one layer. `images` are needed for "pre_logits" of a network that is not timm's.
+
+    Raises:
+        AttributeError: the network has no such layer.
+        ValueError: "pre_logits" of a network without a classifier, or of one that is not timm's without images.
+    """
+    return _pre_logits_tap(backbone, images) if layer == PRE_LOGITS else Tap.at(layer, layer, backbone)
 
 
 def _wanted_ranks(backbone: nn.Module, config: LowRankConfig) -> dict[str, int]:
@@ -174,7 +182,7 @@ def _fitting_ranks(wanted: Mapping[str, int], widths: Mapping[str, int], *, capp
     return {layer: min(rank, widths[layer]) for layer, rank in wanted.items()}
 
 
-def _pre_logits_tap(backbone: nn.Module, images: Tensor) -> Tap:
+def _pre_logits_tap(backbone: nn.Module, images: Tensor | None) -> Tap:
     """The tap on the input of the classifier: timm's `get_classifier()`, else the last linear layer that runs."""
     if hasattr(backbone, "get_classifier"):
         classifier: Any = backbone.get_classifier()  # type: ignore[operator]
@@ -186,6 +194,8 @@ def _pre_logits_tap(backbone: nn.Module, images: Tensor) -> Tap:
             f"{type(backbone).__name__} has no classifier (num_classes=0?), so there is no {PRE_LOGITS!r}; "
             "name a layer instead"
         )
+    if images is None:
+        raise ValueError(f"{type(backbone).__name__} is no timm network: finding {PRE_LOGITS!r} takes example images")
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     ran = _example_forward(backbone, [Tap(name, name) for name in linear], images).values
     if not ran:

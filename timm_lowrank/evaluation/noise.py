@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TypedDict
+
 import torch
 from torch import Tensor
+
+from .activations import check_images
+from .errors import EvaluationError
+
+
+class NoiseArguments(TypedDict):
+    """Keywords of `pixel_noise`."""
+
+    sigma: float
+    per_channel: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseReading:
+    """One reading of "a Gaussian noise drawn from N(0, 128/255)", by name: the paper leaves it open."""
+
+    name: str
+    sigma: float  # standard deviation, of pixels in [0, 1]
+    per_channel: bool  # whether the channels of a pixel that is hit get values of their own, or one together
+
+    def arguments(self) -> NoiseArguments:
+        """The keywords for `pixel_noise`."""
+        return {"sigma": self.sigma, "per_channel": self.per_channel}
+
+
+STANDARD_DEVIATION = NoiseReading("standard deviation 128/255", 128 / 255, True)
+VARIANCE = NoiseReading("variance 128/255", (128 / 255) ** 0.5, True)
+NOISE_READINGS = {
+    reading.name: reading
+    for reading in (
+        STANDARD_DEVIATION,
+        VARIANCE,
+        NoiseReading(f"{STANDARD_DEVIATION.name}, channels together", STANDARD_DEVIATION.sigma, False),
+        NoiseReading(f"{VARIANCE.name}, channels together", VARIANCE.sigma, False),
+    )
+}
 
 
 def pixel_noise(
     images: Tensor,  # (n, channels, height, width) float in [0, 1]
     probability: float,
     *,
-    sigma: float = 128 / 255,
-    per_channel: bool = True,
+    sigma: float = STANDARD_DEVIATION.sigma,
+    per_channel: bool = STANDARD_DEVIATION.per_channel,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Images in which each pixel is hit with `probability` and then gets Gaussian noise; clipped to [0, 1].
 
     The paper writes N(0, 128/255) and leaves open whether that is the variance or the standard deviation, and
-    whether the channels of a pixel are drawn together.
+    whether the channels of a pixel are drawn together: `NOISE_READINGS` names the four readings, the default is
+    `STANDARD_DEVIATION`. A pixel is hit in all its channels or in none.
 
     Args:
-        sigma: standard deviation; (128 / 255) ** 0.5 is the other reading.
+        sigma: standard deviation of the noise.
         per_channel: whether the channels of a pixel that is hit get values of their own, or one together.
-        generator: on the images' device.
+        generator: on the images' device. Images are drawn for in their order, so a chunk of images gets noise of
+            its own whatever else is measured, if it comes with a generator of its own.
 
     Raises:
-        ValueError: a probability outside [0, 1] or a negative sigma.
+        EvaluationError: a probability outside [0, 1], a negative sigma, or images of another shape.
     """
-    if not 0 <= probability <= 1 or sigma < 0:
-        raise ValueError(f"probability must lie in [0, 1] and sigma be >= 0, not {probability} and {sigma}")
+    if not 0 <= probability <= 1 or not sigma >= 0:
+        raise EvaluationError(f"probability must lie in [0, 1] and sigma be >= 0, not {probability} and {sigma}")
+    check_images(images)
     count, channels, height, width = images.shape
     options = {"generator": generator, "device": images.device, "dtype": images.dtype}
     hit = torch.rand(count, 1, height, width, **options) < probability  # type: ignore[arg-type]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -68,3 +71,55 @@ def predictions(
         return torch.cat([model(batch).argmax(dim=1) for batch in images.split(batch_size)])
     finally:
         model.train(mode)
+
+
+@contextmanager
+def attackable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from pixels (n, channels, height, width) to logits (n, classes) float32, ready to be differentiated.
+
+    Meanwhile the network is in eval mode and its parameters are frozen, so that no attack leaves anything in their
+    `.grad`; both are put back afterwards, module by module. It is called uncompiled and without autocast, on
+    contiguous images, and gradients are on whatever the caller has switched off. `model` is used by one attack at a
+    time.
+    """
+    network = bare(model)
+    modes = [(module, module.training) for module in network.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+
+    def logits(images: Tensor) -> Tensor:
+        seen = images.contiguous().view_as(images)
+        if seen.requires_grad:
+            # A channels_last network gives gradients in its own layout, on which the DLR losses of AutoAttack fail.
+            seen.register_hook(Tensor.contiguous)
+        found: Tensor = network(seen)
+        return found.float()
+
+    device = next((parameter.device.type for parameter, _ in frozen), "cpu")
+    try:
+        network.eval()
+        network.requires_grad_(False)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(device, enabled=False))
+            yield logits
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, required in frozen:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever is drawn from torch's global generators meanwhile, or seeds them, they are as before afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside what `torch.compile` and `DistributedDataParallel` put around it."""
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model

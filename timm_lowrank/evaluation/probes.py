@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .principal import principal
+
 
 def linear_accuracy(
     train: Tensor,  # (n, m) activations of training images, any float dtype
@@ -35,7 +37,7 @@ def linear_accuracy(
     if train_labels.unique().numel() < 2:
         raise ValueError("a linear classifier needs training images of at least two classes")
     mean = train.double().mean(dim=0)
-    seen, basis = _principal(train.double() - mean, most)
+    seen, basis = principal(train.double() - mean, most)
     new = (test.double() - mean) @ basis
     scale = seen.std(dim=0).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
     seen, new = seen / scale, new / scale
@@ -44,16 +46,3 @@ def linear_accuracy(
         classifier = LogisticRegression(max_iter=500).fit(seen[:, :count].numpy(), train_labels.numpy())
         found.append(float(classifier.score(new[:, :count].numpy(), test_labels.numpy())))
     return found
-
-
-def _principal(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Projections (n, count) on the leading principal directions, and these (m, count); by the smaller Gram matrix."""
-    rows, width = centred.shape
-    if width <= rows:
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
-        basis = vectors[:, -count:].flip(1)
-    else:
-        energies, left = torch.linalg.eigh(centred @ centred.T)
-        norms = energies[-count:].flip(0).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        basis = centred.T @ left[:, -count:].flip(1) / norms
-    return centred @ basis, basis

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.config import LowRankConfig
 from ..core.spectrum import variance_ratio
-from ..evaluation import PixelModel, linear_accuracy, pixel_noise, predictions
-from ..wrapping import wrap
+from ..evaluation import PixelModel, activations, linear_accuracy, pixel_noise, predictions
+from .disk import read_json
 from .errors import RunError
 from .images import load_images
 from .recipe import load_recipe
-from .run import read_json
 
 Figures = dict[str, float]  # name of the figure: a share in [0, 1]
 
@@ -49,19 +47,18 @@ def measure_run(
         RunError: not a finished run.
         DataError: the images cannot be read.
     """
-    config = LowRankConfig(branches=dict.fromkeys(layers or layers_of(run), 1))
+    measured = list(layers or layers_of(run))
     recipe = load_recipe(run / "config.yaml", data=data)
     images = load_images(recipe.data, **recipe.data_args)
-    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
-    model = PixelModel(network)
+    model = PixelModel(timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval())
     test = images.test_images.float() / 255
     hit = pixel_noise(test, noise, generator=torch.Generator().manual_seed(0))
     figures = {
         "clean": _accuracy(predictions(model, test), images.test_labels),
         f"noise {noise:g}": _accuracy(predictions(model, hit), images.test_labels),
     }
-    seen = _activations(config, network, model, images.train_images[:limit])
-    new = _activations(config, network, model, images.test_images[:limit])
+    seen = activations(model, images.train_images[:limit].float() / 255, measured)
+    new = activations(model, test[:limit], measured)
     for layer in seen:
         fitting = [count for count in directions if count <= min(*seen[layer].shape, *new[layer].shape)]
         ratios = variance_ratio(new[layer], fitting)
@@ -86,17 +83,3 @@ def layers_of(run: Path) -> list[str]:
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted == labels).float().mean())
-
-
-@torch.no_grad()
-def _activations(config: LowRankConfig, network: nn.Module, model: PixelModel, images: Tensor) -> dict[str, Tensor]:
-    """Flattened activations (n, features) of every layer that `config` names, of uint8 images (n, c, h, w)."""
-    batches = [batch.float() / 255 for batch in images.split(500)]
-    wrapped = wrap(network, config, example_input=batches[0][:1])
-    found: dict[str, list[Tensor]] = {layer: [] for layer in wrapped.branches}
-    for batch in batches:
-        with wrapped.capture() as activations:
-            model(batch)
-        for layer, value in activations.items():
-            found[layer].append(value.flatten(1))
-    return {layer: torch.cat(values) for layer, values in found.items()}

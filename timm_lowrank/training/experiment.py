@@ -9,13 +9,14 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
+from .disk import read_json
 from .errors import RunError
 from .images import ImageData, load_images
 from .loop import check_not_at_chance, evaluate, train_epoch
 from .plots import plot_spectrum
 from .recipe import Recipe
 from .report import layer_energies, read_plain_run, spectrum_content, summarize, table
-from .run import RunFolder, read_json
+from .run import RunFolder
 from .sources import require
 from .state import TrainingState, build, seeded
 

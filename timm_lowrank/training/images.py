@@ -127,14 +127,25 @@ def _limited(split: Split, limit: int | None, classes: int) -> Split:
         return split
     if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= count:
         raise DataError(f"cannot take limit={limit!r} of the {count} images of {split.name}")
-    place_in_class = np.empty(count, dtype=np.int64)
-    for label in range(classes):
-        rows = np.flatnonzero(split.labels == label)
-        place_in_class[rows] = np.arange(len(rows))
-    # Sorted by place within the class, the first `limit` rows take every class in turn.
-    rows = np.sort(np.lexsort((np.arange(count), place_in_class))[:limit])
+    rows = balanced_rows(split.labels, limit, classes)
     images = split.images[rows] if isinstance(split.images, np.ndarray) else split.images.take(_arrow(rows))
     return dataclasses.replace(split, images=images, labels=split.labels[rows])
+
+
+def balanced_rows(labels: np.ndarray, limit: int, classes: int) -> np.ndarray:
+    """The first `limit` rows with, as far as there are enough, as many of each class; in ascending order.
+
+    Args:
+        labels: (n,), int64, in [0, classes).
+        limit: at most n.
+        classes: how many there are.
+    """
+    place_in_class = np.empty(len(labels), dtype=np.int64)
+    for label in range(classes):
+        rows = np.flatnonzero(labels == label)
+        place_in_class[rows] = np.arange(len(rows))
+    # Sorted by place within the class, the first `limit` rows take every class in turn.
+    return np.sort(np.lexsort((np.arange(len(labels)), place_in_class))[:limit])
 
 
 def _arrow(rows: np.ndarray) -> Any:

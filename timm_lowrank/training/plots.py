@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, percent, write_png
 from .sources import require
-
-PLAIN, LOWRANK, INK = "#8a8f98", "#1f5fbf", "#30343b"
 
 
 def plot_spectrum(
@@ -26,20 +24,16 @@ def plot_spectrum(
             that the picture is about; the runs before it are drawn as references.
         branches: layer -> "features" and "target_rank" (summary.json).
     """
-    figure_module = require("matplotlib.figure", "matplotlib")
-    require("matplotlib.backends.backend_agg", "matplotlib")  # a canvas of its own: no display, no global state
+    require("matplotlib", "matplotlib")
     layers = list(branches)
-    figure = figure_module.Figure(figsize=(0.8 + 4.2 * len(layers), 3.6), dpi=160, layout="constrained")
+    figure = new_figure(0.8 + 4.2 * len(layers), 3.6)
     panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
     for panel, layer in zip(panels, layers, strict=True):
         _draw(panel, {title: run[layer] for title, run in runs.items() if layer in run}, branches[layer])
         panel.set_title(f"{layer}, {branches[layer]['features']:,} features", fontsize=10, color=INK, loc="left")
     panels[0].set_ylabel("share of test variance", fontsize=9, color=INK)
     panels[0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    path.write_bytes(buffer.getvalue())
+    write_png(figure, path)
 
 
 def _draw(panel: Any, runs: Mapping[str, Sequence[float]], branch: Mapping[str, Any]) -> None:
@@ -64,9 +58,5 @@ def _draw(panel: Any, runs: Mapping[str, Sequence[float]], branch: Mapping[str, 
     panel.set_ylim(0, 1.02)
     panel.set_xlabel("directions", fontsize=9, color=INK)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    panel.grid(color="#e3e6ea", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.tick_params(which="both", labelsize=8, colors=INK, length=0)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color("#c5cad1")
+    panel.yaxis.set_major_formatter(percent)
+    dress(panel)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..core.model import LowRankModel
 from ..core.spectrum import singular_energies
+from .disk import read_json
 from .errors import DivergedError, RunError
 from .images import ImageData
 from .loader import EvalBatches
-from .run import read_json
 from .state import TrainingState
 
 DIRECTIONS = (1, 5, 10, 20, 50, 100, 500)

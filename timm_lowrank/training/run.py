@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from .disk import disk_errors, read_json, write_whole
 from .errors import RunError
 from .recipe import Recipe, parse_yaml
 
@@ -35,7 +36,7 @@ class RunFolder:
         self.path, self.recipe = Path(path), recipe
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"the output {self.path} is a file: choose a folder with --output")
-        with _disk(f"cannot read the output folder {self.path}"):
+        with disk_errors(f"cannot read the output folder {self.path}"):
             held = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
         if not held:
             return
@@ -52,7 +53,7 @@ class RunFolder:
 
     def _check_same_recipe(self) -> None:
         """Compares with config.yaml. The place of the data may change: its fingerprint is compared instead."""
-        with _disk(f"cannot read {self.path / 'config.yaml'}"):
+        with disk_errors(f"cannot read {self.path / 'config.yaml'}"):
             before = parse_yaml((self.path / "config.yaml").read_text())
         now = self.recipe.to_dict()
         keys = [key for key in {**before, **now} if key != "data" and before.get(key) != now.get(key)]
@@ -65,13 +66,13 @@ class RunFolder:
 
     def create(self) -> None:
         """Makes the folder and writes config.yaml; removes what a killed process left half written."""
-        with _disk(f"cannot write to the output folder {self.path}"):
+        with disk_errors(f"cannot write to the output folder {self.path}"):
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self._checkpoints.glob(".*"):
                 shutil.rmtree(leftover)
             if not (self.path / "config.yaml").exists():
                 text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
-                _write_whole(self.path / "config.yaml", text)
+                write_whole(self.path / "config.yaml", text)
 
     @property
     def _checkpoints(self) -> Path:
@@ -95,7 +96,7 @@ class RunFolder:
         partial = self._checkpoints / f".{final.name}.partial"
         what = f"could not write the checkpoint of epoch {epoch} to {self._checkpoints}"
         try:
-            with _disk(what, f"Free some space and continue with --resume auto; {self._kept()}."):
+            with disk_errors(what, f"Free some space and continue with --resume auto; {self._kept()}."):
                 accelerator.save_state(str(partial))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
@@ -141,15 +142,17 @@ class RunFolder:
         path = self.path / "metrics.csv"
         if not path.exists():
             return
-        with _disk(f"cannot rewrite {path}"):
+        with disk_errors(f"cannot rewrite {path}"):
             header, *rows = path.read_text().splitlines(keepends=True) or [""]
             kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
-            _write_whole(path, "".join([header, *kept] if header.endswith("\n") and kept else []))
+            write_whole(path, "".join([header, *kept] if header.endswith("\n") and kept else []))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one epoch to metrics.csv; the first row names the columns."""
         path = self.path / "metrics.csv"
-        with _disk(f"could not write {path}", f"Free some space and continue with --resume auto; {self._kept()}."):
+        with disk_errors(
+            f"could not write {path}", f"Free some space and continue with --resume auto; {self._kept()}."
+        ):
             begin = not path.exists() or path.stat().st_size == 0
             with path.open("a", newline="") as file:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
@@ -159,51 +162,15 @@ class RunFolder:
 
     # ---------------------------------------------------------------------------------------------------- summary
 
-    def writing(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def writing(self, name: str) -> AbstractContextManager[None]:
         """A block that writes `name`; what a full disk raises inside comes out as a RunError."""
-        return _disk(f"could not write {self.path / name}", "Free some space and continue with --resume auto.")
+        return disk_errors(f"could not write {self.path / name}", "Free some space and continue with --resume auto.")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file that is there whole or not at all."""
         with self.writing(name):
-            _write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
+            write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None while the run is not complete."""
         return read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run.
-
-    Raises:
-        RunError: if it is not there or not JSON.
-    """
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _disk(what: str, advice: str = "Choose another folder with --output.") -> Iterator[None]:
-    """Turns what a full or unwritable disk raises into one error. torch and safetensors have types of their own."""
-    try:
-        yield
-    except RunError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise RunError(f"{what}: {reason}. {advice}") from error

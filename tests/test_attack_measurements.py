@@ -1,0 +1,258 @@
+"""Accuracy over the steps of an attack, and the smallest perturbation that fools."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from timm_lowrank.evaluation import (
+    EvaluationError,
+    EvaluationWarning,
+    SmallestRadii,
+    attacks,
+    classified_right,
+    deepfool_rho,
+    minimum_perturbation,
+    rho,
+    smallest_radii,
+    step_accuracies,
+    trajectory,
+    until_fooled,
+)
+
+
+class Threshold(nn.Module):
+    """Two classes: whether the mean of the pixels lies above a half."""
+
+    def __init__(self, border=0.5):
+        super().__init__()
+        self.border = nn.Parameter(torch.tensor(border))
+
+    def forward(self, images):
+        mean = images.flatten(1).mean(1)
+        return torch.stack([self.border - mean, mean - self.border], 1)
+
+
+@pytest.fixture
+def grey():
+    """Five grey images and their labels for `Threshold`; the last is misclassified from the start."""
+    levels = torch.tensor([0.6, 0.52, 0.45, 0.9, 0.4])
+    return levels.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).clone(), torch.tensor([1, 1, 0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A network that knows most digits, after two seconds of training."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(),
+        nn.Linear(32, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for step in range(80):
+        rows = torch.arange(64 * step, 64 * step + 64) % 1500
+        loss = nn.functional.cross_entropy(net(digits[0][rows]), digits[1][rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.eval()
+
+
+# Steps
+
+
+def test_the_two_accuracies_by_hand():
+    predicted = torch.tensor([[1, 1, 0, 1], [2, 2, 2, 2], [0, 3, 3, 0], [5, 5, 5, 6]])
+    found = step_accuracies(predicted)
+    assert found.instantaneous == [1.0, 0.75, 0.5, 0.75]
+    assert found.cumulative == [1.0, 0.75, 0.5, 0.25]
+    by_label = step_accuracies(predicted, torch.tensor([1, 0, 3, 5]))
+    assert by_label.instantaneous == [0.5, 0.75, 0.5, 0.25]
+    assert by_label.cumulative == [0.5, 0.5, 0.25, 0.0]
+    assert step_accuracies(predicted[:1]).cumulative == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_trajectory_is_that_of_attacks_of_each_length(trained, digits):
+    net, images, labels = trained, digits[0][1500:1524], digits[1][1500:1524]
+    attack = partial(attacks.iterative_fgsm, eps=0.1, step_size=0.02)
+    found = trajectory(net, images, labels, partial(attack, steps=6))
+    assert found.shape == (24, 7)
+    for steps in range(1, 7):
+        with torch.no_grad():
+            expected = net(attack(net, images, labels, steps=steps)).argmax(1)
+        assert torch.equal(found[:, steps], expected)
+    with torch.no_grad():
+        assert torch.equal(found[:, 0], net(images).argmax(1))
+    halves = [slice(None, 10), slice(10, None)]
+    chunks = [trajectory(net, images[half], labels[half], partial(attack, steps=6)) for half in halves]
+    assert torch.equal(torch.cat(chunks), found)
+    accuracies = step_accuracies(found, labels)
+    assert accuracies.instantaneous[0] > accuracies.instantaneous[-1] + 0.2
+
+
+def test_another_network_may_be_the_judge(small_net, digits):
+    source, judge = small_net().eval(), small_net()
+    images, labels = digits[0][:12], digits[1][:12]
+    attack = partial(attacks.iterative_fgsm, eps=0.2, step_size=0.1)
+    found = trajectory(source, images, labels, partial(attack, steps=2), judge=judge)
+    with torch.no_grad():
+        assert torch.equal(found[:, 2], judge.eval()(attack(source, images, labels, steps=2)).argmax(1))
+
+
+def test_a_trajectory_needs_images_and_steps(grey):
+    net = Threshold()
+    with pytest.raises(EvaluationError, match="no images"):
+        trajectory(net, grey[0][:0], grey[1][:0], attacks.iterative_fgsm)
+    with pytest.raises(EvaluationError, match="never called on_step"):
+        trajectory(net, *grey, lambda model, images, labels, on_step: images)
+    with pytest.raises(EvaluationError, match="as many labels"):
+        step_accuracies(torch.zeros(3, 2), torch.zeros(2))
+    with pytest.raises(EvaluationError, match="n >= 1"):
+        step_accuracies(torch.zeros(0, 2))
+
+
+# The smallest perturbation
+
+
+def stopping(model, step_size=0.01, steps=60):
+    attack = partial(attacks.iterative_fgsm, steps=steps, step_size=step_size, stop_at_success=True)
+    return lambda images, labels, eps: attack(model, images, labels, eps=eps)
+
+
+def test_the_smallest_radius_is_the_distance_to_the_border(grey):
+    net = Threshold()
+    found = smallest_radii(net, *grey, stopping(net), [0.03, 0.25, 0.12])
+    assert found.radius.tolist() == [0.12, 0.03, 0.12, math.inf, 0.0]
+    # Steps of 0.01 cross the border: by how much, a uniform image shows.
+    crossing = [0.11 / 0.6, 0.03 / 0.52, 0.06 / 0.45]
+    assert found.rho[:3].tolist() == pytest.approx(crossing, abs=0.01 / 0.45)
+    assert found.rho[3].isnan()
+    assert found.rho[4] == 0
+    halves = [slice(None, 2), slice(2, None)]
+    one, two = (smallest_radii(net, grey[0][half], grey[1][half], stopping(net), [0.03, 0.12, 0.25]) for half in halves)
+    assert torch.equal(torch.cat([one.radius, two.radius]), found.radius)
+    assert torch.allclose(torch.cat([one.rho, two.rho]), found.rho, rtol=1e-6, equal_nan=True)
+
+
+def test_the_smallest_radius_is_that_of_a_loop_over_images_and_radii(trained, digits):
+    net, images, labels = trained, digits[0][1500:1520], digits[1][1500:1520]
+    grid = [0.02, 0.08, 0.14]
+    attack = stopping(net, 0.02, 10)
+    found = smallest_radii(net, images, labels, attack, grid)
+    for index in range(20):
+        one, label = images[index : index + 1], labels[index : index + 1]
+        with torch.no_grad():
+            wrong = net(one).argmax() != label
+        expected, distance = (0.0, 0.0) if wrong else (math.inf, math.nan)
+        for eps in [] if wrong else grid:
+            adversarial = attack(one, label, eps)
+            with torch.no_grad():
+                if net(adversarial).argmax() != label:
+                    expected = eps
+                    distance = float((adversarial - one).double().norm() / one.double().norm())
+                    break
+        assert found.radius[index].item() == expected
+        assert found.rho[index].item() == pytest.approx(distance, nan_ok=True)
+    assert 0 < found.radius.isinf().sum() < 18
+
+
+def by_hand():
+    inf, nan = math.inf, math.nan
+    radius = torch.tensor([0.0, 0.1, 0.1, 0.2, inf], dtype=torch.float64)
+    return SmallestRadii(radius, torch.tensor([0.0, 0.3, 0.5, nan, nan], dtype=torch.float64))
+
+
+def test_the_minimum_perturbation_by_hand():
+    found = by_hand()
+    assert minimum_perturbation(found, 0.5) == (0.1, pytest.approx(0.4), 2, 4)
+    assert minimum_perturbation(found, 0.75) == (0.2, pytest.approx(0.4), 3, 4)  # that rho is of an image of zeros
+    assert minimum_perturbation(found, 0.99) == (None, None, 3, 4)
+    assert minimum_perturbation(found, 0.6, count_misclassified=True) == (0.1, pytest.approx(0.8 / 3), 3, 5)
+    assert minimum_perturbation(found, 0.2, count_misclassified=True) == (0.0, 0.0, 1, 5)
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 200, 700, 1000])
+def test_99_per_cent_are_counted_exactly(count):
+    radius = torch.arange(1, count + 1, dtype=torch.float64)
+    eps, _, hits, of = minimum_perturbation(SmallestRadii(radius, radius))
+    assert hits == eps
+    assert 100 * hits >= 99 * of
+    assert 100 * (hits - 1) < 99 * of
+
+
+def test_a_zero_image_is_fooled_at_an_undefined_rho():
+    net = Threshold(0.1)
+    with pytest.warns(EvaluationWarning, match="zero everywhere"):
+        found = smallest_radii(net, torch.zeros(1, 1, 2, 2), torch.tensor([0]), stopping(net), [0.5])
+    assert found.radius.tolist() == [0.5]
+    assert found.rho.isnan().all()
+    assert minimum_perturbation(found) == (0.5, None, 1, 1)
+
+
+def test_a_black_box_stops_when_the_judge_is_fooled(grey):
+    images, labels = grey
+    source, judge = Threshold(0.5), Threshold(0.35)
+    attack = until_fooled(source, judge, partial(attacks.iterative_fgsm, steps=60, step_size=0.01))
+    stopped = attack(images[:2], labels[:2], 0.4)
+    means = stopped.flatten(1).mean(1)
+    assert ((means < 0.35) & (means > 0.33)).all()  # past the border of the judge, by one step at most
+    last = attack(images[3:4], labels[3:4], 0.2)
+    assert torch.equal(
+        last, attacks.iterative_fgsm(source, images[3:4], labels[3:4], eps=0.2, steps=60, step_size=0.01)
+    )
+    wrong = attack(images[2:3], labels[2:3], 0.2)
+    assert torch.equal(wrong, images[2:3])  # the judge misclassifies it from the start
+    found = smallest_radii(judge, images, labels, attack, [0.2, 0.3])
+    assert found.radius.tolist() == [0.3, 0.2, 0.0, math.inf, 0.2]
+
+
+def test_a_network_that_judges_itself_stops_as_the_attack_does(trained, digits):
+    net, images, labels = trained, digits[0][1500:1520], digits[1][1500:1520]
+    attack = partial(attacks.iterative_fgsm, steps=12, step_size=0.02)
+    one = until_fooled(net, net, attack)(images, labels, 0.2)
+    two = attack(net, images, labels, eps=0.2, stop_at_success=True)
+    with torch.no_grad():
+        assert torch.equal(net(one).argmax(1), net(two).argmax(1))
+    assert torch.allclose(one, two, atol=1e-6)
+
+
+def test_deepfool_s_rho_is_that_of_its_images(trained, digits):
+    net, images, labels = trained, digits[0][1500:1530], digits[1][1500:1530]
+    labels = torch.where(torch.arange(30) < 25, labels, (labels + 1) % 10)  # some are wrong from the start
+    adversarial = attacks.deepfool(net, images, labels)
+    right, still = (classified_right(net, x, labels) for x in (images, adversarial))
+    found = deepfool_rho(net, images, labels)
+    fooled = right & ~still
+    assert fooled.any()
+    assert torch.equal(found.rho[fooled], rho(images, adversarial)[fooled])
+    lengths = (adversarial.double() - images.double()).flatten(1).norm(dim=1)
+    assert torch.equal(found.radius[fooled], lengths[fooled])
+    assert (found.radius[~right] == 0).all()
+    assert (found.rho[~right] == 0).all()
+
+
+def test_deepfool_may_be_judged_by_another_network(grey):
+    images, labels = grey
+    found = deepfool_rho(Threshold(0.5), images, labels, judge=Threshold(0.35))
+    assert found.radius[[0, 1, 3, 4]].isinf().all()  # it stops at 0.5, where the judge still says 1
+    assert found.radius[2] == 0
+    assert found.rho[[0, 1, 3, 4]].isnan().all()
+
+
+def test_what_cannot_be_measured_is_named(grey):
+    net = Threshold()
+    images, labels = grey
+    with pytest.raises(EvaluationError, match="radii must be positive"):
+        smallest_radii(net, images, labels, stopping(net), [])
+    with pytest.raises(EvaluationError, match="radii must be positive"):
+        smallest_radii(net, images, labels, stopping(net), [0.1, 0.0])
+    with pytest.raises(EvaluationError, match="as many labels"):
+        smallest_radii(net, images, labels[1:], stopping(net), [0.1])
+    with pytest.raises(EvaluationError, match="no images"):
+        deepfool_rho(net, images[:0], labels[:0])
+    with pytest.raises(EvaluationError, match="share"):
+        minimum_perturbation(by_hand(), 99)
+    with pytest.raises(EvaluationError, match="no image was classified"):
+        minimum_perturbation(SmallestRadii(torch.zeros(2), torch.zeros(2)))

@@ -1,0 +1,648 @@
+"""PGD and its relatives, DeepFool and transfer: against foolbox, against a textbook, and against their promises."""
+
+import copy
+import inspect
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from attacked import textbook_pgd, trained
+from torch import nn
+
+from timm_lowrank.evaluation import PixelModel, attacks
+from timm_lowrank.evaluation.attacks import (
+    MADRY,
+    PAPER,
+    deepfool,
+    fgsm,
+    iterative_fgsm,
+    iterative_least_likely,
+    least_likely,
+    pgd,
+    transfer,
+)
+from timm_lowrank.evaluation.errors import EvaluationError
+
+EPS = 24 / 255
+
+ALL = {
+    "fgsm": lambda m, x, y: fgsm(m, x, y, eps=EPS),
+    "pgd": lambda m, x, y: pgd(m, x, y, eps=EPS, steps=3),
+    "pgd, l2": lambda m, x, y: pgd(m, x, y, eps=0.5, steps=3, norm="l2"),
+    "pgd, margin": lambda m, x, y: pgd(m, x, y, eps=EPS, steps=3, loss="margin"),
+    "pgd, restarts": lambda m, x, y: pgd(m, x, y, eps=EPS, steps=3, restarts=3, keep="first_hit"),
+    "iterative_fgsm": lambda m, x, y: iterative_fgsm(m, x, y, eps=EPS, steps=3, step_size=0.05),
+    "iterative_least_likely": lambda m, x, y: iterative_least_likely(m, x, y, eps=EPS, steps=3, step_size=0.05),
+    "deepfool": lambda m, x, y: deepfool(m, x, y, steps=3),
+}
+
+
+@pytest.fixture
+def net(small_net, digits):
+    return trained(small_net, digits)
+
+
+@pytest.fixture
+def batch(digits):
+    """40 images that the network has not been trained on."""
+    return digits[0][-40:], digits[1][-40:]
+
+
+def share_that_agrees(found, expected, tolerance=1e-5):
+    return ((found.double() - expected.double()).abs().flatten(1).amax(dim=1) <= tolerance).double().mean().item()
+
+
+def still_right(model, images, labels):
+    with torch.no_grad():
+        return model(images).argmax(dim=1) == labels
+
+
+class Linear(nn.Module):
+    """Logits that are linear in the pixels."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight.T
+
+
+class Scaled(nn.Module):
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, images):
+        return self.network(images) * self.factor
+
+
+# ---- against other implementations ----
+
+
+def test_the_network_is_worth_attacking(net, batch):
+    assert still_right(net, *batch).float().mean() > 0.8
+    assert still_right(net, pgd(net, *batch, eps=EPS, steps=20), batch[1]).float().mean() < 0.5
+
+
+def foolbox_images(attack, model, images, criterion, eps):
+    foolbox = pytest.importorskip("foolbox")
+    return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), images, criterion, epsilons=eps)[1]
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.7)])
+def test_pgd_is_that_of_foolbox(net, batch, norm, eps, steps):
+    foolbox_attacks = pytest.importorskip("foolbox.attacks")
+    kind = foolbox_attacks.LinfPGD if norm == "linf" else foolbox_attacks.L2PGD
+    found = pgd(net, *batch, eps=eps, steps=steps, norm=norm, random_start=False)
+    oracle = kind(abs_stepsize=eps / 4, steps=steps, random_start=False)
+    assert share_that_agrees(found, foolbox_images(oracle, net, *batch, eps)) == 1
+
+
+def test_pgd_from_a_random_start_is_that_of_foolbox(net, batch, monkeypatch):
+    foolbox_attacks = pytest.importorskip("foolbox.attacks")
+    starts = []
+
+    def keep_start(step, images, logits):
+        if step == 0:
+            starts.append(images.clone())
+
+    found = pgd(net, *batch, eps=EPS, steps=7, on_step=keep_start)
+    oracle = foolbox_attacks.LinfPGD(abs_stepsize=EPS / 4, steps=7)
+    monkeypatch.setattr(oracle, "get_random_start", lambda images, eps: type(images)(starts[0]))
+    assert (starts[0] - batch[0]).abs().mean() > EPS / 8
+    assert share_that_agrees(found, foolbox_images(oracle, net, *batch, EPS)) == 1
+
+
+def test_targeted_pgd_is_that_of_foolbox(net, batch):
+    foolbox = pytest.importorskip("foolbox")
+    images, labels = batch
+    targets = (labels + 3) % 10
+    found = pgd(net, images, labels, eps=0.3, steps=10, targets=targets, random_start=False)
+    oracle = foolbox.attacks.LinfPGD(abs_stepsize=0.3 / 4, steps=10, random_start=False)
+    wanted = foolbox.criteria.TargetedMisclassification(targets)
+    assert share_that_agrees(found, foolbox_images(oracle, net, images, wanted, 0.3)) == 1
+    assert still_right(net, found, targets).float().mean() > 0.5
+
+
+def test_fgsm_and_iterative_fgsm_are_those_of_foolbox(net, batch):
+    foolbox_attacks = pytest.importorskip("foolbox.attacks")
+    oracle = foolbox_images(foolbox_attacks.FGSM(), net, *batch, EPS)
+    assert share_that_agrees(fgsm(net, *batch, eps=EPS), oracle) == 1
+    iterative = foolbox_attacks.LinfBasicIterativeAttack(abs_stepsize=1 / 255, steps=12, random_start=False)
+    found = iterative_fgsm(net, *batch, eps=10 / 255, steps=12)
+    assert share_that_agrees(found, foolbox_images(iterative, net, *batch, 10 / 255)) == 1
+
+
+@pytest.mark.parametrize("candidates", [2, 10])
+def test_deepfool_is_that_of_foolbox(net, batch, candidates):
+    foolbox_attacks = pytest.importorskip("foolbox.attacks")
+    oracle = foolbox_attacks.L2DeepFoolAttack(candidates=candidates)
+    found = deepfool(net, *batch, candidates=candidates)
+    assert share_that_agrees(found, foolbox_images(oracle, net, *batch, None)) == 1
+    assert not still_right(net, found, batch[1]).any()
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 0.7)])
+def test_pgd_is_that_of_a_textbook_in_float64(net, batch, norm, eps, loss):
+    settings = {"eps": eps, "steps": 5, "step_size": eps / 3, "norm": norm, "loss": loss}
+    found = pgd(net, *batch, random_start=False, **settings)
+    expected = textbook_pgd(copy.deepcopy(net).double(), *batch, **settings)
+    # Where the label is as good as certain, 1 - p is rounding in float32: a few images take another way in l2.
+    assert share_that_agrees(found, expected, 1e-4) >= (1 if loss == "margin" else 0.9)
+
+
+@pytest.mark.parametrize("retarget", [True, False])
+def test_the_least_likely_attack_is_that_of_a_textbook_in_float64(net, batch, retarget):
+    double = copy.deepcopy(net).double()
+    images, labels = batch
+    settings = {"eps": 0.4, "steps": 12, "step_size": 0.1}
+    expected = []
+    for image, label in zip(images, labels, strict=True):
+        first = double(image[None].double()).detach()[0].argmin()
+        choose = (lambda logits: logits.argmin()) if retarget else (lambda logits, first=first: first)
+        expected.append(textbook_pgd(double, image[None], label[None], choose=choose, **settings))
+    found = iterative_least_likely(net, images, labels, retarget=retarget, **settings)
+    assert share_that_agrees(found, torch.cat(expected)) >= 0.95
+    other = iterative_least_likely(net, images, labels, retarget=not retarget, **settings)
+    assert share_that_agrees(found, other) < 0.95, "the two readings cannot be told apart here"
+
+
+def test_the_least_likely_class_is_the_one_of_the_smallest_logit(net, batch):
+    assert torch.equal(least_likely(net, batch[0]), net(batch[0]).argmin(dim=1))
+    hits = still_right(net, iterative_least_likely(net, *batch, eps=1.0, steps=40, retarget=False, step_size=0.05),
+                       least_likely(net, batch[0]))  # fmt: skip
+    assert hits.float().mean() > 0.5
+
+
+def test_deepfool_on_a_linear_network_is_the_distance_to_the_boundary():
+    weight = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0.0, 1.0, 1.0, -1.0]])
+    image = torch.tensor([0.6, 0.2, 0.5, 0.5]).view(1, 1, 2, 2)
+    (own, other), direction = (weight @ image.flatten()).tolist(), weight[1] - weight[0]
+    found = deepfool(Linear(weight), image, torch.tensor([0]), overshoot=0.02)
+    assert own > other
+    distance = (own - other) / direction.norm() + 1e-4
+    expected = image.flatten() + 1.02 * distance * direction / direction.norm()
+    torch.testing.assert_close(found.flatten(), expected)
+
+
+# ---- the ball and the box, to the last bit ----
+
+
+def awkward_images():
+    """Pixels of every kind of exponent, and those of 8-bit images."""
+    generator = torch.Generator().manual_seed(3)
+    uniform = torch.rand(2000, generator=generator)
+    small = 10 ** (-12 * torch.rand(500, generator=generator))
+    levels = torch.arange(256) / 255
+    edges = torch.tensor([0.0, 1.0, 1e-45, 1e-38, 1 - 2**-24, 2**-24, 8 / 255, 0.5])
+    return torch.cat([uniform, small, 1 - small, levels, edges]).view(1, 1, 1, -1)
+
+
+@pytest.mark.parametrize("eps", [2 / 255, 8 / 255, 20 / 255, 0.1, 1 / 3, 1e-4, 1e-9, 0.5, 1.5])
+@pytest.mark.parametrize("ascending", [True, False])
+def test_the_linf_ball_and_the_box_hold_in_exact_arithmetic(eps, ascending):
+    images = awkward_images()
+    weight = torch.zeros(2, images.numel())
+    weight[1] = 1 if ascending else -1
+    settings = {"eps": eps, "steps": 3, "step_size": 0.7 * eps, "random_start": False, "loss": "margin"}
+    found = pgd(Linear(weight), images, torch.tensor([0]), **settings)
+    radius = Fraction(eps)
+    changes = [
+        abs(Fraction(a) - Fraction(b)) for a, b in zip(found.flatten().tolist(), images.flatten().tolist(), strict=True)
+    ]
+    assert max(changes) <= radius
+    assert found.min() >= 0
+    assert found.max() <= 1
+    # The whole radius is used where the box lets it: up to the spacing of float32 below 1, and not merely some of it.
+    wanted = (images.double() + (eps if ascending else -eps)).clamp(0, 1)
+    assert (found.double() - wanted).abs().max() <= 2**-24
+    naive = (images + eps).clamp(0, 1) if ascending else (images - eps).clamp(0, 1)
+    if eps in (8 / 255, 0.1):
+        assert (naive.double() - images.double()).abs().max() > eps, "clamping to rounded bounds would have done"
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [8 / 255, 0.3, 1.0])
+def test_random_starts_and_all_iterates_are_in_the_ball_and_the_box(net, batch, norm, eps):
+    images, labels = batch
+    seen = []
+    pgd(net, images, labels, eps=eps, steps=4, norm=norm, on_step=lambda step, points, logits: seen.append(points))
+    for points in seen:
+        change = (points.double() - images.double()).flatten(1)
+        assert (change.abs().amax(dim=1) if norm == "linf" else change.norm(dim=1)).max() <= eps
+        assert points.min() >= 0
+        assert points.max() <= 1
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("eps", [0.5, 0.1, 1e-3, 1e-6])
+def test_the_l2_ball_is_used_to_its_rim_and_not_left(eps):
+    generator = torch.Generator().manual_seed(4)
+    images = 0.25 + torch.rand(20, 3, 8, 8, generator=generator) / 2
+    model = Linear(torch.randn(2, 192, generator=generator))
+    found = pgd(model, images, torch.zeros(20).long(), eps=eps, steps=3, step_size=eps, norm="l2")
+    lengths = (found.double() - images.double()).flatten(1).norm(dim=1)
+    assert (lengths <= eps).all()
+    assert (lengths >= eps * (1 - 1e-2 if eps < 1e-5 else 1 - 1e-4)).all()
+
+
+def test_a_gradient_whose_square_is_not_a_float_still_gives_a_direction(batch):
+    images, labels = batch
+    weight = torch.zeros(10, 64)
+    weight[:, 5] = torch.arange(10) * 1e-30
+    found = pgd(Linear(weight), images, labels, eps=0.5, steps=1, norm="l2", random_start=False, loss="margin")
+    moved = (found - images).flatten(1).abs()
+    assert (moved[:, 5] > 0.12).sum() > 10
+    assert moved[:, :5].max() == 0
+
+
+# ---- reproducible, and alike in any batch ----
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_call_gives_the_same_bits_and_leaves_no_trace(name, net, batch, random_stream):
+    before = [parameter.clone() for parameter in net.parameters()]
+    sentinel = torch.ones_like(before[0])
+    next(net.parameters()).grad = sentinel
+    next(net.parameters()).requires_grad_(False)
+    net.body.train()
+    first = ALL[name](net, *batch)
+    assert torch.equal(first, ALL[name](net, *batch))
+    assert not first.requires_grad
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, batch[0])
+    assert random_stream()
+    parameters = list(net.parameters())
+    assert all(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+    assert [parameter.requires_grad for parameter in parameters] == [False] + [True] * (len(parameters) - 1)
+    assert parameters[0].grad is sentinel
+    assert torch.equal(sentinel, torch.ones_like(sentinel))
+    assert all(parameter.grad is None for parameter in parameters[1:])
+    assert [name for name, module in net.named_modules() if module.training] == ["body", "body.0", "body.1", "body.2"]
+
+
+def test_what_an_attack_changes_is_put_back_after_an_error(net, batch):
+    net.train()
+    with pytest.raises(RuntimeError, match="stop here"):
+        pgd(net, *batch, eps=EPS, steps=2, on_step=stop_here)
+    assert all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def stop_here(step, images, logits):
+    raise RuntimeError("stop here")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_starts_follow_the_generator_and_the_image_alone(net, batch, norm):
+    images, labels = batch
+
+    def start(images, labels, seed):
+        seen = []
+        generator = torch.Generator().manual_seed(seed)
+        pgd(net, images, labels, eps=EPS, steps=1, norm=norm, generator=generator,
+            on_step=lambda step, points, logits: seen.append(points))  # fmt: skip
+        return seen[0]
+
+    whole = start(images, labels, 5)
+    order = torch.randperm(len(images))
+    assert torch.equal(start(images[order], labels[order], 5), whole[order])
+    assert torch.equal(start(images[7:8], labels[7:8], 5), whole[7:8])
+    assert (start(images, labels, 6) != whole).float().mean() > 0.5
+    changes = (whole - images).flatten(1)
+    assert len({tuple(change.tolist()) for change in changes}) == len(images), "all images start alike"
+
+
+def test_the_generator_moves_on_by_one_number(net, batch):
+    generator, twin = torch.Generator().manual_seed(9), torch.Generator().manual_seed(9)
+    first = pgd(net, *batch, eps=EPS, steps=1, generator=generator)
+    assert not torch.equal(first, pgd(net, *batch, eps=EPS, steps=1, generator=generator))
+    for _ in range(2):
+        torch.randint(2**62, (), generator=twin)
+    assert torch.equal(generator.get_state(), twin.get_state())
+    fgsm(net, *batch, eps=EPS)
+    assert torch.equal(generator.get_state(), twin.get_state())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_is_treated_alike_in_any_batch(name, net, batch):
+    images, labels = batch
+    whole = ALL[name](net, images, labels)
+    parts = torch.cat([ALL[name](net, *part) for part in zip(images.split(17), labels.split(17), strict=True)])
+    assert share_that_agrees(whole, parts) == 1
+    alone = ALL[name](net, images[3:4], labels[3:4])
+    assert share_that_agrees(alone, whole[3:4]) == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_images_give_no_images(name, net, batch):
+    assert ALL[name](net, batch[0][:0], batch[1][:0]).shape == (0, 1, 8, 8)
+    assert least_likely(net, batch[0][:0]).shape == (0,)
+
+
+# ---- what is kept, and when an image leaves ----
+
+
+def record(net, batch, attack, **settings):
+    """Images (steps + 1, n, ...) and logits (steps + 1, n, classes) of all iterates, and what came back."""
+    points, logits = [], []
+
+    def on_step(step, images, scores):
+        assert step == len(points)
+        points.append(images.clone())
+        logits.append(scores.clone())
+
+    found = attack(net, *batch, on_step=on_step, **settings)
+    return torch.stack(points), torch.stack(logits), found
+
+
+@pytest.mark.parametrize("attack", [pgd, iterative_fgsm, iterative_least_likely])
+def test_on_step_sees_every_iterate_and_its_logits(net, batch, attack):
+    points, logits, found = record(net, batch, attack, eps=EPS, steps=4)
+    assert len(points) == 5
+    assert torch.equal(points[4], found)
+    assert torch.equal(points[0], batch[0]) == (attack is not pgd)
+    for images, scores in zip(points, logits, strict=True):
+        torch.testing.assert_close(net(images).detach(), scores)
+
+
+@pytest.mark.parametrize(
+    ("attack", "stop", "settings"),
+    [
+        (pgd, {"keep": "first_hit"}, {"eps": 0.15}),
+        (iterative_fgsm, {"stop_at_success": True}, {"eps": 0.15, "step_size": 0.03}),
+        (iterative_least_likely, {"stop_at_success": True}, {"eps": 0.3, "step_size": 0.06}),
+    ],
+)
+def test_an_image_stops_at_its_first_success(net, batch, attack, stop, settings):
+    labels = batch[1]
+    points, logits, _ = record(net, batch, attack, steps=8, **settings)
+    fooled = logits.argmax(dim=2) != labels
+    first = torch.where(fooled.any(dim=0), fooled.int().argmax(dim=0), 8)
+    assert len(set(first.tolist())) > 2, "nothing to tell apart"
+    expected = points[first, torch.arange(len(labels))]
+    frozen_points, frozen_logits, found = record(net, batch, attack, steps=8, **settings, **stop)
+    assert share_that_agrees(found, expected) == 1
+    assert torch.equal(frozen_points[-1], found)
+    torch.testing.assert_close(net(found).detach(), frozen_logits[-1])
+    assert share_that_agrees(attack(net, *batch, steps=8, **settings, **stop), expected) == 1
+
+
+def test_images_that_are_fooled_leave_the_batch(net, batch):
+    sizes = []
+    hook = net.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    pgd(net, *batch, eps=0.15, steps=8, keep="first_hit")
+    assert sizes[0] == 40
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 20
+    assert len(sizes) <= 8
+    sizes.clear()
+    pgd(net, *batch, eps=0.15, steps=8)
+    assert sizes == [40] * 8, "an iterate that nobody asks for is run through the network"
+    sizes.clear()
+    deepfool(net, *batch)
+    assert sizes[0] == sizes[1] == 40
+    assert sizes[-1] < 40
+    hook.remove()
+    assert not net._forward_hooks
+    assert not net._backward_hooks
+
+
+def test_each_image_keeps_the_first_restart_that_fooled_it(net, batch):
+    images, labels = batch
+    settings = {"eps": 0.05, "steps": 2, "step_size": 0.02}
+    runs = [pgd(net, images, labels, restarts=count, **settings) for count in (1, 2, 3, 4)]
+    fooled = [~still_right(net, run, labels) for run in runs]
+    assert fooled[0].any()
+    assert not fooled[-1].all()
+    assert fooled[-1].sum() > fooled[0].sum(), "no restart helps: nothing is tested"
+    for fewer, more, done in zip(runs, runs[1:], fooled, strict=False):
+        assert torch.equal(fewer[done], more[done])
+        assert (fewer[~done] != more[~done]).flatten(1).any(dim=1).all()
+    for before, after in pairwise(fooled):
+        assert (before <= after).all()
+
+
+def test_targets_are_what_counts_as_success(net, batch):
+    images, labels = batch
+    targets = (labels + 1) % 10
+    found = pgd(net, images, labels, eps=0.4, steps=15, targets=targets, loss="margin", keep="first_hit")
+    points, logits, _ = record(net, batch, pgd, eps=0.4, steps=15, targets=targets, loss="margin")
+    reached = logits.argmax(dim=2) == targets
+    assert reached.any(dim=0).float().mean() > 0.5
+    first = torch.where(reached.any(dim=0), reached.int().argmax(dim=0), 15)
+    assert share_that_agrees(found, points[first, torch.arange(len(labels))]) == 1
+
+
+def test_the_margin_loss_sees_through_a_saturated_softmax(net, batch):
+    loud = Scaled(net, 1e4)
+    sound = still_right(net, pgd(net, *batch, eps=EPS, steps=10, loss="margin"), batch[1]).float().mean()
+    masked = still_right(net, pgd(loud, *batch, eps=EPS, steps=10), batch[1]).float().mean()
+    through = still_right(net, pgd(loud, *batch, eps=EPS, steps=10, loss="margin"), batch[1]).float().mean()
+    assert masked > sound + 0.2
+    assert through == sound
+
+
+# ---- named settings ----
+
+
+def test_the_named_settings_are_what_they_say(net, batch):
+    assert MADRY.arguments(8 / 255, 7) == {"eps": 8 / 255, "steps": 7, "step_size": 2 / 255, "random_start": True}
+    assert PAPER.arguments(8 / 255, 7) == {"eps": 8 / 255, "steps": 7, "step_size": 1 / 255, "random_start": False}
+    assert {MADRY.name, PAPER.name} == {"Madry", "paper"}
+    assert torch.equal(pgd(net, *batch, **MADRY.arguments(EPS, 3)), pgd(net, *batch, eps=EPS, steps=3))
+    paper = pgd(net, *batch, **PAPER.arguments(EPS, 7))
+    assert torch.equal(paper, iterative_fgsm(net, *batch, eps=EPS, steps=7))
+    # What the docstring of PAPER says of Table 1.
+    assert torch.equal(paper, pgd(net, *batch, **PAPER.arguments(8 / 255, 7)))
+
+
+def test_all_attacks_are_called_alike():
+    for name in ("pgd", "fgsm", "iterative_fgsm", "iterative_least_likely", "deepfool", "autoattack"):
+        parameters = list(inspect.signature(getattr(attacks, name)).parameters.values())
+        assert [parameter.name for parameter in parameters[:3]] == ["model", "images", "labels"]
+        assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[3:])
+
+
+# ---- transfer ----
+
+
+def test_transfer_counts_images_that_both_get_right():
+    def pick(pixel):
+        weight = torch.zeros(2, 4)
+        weight[1, pixel] = 1
+        return Linear(weight - torch.tensor([[0.0], [0.0]]))
+
+    source, target = pick(0), pick(1)
+    images = torch.tensor([[0.9, 0.9, 0, 0], [0.9, 0.0, 0, 0], [0.0, 0.9, 0, 0], [0.9, 0.3, 0, 0]]).view(4, 1, 2, 2)
+    labels = torch.ones(4, dtype=torch.int64)
+    asked = []
+
+    def wipe(model, images, labels):
+        asked.append((model, len(images)))
+        return (images - 0.5).clamp(0, 1)
+
+    result = transfer(source, target, images, labels, wipe)
+    assert asked == [(source, 4)]
+    assert result.counted.tolist() == [True, False, False, True]
+    assert result.robust.tolist() == [True, False, True, False]
+    assert result.accuracy == 0.5
+    assert torch.equal(result.images, (images - 0.5).clamp(0, 1))
+    white = transfer(source, source, images, labels, wipe, batch_size=3)
+    assert white.counted.tolist() == [True, True, False, True]
+    assert white.accuracy == 1
+
+
+def test_transfer_is_weaker_than_the_white_box(net, small_net, batch):
+    torch.manual_seed(5)
+    other = small_net().eval()
+
+    def attack(model, images, labels):
+        return pgd(model, images, labels, eps=EPS, steps=10)
+
+    assert transfer(other, net, *batch, attack).accuracy > transfer(net, net, *batch, attack).accuracy
+    assert transfer(net, net, batch[0][:0], batch[1][:0], attack).accuracy != 0  # NaN: nothing was counted
+
+
+# ---- networks and callers of every kind ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_networks_of_other_dtypes_are_attacked_on_float32_logits(net, batch, dtype):
+    model = PixelModel(copy.deepcopy(net).to(dtype), mean=(0.0,), std=(1.0,))
+    found = pgd(model, *batch, eps=EPS, steps=5)
+    assert found.dtype == torch.float32
+    assert (found.double() - batch[0].double()).abs().max() <= EPS
+    reference = still_right(net, pgd(net, *batch, eps=EPS, steps=5), batch[1]).float().mean()
+    assert abs(still_right(net, found, batch[1]).float().mean() - reference) <= 0.1
+
+
+def test_images_and_labels_of_other_dtypes_are_taken_as_float32_and_int64(net, batch):
+    images, labels = batch
+    wanted = fgsm(net, images, labels, eps=EPS)
+    assert torch.equal(fgsm(net, images.double(), labels.int(), eps=EPS), wanted)
+    strided = images.expand(-1, -1, -1, -1).to(memory_format=torch.channels_last)
+    assert torch.equal(fgsm(net, strided, labels, eps=EPS), wanted)
+
+
+def test_a_batch_normalisation_in_train_mode_is_neither_used_nor_updated(batch):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).train()
+    before = model[1].running_mean.clone()
+    found = pgd(model, *batch, eps=EPS, steps=3)
+    assert torch.equal(model[1].running_mean, before)
+    assert model.training
+    assert torch.equal(found, pgd(model.eval(), *batch, eps=EPS, steps=3))
+
+
+def test_a_compiled_network_is_attacked_uncompiled(net, batch):
+    def refuse(graph, inputs):
+        raise AssertionError("compiled")
+
+    wanted = deepfool(net, *batch, steps=3)
+    assert torch.equal(deepfool(torch.compile(net, backend=refuse), *batch, steps=3), wanted)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_grad_mode_and_autocast_do_not_matter(name, context, net, batch):
+    wanted = ALL[name](net, *batch)
+    with context():
+        images = batch[0].clone()
+        assert torch.equal(ALL[name](net, images, batch[1]), wanted)
+
+
+class Cut(nn.Module):
+    """A network whose gradient is lost on the way, in one of several manners."""
+
+    def __init__(self, network, how):
+        super().__init__()
+        self.network, self.how = network, how
+
+    def forward(self, images):
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.network(images)
+        if self.how == "detach":
+            return self.network(images.detach()) + self.network.classifier.bias.clone().requires_grad_()
+        return self.network((images * 15).round() / 15)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_network_that_cannot_be_differentiated_is_an_error(name, how, net, batch):
+    with pytest.raises(EvaluationError, match=r"cannot be run; craft on another model and use transfer"):
+        ALL[name](Cut(net, how), *batch)
+
+
+def test_pixels_without_a_gradient_stay_put(net, batch):
+    images, labels = batch
+    assert torch.equal(fgsm(Cut(net, "round"), images, labels, eps=EPS), images)
+    assert torch.equal(pgd(Cut(net, "round"), images, labels, eps=EPS, steps=2, norm="l2", random_start=False), images)
+    assert torch.equal(deepfool(Cut(net, "round"), images, labels, steps=2), images)
+    broken = Linear(torch.full((10, 64), torch.nan))
+    assert torch.equal(fgsm(broken, images, labels, eps=EPS), images)
+
+
+def test_deepfool_leaves_what_is_wrong_already(net, batch):
+    images, labels = batch
+    wrong = (labels + 5) % 10
+    found = deepfool(net, images, torch.where(torch.arange(40) < 20, wrong, labels))
+    assert torch.equal(found[:20], images[:20])
+    right = still_right(net, images, labels)[20:]
+    assert (found[20:] != images[20:]).flatten(1).any(dim=1).equal(right)
+
+
+# ---- what cannot be ----
+
+WRONG_CALLS = {
+    "eps=0": (lambda m, x, y: pgd(m, x, y, eps=0, steps=1), "eps must be a finite number above 0"),
+    "eps=-1": (lambda m, x, y: fgsm(m, x, y, eps=-1), "eps must be a finite number above 0"),
+    "eps=nan": (lambda m, x, y: iterative_fgsm(m, x, y, eps=float("nan"), steps=1), "eps must be a finite"),
+    "steps=0": (lambda m, x, y: pgd(m, x, y, eps=1, steps=0), "steps must be a whole number, 1 or more, not 0"),
+    "steps=1.5": (lambda m, x, y: iterative_least_likely(m, x, y, eps=1, steps=1.5), "steps must be a whole number"),
+    "step_size=0": (lambda m, x, y: iterative_fgsm(m, x, y, eps=1, steps=1, step_size=0), "step_size must be"),
+    "restarts=0": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, restarts=0), "restarts must be"),
+    "restarts, no start": (
+        lambda m, x, y: pgd(m, x, y, eps=1, steps=1, restarts=2, random_start=False), "restarts need random_start"
+    ),
+    "restarts, on_step": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, restarts=2, on_step=print), "no on_step"),
+    "loss": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, loss="marginal"), "did you mean 'margin'"),
+    "norm": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, norm="Linf"), "did you mean 'linf'"),
+    "keep": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, keep="first"), "did you mean 'first_hit'"),
+    "targets are labels": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, targets=y), "targets must differ"),
+    "targets, shape": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, targets=y[:2]), "targets must be integers"),
+    "targets, range": (lambda m, x, y: pgd(m, x, y, eps=1, steps=1, targets=y + 10), "targets must lie in 0..9"),
+    "labels, shape": (lambda m, x, y: pgd(m, x, y[:2], eps=1, steps=1), r"labels must be integers \(40,\)"),
+    "labels, dtype": (lambda m, x, y: deepfool(m, x, y.float()), "labels must be integers"),
+    "labels, range": (lambda m, x, y: pgd(m, x, y + 1, eps=1, steps=1), "labels must lie in 0..9"),
+    "labels, negative": (lambda m, x, y: deepfool(m, x, y - 1), "labels must lie in 0..9"),
+    "images, shape": (lambda m, x, y: fgsm(m, x[0], y, eps=1), r"images must be floating point \(n, channels"),
+    "images, dtype": (lambda m, x, y: fgsm(m, (x * 255).byte(), y, eps=1), "images must be floating point"),
+    "images, range": (lambda m, x, y: fgsm(m, x * 2 - 1, y, eps=1), r"pixels must lie in \[0, 1\].*PixelModel"),
+    "images, nan": (lambda m, x, y: fgsm(m, x * torch.nan, y, eps=1), r"pixels must lie in \[0, 1\]"),
+    "candidates": (lambda m, x, y: deepfool(m, x, y, candidates=1), "candidates must be a whole number, 2 or more"),
+    "overshoot": (lambda m, x, y: deepfool(m, x, y, overshoot=-0.1), "overshoot must be a finite number of 0 or more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_wrong_call_is_one_clear_error(name, net, batch):
+    call, message = WRONG_CALLS[name]
+    with pytest.raises(EvaluationError, match=message):
+        call(net, *batch)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_network_that_gives_no_logits_is_an_error(name, batch):
+    images, labels = batch
+    with pytest.raises(EvaluationError, match="at least two classes"):
+        ALL[name](Linear(torch.ones(1, 64)), images, torch.zeros_like(labels))
+    with pytest.raises(EvaluationError, match=r"must give logits \(40, classes\), not \(40, 1, 8, 8\)"):
+        ALL[name](nn.Identity(), images, labels)

@@ -1,0 +1,461 @@
+"""Intervals, captures, noise, variance per class, perturbations, layer cushion, plane: each beside a slow twin."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from scipy.stats import binomtest
+from torch import nn
+
+import timm_lowrank
+from timm_lowrank.evaluation import (
+    NOISE_READINGS,
+    STANDARD_DEVIATION,
+    VARIANCE,
+    EvaluationError,
+    EvaluationWarning,
+    PixelModel,
+    activation_batches,
+    activations,
+    class_variance_ratio,
+    fit_plane,
+    histograms,
+    layer_cushion,
+    mean_where_defined,
+    operator_norm,
+    pixel_noise,
+    rho,
+    stability,
+    weight_layers,
+    wilson,
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return timm.create_model("resnet10_cifar", num_classes=4, channels=(4, 4, 8, 8), in_chans=1).eval()
+
+
+@pytest.fixture(scope="module")
+def model(network):
+    return PixelModel(network, mean=(0.5,), std=(0.25,))
+
+
+@pytest.fixture
+def images():
+    return torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+# Intervals
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (0, 360), (360, 360), (3, 7), (148, 360)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_wilson_is_that_of_scipy(hits, count, confidence):
+    expected = binomtest(hits, count).proportion_ci(confidence, method="wilson")
+    assert wilson(hits, count, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_ends_at_nothing_and_at_all_exactly():
+    assert wilson(0, 123)[0] == 0.0
+    assert wilson(123, 123)[1] == 1.0
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (-1, 5), (6, 5), (1, 5, 1.0), (1, 5, 0.0)])
+def test_wilson_refuses_what_is_no_share(arguments):
+    with pytest.raises(EvaluationError, match="between"):
+        wilson(*arguments)
+
+
+# Captures
+
+
+def test_activations_are_those_of_the_layers(model, network, images):
+    found = activations(model, images, ["layer3", "pre_logits"], batch_size=2)
+    normalised = (images - 0.5) / 0.25
+    with torch.no_grad():
+        expected = network.layer3(network.layer2(network.layer1(network.act1(network.bn1(network.conv1(normalised))))))
+        features = network.forward_head(network.forward_features(normalised), pre_logits=True)
+    assert torch.allclose(found["layer3"], expected.flatten(1), atol=1e-6)
+    assert torch.allclose(found["pre_logits"], features, atol=1e-6)
+    batches = list(activation_batches(model, images, ["layer3"], batch_size=2))
+    assert [len(batch["layer3"]) for batch in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([batch["layer3"] for batch in batches]), found["layer3"])
+
+
+def test_activations_leave_the_modes_alone_and_are_of_eval_mode(model, images):
+    expected = activations(model, images, ["layer4"])["layer4"]
+    model.train()
+    model.network.bn1.eval()
+    try:
+        found = activations(model, images, ["layer4"])["layer4"]
+        assert torch.equal(found, expected)
+        assert not found.requires_grad
+        assert model.network.layer1.training
+        assert not model.network.bn1.training
+    finally:
+        model.eval()
+
+
+def test_activations_work_on_any_module(small_net, images):
+    net = small_net(classes=3)
+    found = activations(net, images, ["hidden", "pre_logits"])
+    assert torch.allclose(found["hidden"].relu(), found["pre_logits"])
+
+
+def test_activations_of_a_wrapped_network_are_those_of_the_network(network, model, images):
+    wrapped = timm_lowrank.wrap(network, timm_lowrank.LowRankConfig(branches={"layer3": 2}), example_input=images)
+    found = activations(PixelModel(wrapped, mean=(0.5,), std=(0.25,)), images, ["layer3"])
+    assert torch.equal(found["layer3"], activations(model, images, ["layer3"])["layer3"])
+
+
+def test_a_compiled_network_is_measured_as_it_is(model, images):
+    compiled = torch.compile(model)  # never called, or the hooks would come too late
+    one, two = (activations(network, images, ["layer3"])["layer3"] for network in (compiled, model))
+    assert torch.equal(one, two)
+    assert torch.equal(layer_cushion(compiled, images, ["fc"])["fc"], layer_cushion(model, images, ["fc"])["fc"])
+
+
+class Overwriting(nn.Module):
+    """Its first layer is overwritten by an activation in place, and its second runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, images):
+        return self.twice(self.twice(self.first(images.flatten(1)).relu_()))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["layer33"], "Did you mean: .*layer3"),
+        ([], "at least one layer"),
+        ("layer3", "must be a list"),
+    ],
+)
+def test_activations_name_what_is_wrong_with_layers(model, images, layers, message):
+    with pytest.raises(EvaluationError, match=message):
+        activations(model, images, layers)
+
+
+def test_activations_name_a_layer_that_is_not_what_it_was():
+    net = Overwriting()
+    with pytest.raises(EvaluationError, match="in place"):
+        activations(net, torch.rand(2, 1, 2, 2), ["first"])
+    with pytest.raises(EvaluationError, match="2 times"):
+        activations(net, torch.rand(2, 1, 2, 2), ["twice"])
+
+
+def test_activations_name_what_is_wrong_with_images(model, images):
+    with pytest.raises(EvaluationError, match="no images"):
+        activations(model, images[:0], ["layer3"])
+    with pytest.raises(EvaluationError, match="floating point"):
+        activations(model, (images * 255).byte(), ["layer3"])
+    with pytest.raises(EvaluationError, match="batch_size"):
+        activations(model, images, ["layer3"], batch_size=0)
+
+
+# Noise
+
+
+def test_the_readings_of_the_noise_are_what_their_names_say():
+    images = torch.full((200, 3, 8, 8), 0.5, dtype=torch.float64)
+    assert set(NOISE_READINGS) >= {STANDARD_DEVIATION.name, VARIANCE.name}
+    assert len(NOISE_READINGS) == 4
+    for name, reading in NOISE_READINGS.items():
+        noisy = pixel_noise(images, 1.0, **reading.arguments(), generator=torch.Generator().manual_seed(0))
+        # Clipping at 0 and 1 hides the spread; the share that reaches neither end gives it away.
+        sigma = 128 / 255 if "standard" in name else (128 / 255) ** 0.5
+        inside = math.erf(0.5 / sigma / 2**0.5)
+        assert ((noisy > 0) & (noisy < 1)).double().mean().item() == pytest.approx(inside, abs=0.01)
+        assert torch.equal(noisy[:, 0], noisy[:, 1]) == ("together" in name)
+
+
+def test_the_default_noise_is_the_first_reading():
+    images = torch.rand(3, 3, 4, 4)
+    plain = pixel_noise(images, 0.6, generator=torch.Generator().manual_seed(0))
+    named = pixel_noise(images, 0.6, **STANDARD_DEVIATION.arguments(), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain, named)
+
+
+def test_noise_says_what_it_needs(random_stream):
+    with pytest.raises(EvaluationError, match="no images"):
+        pixel_noise(torch.zeros(0, 1, 2, 2), 0.5)
+    with pytest.raises(EvaluationError, match="sigma"):
+        pixel_noise(torch.zeros(1, 1, 2, 2), 0.5, sigma=math.nan)
+    pixel_noise(torch.zeros(1, 1, 2, 2), 1.0, generator=torch.Generator().manual_seed(0))
+    assert random_stream()
+
+
+# Variance per class
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("shape", [(60, 7), (60, 40)])
+def test_variance_ratio_of_a_class_is_that_of_its_singular_values(shape, centred):
+    rows = torch.randn(shape, dtype=torch.float64) * torch.arange(1, shape[1] + 1) + 3
+    labels = torch.arange(60) % 3
+    found = class_variance_ratio(rows.float(), labels, (1, 2, 100), centred=centred)
+    assert list(found) == [0, 1, 2]
+    for label, ratios in found.items():
+        matrix = rows.float().double()[labels == label]
+        energies = torch.linalg.svdvals(matrix - matrix.mean(0) if centred else matrix).square()
+        expected = [float(energies[:rank].sum() / energies.sum()) for rank in (1, 2, 100)]
+        assert ratios == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_inverse_stable_rank_counts_the_mean_as_a_direction():
+    rows = torch.tensor([[10.0, 1.0], [10.0, -1.0]])
+    labels = torch.zeros(2, dtype=torch.int64)
+    assert class_variance_ratio(rows, labels, centred=False)[0] == pytest.approx([200 / 202])
+    assert class_variance_ratio(rows, labels)[0] == [1.0]
+
+
+def test_a_class_without_variance_is_nan_and_named():
+    rows = torch.tensor([[1.0, 2.0], [3.0, 5.0], [3.0, 5.0], [0.0, 0.0], [7.0, 2.0], [8.0, 9.0]])
+    labels = torch.tensor([4, 1, 1, 2, 6, 6])
+    with pytest.warns(EvaluationWarning, match=r"\[1, 2, 4\]"):
+        found = class_variance_ratio(rows, labels)
+    assert list(found) == [1, 2, 4, 6]
+    assert [math.isnan(found[label][0]) for label in found] == [True, True, True, False]
+    with pytest.warns(EvaluationWarning, match=r"\[2\] .* zero"):
+        found = class_variance_ratio(rows, labels, centred=False)
+    assert found[4] == found[1] == [1.0]
+
+
+def test_variance_per_class_refuses_what_does_not_fit():
+    with pytest.raises(EvaluationError, match="as many labels"):
+        class_variance_ratio(torch.rand(3, 2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(EvaluationError, match="n >= 1"):
+        class_variance_ratio(torch.rand(0, 2), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(EvaluationError, match=r"class 1: .*NaN"):
+        class_variance_ratio(torch.tensor([[1.0], [math.nan]]).repeat(2, 1), torch.tensor([0, 1, 0, 1]), centred=False)
+    with pytest.raises(EvaluationError, match="ranks"):
+        class_variance_ratio(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), (0,))
+
+
+# Perturbations
+
+
+def test_rho_by_hand():
+    images = torch.zeros(2, 1, 2, 2)
+    images[0] = torch.tensor([[0.3, 0.4], [0.0, 0.0]])
+    images[1] = 0.5
+    moved = images.clone()
+    moved[0, 0, 1, 1] = 0.25
+    assert rho(images, moved).tolist() == pytest.approx([0.5, 0.0])
+    assert rho(images, moved).dtype == torch.float64
+
+
+def test_rho_of_an_image_of_zeros_is_not_defined():
+    images = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    with pytest.warns(EvaluationWarning, match="1 of 2 images"):
+        found = rho(images, (images + 0.5).clamp(0, 1))
+    assert found.isnan().tolist() == [True, False]
+    assert mean_where_defined(found) == (0.0, 1)
+    mean, count = mean_where_defined(found[:1])
+    assert math.isnan(mean)
+    assert count == 0
+
+
+def test_rho_needs_two_batches_of_one_shape():
+    with pytest.raises(EvaluationError, match="one shape"):
+        rho(torch.rand(2, 1, 2, 2), torch.rand(1, 1, 2, 2))
+    with pytest.raises(EvaluationError, match="no images"):
+        rho(torch.rand(0, 1, 2, 2), torch.rand(0, 1, 2, 2))
+
+
+def test_stability_is_the_ratio_of_squared_norms_image_by_image(model, images):
+    moved = (images + 0.1 * torch.randn(images.shape)).clamp(0, 1)
+    layers = ["layer3", "pre_logits"]
+    found = stability(model, images, moved, layers, batch_size=2)
+    clean, new = activations(model, images, layers), activations(model, moved, layers)
+    for index in range(len(images)):
+        delta = (moved[index].double() - images[index].double()).square().sum() / images[index].double().square().sum()
+        assert found.inputs[index].item() == pytest.approx(delta.item(), rel=1e-12)
+        for layer in layers:
+            one, two = clean[layer][index].double(), new[layer][index].double()
+            expected = (two - one).square().sum() / one.square().sum()
+            assert found.layers[layer][index].item() == pytest.approx(expected.item(), rel=1e-4)
+    alone = stability(model, images[3:4], moved[3:4], layers)
+    assert alone.layers["layer3"].item() == pytest.approx(found.layers["layer3"][3].item(), rel=1e-4)
+    assert torch.allclose(rho(images, moved).square(), found.inputs, rtol=1e-12)
+
+
+def test_stability_of_a_linear_map_by_hand():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), nn.Identity())
+    net[1].weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    images = torch.tensor([[[[0.5, 0.25]]], [[[0.0, 0.5]]]])
+    moved = images + torch.tensor([[[[0.25, 0.5]]], [[[0.0, 0.25]]]])
+    with pytest.warns(EvaluationWarning, match="zeros at layer '1'"):
+        found = stability(net, images, moved, ["1"])
+    assert found.layers["1"][0].item() == 0.25
+    assert found.layers["1"][1].isnan()
+
+
+# Cushion
+
+
+def matrix_of(module, shape):
+    """The matrix of a layer without its bias, column by column, float64."""
+    plain = copy.deepcopy(module).double()
+    columns = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    with torch.no_grad():
+        zero = plain(torch.zeros(1, *shape, dtype=torch.float64))
+        return (plain(columns) - zero).flatten(1).T
+
+
+CONVOLUTIONS = {
+    "plain": ({}, (4, 6, 5)),
+    "padded": ({"padding": 1}, (4, 6, 5)),
+    "same": ({"padding": "same", "kernel_size": 4}, (4, 6, 5)),
+    "strided": ({"padding": (2, 1), "stride": (2, 3)}, (4, 7, 6)),
+    "dilated": ({"padding": 2, "dilation": (2, 1)}, (4, 6, 5)),
+    "grouped": ({"padding": 1, "groups": 2}, (4, 5, 5)),
+    "depthwise": ({"padding": 1, "groups": 4, "stride": 2}, (4, 5, 5)),
+    "pointwise": ({"kernel_size": 1}, (4, 3, 3)),
+    "larger than the image": ({"kernel_size": 5, "padding": 2}, (4, 2, 2)),
+    "circular": ({"padding": 2, "padding_mode": "circular"}, (4, 3, 4)),
+    "circular, wrapped": ({"kernel_size": 5, "padding": 2, "padding_mode": "circular"}, (4, 2, 3)),
+    "reflected": ({"padding": 1, "padding_mode": "reflect", "stride": 2}, (4, 5, 4)),
+    "replicated": ({"padding": 2, "kernel_size": 5, "padding_mode": "replicate"}, (4, 3, 3)),
+}
+
+
+def convolution(options):
+    return nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **options})
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_norm_of_a_convolution_is_that_of_its_matrix(name):
+    options, shape = CONVOLUTIONS[name]
+    module = convolution(options)
+    expected = matrix_of(module, shape).norm().item()
+    assert operator_norm(module, shape) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_cushion_of_a_convolution_is_that_of_its_matrix(name):
+    options, shape = CONVOLUTIONS[name]
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), convolution(options), nn.Identity())
+    images = torch.rand(3, 1, *shape[1:])
+    found = layer_cushion(net, images, ["2"], batch_size=2)["2"]
+    with torch.no_grad():
+        inputs = net[1](net[0](images)).flatten(1).double()
+    kernel = net[2].weight.detach().double().norm()
+    by_kernel = layer_cushion(net, images, ["2"], norm="kernel")["2"]
+    matrix = matrix_of(net[2], shape)
+    ratio = (inputs @ matrix.T).norm(dim=1) / inputs.norm(dim=1)
+    assert torch.allclose(found, ratio / matrix.norm(), rtol=1e-5)
+    assert torch.allclose(by_kernel, ratio / kernel, rtol=1e-5)
+    assert ((found > 0) & (found <= 1)).all()
+
+
+def test_the_cushion_of_a_linear_layer_by_hand():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.Identity())
+    net[1].weight.data = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    images = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.5]]], [[[0.0, 0.0]]]])
+    found = layer_cushion(net, images)["1"]
+    assert found[:2].tolist() == pytest.approx([0.6, 0.8])  # the bias is not part of it
+    assert found[2].isnan()
+    assert layer_cushion(net, images[1:2])["1"].tolist() == pytest.approx([0.8])
+
+
+def test_a_linear_layer_over_tokens_is_a_block_diagonal_matrix():
+    module = nn.Linear(3, 2)
+    assert operator_norm(module, (5, 3)) == pytest.approx(matrix_of(module, (5, 3)).norm().item(), rel=1e-12)
+
+
+def test_all_layers_of_a_network_have_a_cushion_and_none_keeps_a_hook(model, network, images):
+    found = layer_cushion(model, images)
+    assert list(found) == weight_layers(model)
+    assert {"conv1", "layer3.0.conv1", "layer4.0.downsample.0", "fc"} <= found.keys()
+    assert all(value.shape == (5,) and ((value > 0) & (value <= 1)).all() for value in found.values())
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    chunks = [layer_cushion(model, images[:2]), layer_cushion(model, images[2:])]
+    for layer, value in found.items():
+        assert torch.allclose(torch.cat([chunk[layer] for chunk in chunks]), value, rtol=1e-5)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, images):
+        return self._conv_forward(images, self.weight - self.weight.mean(), self.bias)
+
+
+def test_a_cushion_names_a_layer_that_has_none(model, images):
+    with pytest.raises(EvaluationError, match=r"Did you mean: .*conv1"):
+        layer_cushion(model, images, ["conv11"])
+    with pytest.raises(EvaluationError, match="BatchNorm"):
+        layer_cushion(model, images, ["bn1"])
+    with pytest.raises(EvaluationError, match="no norm 'frobenius'"):
+        layer_cushion(model, images, norm="frobenius")
+    odd = nn.Sequential(Standardised(1, 1, 3), nn.Flatten())
+    assert weight_layers(odd) == []
+    with pytest.raises(EvaluationError, match="Standardised"):
+        layer_cushion(odd, images, ["0"])
+
+
+def test_a_layer_that_runs_twice_has_no_cushion():
+    net = Overwriting()
+    images = torch.rand(2, 1, 2, 2)
+    with pytest.raises(EvaluationError, match="'twice' ran 2 times"):
+        layer_cushion(net, images, ["twice"])
+    assert list(layer_cushion(net, images)) == ["first"]
+
+
+def test_histograms_share_their_bins():
+    found = histograms({"a": torch.tensor([0.0, 0.1, 1.0, math.nan]), "b": torch.tensor([0.5, 0.6])}, bins=4)
+    assert found.edges == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert found.counts == {"a": [2, 0, 0, 1], "b": [0, 0, 2, 0]}
+    assert sum(histograms({"a": torch.tensor([0.3, 0.3])}, bins=3).counts["a"]) == 2
+    with pytest.raises(EvaluationError, match="one value"):
+        histograms({"a": torch.tensor([math.nan])})
+
+
+# The plane
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
+def test_the_plane_is_that_of_the_singular_vectors(shape):
+    rows = torch.randn(shape, dtype=torch.float64) * torch.linspace(3, 1, shape[1], dtype=torch.float64)
+    plane = fit_plane(rows)
+    centred = rows - rows.mean(0)
+    _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
+    for index in range(2):
+        direction = plane.basis[:, index]
+        assert abs(direction @ vectors[index]).item() == pytest.approx(1, abs=1e-10)
+        assert direction[direction.abs().argmax()] > 0
+        assert plane.shares[index] == pytest.approx(float(values[index] ** 2 / (values**2).sum()), rel=1e-10)
+    assert torch.allclose(plane.project(rows), centred @ plane.basis)
+    assert torch.allclose(fit_plane(-rows).basis, plane.basis, atol=1e-8)  # signs do not follow the data's
+
+
+def test_other_rows_are_shown_in_the_same_plane():
+    plane = fit_plane(torch.tensor([[0.0, 0.0, 5.0], [2.0, 0.0, 5.0], [1.0, 0.5, 5.0], [1.0, -0.5, 5.0]]))
+    assert plane.project(torch.tensor([[3.0, 1.0, 7.0]])).tolist() == [pytest.approx([2.0, 1.0])]
+
+
+def test_a_line_has_no_second_direction():
+    steps = torch.arange(5.0)[:, None]
+    for rows in (steps * torch.tensor([[3.0, -4.0]]), steps * torch.ones(1, 9)):
+        plane = fit_plane(rows)
+        assert plane.shares == pytest.approx((1.0, 0.0), abs=1e-12)
+        assert plane.project(rows)[:, 1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("rows", [torch.rand(1, 5), torch.rand(5, 1), torch.ones(5, 3), torch.full((4, 3), math.nan)])
+def test_a_plane_needs_something_to_span(rows):
+    with pytest.raises(EvaluationError, match="a plane needs"):
+        fit_plane(rows)
+
+
+def test_a_plane_knows_its_features():
+    with pytest.raises(EvaluationError, match="3 features"):
+        fit_plane(torch.rand(5, 3)).project(torch.rand(5, 4))

@@ -1,0 +1,220 @@
+"""`push_to_hub`: a checkpoint, its card and the files beside it, as one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+
+from ..core.model import LowRankModel
+from .card import minimal_card
+from .errors import CheckpointError, CheckpointWriteError
+from .files import CHECKPOINT_FILES, LOWRANK_CONFIG, LOWRANK_WEIGHTS, PICKLES, checked_name, require_checkpoint
+from .loading import load_folder, local_folder
+from .remote import checked_repo_id, hub_errors
+from .saving import save_pretrained
+
+CARD = "README.md"
+Source = str | os.PathLike[str] | bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What `push_to_hub` did."""
+
+    repo_id: str
+    files: tuple[str, ...]  # the names of all files of the commit, sorted; those that had not changed were not sent
+    commit: str | None  # its hash on the Hub; None for a dry run
+    url: str | None  # of the commit, or of the pull request; None for a dry run
+    folder: Path | None  # of a dry run
+
+
+def push_to_hub(
+    model: LowRankModel | nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload a checkpoint of timm_lowrank",
+    revision: str | None = None,
+    card: str | ModelCard | None = None,
+    files: Mapping[str, Source] | None = None,
+    delete: Collection[str] = (),
+    create_pr: bool = False,
+    exist_ok: bool = True,
+    parent_commit: str | None = None,
+    dry_run: str | os.PathLike[str] | None = None,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+) -> Published:
+    """Publish a model on the Hugging Face Hub, so that timm, transformers and `from_pretrained` load it by name.
+
+    Everything is written to a folder and loaded back once before the Hub is asked for anything; then it is sent as
+    one commit, so that a repository never holds half a checkpoint.
+
+    Args:
+        model: a `LowRankModel`, a timm network, or the folder of a checkpoint or of a finished run, which is
+            published as it is.
+        repo_id: USER/NAME. It is made if there is none.
+        private: for a new repository; None is the account's own default.
+        token: None takes HF_TOKEN or the one that `hf auth login` stored.
+        revision: the branch; it is made if there is none. None is the main branch.
+        card: README.md. None leaves the one that the repository has, and gives a new one a short card that says how
+            to load it.
+        files: name in the repository to a local file, a folder (all files in it) or bytes, such as
+            {"evaluation.json": path, "plots": path}.
+        delete: names of other files to delete in the same commit, where the repository has them.
+        create_pr: open a pull request instead; the repository must exist.
+        exist_ok: whether the repository may exist already.
+        parent_commit: refuse if the branch has moved on from this commit. In any case a change between reading the
+            repository and the commit is refused and not overwritten.
+        dry_run: a new or empty folder that gets exactly what would be pushed to a new repository; the Hub is not asked.
+        label_names, data_config: as for `save_pretrained`; for a folder they stand in it already.
+
+    Returns:
+        What was published and where.
+
+    Raises:
+        CheckpointError: everything that can be wrong with the model, the files and names, the token, its permissions
+            and the connection; says what to do.
+        CheckpointWriteError: (also an OSError) the disk is full or not writable.
+    """
+    checked_repo_id(repo_id)
+    removed = {checked_name(name) for name in delete}
+    if dry_run is None and not (token or get_token()):
+        raise CheckpointError(
+            f"cannot publish {repo_id}: there is no token. Log in with `hf auth login`, set HF_TOKEN, or pass token="
+        )
+    with _staging(dry_run) as folder:
+        _write_checkpoint(model, folder, label_names, data_config)
+        _write_files(files or {}, folder)
+        (folder / CARD).write_text(minimal_card(folder, repo_id) if card is None else str(card), encoding="utf-8")
+        if dry_run is not None:
+            return Published(repo_id, _names(folder), None, None, Path(dry_run))
+        api = HfApi(token=token, library_name="timm_lowrank")
+        with hub_errors("publish", repo_id, revision):
+            if not create_pr:  # a pull request is for what is there
+                _prepare_repository(api, repo_id, private=private, revision=revision, exist_ok=exist_ok)
+            info = api.model_info(repo_id, revision=revision)
+            held = {file.rfilename for file in info.siblings or ()}
+            kept = {CARD} & held if card is None else set()
+            names = tuple(name for name in _names(folder) if name not in kept)
+            stale = ({LOWRANK_CONFIG, LOWRANK_WEIGHTS} | removed) & held - set(names)
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, folder / name) for name in names]
+                + [CommitOperationDelete(name) for name in sorted(stale)],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent_commit or info.sha,
+            )
+    return Published(repo_id, names, commit.oid, commit.pr_url or str(commit.commit_url), None)
+
+
+@contextlib.contextmanager
+def _staging(dry_run: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """A folder to write into; for a dry run it becomes the named one when it is whole."""
+    target = None if dry_run is None else Path(dry_run)
+    try:
+        if target is not None:
+            if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+                raise CheckpointError(f"the folder of a dry run must be new or empty: {target} is not")
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target and target.parent, prefix=".publishing-") as parent:
+            folder = Path(parent) / "files"
+            folder.mkdir()
+            yield folder
+            if target is not None:
+                os.replace(folder, target)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointWriteError(
+            f"could not write {error.filename or 'a file'} before publishing: {error.strerror or error}. Nothing was "
+            "published; free some space, or set TMPDIR to a folder with more"
+        ) from error
+
+
+def _write_checkpoint(
+    model: LowRankModel | nn.Module | str | os.PathLike[str],
+    folder: Path,
+    label_names: Sequence[str] | None,
+    data_config: Mapping[str, Any] | None,
+) -> None:
+    if isinstance(model, str | os.PathLike):
+        if label_names is not None or data_config is not None:
+            raise CheckpointError("label_names and data_config stand in the config.json of a folder: leave them out")
+        found = local_folder(model)
+        if found is None:
+            raise CheckpointError(f"there is no folder {os.fspath(model)!r} to publish")
+        require_checkpoint(found)
+        for name in CHECKPOINT_FILES:
+            if (found / name).is_file():
+                shutil.copyfile(found / name, folder / name)
+    else:
+        save_pretrained(model, folder, label_names=label_names, data_config=data_config)
+    load_folder(folder)  # what cannot be loaded is not published
+
+
+def _write_files(files: Mapping[str, Source], folder: Path) -> None:
+    for name, source in files.items():
+        checked_name(name)
+        if isinstance(source, bytes):
+            _place(name, source, folder)
+            continue
+        path = Path(source)
+        if not path.exists():
+            raise CheckpointError(f"there is no file {path} to publish as {name}")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            root = path if path.is_dir() else path.parent
+            if not file.resolve().is_relative_to(root.resolve()):
+                raise CheckpointError(
+                    f"{file} is a link that leads out of {root}: give the file itself, if it is meant"
+                )
+            if file.is_file():
+                inside = f"{name}/{file.relative_to(path).as_posix()}" if path.is_dir() else name
+                _place(inside, file, folder)
+
+
+def _place(name: str, source: Path | bytes, folder: Path) -> None:
+    if name in (*CHECKPOINT_FILES, CARD):
+        raise CheckpointError(f"{name} is written from the model or the card: it cannot be one of files=")
+    if name.lower().endswith(PICKLES):
+        raise CheckpointError(f"{name} may be a pickle, which runs code when it is opened: publish safetensors or JSON")
+    target = folder / checked_name(name)
+    if target.exists():
+        raise CheckpointError(f"two of the files are to be published as {name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, bytes):
+        target.write_bytes(source)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+
+
+def _prepare_repository(
+    api: HfApi, repo_id: str, *, private: bool | None, revision: str | None, exist_ok: bool
+) -> None:
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=exist_ok)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 409 and not exist_ok:
+            raise CheckpointError(
+                f"{repo_id} exists already: choose another name, or let it be updated with exist_ok=True"
+            ) from error
+        raise
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)

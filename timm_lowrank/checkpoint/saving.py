@@ -1,0 +1,129 @@
+"""`save_pretrained`: from a model to a folder, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm.models
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from ..core.model import LowRankModel
+from .errors import CheckpointError, CheckpointWriteError
+from .files import FORMAT, LOWRANK_CONFIG, LOWRANK_WEIGHTS, NETWORK_CONFIG, NETWORK_WEIGHTS, sha256_of
+
+
+def save_pretrained(
+    model: LowRankModel | nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model as `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, logits and all.
+
+    Everything is written beside the folder first and moved in when it is whole: files that are there from before
+    stay as they were if anything fails. `from_pretrained` is the inverse.
+
+    Args:
+        model: a `LowRankModel`, or a plain timm network (then only timm's two files are written).
+        folder: is made if it does not exist; other files in it are left alone.
+        label_names: one per class, in the order of the logits; None takes those that the network was loaded with.
+        data_config: input_size, mean, std and so on of the images that the model was trained on, over the
+            network's `pretrained_cfg`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the network was not made by timm, or the number of labels is not its number of classes.
+        CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
+    """
+    backbone = model.unwrap() if isinstance(model, LowRankModel) else model
+    if not getattr(backbone, "pretrained_cfg", None):
+        raise CheckpointError(
+            f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
+            "save its state_dict() with safetensors instead"
+        )
+    if label_names is not None and len(label_names) != backbone.num_classes:
+        raise CheckpointError(f"{len(label_names)} label names for {backbone.num_classes} classes")
+    folder = Path(folder)
+    with _disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+        try:
+            _write_backbone(backbone, staging, label_names, data_config)
+            if isinstance(model, LowRankModel):
+                _write_branches(model, staging)
+            for file in sorted(staging.iterdir()):
+                os.replace(file, folder / file.name)
+            if not isinstance(model, LowRankModel):  # branches of another model that was there would not belong here
+                for name in (LOWRANK_CONFIG, LOWRANK_WEIGHTS):
+                    (folder / name).unlink(missing_ok=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a type of its own
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointWriteError(
+            f"could not write the checkpoint to {folder}: {reason}. What was there is unchanged; free some space or "
+            "choose another folder"
+        ) from error
+
+
+def _write_backbone(
+    backbone: nn.Module, folder: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any] | None
+) -> None:
+    if label_names is None:  # at the root of config.json, where transformers looks for them
+        known = dict(backbone.pretrained_cfg).get("label_names")  # type: ignore[arg-type]
+        label_names = known if known and len(known) == backbone.num_classes else None
+    if not all(
+        tensor.is_contiguous() for tensor in backbone.state_dict().values()
+    ):  # channels-last: safetensors refuses
+        backbone = copy.deepcopy(backbone).to(memory_format=torch.contiguous_format)
+    timm.models.save_for_hf(
+        backbone,
+        str(folder),
+        model_config={"label_names": list(label_names)} if label_names is not None else None,
+        safe_serialization=True,
+        data_config=dict(data_config) if data_config is not None else None,
+    )
+    path = folder / NETWORK_CONFIG
+    config = json.loads(path.read_text())
+    # The number of classes stands at the root; in model_args as well, transformers would pass it twice and fail.
+    config.get("model_args", {}).pop("num_classes", None)
+    if "label_names" in config:  # and not twice: those that the network was loaded with may be older
+        config["pretrained_cfg"].pop("label_names", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_branches(model: LowRankModel, folder: Path) -> None:
+    tensors = {key: value.contiguous().cpu() for key, value in model.branches.state_dict().items()}
+    save_file(tensors, folder / LOWRANK_WEIGHTS, metadata={"format": "pt"})
+    description = {
+        "format": FORMAT,
+        "config": model.lowrank_config.to_dict(),
+        "enabled": model.enabled,
+        "layers": {
+            layer: {"rank": branch.rank, "num_features": branch.num_features}
+            for layer, branch in model.branches.items()
+        },
+        "sha256": {name: sha256_of(folder / name) for name in (NETWORK_WEIGHTS, LOWRANK_WEIGHTS)},
+    }
+    (folder / LOWRANK_CONFIG).write_text(json.dumps(description, indent=2) + "\n")

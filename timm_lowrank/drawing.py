@@ -1,0 +1,51 @@
+"""What all pictures of this package share: colours, axes, a canvas of their own. Needs matplotlib once one is drawn."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from pathlib import Path
+from typing import Any
+
+PLAIN, LOWRANK, INK = "#8a8f98", "#1f5fbf", "#30343b"
+GRID, AXIS, PAPER = "#e3e6ea", "#c5cad1", "#ffffff"
+NETWORKS = (LOWRANK, PLAIN, "#b4581a", "#3f7d4e")  # in the order of the networks; more of them begin again
+DOTS_PER_INCH = 160
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure of width x height inches: no display, no pyplot, no global state.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib.backends.backend_agg")
+        module = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib is needed to draw: pip install 'timm_lowrank[evaluate]' or 'timm_lowrank[train]'"
+        ) from error
+    return module.Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+
+
+def dress(panel: Any) -> None:
+    """Gives axes the package's look: a pale grid behind the data, two thin spines, no tick marks."""
+    panel.grid(color=GRID, linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.tick_params(which="both", labelsize=8, colors=INK, length=0)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(AXIS)
+
+
+def percent(value: float, _: int | None = None) -> str:
+    """A tick label for a share."""
+    return f"{100 * value:.3g} %"
+
+
+def write_png(figure: Any, path: Path) -> None:
+    """Draws in memory first, so that a failure leaves no half-written file; makes the folder."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())

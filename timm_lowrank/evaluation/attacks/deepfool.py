@@ -1,0 +1,79 @@
+"""DeepFool (Moosavi-Dezfooli et al., 2016; paper, Appendix D.1): the smallest change by repeated linearisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..pixels import attackable
+from .inputs import check_count, check_logits, check_number, checked, input_gradient
+
+
+def deepfool(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float in [0, 1]
+    labels: Tensor,  # (n,) int64
+    *,
+    steps: int = 50,
+    overshoot: float = 0.02,
+    candidates: int = 10,
+) -> Tensor:
+    """Adversarial images (n, channels, height, width) float32 at a small L2 distance, inside the box [0, 1].
+
+    Each step goes to the nearest of the linearised boundaries between the class of the image and its rivals;
+    what comes back is the image plus (1 + overshoot) times the sum of the steps, clipped to the box. Images that are
+    misclassified already come back unchanged; those that withstand all steps come back where they have got to.
+    Images that are done leave the batch. Give it the network in float32: half precision stalls it on equal logits.
+
+    Args:
+        steps: at most so many.
+        overshoot: how far beyond the boundary, as a share of the change.
+        candidates: the image's own class and the likeliest rivals, of which the nearest boundary is taken.
+
+    Raises:
+        EvaluationError: arguments out of their range, pixels outside [0, 1], labels that are no classes, or a
+            model that cannot be differentiated.
+    """
+    check_count(steps, "steps")
+    check_count(candidates, "candidates", least=2)
+    check_number(overshoot, "overshoot", least=0)
+    images, labels = checked(images, labels)
+    found = images.clone()
+    if not len(images):
+        return found
+    with attackable(model) as logits_of:
+        with torch.no_grad():
+            clean = logits_of(images)
+        check_logits(clean, labels)
+        ranking = clean.argsort(dim=1).flip(1)[:, :candidates]
+        going, total = torch.arange(len(images), device=images.device), torch.zeros_like(images)
+        for _ in range(steps):
+            here = found[going].requires_grad_()
+            logits = logits_of(here)
+            standing = logits.argmax(dim=1) == labels[going]
+            if not standing.any():
+                break
+            step = _to_nearest_boundary(logits, here, ranking[going])[standing]
+            going = going[standing]
+            total[going] += step
+            found[going] = (images[going] + (1 + overshoot) * total[going]).clamp(0, 1)
+    return found
+
+
+def _to_nearest_boundary(logits: Tensor, points: Tensor, ranking: Tensor) -> Tensor:
+    """The shortest step (m, ...) from each point onto a linearised boundary between its first and another class."""
+    own = logits.gather(1, ranking[:, :1])
+    differences = logits.gather(1, ranking[:, 1:]) - own  # (m, rivals)
+    rivals = differences.shape[1]
+    nearest = torch.full((len(points),), torch.inf, device=points.device)
+    steps = torch.zeros_like(points)
+    for rival in range(rivals):
+        gradient = input_gradient(differences[:, rival].sum(), points, retain_graph=rival + 1 < rivals)
+        length = gradient.flatten(1).norm(dim=1) + 1e-8
+        distance = differences[:, rival].detach().abs() / length
+        closer = distance < nearest
+        # A touch further than the boundary, or rounding leaves points on it for ever.
+        candidate = ((distance + 1e-4) / length).view(-1, 1, 1, 1) * gradient
+        steps = torch.where(closer.view(-1, 1, 1, 1), candidate, steps)
+        nearest = torch.where(closer, distance, nearest)
+    return steps

@@ -1,0 +1,165 @@
+"""Mistakes that make an attack look weaker, or a network stronger, than it is; to be looked for before attacking."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..core.model import LowRankModel
+from .attacks.auto import CLASSES_NEEDED, TARGETS
+from .attacks.inputs import check_logits, checked
+from .errors import EvaluationError, EvaluationWarning
+from .pixels import PixelModel, attackable, bare, random_state_kept
+
+LOOKED_AT = 32  # images that are run through the network
+AGREE = 1e-3  # of the largest logit: how far two forward passes of a deterministic network may lie apart
+
+
+def check_before_attack(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float in [0, 1]
+    labels: Tensor,  # (n,) int64
+    *,
+    classes: int | None = None,
+) -> list[str]:
+    """Looks for what would make the figures of an attack wrong; says what they may suffer from.
+
+    All pixels and labels are looked at, and the logits of the first 32 images.
+
+    Args:
+        classes: how many the data has.
+
+    Returns:
+        What is suspicious but may be meant, a sentence each, also issued as EvaluationWarning: a network with
+        noise in it, logits that depend on the rest of the batch, fewer classes than AutoAttack aims at, half precision,
+        accuracy no better than chance, nearly black images.
+
+    Raises:
+        EvaluationError: train mode; probabilities instead of logits; logits that are not finite; pixels outside
+            [0, 1]; a network that wants its images normalised without a PixelModel around it; labels of another
+            shape or range; another number of classes than the data has; no images.
+    """
+    images, labels = checked(images, labels)
+    if not len(images):
+        raise EvaluationError("there are no images to attack: is the limit 0, or the share of this process empty?")
+    _check_mode(model)
+    _check_normalisation(model)
+    with attackable(model) as logits_of, random_state_kept(), torch.no_grad():
+        few, wanted = images[:LOOKED_AT], labels[:LOOKED_AT]
+        logits = logits_of(few)
+        check_logits(logits, wanted)
+        _check_logit_values(logits)
+        _check_label_range(labels, logits.shape[1], classes)
+        found = [
+            *_image_range(images),
+            *_stability(logits_of, few, logits),
+            *_class_count(logits.shape[1]),
+            *_precision(model),
+            *_accuracy(logits, wanted),
+        ]
+    for text in found:
+        warnings.warn(text, EvaluationWarning, stacklevel=2)
+    return found
+
+
+def _check_label_range(labels: Tensor, given: int, classes: int | None) -> None:
+    """All labels are among the `given` classes of the model, which are as many as the data has.
+
+    Raises:
+        EvaluationError: they are not.
+    """
+    if classes is not None and classes != given:
+        raise EvaluationError(f"the data has {classes} classes, the model gives {given}: was it trained on this data?")
+    low, high = labels.aminmax()
+    if low < 0 or high >= given:
+        raise EvaluationError(f"labels must lie in 0..{given - 1}, the model's classes, not in {low}..{high}")
+
+
+def _check_mode(model: nn.Module) -> None:
+    training = [name or "the model itself" for name, module in bare(model).named_modules() if module.training]
+    if training:
+        more = f" and {len(training) - 1} more" if len(training) > 1 else ""
+        raise EvaluationError(f"the model is in train mode ({training[0]}{more}): call model.eval() first")
+
+
+def _check_normalisation(model: nn.Module) -> None:
+    network = bare(model)
+    if isinstance(network, PixelModel):
+        return
+    network = network.unwrap() if isinstance(network, LowRankModel) else network
+    config = dict(getattr(network, "pretrained_cfg", None) or {})
+    mean, std = config.get("mean") or (0,), config.get("std") or (1,)
+    if any(mean) or any(value != 1 for value in std):
+        raise EvaluationError(
+            f"this {type(network).__name__} wants images normalised with mean {tuple(mean)} and std {tuple(std)}, "
+            f"attacks give it pixels in [0, 1]: pass PixelModel(network)"
+        )
+
+
+def _check_logit_values(logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        share = (~logits.isfinite()).any(dim=1).float().mean().item()
+        raise EvaluationError(
+            f"{share:.0%} of the images get logits that are NaN or infinite: a diverged checkpoint, or half precision?"
+        )
+    sums = logits.sum(dim=1)
+    if logits.min() >= 0 and logits.max() <= 1 and (sums - 1).abs().max() < 1e-3:
+        raise EvaluationError(
+            "the model gives probabilities: attacks need logits, or their gradients vanish where it is sure of itself; "
+            "leave its softmax out"
+        )
+
+
+def _image_range(images: Tensor) -> Iterator[str]:
+    brightest = images.max().item()
+    if brightest <= 1.5 / 255:
+        yield f"the brightest pixel is {brightest:.2g}: were the images divided by 255 twice?"
+
+
+def _stability(logits_of: Callable[[Tensor], Tensor], images: Tensor, logits: Tensor) -> Iterator[str]:
+    scale = logits.abs().max().item()
+    change = (logits_of(images) - logits).abs().max().item()
+    if change > AGREE * scale:
+        yield (
+            f"the logits of the same images change by {change:.2g} from one forward pass to the next: attack the "
+            f'expectation, AutoAttack with version="rand"'
+        )
+    elif len(images) > 1:
+        alone = torch.cat([logits_of(image) for image in images.split(1)])
+        change = (alone - logits).abs().max().item()
+        if change > AGREE * scale:
+            yield (
+                f"the logits of an image change by {change:.2g} with the rest of its batch: the figures depend on the "
+                f"batch size (a batch normalisation without running statistics?)"
+            )
+
+
+def _class_count(count: int) -> Iterator[str]:
+    if count <= TARGETS:
+        without = [attack for attack, needed in CLASSES_NEEDED.items() if count < needed]
+        but = f" and is run without {' and '.join(without)}" if without else ""
+        yield (
+            f"the model has {count} classes: AutoAttack aims at {count - 1} other classes instead of {TARGETS}{but}, "
+            f"so its figures do not compare with those of ten classes"
+        )
+
+
+def _precision(model: nn.Module) -> Iterator[str]:
+    narrow = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype.itemsize < 4}
+    if narrow:
+        yield (
+            f"the model's parameters are {' and '.join(sorted(narrow))}: equal logits stall DeepFool and weaken FAB; "
+            f"attack a float32 copy"
+        )
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Iterator[str]:
+    right = (logits.argmax(dim=1) == labels).float().mean().item()
+    if len(labels) >= LOOKED_AT and right <= 1 / logits.shape[1]:
+        yield (
+            f"only {right:.0%} of the first {len(labels)} images are classified correctly, no more than chance: are "
+            f"labels, normalisation and the order of the classes those of the training?"
+        )

@@ -1,0 +1,11 @@
+"""Evaluations behind recipes/evaluate.py: what is measured on which images, shared among processes, and written down.
+
+>>> from accelerate import PartialState
+>>> from timm_lowrank.suites import Options, evaluate
+>>> content = evaluate(Options("runs/digits", suites=("quick",)), PartialState())  # doctest: +SKIP
+"""
+
+from .evaluation import Options, evaluate, write_evaluation
+from .terminal import text_table
+
+__all__ = ["Options", "evaluate", "text_table", "write_evaluation"]

@@ -1,0 +1,1 @@
+"""What the suites measure: each class one thing, in pieces that any process can take."""
