@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -209,11 +208,11 @@ def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monke
     assert contents(tmp_path) == before
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files cannot be limited in size here")
 def test_a_full_disk(model, tmp_path):
     """A real write that fails in the middle of model.safetensors."""
     save_pretrained(model, tmp_path)
     before = contents(tmp_path)
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -439,6 +438,15 @@ def test_weights_of_another_network(folder):
         rewrite(folder / "config.json", **changes)
         refused(folder, r"(do not belong together|cannot build)")
         rewrite(folder / "config.json", **config)
+
+
+def test_a_network_that_was_changed_after_timm_had_built_it(tmp_path):
+    network = timm.create_model("test_resnet", num_classes=3)
+    network.conv1[0] = nn.Conv2d(3, 16, 5, padding=2, bias=False)
+    save_pretrained(network, tmp_path)
+    refused(
+        tmp_path, "the network was changed after timm had built it, in a way that no argument .* says", lowrank=False
+    )
 
 
 def test_weights_that_timm_would_resample(tmp_path):

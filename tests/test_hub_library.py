@@ -12,7 +12,6 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError, LowRankConfig, LowRankModel, checkpoint, from_pretrained, push_to_hub
-from timm_lowrank import checkpoint as library
 
 REPO = "alice/tiny"
 CHECKPOINT = {"config.json", "model.safetensors", "lowrank.json", "lowrank.safetensors"}
@@ -146,10 +145,10 @@ def test_a_private_repository(hub, model):
     assert hub.repo(REPO).private
     assert isinstance(from_pretrained(REPO, token="hf_alice"), LowRankModel)
     message = "there is no such repository, or it is private and not yours to see: .*HF_TOKEN"
-    refused(message, from_pretrained, REPO, token="hf_bob", cache_dir=hub_home(hub))
+    refused(message, from_pretrained, REPO, token="hf_bob", cache_dir=another_cache())
 
 
-def hub_home(hub):
+def another_cache():
     """A cache that holds nothing yet."""
     return os.path.join(os.environ["HF_HOME"], "another")
 
@@ -386,24 +385,24 @@ def test_repositories_that_hold_no_checkpoint(hub, model, tmp_path):
     hub.seed(REPO, {"config.json": '{"architecture": "nonesuch"}', "model.safetensors": b"x"})
     refused("cannot be read as safetensors", from_pretrained, REPO)
     hub.fail("GET", f"/api/models/{REPO}", status=403, code="GatedRepo")
-    refused("its owner has to grant access", from_pretrained, REPO, cache_dir=hub_home(hub))
+    refused("its owner has to grant access", from_pretrained, REPO, cache_dir=another_cache())
 
 
 def test_names_in_a_listing_that_climb_out(hub, folder):
     files = {name: (folder / name).read_bytes() for name in CHECKPOINT}
     hub.seed(REPO, {**files, "../../stolen": b"x"})
     assert isinstance(from_pretrained(REPO), LowRankModel), "only its own four files are ever asked for"
-    refused(r"'\.\./\.\./stolen' is no name of a file inside", library.download, REPO, names=None)
-    refused("is no name of a file inside", library.download, REPO, names=["../x"])
+    refused(r"'\.\./\.\./stolen' is no name of a file inside", checkpoint.download, REPO, names=None)
+    refused("is no name of a file inside", checkpoint.download, REPO, names=["../x"])
     assert not hub.seen("*", "stolen")
 
 
 def test_everything_of_a_repository_but_pickles(hub, model):
     push_to_hub(model, REPO, files={"evaluation.json": b"{}"})
     hub.seed(REPO, {"pytorch_model.bin": b"\x80", "optimizer.pt": b"\x80"})
-    found = library.download(REPO, names=None)
+    found = checkpoint.download(REPO, names=None)
     assert {path.name for path in found.iterdir()} == {*CHECKPOINT, "README.md", "evaluation.json", ".gitattributes"}
-    assert (library.download(REPO, names=["evaluation.json"]) / "evaluation.json").read_bytes() == b"{}"
+    assert (checkpoint.download(REPO, names=["evaluation.json"]) / "evaluation.json").read_bytes() == b"{}"
 
 
 # The connection
@@ -462,7 +461,22 @@ def test_a_byte_that_changed_on_the_way_is_noticed_and_fetched_again(hub, model)
     assert torch.equal(from_pretrained(REPO)(images()), model(images()))
     assert fault.hits == 1
     fault.times = 1000
-    refused("was damaged or exchanged", from_pretrained, REPO, cache_dir=hub_home(hub))
+    refused("was damaged or exchanged", from_pretrained, REPO, cache_dir=another_cache())
+
+
+def test_a_disk_that_fills_up_while_fetching(hub, model):
+    push_to_hub(model, REPO)
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        error = refused(
+            "File too large.*: free some space on the disk or choose another cache_dir", from_pretrained, REPO
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(error, checkpoint.CheckpointWriteError)
+    assert torch.equal(from_pretrained(REPO)(images()), model(images()))
 
 
 def test_the_cache_when_the_hub_is_gone(hub, model, waits):
@@ -471,7 +485,7 @@ def test_the_cache_when_the_hub_is_gone(hub, model, waits):
     hub.fail("*", "/api/models/", status=503, times=1000)
     assert torch.equal(from_pretrained(REPO)(images()), model(images()))
     refused("the Hub failed .status 503.*run it again", from_pretrained, "alice/other")
-    refused("the Hub failed", from_pretrained, REPO, cache_dir=hub_home(hub))
+    refused("the Hub failed", from_pretrained, REPO, cache_dir=another_cache())
 
 
 def test_switched_offline(hub, model, monkeypatch):

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from timm_lowrank import drawing  # noqa: E402
 from timm_lowrank.suites import wording  # noqa: E402
 from timm_lowrank.suites.content import headline  # noqa: E402
-from timm_lowrank.suites.plots import network_place, write_plots  # noqa: E402
+from timm_lowrank.suites.plots import network_place, panels_of, write_plots  # noqa: E402
 from timm_lowrank.suites.report import text_table, write_report  # noqa: E402
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -106,8 +106,8 @@ def sample_curves(one, two):
          "x_label": "steps", "y_label": "accuracy", "x_log": False, "y_share": True,
          "protocol": {"attack": "Iter-FGSM, L_inf", "step_size": "1/255", "images": 360}, "lines": lines},
         {"key": "radii", "group": "White box", "title": "Accuracy by radius", "kind": "line",
-         "x_label": "radius, 1/255", "y_label": "accuracy", "x_log": True, "y_share": True, "protocol": {"attack": "PGD, L_inf", "steps": 20},
-         "lines": radii},
+         "x_label": "radius, 1/255", "y_label": "accuracy", "x_log": True, "y_share": True,
+         "protocol": {"attack": "PGD, L_inf", "steps": 20}, "lines": radii},
         {"key": "cushion", "group": "Representations", "title": "Layer cushion", "kind": "histogram",
          "x_label": "cushion", "y_label": "share of images", "x_log": False, "y_share": True, "protocol": {},
          "lines": cushions},
@@ -295,6 +295,24 @@ def test_the_style_asks_for_nothing_from_outside(tmp_path):
     assert all(rule in style for rule in ("@media print", "prefers-color-scheme: dark", "max-width: 44rem"))
 
 
+def luminance(colour):
+    """Relative luminance as WCAG 2 defines it."""
+    shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_letters_and_marks_stand_out_in_light_and_dark(tmp_path):
+    text = write_report(bare(), tmp_path).read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in text.split(":root {")[1:3])
+    for colours in (light, dark):
+        marks = [f"network-{place}" for place in range(len(drawing.NETWORKS))]
+        for name, least in [*((name, 4.5) for name in ("ink", "soft", "link", "amber", "red")),
+                            *((name, 3) for name in marks)]:  # fmt: skip
+            low, high = sorted((luminance(colours[name]), luminance(colours["paper"])))
+            assert (high + 0.05) / (low + 0.05) >= least, name
+
+
 def test_the_page_can_be_read_without_seeing_it(page, hard_page):
     for one in (page, hard_page):
         levels = [int(tag[1]) for tag, _ in one.named("h1", "h2", "h3", "h4")]
@@ -458,7 +476,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
 def test_plots_are_written_and_not_blank(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
-    paths = write_plots(sample(), tmp_path)
+    paths = write_plots(sample(), tmp_path / "plots")
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
         "plots/steps-ifgsm.png", "plots/radii.png", "plots/cushion.png", "plots/plane.png"
     ]  # fmt: skip
@@ -473,7 +491,7 @@ def test_plots_are_written_and_not_blank(tmp_path):
 def test_a_key_cannot_lead_out_of_the_folder(tmp_path):
     evaluation = bare(curves=[{**sample()["curves"][1], "key": "../../up and away"}])
     (path,) = write_plots(evaluation, tmp_path / "run")
-    assert path.parent == tmp_path / "run" / "plots"
+    assert path.parent == tmp_path / "run"
     assert path.exists()
 
 
@@ -482,8 +500,30 @@ def test_curves_with_holes_are_drawn(tmp_path):
     curve = {**sample()["curves"][0], "lines": [line], "x_log": True}
     del curve["protocol"]
     page = rendered(bare(curves=[curve]), tmp_path)
-    assert "plain a from not measured at 0 to not a number at 2" in str(page.elements)
+    assert "plain a from not a number at 0 to not a number at 2" in str(page.elements)
     assert write_plots(bare(curves=[curve]), tmp_path)
+
+
+def test_clouds_without_classes_can_be_compared(tmp_path):
+    curve = copy.deepcopy(sample()["curves"][3])
+    assert "colours are classes" in rendered(bare(curves=[curve]), tmp_path).text
+    for line in curve["lines"]:
+        line.update(label=[0] * len(line["x"]), name=line["network"])
+    one, two = panels_of(curve, sample())
+    assert (one.title, two.title) == ("2-LR", "plain")
+    assert one.limits == two.limits
+    for place, column in enumerate(("x", "y")):
+        values = [value for line in curve["lines"] for value in line[column]]
+        assert one.limits[place][0] < min(values)
+        assert one.limits[place][1] > max(values)
+    assert "colours are classes" not in rendered(bare(curves=[curve]), tmp_path).text
+
+
+@pytest.mark.parametrize(("images", "wide", "narrow"), [(1, 1, 1), (6, 6, 6), (8, 8, 4), (10, 5, 5), (12, 6, 6)])
+def test_rows_of_images_are_of_one_length(tmp_path, images, wide, narrow):
+    page = rendered(bare(strips=[sample_strip(["plain"], images)]), tmp_path)
+    styles = [attributes["style"] for _, attributes in page.named("figure")]
+    assert styles == [f"--wide: {wide}; --narrow: {narrow}"]
 
 
 def test_plain_is_grey_wherever_it_stands():
@@ -571,7 +611,7 @@ def test_differences_follow_newcombe():
     [
         (0.411111, "share", "41.1 %"), (0, "share", "0.0 %"), (1, "share", "100.0 %"), (0.0004, "share", "0.04 %"),
         (0.9997, "share", "99.97 %"), (1e-9, "share", "1.0 \u00d7 10⁻⁷ %"), (1 - 1e-9, "share", "99.9999999 %"),
-        (math.nan, "share", "not a number"), (math.inf, "number", "infinite"), (None, "number", "not measured"),
+        (math.nan, "share", "not a number"), (math.inf, "number", "infinite"), (None, "number", "not a number"),
         (0.0, "number", "0"), (20.0, "number", "20"), (1234567, "count", "1,234,567"), (0.16, "number", "0.160"),
         (-0.05, "number", "-0.0500"), (12345.6, "number", "12,346"), (2.5e-8, "number", "2.5 \u00d7 10⁻⁸"),
     ],

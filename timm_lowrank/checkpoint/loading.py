@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -156,7 +157,7 @@ def _load_network(folder: Path, config: dict[str, Any]) -> nn.Module:
     kept = {key: value for key, value in source.items() if key in known}
     with tempfile.TemporaryDirectory() as without:
         (Path(without) / NETWORK_CONFIG).write_text(json.dumps({**config, "pretrained_cfg": kept}))
-        os.symlink((folder / NETWORK_WEIGHTS).resolve(), Path(without) / NETWORK_WEIGHTS)
+        shutil.copyfile(folder / NETWORK_WEIGHTS, Path(without) / NETWORK_WEIGHTS)
         return _create(Path(without), folder, architecture)
 
 
@@ -173,10 +174,11 @@ def _create(folder: Path, shown: Path, architecture: str) -> nn.Module:
 
 
 def _misfit(folder: Path, details: str) -> CheckpointError:
-    lines = [line.strip() for line in details.splitlines()[:4]]
+    lines = " ".join(line.strip() for line in details.splitlines()[:4])
     return CheckpointError(
         f"the weights in {folder / NETWORK_WEIGHTS} do not fit the network that {NETWORK_CONFIG} describes: the two "
-        f"files do not belong together; fetch or save both again. ({' '.join(lines)})"
+        "files do not belong together, or the network was changed after timm had built it, in a way that no argument "
+        f"of its constructor says. ({lines})"
     )
 
 

@@ -124,9 +124,13 @@ def hub_errors(doing: str, repo_id: str, revision: str | None = None) -> Iterato
     except CheckpointError:
         raise
     except (HFValidationError, HTTPError, OSError, RuntimeError, ValueError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-        kind = CheckpointWriteError if full else CheckpointError
+        kind = CheckpointWriteError if _is_of_the_disk(error) else CheckpointError
         raise kind(f"cannot {doing} {repo_id}: {_explanation(error, doing, revision)}") from error
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in (*full, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _explanation(error: Exception, doing: str, revision: str | None) -> str:
@@ -146,8 +150,8 @@ def _explanation(error: Exception, doing: str, revision: str | None) -> str:
         status = error.response.status_code
         known = _STATUS.get(status) or ("the Hub failed" if status >= 500 else "the Hub refused")
         return f"{known} (status {status}: {said})" + f"; {_AGAIN[doing]}" * (status >= 500)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or error.strerror}): free some space and {_AGAIN[doing]}"
+    if _is_of_the_disk(error):
+        return f"{error}: free some space on the disk or choose another cache_dir, and {_AGAIN[doing]}"
     if offline:
         return "there is no connection to the Hub, or HF_HUB_OFFLINE is set, and the cache does not hold it"
     if isinstance(error, HTTPError | OSError):

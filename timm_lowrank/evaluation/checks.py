@@ -140,9 +140,10 @@ def _stability(logits_of: Callable[[Tensor], Tensor], images: Tensor, logits: Te
 def _class_count(count: int) -> Iterator[str]:
     if count <= TARGETS:
         without = [attack for attack, needed in CLASSES_NEEDED.items() if count < needed]
+        noun = "class" if count == 2 else "classes"
         but = f" and is run without {' and '.join(without)}" if without else ""
         yield (
-            f"the model has {count} classes: AutoAttack aims at {count - 1} other classes instead of {TARGETS}{but}, "
+            f"the model has {count} classes: AutoAttack aims at {count - 1} other {noun} instead of {TARGETS}{but}, "
             f"so its figures do not compare with those of ten classes"
         )
 

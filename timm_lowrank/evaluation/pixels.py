@@ -29,6 +29,7 @@ class PixelModel(nn.Module):
         self, network: nn.Module, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
     ) -> None:
         super().__init__()
+        network = bare(network)
         self.network = network.unwrap() if isinstance(network, LowRankModel) else network
         self.train(self.network.training)
         config = dict(getattr(self.network, "pretrained_cfg", None) or {})
@@ -120,6 +121,9 @@ def random_state_kept() -> Iterator[None]:
 
 def bare(model: nn.Module) -> nn.Module:
     """The network inside what `torch.compile` and `DistributedDataParallel` put around it."""
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
-    return model
+    while True:
+        name = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
+        inner = getattr(model, name, None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -67,11 +67,11 @@ def differences_note(evaluation: Mapping[str, Any]) -> Markup:
     return tag(
         "p",
         f"Differences are figures of {first} minus those of the other network, in percentage points where they are "
-        f"shares. \u2260 (beyond chance) marks a difference whose {confidence_text(evaluation)} interval leaves out zero, "
-        "\u2248 (within chance) one that is not distinguishable. The interval is that of Newcombe for two independent "
-        "proportions, made of the Wilson intervals of both. The networks saw the same images: as far as they fail on "
-        "the same ones, it is too wide rather than too narrow. It is about the choice of test images alone; another "
-        "training seed moves the figures too, often by more. "
+        f"shares. \u2260 (beyond chance) marks a difference whose {confidence_text(evaluation)} interval leaves out "
+        "zero, \u2248 (within chance) one that is not distinguishable. The interval is that of Newcombe for two "
+        "independent proportions, made of the Wilson intervals of both. The networks saw the same images: "
+        "as far as they fail on the same ones, it is too wide rather than too narrow. It is about the choice of test "
+        "images alone; another training seed moves the figures too, often by more. "
         f"Of the {tested} differences tested here, about {chance} would be marked if there were none.",
         class_="prose note",
     )

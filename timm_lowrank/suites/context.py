@@ -106,8 +106,8 @@ def build_context(
     *,
     seed: int,
     chunk: int,
-    limit: int | None,
-    train_limit: int | None,
+    limit: int,
+    train_limit: int,
     other_labels: ImageData | None = None,
 ) -> Context:
     """Takes `limit` test and `train_limit` training images, as many of each class as there are.
@@ -147,8 +147,8 @@ def build_context(
     )
 
 
-def _balanced(labels: Tensor, limit: int | None, classes: int) -> Tensor:
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"--limit must be at least 1, not {limit}")
+def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
+    if limit < 1:
+        raise EvaluationError(f"--limit and --train-limit must be at least 1, not {limit}")
     array: np.ndarray = labels.numpy()
-    return torch.from_numpy(balanced_rows(array, min(limit or len(array), len(array)), classes))
+    return torch.from_numpy(balanced_rows(array, min(limit, len(array)), classes))

@@ -25,7 +25,7 @@ from ..training.disk import disk_errors, read_json, write_whole
 from .context import Context, build_context
 from .journal import ADVICE, Journal
 from .measurements.base import Findings
-from .plan import measurements_of
+from .plan import chosen_suites, measurements_of
 from .plots import write_plots
 from .report import write_report
 from .runner import header, run
@@ -33,7 +33,6 @@ from .subject import Subject, load_subject
 
 FORMAT = 1
 PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
-LIMITS = {"quick": (500, 2000), "paper": (1000, 5000), "autoattack": (1000, 2000)}  # test and training images
 NO_TWIN = "none"
 
 
@@ -47,7 +46,7 @@ class Options:
         suites: of "quick", "paper" and "autoattack".
         data: where the images are; None is where the run's recipe says.
         limit, train_limit: test images, and training images that classifiers and PCA are fitted on, as many of
-            each class as there are; None are those of the suite (`LIMITS`).
+            each class as there are; None are those of the suite.
         other_labels: a column of other labels, for the transfer of the representation to them.
         seed: of everything random.
         chunk: images in a batch and in a piece of work. AutoAttack's random numbers depend on it.
@@ -79,17 +78,23 @@ def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
         TrainingError: data that cannot be read, a disk that cannot be written; what is finished is kept.
     """
     began = time.monotonic()
-    measurements = measurements_of(options.suites)
+    suites = chosen_suites(options.suites)
+    measurements = measurements_of(suites)
     if options.chunk < 1:
         raise EvaluationError(f"--batch-size must be at least 1, not {options.chunk}")
     subjects = load_subjects(options)
     data, noted = load_data(options, subjects)
-    limit, train_limit = (max(LIMITS[suite][i] for suite in options.suites) for i in (0, 1))
     context = build_context(
-        subjects, data, _layers(subjects), state.device,
-        seed=options.seed, chunk=options.chunk, limit=options.limit or limit,
-        train_limit=options.train_limit or train_limit, other_labels=_other_labels(options, subjects),
-    )  # fmt: skip
+        subjects,
+        data,
+        _layers(subjects),
+        state.device,
+        seed=options.seed,
+        chunk=options.chunk,
+        limit=max(suite.images for suite in suites) if options.limit is None else options.limit,
+        train_limit=max(s.train_images for s in suites) if options.train_limit is None else options.train_limit,
+        other_labels=_other_labels(options, subjects),
+    )
     folder = _output(options)
     same = header(context, measurements, data.fingerprint)
     finished = _finished(folder, same, options.overwrite)
@@ -220,7 +225,7 @@ def _finished(folder: Path, same: dict[str, Any], overwrite: bool) -> dict[str, 
     if not path.exists() or overwrite:
         return None
     content = read_json(path)
-    if content.get("settings") == json.loads(json.dumps(same)):
+    if content.get("settings") == same:
         print(f"{path} is complete", flush=True)
         return content
     raise EvaluationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from ..evaluation.errors import EvaluationError
@@ -81,17 +82,34 @@ def _autoattack() -> list[Measurement]:
     ]
 
 
-SUITES: dict[str, Callable[[], list[Measurement]]] = {"quick": _quick, "paper": _paper, "autoattack": _autoattack}
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A set of measurements, and on how many images unless told otherwise."""
+
+    measurements: Callable[[], list[Measurement]]
+    images: int
+    train_images: int  # that PCA and linear classifiers are fitted on
 
 
-def measurements_of(suites: Sequence[str]) -> list[Measurement]:
-    """The measurements of all `suites`, each once; of two that differ in effort alone the later one.
+SUITES = {
+    "quick": Suite(_quick, 500, 2000),
+    "paper": Suite(_paper, 1000, 5000),
+    "autoattack": Suite(_autoattack, 1000, 2000),
+}
+
+
+def chosen_suites(names: Sequence[str]) -> list[Suite]:
+    """The suites of these names.
 
     Raises:
-        EvaluationError: no or an unknown suite.
+        EvaluationError: no or an unknown name.
     """
-    unknown = [suite for suite in suites if suite not in SUITES]
-    if unknown or not suites:
+    unknown = [name for name in names if name not in SUITES]
+    if unknown or not names:
         raise EvaluationError(f"there is no suite {', '.join(unknown) or 'given'}: choose of {', '.join(SUITES)}")
-    found = {measurement.key: measurement for suite in suites for measurement in SUITES[suite]()}
-    return list(found.values())
+    return [SUITES[name] for name in names]
+
+
+def measurements_of(suites: Sequence[Suite]) -> list[Measurement]:
+    """The measurements of all suites, each once; of two that differ in effort alone the later one."""
+    return list({measurement.key: measurement for suite in suites for measurement in suite.measurements()}.values())

@@ -29,6 +29,7 @@ class Panel:
     lines: Sequence[Mapping[str, Any]]
     networks: Sequence[str]
     class_names: Sequence[str]
+    limits: tuple[tuple[float, float], tuple[float, float]] | None = None  # of x and y; None: as the data have them
 
 
 def write_plots(evaluation: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -36,7 +37,7 @@ def write_plots(evaluation: Mapping[str, Any], folder: Path) -> list[Path]:
 
     Args:
         evaluation: the content of evaluation.json.
-        folder: of the evaluation; the files are `folder`/plots/KEY.png.
+        folder: of the pictures; it is made, and gets a file KEY.png for each curve.
 
     Returns:
         The files, in the order of the curves.
@@ -51,7 +52,7 @@ def write_plots(evaluation: Mapping[str, Any], folder: Path) -> list[Path]:
         panels = panels_of(curve, evaluation)
         if not panels:
             continue
-        path = folder / "plots" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', curve['key'])}.png"
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', curve['key'])}.png"
         write_png(draw(panels), path)
         paths.append(path)
     return paths
@@ -60,19 +61,19 @@ def write_plots(evaluation: Mapping[str, Any], folder: Path) -> list[Path]:
 def panels_of(curve: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[Panel]:
     """Small multiples instead of crowded axes: clouds get a panel for each network, histograms one for each name."""
     lines = [line for line in curve["lines"] if len(line["edges" if curve["kind"] == "histogram" else "x"])]
-    networks = titles(evaluation)
+    networks, limits = titles(evaluation), None
     names = list(dict.fromkeys(line.get("name") or "" for line in lines))
     if curve["kind"] == "scatter":
-        parts = {
-            " · ".join(filter(None, (line["network"], line.get("name") if len(names) > 1 else ""))): [line]
-            for line in sorted(lines, key=lambda line: networks.index(line["network"]))
-        }
+        lines.sort(key=lambda line: networks.index(line["network"]))
+        named = len(names) > 1 and any(line.get("name") != line["network"] for line in lines)
+        parts = {" · ".join([line["network"], *([line.get("name") or ""] if named else [])]): [line] for line in lines}
+        limits = None if has_classes(lines) else _common_limits(lines)
     elif len(names) > (1 if curve["kind"] == "histogram" else len(DASHES)):
         parts = {name: [line for line in lines if (line.get("name") or "") == name] for name in names}
     else:
         parts = {"": lines} if lines else {}
     names_of_classes = evaluation["data"]["class_names"]
-    return [Panel(title, curve, part, networks, names_of_classes) for title, part in parts.items()]
+    return [Panel(title, curve, part, networks, names_of_classes, limits) for title, part in parts.items()]
 
 
 def draw(panels: Sequence[Panel]) -> Any:
@@ -105,6 +106,23 @@ def network_place(title: str, networks: Sequence[str]) -> int:
         return grey
     places = [place for place in range(len(NETWORKS)) if place != grey or "plain" not in networks]
     return places[[name for name in networks if name != "plain"].index(title) % len(places)]
+
+
+def has_classes(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the points of a cloud are told apart by class."""
+    return len({label for line in lines for label in line["label"]}) > 1
+
+
+def _common_limits(lines: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Axes on which clouds of the same two quantities can be compared between networks, with some air around them."""
+    ends = []
+    for column in ("x", "y"):
+        numbers = [value for line in lines for value in _numbers(line[column]) if math.isfinite(value)]
+        if not numbers or min(numbers) == max(numbers):
+            return None
+        air = 0.04 * (max(numbers) - min(numbers))
+        ends.append((min(numbers) - air, max(numbers) + air))
+    return ends[0], ends[1]
 
 
 def _label(axes: Any, panel: Panel, y_label: bool) -> None:
@@ -157,12 +175,15 @@ def _draw_cloud(axes: Any, panel: Panel) -> None:
     """Points of one network by class; each class is named at its median, as long as that can be read."""
     line = panel.lines[0]
     xs, ys, labels = _numbers(line["x"]), _numbers(line["y"]), [int(label) for label in line["label"]]
-    axes.scatter(
-        xs, ys, c=[f"tab:{CLASSES[label % len(CLASSES)]}" for label in labels],
-        s=5, alpha=0.75, linewidths=0, rasterized=True,
-    )  # fmt: skip
+    told = has_classes(panel.lines)
+    own = NETWORKS[network_place(line["network"], panel.networks)]
+    colours = [f"tab:{CLASSES[label % len(CLASSES)]}" if told else own for label in labels]
+    axes.scatter(xs, ys, c=colours, s=5, alpha=0.75, linewidths=0, rasterized=True)
+    if panel.limits:
+        axes.set_xlim(panel.limits[0])
+        axes.set_ylim(panel.limits[1])
     classes = sorted(set(labels))
-    for label in classes if len(classes) <= NAMED_CLASSES else ():
+    for label in classes if told and len(classes) <= NAMED_CLASSES else ():
         rows = [row for row, one in enumerate(labels) if one == label]
         middle = sorted(xs[row] for row in rows)[len(rows) // 2], sorted(ys[row] for row in rows)[len(rows) // 2]
         name = panel.class_names[label] if 0 <= label < len(panel.class_names) else str(label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ FAILED = "failed"  # the column of a measurement that could not be made
 
 
 def header(context: Context, measurements: Sequence[Measurement], data_fingerprint: str) -> dict[str, Any]:
-    """What must be the same for an interrupted evaluation to be continued."""
-    return {
+    """What must be the same for an interrupted evaluation to be continued, as JSON gives it back."""
+    settings = {
         "format": 1,
         "seed": context.seed,
         "chunk": context.chunk,
@@ -32,6 +33,7 @@ def header(context: Context, measurements: Sequence[Measurement], data_fingerpri
         "torch": torch.__version__,
         "measurements": [measurement.settings() for measurement in measurements],
     }
+    return dict(json.loads(json.dumps(settings)))
 
 
 def run(context: Context, measurements: Sequence[Measurement], journal: Journal, state: PartialState) -> Findings:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .content import not_numbers, titles
 from .markup import Markup, join, tag
 from .pictures import inline_svg, thumbnails
-from .plots import CLASSES, Panel, draw, panels_of
+from .plots import CLASSES, Panel, draw, has_classes, panels_of
 from .tables import SHORT, evidence_table, key_of
 from .wording import figure_text, protocol_phrases, tied
 
@@ -26,7 +27,10 @@ def strips(evaluation: Mapping[str, Any]) -> Markup:
     parts = [_strip(strip, titles(evaluation)) for strip in evaluation["strips"] if strip["rows"] and strip["shape"][0]]
     if not parts:
         return tag("p", "No images were kept.", class_="prose")
-    return join([tag("p", "Below each image stands what the network takes it for.", class_="prose"), *parts])
+    note = (
+        "Below each image stands what the network takes it for. Rho is the length of the change over that of the image."
+    )
+    return join([tag("p", note, class_="prose"), *parts])
 
 
 def evidence(evaluation: Mapping[str, Any]) -> Markup:
@@ -69,7 +73,7 @@ def _plot(place: int, curve: Mapping[str, Any], evaluation: Mapping[str, Any]) -
         inline_svg(draw([panel]), f"plot-{place}-{number}", _describe(panel)) for number, panel in enumerate(panels)
     ]
     said = ", ".join([curve["group"], *protocol_phrases(curve.get("protocol") or {})])
-    if curve["kind"] == "scatter":
+    if curve["kind"] == "scatter" and has_classes(curve["lines"]):
         repeated = len(evaluation["data"]["class_names"]) > len(CLASSES)
         said += f"; colours are classes{', and repeat' if repeated else ''}"
     return tag(
@@ -105,7 +109,13 @@ def _strip(strip: Mapping[str, Any], networks: Sequence[str]) -> Markup:
     said = ", ".join(protocol_phrases(strip.get("protocol") or {}))
     caption = tag("figcaption", tag("h3", strip["title"]), tag("p", said) if said else "")
     columns = [tag("div", *one) for one in rows.values()]
-    return tag("figure", caption, *columns, class_="strip", style=f"--images: {strip['shape'][0]}")
+    return tag("figure", caption, *columns, class_="strip", style=_columns(strip["shape"][0]))
+
+
+def _columns(images: int) -> str:
+    """As few rows as fit on a screen, all of the same length: CSS variables for wide and for narrow ones."""
+    wide, narrow = (math.ceil(images / math.ceil(images / most)) for most in (8, 6))
+    return f"--wide: {wide}; --narrow: {narrow}"
 
 
 def _thumbs(row: Mapping[str, Any], shape: Sequence[int]) -> list[Markup]:

@@ -142,7 +142,7 @@ def _row(
 def _value(figure: Mapping[str, Any], title: str, networks: Sequence[str]) -> Markup:
     value = figure["values"].get(title)
     name = tag("b", key_of(title, networks), class_="name", aria_hidden="true")  # where the table is restacked
-    if value is None or value["value"] is None:
+    if value is None:
         return tag("td", name, tag("span", UNMEASURED, class_="none"), role="cell", class_="value")
     lines = [interval_text(value, figure["unit"]), counts_text(value)]
     return tag(

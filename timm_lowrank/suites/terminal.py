@@ -64,7 +64,7 @@ def _row(figure: Mapping[str, Any], networks: Sequence[str], room: int) -> list[
 
 
 def _value(value: Mapping[str, Any] | None, unit: str, room: int) -> str:
-    if value is None or value["value"] is None:
+    if value is None:
         return UNMEASURED
     text = plain(figure_text(value["value"], unit))
     interval = plain(interval_text(value, unit)).replace(" ", "")

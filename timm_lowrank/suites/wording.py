@@ -58,20 +58,19 @@ def difference(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -
     first, second = known(one), known(other)
     if one is None or other is None or first is None or second is None:
         return None
-    ends = [one.get("low"), one.get("high"), other.get("low"), other.get("high")]
+    ends: list[Any] = [value.get(end) for value in (one, other) for end in ("low", "high")]
     gap = first - second
     if any(end is None or not math.isfinite(end) for end in ends):
         return Difference(gap, None, None)
+    low, high, other_low, other_high = map(float, ends)
     return Difference(
-        gap, gap - math.hypot(first - ends[0], ends[3] - second), gap + math.hypot(ends[1] - first, second - ends[2])
+        gap, gap - math.hypot(first - low, other_high - second), gap + math.hypot(high - first, second - other_low)
     )
 
 
 def figure_text(number: float | None, unit: str) -> str:
-    """41.1 %, 0.0523, 1,234; very small and very large ones keep their leading digits."""
-    if number is None:
-        return UNMEASURED
-    if math.isnan(number):
+    """41.1 %, 0.0523, 1,234; very small and very large ones keep their leading digits. JSON has null for NaN."""
+    if number is None or math.isnan(number):
         return NOT_A_NUMBER
     if math.isinf(number):
         return "infinite" if number > 0 else f"{MINUS}infinite"

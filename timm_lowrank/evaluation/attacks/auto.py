@@ -95,7 +95,9 @@ def run_autoattack(
     check_count(seed, "seed", least=0)
     for value, name in ((batch_size, "batch_size"), (iterations, "iterations"), (queries, "queries")):
         check_count(value, name)
-    for attack in VERSIONS[version] if attacks is None else attacks:
+    if attacks is not None and not attacks:
+        raise EvaluationError(f"attacks is empty: name some of {', '.join(VERSIONS[version])}, or leave it out")
+    for attack in attacks or ():
         check_choice(attack, VERSIONS[version], "attacks")
     images, labels = checked(images, labels)
     package, checks, name = find_package()

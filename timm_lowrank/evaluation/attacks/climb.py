@@ -76,8 +76,8 @@ def attack(
         return images.clone()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     stream = int(torch.randint(2**62, (), generator=generator, device=generator.device)) if random_start else 0
-    found, waiting = images.clone(), torch.arange(len(images), device=images.device)
     with attackable(model) as logits_of:
+        found, waiting = images.clone(), torch.arange(len(images), device=images.device)
         for restart in range(restarts):
             balls = ball.rows(waiting)
             start = images[waiting]
@@ -112,7 +112,7 @@ def _climb(
     seen = torch.empty(0)
     for step in range(climb.steps + 1):
         last = step == climb.steps
-        if last and not judged and on_step is None:
+        if on_step is None and (not len(going) or (last and not judged)):
             break
         if len(going):
             here = points[going].requires_grad_(not last)
@@ -121,16 +121,13 @@ def _climb(
                 check_logits(logits, labels)
                 check_logits(logits, targets, "targets")
             seen = logits.detach() if len(going) == len(points) else seen.index_copy(0, going, logits.detach())
-            hit = climb.fooled(logits.detach(), labels[going], targets[going])
-            fooled[going] = hit
+            fooled[going] = climb.fooled(logits.detach(), labels[going], targets[going])
         if on_step is not None:
             on_step(step, points, seen)
-        standing = going[~hit] if climb.stop_when_fooled else going
-        if last or not len(standing):
-            going = standing
-            continue
-        rows = ~hit if climb.stop_when_fooled else slice(None)
-        gradient = input_gradient(climb.objective(logits[rows], targets[standing]), here)
-        moved = ball.rows(standing).step(here.detach()[rows], gradient[rows], climb.step_size)
-        points, going = points.index_copy(0, standing, moved), standing
+        moving = ~fooled[going] if climb.stop_when_fooled else torch.ones_like(fooled[going])
+        if not last and moving.any():
+            gradient = input_gradient(climb.objective(logits[moving], targets[going[moving]]), here)[moving]
+            moved = ball.rows(going[moving]).step(here.detach()[moving], gradient, climb.step_size)
+            points = points.index_copy(0, going[moving], moved)
+        going = going[moving]
     return points, fooled

@@ -38,10 +38,10 @@ def deepfool(
     check_count(candidates, "candidates", least=2)
     check_number(overshoot, "overshoot", least=0)
     images, labels = checked(images, labels)
-    found = images.clone()
     if not len(images):
-        return found
+        return images.clone()
     with attackable(model) as logits_of:
+        found = images.clone()
         with torch.no_grad():
             clean = logits_of(images)
         check_logits(clean, labels)

@@ -22,8 +22,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import Check
-from .observations import BUDGETS, Budget, observe
+from .budget import BUDGETS, Budget
+from .check import Check
+from .observations import observe
 from .verdict import Diagnosis, judge
 
 __all__ = ["BUDGETS", "Budget", "Check", "Diagnosis", "diagnose", "judge", "observe"]

@@ -1,55 +1,30 @@
-"""What is looked at to tell gradient masking: a column of numbers for each image."""
+"""What is looked at to tell gradient masking: columns with a number for each image."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..attacks.auto import run_autoattack
 from ..attacks.balls import seeds_of
 from ..attacks.gradient import fgsm, pgd
 from ..attacks.inputs import check_count, check_logits, check_number, checked
 from ..errors import EvaluationError
-from ..pixels import attackable, bare
-from .square import square
+from ..pixels import attackable, random_state_kept
+from .budget import Budget, budget_of
+from .networks import Averaged, Differentiable
 
 SETTING = "setting."
-"""Prefix of columns that say how the others were made; they are constant."""
+"""Prefix of the constant columns that say how the others were made."""
 
+SMALL_STEPS = (1 / 4, 1 / 6, 1 / 10)
+"""In radii. The first is PGD's own step. Several, as a ripple of just that period would look smooth."""
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How long to look. `steps` and `more_steps` of PGD; the rest is spent on images that still withstand.
-
-    Attributes:
-        steps: of every PGD but one.
-        more_steps: of that one.
-        restarts: further random starts, of `steps` steps each.
-        signs: random sign perturbations for each image.
-        queries: of the Square attack; 0 leaves it out, and with it the need for pyautoattack.
-        draws: forwards over which a randomised network is averaged.
-    """
-
-    steps: int = 20
-    more_steps: int = 100
-    restarts: int = 4
-    signs: int = 20
-    queries: int = 200
-    draws: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            check_count(value, f"budget.{name}", 0 if name == "queries" else 1)
-        if self.more_steps <= self.steps:
-            raise EvaluationError(f"budget.more_steps must exceed budget.steps={self.steps}, not {self.more_steps}")
-
-
-BUDGETS = {"quick": Budget(), "full": Budget(restarts=9, signs=100, queries=2000, draws=20)}
+REPEATS = 1e-3  # of the largest logit: kernels of some devices add in an order of their own
 
 
 def observe(
@@ -68,9 +43,9 @@ def observe(
 
     Columns named like an attack are bool: right on the image and under the attack (L_inf, radius eps). Images that are
     wrong to begin with are not attacked. Gradient attacks and random signs treat an image alike in any company,
-    up to the rounding of the network; Square and a randomised network draw for the batch as a whole. The same
-    arguments give the same columns bit for bit on a CPU, also of a network that draws from torch's global generator,
-    which is put back afterwards.
+    up to the rounding of the network; Square and a randomised network draw for the batch as a whole. On a CPU the
+    same arguments give the same columns bit for bit, also of a network that draws from torch's global generator:
+    it is seeded meanwhile and put back afterwards.
 
     Args:
         model: takes pixels in [0, 1] and gives logits (n, classes); it is looked at in eval mode.
@@ -81,10 +56,11 @@ def observe(
         batch_size: images at a time.
 
     Raises:
-        EvaluationError: arguments out of their range, pixels outside [0, 1], labels that are no classes.
+        EvaluationError: arguments out of their range, pixels outside [0, 1], labels that are no classes, no images, or
+            logits that are not a number.
         ImportError: pyautoattack is not installed and `budget.queries` is not 0.
     """
-    spent = _budget(budget)
+    spent = budget_of(budget)
     check_number(eps, "eps")
     check_count(seed, "seed", 0)
     check_count(batch_size, "batch_size")
@@ -95,11 +71,11 @@ def observe(
         raise EvaluationError(
             f"autoattack must be bool {tuple(labels.shape)}, not {autoattack.dtype} {tuple(autoattack.shape)}"
         )
-    network = _Differentiable(model)
     parts = []
     for batch, aim in zip(pixels.split(batch_size), aims.split(batch_size), strict=True):
-        with _own_randomness(batch.device, seed):
-            parts.append(_observe_batch(network, batch, aim, eps, seed, source, spent))
+        with random_state_kept():
+            _seed_global(batch.device, seed)
+            parts.append(_observe_batch(Differentiable(model), batch, aim, eps, seed, source, spent))
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     if autoattack is not None:
         columns["autoattack"] = columns["clean"] & autoattack.cpu()
@@ -108,16 +84,12 @@ def observe(
     return columns
 
 
-def _budget(budget: str | Budget) -> Budget:
-    if isinstance(budget, Budget):
-        return budget
-    if budget not in BUDGETS:
-        near = difflib.get_close_matches(str(budget), BUDGETS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise EvaluationError(
-            f"budget must be one of {', '.join(map(repr, BUDGETS))} or a Budget, not {budget!r}{hint}"
-        )
-    return BUDGETS[budget]
+def _seed_global(device: torch.device, seed: int) -> None:
+    """Not `torch.manual_seed`, which reaches for devices that nobody has started."""
+    torch.random.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _observe_batch(
@@ -125,41 +97,58 @@ def _observe_batch(
 ) -> dict[str, Tensor]:
     columns = _look(model, images, labels, eps)
     right = columns["clean"]
-    climb = partial(pgd, eps=eps, steps=budget.steps)
 
     def attacked(attack: Callable[..., Tensor], among: Tensor = right, by: nn.Module = model) -> Tensor:
-        """Which of the images still stand; the others are not attacked, and those wrong to begin with never."""
+        """Which of the images withstand; the others are not attacked."""
         chosen = among.nonzero()[:, 0]
         found = images.clone()
         if len(chosen):
             found[chosen] = attack(by, images[chosen], labels[chosen])
         return among & _withstands(model, found, labels)
 
-    def stream() -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
+    def climb(by: nn.Module, points: Tensor, aims: Tensor, stream: int = seed, **changed: object) -> Tensor:
+        settings = {"eps": eps, "steps": budget.steps, **changed}
+        return pgd(by, points, aims, generator=torch.Generator().manual_seed(stream), **settings)  # type: ignore[arg-type]
 
     columns["fgsm"] = attacked(partial(fgsm, eps=eps))
-    columns["pgd"] = attacked(partial(climb, generator=stream()))
-    columns["pgd_more_steps"] = attacked(partial(pgd, eps=eps, steps=budget.more_steps, generator=stream()))
-    columns["pgd_margin"] = attacked(partial(climb, loss="margin", generator=stream()))
-    columns["pgd_double"] = attacked(partial(pgd, eps=2 * eps, steps=budget.steps, generator=stream()))
+    longer = _Stops(partial(climb, steps=budget.more_steps), budget.steps)
+    columns["pgd_more_steps"] = attacked(longer)
+    columns["pgd"] = attacked(lambda *_: longer.on_the_way)
+    columns["pgd_margin"] = attacked(partial(climb, loss="margin"))
+    # Stopping at the first hit saves time, but a randomised network errs at some time on the way to anywhere.
+    keep = "first_hit" if columns["repeats"].all() else "last"
+    columns["pgd_double"] = attacked(partial(climb, eps=2 * eps, keep=keep))
     # From the image itself: a random point of the whole cube would fool a network whose gradient leads nowhere, too.
-    columns["pgd_unbounded"] = attacked(partial(climb, eps=1.0, random_start=False))
+    columns["pgd_unbounded"] = attacked(partial(climb, eps=1.0, random_start=False, keep=keep))
     columns["restarts_withstood"] = _restarts(attacked, climb, columns["pgd"], seed, budget.restarts)
     columns["signs"] = attacked(partial(_best_signs, eps=eps, count=budget.signs, seed=seed))
     if budget.queries:
-        columns["square"] = attacked(partial(square, eps=eps, queries=budget.queries, seed=seed))
+        columns["square"] = attacked(partial(_square, eps=eps, queries=budget.queries, seed=seed))
     if source is not None:
-        columns["transfer"] = attacked(partial(climb, generator=stream()), by=_Differentiable(source))
+        columns["transfer"] = attacked(climb, by=Differentiable(source))
     columns["pgd_averaged"] = torch.full(labels.shape, torch.nan, device=images.device)
     if not columns["repeats"].all():
-        averaged = _Averaged(model, budget.draws)
-        columns["pgd_averaged"] = attacked(partial(climb, generator=stream()), by=averaged).float()
+        columns["pgd_averaged"] = attacked(climb, by=Averaged(model, budget.draws)).float()
     return columns
 
 
+class _Stops:
+    """An attack that remembers where it was after `step` steps: the result of the shorter attack of the same start."""
+
+    def __init__(self, climb: Callable[..., Tensor], step: int) -> None:
+        self.climb, self.step = climb, step
+        self.on_the_way = torch.empty(0)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return self.climb(model, images, labels, on_step=self._remember)
+
+    def _remember(self, step: int, points: Tensor, _: Tensor) -> None:
+        if step == self.step:
+            self.on_the_way = points.clone()
+
+
 def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Tensor]:
-    """What needs no attack: two forwards, the gradients of both losses, one step along the second."""
+    """What needs no attack: two forwards, the gradients of both losses, small steps along the second."""
     with attackable(model) as logits_of:
         points = images.clone().requires_grad_(True)
         logits = logits_of(points)
@@ -170,23 +159,36 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[
         (steepest,) = torch.autograd.grad(loss, points, retain_graph=True)
         margins = _margins(logits, labels)
         (slope,) = torch.autograd.grad(margins.sum(), points)
-        slope = slope.nan_to_num(0.0, 0.0, 0.0)
-        # A quarter of the radius is PGD's own step: does the gradient know what such a step brings?
-        stepped = (images + eps / 4 * slope.sign()).clamp(0, 1)
+        kept = _kept_promise(logits_of, images, labels, margins.detach(), slope.nan_to_num(0.0, 0.0, 0.0), eps)
         with torch.no_grad():
-            promised = (slope.double() * (stepped - images)).flatten(1).sum(dim=1)
-            gained = (_margins(logits_of(stepped), labels) - margins).double()
-            again = logits_of(images)
+            change = (logits_of(images) - logits).abs().amax(dim=1)
     logits = logits.detach()
-    tolerance = 1e-4 * logits.abs().amax(dim=1)  # kernels of some devices add in an order of their own
     return {
         "clean": logits.argmax(dim=1) == labels,
-        "repeats": (again - logits).abs().amax(dim=1) <= tolerance,
+        "repeats": change <= REPEATS * logits.abs().amax(dim=1),
         "zero_gradient": (steepest == 0).flatten(1).all(dim=1),
         "finite_gradient": steepest.isfinite().flatten(1).all(dim=1),
         "saturated": logits.softmax(dim=1).amax(dim=1) == 1,
-        "kept_promise": (gained / promised.where(promised != 0, torch.nan)).detach(),
+        "kept_promise": kept,
     }
+
+
+@torch.no_grad()
+def _kept_promise(
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, margins: Tensor, slope: Tensor, eps: float
+) -> Tensor:
+    """(f(x + d) - f(x)) / (d . gradient of f) for steps d along the gradient's sign: 1 where f is linear, (n,).
+
+    f is the margin of the logits: it has no scale and does not saturate, while the cross-entropy of a confident
+    network bends within any step. The worst of `SMALL_STEPS` counts; NaN where the gradient is zero.
+    """
+    ratios = []
+    for step in SMALL_STEPS:
+        moved = (images + step * eps * slope.sign()).clamp(0, 1)
+        promised = (slope.double() * (moved - images)).flatten(1).sum(dim=1)
+        gained = (_margins(logits_of(moved), labels) - margins).double()
+        ratios.append(gained / promised.where(promised != 0, torch.nan))
+    return torch.stack(ratios).amin(dim=0).float()
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -203,74 +205,40 @@ def _withstands(model: nn.Module, found: Tensor, labels: Tensor) -> Tensor:
 def _restarts(
     attacked: Callable[..., Tensor], climb: Callable[..., Tensor], standing: Tensor, seed: int, restarts: int
 ) -> Tensor:
-    """How many further random starts each image withstood, one after another: `restarts` if all, -1 if not the first.
+    """How many further random starts each image withstood one after another, `restarts` at most, (n,) float32.
 
-    Images that fell to the first start, or were wrong to begin with, count as -1.
+    -1 for images that fell to the first start or were wrong to begin with.
     """
-    withstood = standing.double() - 1
+    withstood = standing.float() - 1
     for restart in range(1, restarts + 1):
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * restart)  # not the stream of a nearby seed
-        standing = attacked(partial(climb, generator=generator), among=standing)
+        standing = attacked(
+            partial(climb, stream=seed + 1_000_003 * restart), among=standing
+        )  # no nearby seed's stream
         withstood += standing
     return withstood
+
+
+def _square(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, queries: int, seed: int) -> Tensor:
+    """The Square attack alone: queries, no gradients."""
+    return run_autoattack(
+        model, images, labels, eps=eps, seed=seed, batch_size=len(images), attacks=["square"], queries=queries
+    ).images
 
 
 def _best_signs(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, count: int, seed: int) -> Tensor:
     """Of `count` perturbations of +-eps, each pixel's sign drawn by itself, the one with the largest margin.
 
-    It is chosen and then judged, so that a randomised network gets no further chance to err with every draw.
+    It is chosen first and judged by another forward, so that a randomised network does not get a further chance to
+    err with every draw.
     """
     best, found = torch.full(labels.shape, -torch.inf, device=images.device), images
     with attackable(model) as logits_of, torch.no_grad():
         for draw in range(count):
-            seeds = seeds_of(images, seed, draw)
-            drawn = [torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(each)) for each in seeds]
-            signs = (torch.stack(drawn).to(images.device) - 0.5).sign()
-            points = (images + eps * signs).clamp(0, 1)
+            generators = (torch.Generator().manual_seed(each) for each in seeds_of(images, seed, draw))
+            drawn = torch.stack([torch.rand(images.shape[1:], generator=generator) for generator in generators])
+            points = (images + eps * (drawn.to(images.device) - 0.5).sign()).clamp(0, 1)
             margins = _margins(logits_of(points), labels)
             better = margins > best
             best = torch.where(better, margins, best)
             found = torch.where(better.view(-1, 1, 1, 1), points, found)
     return found
-
-
-class _Differentiable(nn.Module):
-    """The same logits, always with a graph to the pixels: where there is none, with a gradient of zero.
-
-    Attacks refuse a network without one (a threshold, an argmax on the way); here it is a finding.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.network = bare(model)
-        self.training = model.training
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            return logits  # refused by `check_logits`, with its shape
-        return logits.float() + 0.0 * images.flatten(1).sum(dim=1, keepdim=True)
-
-
-class _Averaged(nn.Module):
-    """The mean logits of several forwards of a randomised network: expectation over its randomness."""
-
-    def __init__(self, model: nn.Module, draws: int) -> None:
-        super().__init__()
-        self.network, self.draws = model, draws
-        self.training = model.training
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([self.network(images) for _ in range(self.draws)]).mean(dim=0)
-
-
-@contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's global generators start at `seed`, for networks that draw from them, and are put back."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.random.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

@@ -7,13 +7,21 @@ from dataclasses import dataclass
 from math import ceil, log
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import EvaluationError
-from .checks import CHECKS, FAR, Check, Observed
-from .observations import SETTING, Budget
-from .statistics import CHANCE
+from . import comparisons, symptoms
+from .budget import Budget
+from .chance import CHANCE
+from .check import Check, Observed
+from .observations import SETTING
+
+CHECKS = (
+    comparisons.black_box, comparisons.square, comparisons.autoattack, comparisons.random_signs,
+    comparisons.single_step, comparisons.saturated_logits, comparisons.averaged_gradients, symptoms.zero_gradients,
+    symptoms.unbounded_radius, symptoms.smooth_loss, symptoms.deterministic, symptoms.double_radius,
+    comparisons.more_steps, comparisons.restarts,
+)  # fmt: skip
 
 SOUND = "no sign of gradient masking"
 SUSPECT = "suspect"
@@ -29,7 +37,7 @@ class Diagnosis:
 
     Attributes:
         verdict: "no sign of gradient masking", "suspect" or "gradient masking".
-        summary: a sentence or two with the reasons.
+        summary: the strongest reason, what failed, and how small a difference the images can show.
         checks: every check, with its numbers.
     """
 
@@ -95,12 +103,15 @@ def _observed(observations: Mapping[str, Tensor]) -> Observed:
 
 
 def _summary(checks: tuple[Check, ...], count: int) -> str:
-    made = [check for check in checks if check.passed is not None]
-    failed = [check for check in made if not check.passed]
-    seen = max(FAR, FEWEST / count)
-    power = f"on {count} images, where attacks must differ by {100 * seen:.1f} points or more to be told apart"
-    if not failed:
-        return f"All {len(made)} checks that could be made passed, {power}."
-    strongest = next((check for check in failed if check.decisive), failed[0])
-    names = ", ".join(check.name for check in failed)
-    return f"{strongest.says} {len(failed)} of {len(made)} checks failed ({names}), {power}."
+    decided = [check for check in checks if check.passed is not None]
+    failed = [check for check in decided if not check.passed]
+    open_ones = [check.name for check in checks if check.undecided]
+    if failed:
+        first = max(failed, key=lambda check: (check.decisive, (check.value or 0) - check.limit))
+        text = f"{first.says} {len(failed)} of {len(decided)} checks failed: {', '.join(c.name for c in failed)}."
+    else:
+        text = f"All {len(decided)} checks passed that could be made."
+    if open_ones:
+        text += f" Undecided, for too few images: {', '.join(open_ones)}."
+    seen = max(comparisons.FAR, FEWEST / count)
+    return f"{text} On {count} images two attacks are told apart from a difference of {100 * seen:.1f} points on."

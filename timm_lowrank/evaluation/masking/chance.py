@@ -10,8 +10,8 @@ from torch import Tensor
 CHANCE = 0.01
 """Above this probability a finding is put down to chance.
 
-A dozen checks are made of each network. Each also asks for a difference that matters (its limit), which a sound
-network keeps away from, so that the chance of a false alarm stays well below the sum of a dozen of these.
+A dozen checks are made of each network. Each also asks for a difference that matters, its limit, and sound networks
+stay clear of the limits, so that a false alarm is far less likely than a dozen times this.
 """
 
 
@@ -27,9 +27,10 @@ class Paired(NamedTuple):
         """How far the second accuracy lies below the first."""
         return self.first - self.second
 
-    def exceeds(self, limit: float) -> bool:
-        """The second lies further below the first than `limit`, and below it by more than chance."""
-        return self.gap > limit and self.chance < CHANCE
+    @property
+    def beyond_chance(self) -> bool:
+        """The second lies below the first, and chance is unlikely to have done that."""
+        return self.chance < CHANCE
 
 
 def paired(
@@ -43,17 +44,21 @@ def paired(
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     chance = at_least(only_first, only_first + only_second, 0.5)
-    return Paired(float(first.float().mean()), float(second.float().mean()), chance)
+    return Paired(float(first.double().mean()), float(second.double().mean()), chance)
 
 
 def share_exceeds(hits: int, count: int, limit: float) -> bool:
-    """More than `limit` of the images are hit, and by more than chance if `limit` of all images were."""
-    return hits > limit * count and at_least(hits, count, limit) < CHANCE
+    """Whether so many hits are unlikely if a share of `limit` of all images were hit."""
+    return at_least(hits, count, limit) < CHANCE
 
 
 def at_least(hits: int, count: int, probability: float) -> float:
     """The probability of `hits` or more in `count` independent trials."""
     if hits <= 0:
+        return 1.0
+    if hits > count or probability <= 0:
+        return 0.0
+    if probability >= 1:
         return 1.0
     logs = (
         lgamma(count + 1) - lgamma(k + 1) - lgamma(count - k + 1) + k * log(probability)

@@ -1,0 +1,389 @@
+"""AutoAttack through the adapter: the bits of the package called directly, and none of its traps."""
+
+import copy
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+from attacked import trained
+from torch import nn
+
+from timm_lowrank.evaluation import attacks
+from timm_lowrank.evaluation.attacks import autoattack, run_autoattack, upstream
+from timm_lowrank.evaluation.errors import EvaluationError
+
+pyautoattack = pytest.importorskip("pyautoattack")
+
+EPS = 10 / 255
+SHORT = {"iterations": 8, "queries": 40}
+
+
+@pytest.fixture
+def net(small_net, digits):
+    return trained(small_net, digits)
+
+
+@pytest.fixture
+def batch(digits):
+    return digits[0][-24:], digits[1][-24:]
+
+
+def right(model, images, labels):
+    with torch.no_grad():
+        return model(images).argmax(dim=1) == labels
+
+
+def direct(model, images, labels, *, eps, norm, version, seed, batch_size, iterations, queries):
+    """The images of the package itself, as its own documentation calls it, with a shorter schedule."""
+    with torch.random.fork_rng(devices=[]):
+        runner = pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=seed, version=version)
+        for part in ("apgd", "apgd_targeted"):
+            old = getattr(runner, part)
+            names = set(inspect.signature(type(old).__init__).parameters) - {"self", "predict", "n_iter", "seed"}
+            same = {name: getattr(old, name) for name in names if hasattr(old, name)}
+            if part == "apgd_targeted":
+                same.pop("loss", None)
+            setattr(runner, part, type(old)(model, n_iter=iterations, seed=seed, **same))
+        runner.fab.n_iter, runner.square.n_queries = iterations, queries
+        images, _ = runner.run_standard_evaluation(images, labels, batch_size=batch_size)
+    return images
+
+
+# ---- the same bits ----
+
+
+@pytest.mark.parametrize(
+    ("norm", "version", "eps"),
+    [("linf", "standard", EPS), ("l2", "standard", 0.4), ("linf", "plus", EPS), ("l2", "rand", 0.4)],
+)
+def test_the_images_are_those_of_the_package_called_directly(net, batch, norm, version, eps):
+    short = {"iterations": 5, "queries": 20} if version != "standard" else SHORT
+    found = run_autoattack(net, *batch, eps=eps, norm=norm, version=version, seed=3, batch_size=10, **short)
+    name = {"linf": "Linf", "l2": "L2"}[norm]
+    expected = direct(
+        copy.deepcopy(net), *batch, eps=eps, norm=name, version=version, seed=3, batch_size=10, **short
+    )  # fmt: skip
+    assert torch.equal(found.images, expected)
+    assert 0 < right(net, found.images, batch[1]).sum() < right(net, *batch).sum()
+
+
+def test_the_same_call_gives_the_same_bits_and_another_seed_others(net, batch):
+    settings = {"eps": EPS, **SHORT}
+    first = autoattack(net, *batch, **settings)
+    torch.rand(3)
+    assert torch.equal(first, autoattack(net, *batch, **settings))
+    assert not torch.equal(first, autoattack(net, *batch, seed=1, **settings))
+
+
+def test_both_functions_take_the_same_arguments():
+    both = [inspect.signature(function).parameters for function in (autoattack, run_autoattack)]
+    assert both[0] == both[1]
+
+
+def as_upstream(monkeypatch):
+    """A module `autoattack` with the calls of the original, on the algorithms that are installed."""
+
+    class AutoAttack(pyautoattack.AutoAttack):
+        def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=(), version="standard",
+                     is_tf_model=False, device="cuda", log_path=None):  # fmt: skip
+            super().__init__(model, norm=norm, eps=eps, seed=seed, version=version, device=device)
+            self.verbose = verbose
+
+        def run_standard_evaluation(self, x_orig, y_orig, bs=250, return_labels=False, state_path=None):
+            self.logger.log("progress")
+            self.logger.log("Warning: it seems odd! See flags_doc.md for details.")
+            images, labels = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs)
+            return (images, labels) if return_labels else images
+
+    AutoAttack.__module__ = "autoattack.autoattack"
+    package = types.ModuleType("autoattack")
+    package.AutoAttack, package.__path__ = AutoAttack, []
+    monkeypatch.setitem(sys.modules, "autoattack", package)
+    monkeypatch.setitem(sys.modules, "autoattack.checks", pyautoattack.checks)
+
+
+def test_the_original_package_is_used_where_only_that_is_installed(net, batch, monkeypatch):
+    as_upstream(monkeypatch)
+    ours = run_autoattack(net, *batch, eps=EPS, batch_size=10, **SHORT)
+    assert ours.package.startswith("pyautoattack 0.")
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    found = run_autoattack(net, *batch, eps=EPS, batch_size=10, **SHORT)
+    assert found.package.split()[0] == "autoattack"
+    assert torch.equal(found.images, ours.images)
+    assert found.broken_by == ours.broken_by
+    assert "it seems odd!" in found.flags
+    assert not any("progress" in flag for flag in found.flags)
+
+
+def test_without_either_package_the_error_says_what_to_install(net, batch, monkeypatch):
+    monkeypatch.setattr(upstream, "PACKAGES", ("pyautoattack_that_is_not_there",))
+    with pytest.raises(ImportError, match=r"pip install 'timm_lowrank\[evaluate\]'"):
+        autoattack(net, *batch, eps=EPS)
+
+
+# ---- the protocol ----
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The settings of every run of the package, which then does nothing."""
+    runs = []
+
+    def run(self, images, labels, *, batch_size):
+        runs.append(
+            {
+                "attacks": self.attacks_to_run, "batch_size": batch_size, "images": len(images), "eps": self.epsilon,
+                "norm": self.norm, "seed": self.seed, "eot": self.apgd.eot_iter,
+                "iterations": (self.apgd.n_iter, self.apgd_targeted.n_iter, self.fab.n_iter, self.apgd.n_iter_2),
+                "restarts": (self.apgd.n_restarts, self.apgd_targeted.n_restarts, self.fab.n_restarts),
+                "targets": (self.apgd_targeted.n_target_classes, self.fab.n_target_classes),
+                "queries": self.square.n_queries,
+            }
+        )  # fmt: skip
+        return images, labels
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", run)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("version", "names", "restarts", "eot"),
+    [
+        ("standard", ["apgd-ce", "apgd-t", "fab-t", "square"], (1, 1, 1), 1),
+        ("plus", ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"], (5, 1, 5), 1),
+        ("rand", ["apgd-ce", "apgd-dlr"], None, 20),
+    ],
+)
+def test_the_default_is_the_full_protocol(net, batch, seen, version, names, restarts, eot):
+    result = run_autoattack(net, *batch, eps=EPS, version=version, seed=4)
+    assert [run["attacks"] for run in seen] == [[name] for name in names]
+    standing = int(right(net, *batch).sum())
+    for run in seen:
+        assert run["iterations"] == (100, 100, 100, 22)
+        assert run["queries"] == 5000
+        assert run["targets"] == (9, 9)
+        assert restarts is None or run["restarts"] == restarts
+        assert (run["batch_size"], run["images"], run["eps"], run["norm"]) == (250, standing, EPS, "Linf")
+        assert (run["seed"], run["eot"]) == (4, eot)
+    assert result.flags == ()
+    assert torch.equal(result.images, batch[0])
+    assert set(result.broken_by) == {None, "clean"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "version", "names"),
+    [
+        (2, "standard", ["apgd-ce", "fab-t", "square"]),
+        (3, "standard", ["apgd-ce", "fab-t", "square"]),
+        (3, "rand", ["apgd-ce", "apgd-dlr"]),
+        (4, "standard", ["apgd-ce", "apgd-t", "fab-t", "square"]),
+        (2, "plus", ["apgd-ce", "fab", "square", "fab-t"]),
+    ],
+)
+def test_fewer_classes_get_the_attacks_and_targets_that_exist(small_net, batch, seen, classes, version, names):
+    images, labels = batch
+    result = run_autoattack(small_net(classes).eval(), images, labels % classes, eps=EPS, version=version)
+    assert [run["attacks"] for run in seen] == [[name] for name in names]
+    assert {run["targets"] for run in seen} == {(classes - 1, classes - 1)}
+    every = upstream_attacks(version)
+    assert [flag.split()[0] for flag in result.flags] == [name for name in every if name not in names]
+
+
+def upstream_attacks(version):
+    return pyautoattack.AutoAttack(None, version=version).attacks_to_run
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("version", ["standard", "plus"])
+def test_networks_of_few_classes_are_attacked(small_net, batch, classes, version):
+    images, labels = batch
+    torch.manual_seed(1)
+    model = small_net(classes).eval()
+    labels = model(images).argmax(dim=1) if version == "plus" else labels % classes
+    found = run_autoattack(model, images, labels, eps=0.1, version=version, iterations=3, queries=10)
+    names = {None, "clean", *upstream_attacks(version)} - ({"apgd-t"} if classes < 4 else set())
+    assert set(found.broken_by) <= names
+    assert (found.images - images).abs().max() <= 0.1 + 1e-6
+
+
+def test_each_image_is_broken_by_the_first_attack_that_can(net, batch):
+    images, labels = batch
+    found = run_autoattack(net, images, labels, eps=EPS, **SHORT)
+    clean, after = right(net, images, labels), right(net, found.images, labels)
+    assert [name == "clean" for name in found.broken_by] == (~clean).tolist()
+    assert [name is None for name in found.broken_by] == after.tolist()
+    changed = (found.images != images).flatten(1).any(dim=1)
+    assert changed.tolist() == [name not in (None, "clean") for name in found.broken_by]
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    assert (found.images - images).abs().max() <= EPS + 1e-6
+    first = run_autoattack(net, images, labels, eps=EPS, attacks=["apgd-ce"], **SHORT)
+    ours = [name == "apgd-ce" for name in found.broken_by]
+    assert [name == "apgd-ce" for name in first.broken_by] == ours
+    assert any(ours)
+    assert torch.equal(found.images[ours], first.images[ours])
+    square = run_autoattack(net, images, labels, eps=EPS, attacks=("square",), **SHORT)
+    assert set(square.broken_by) == {None, "clean", "square"}
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_image_and_one_image(net, batch, count):
+    found = run_autoattack(net, batch[0][:count], batch[1][:count], eps=0.3, **SHORT)
+    assert found.images.shape == (count, 1, 8, 8)
+    assert len(found.broken_by) == count
+    assert found.broken_by == () or found.broken_by[0] in (*upstream_attacks("standard"), "clean")
+
+
+# ---- what is left as it was ----
+
+
+def test_nothing_of_the_package_is_left_behind(net, batch, random_stream):
+    net.train()
+    weights = [parameter.clone() for parameter in net.parameters()]
+    counts = dict(pyautoattack.checks.funcs)
+    tracer = sys.gettrace()
+
+    def trace(frame, event, argument):
+        return None
+
+    sys.settrace(trace)
+    try:
+        autoattack(net, *batch, eps=EPS, norm="l2", iterations=2, queries=4)
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(tracer)
+    assert random_stream()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(old, new) for old, new in zip(weights, net.parameters(), strict=True))
+    assert all(module.training for module in net.modules())
+    assert pyautoattack.checks.funcs == counts
+
+
+class Wrapped(nn.Module):
+    """A network with something before it."""
+
+    def __init__(self, network, before):
+        super().__init__()
+        self.network, self.before = network, before
+
+    def forward(self, images):
+        return self.network(self.before(images))
+
+
+def test_one_dynamic_network_does_not_mark_the_next(net, batch):
+    def optimise(images):
+        with torch.enable_grad():
+            point = torch.zeros(1, requires_grad=True)
+            (point**2).sum().backward()
+        return images
+
+    few = {"eps": EPS, "attacks": ["apgd-ce"], "iterations": 2}
+    assert any("dynamic" in flag for flag in run_autoattack(Wrapped(net, optimise), *batch, **few).flags)
+    assert not any("dynamic" in flag for flag in run_autoattack(net, *batch, **few).flags)
+
+
+# ---- flags ----
+
+
+def test_the_flags_are_data_and_silent(net, batch, capfd):
+    def noise(images):
+        return images + 0.1 * torch.randn_like(images)
+
+    result = run_autoattack(Wrapped(net, noise), *batch, eps=EPS, attacks=["apgd-ce"], iterations=2)
+    assert any("randomized" in flag for flag in result.flags)
+    assert any(flag.startswith("shortened to 2 iterations") for flag in result.flags)
+    assert len(set(result.flags)) == len(result.flags)
+    assert not any("flags_doc" in flag for flag in result.flags)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_masked_gradients_and_their_discovery_by_square_are_flagged(net, batch):
+    def quantise(images):
+        return (images * 4).round() / 4
+
+    result = run_autoattack(Wrapped(net, quantise), *batch, eps=0.2, batch_size=7, iterations=2, queries=100)
+    count = int(right(Wrapped(net, quantise), *batch).sum())
+    assert f"the gradient of the cross-entropy is zero for {count} of {count} images" in result.flags
+    broken = result.broken_by.count("square")
+    assert broken > 2
+    assert any(flag.startswith(f"Square, which sees no gradients, broke {broken} of 24") for flag in result.flags)
+    assert sum("points with zero gradient" in flag for flag in result.flags) == 1
+    sound = run_autoattack(net, *batch, eps=0.2, iterations=10, queries=20)
+    assert all(flag.startswith("shortened") for flag in sound.flags)
+
+
+# ---- networks and images of other kinds ----
+
+
+def test_channels_last_networks_and_images_are_attacked(batch, small_net):
+    torch.manual_seed(0)
+    model = small_net(channels=3).to(memory_format=torch.channels_last).eval()
+    images = batch[0].repeat(1, 3, 1, 1).to(memory_format=torch.channels_last)
+    labels = model(images).argmax(dim=1)
+    point = images.clone().requires_grad_()
+    (strided,) = torch.autograd.grad(model(point).sum(), point)
+    assert not strided.is_contiguous(), "the trap is not there: the test is of nothing"
+    found = autoattack(model, images, labels, eps=0.05, **SHORT)
+    assert found.is_contiguous()
+    assert not right(model, found, labels).all()
+
+
+def test_half_precision_networks_are_attacked_on_float32_logits(net, batch):
+    class Half(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = copy.deepcopy(network).bfloat16()
+
+        def forward(self, images):
+            return self.network(images.bfloat16())
+
+    model = Half(net)
+    result = run_autoattack(model, *batch, eps=EPS, **SHORT)
+    assert result.images.dtype == torch.float32
+    assert right(model, result.images, batch[1]).sum() < right(model, *batch).sum()
+
+
+# ---- what cannot be ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": 0}, "eps must be a finite number above 0"),
+        ({"norm": "Linf"}, "did you mean 'linf'"),
+        ({"version": "standart"}, "did you mean 'standard'"),
+        ({"version": "custom"}, "version must be one of"),
+        ({"attacks": ["apgd-dlr"]}, "attacks must be one of 'apgd-ce', 'apgd-t', 'fab-t', 'square'"),
+        ({"attacks": []}, "attacks is empty"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"iterations": 0}, "iterations must be"),
+        ({"queries": 0.5}, "queries must be"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_error(net, batch, settings, message):
+    with pytest.raises(EvaluationError, match=message):
+        autoattack(net, *batch, **{"eps": EPS, **settings})
+
+
+def test_wrong_images_labels_and_networks_are_errors(net, batch, small_net):
+    images, labels = batch
+    with pytest.raises(EvaluationError, match=r"pixels must lie in \[0, 1\]"):
+        autoattack(net, images * 2, labels, eps=EPS)
+    with pytest.raises(EvaluationError, match=r"labels must lie in 0\.\.9"):
+        autoattack(net, images, labels + 1, eps=EPS)
+    with pytest.raises(EvaluationError, match="at least two classes"):
+        autoattack(small_net(1), images, labels * 0, eps=EPS)
+    with pytest.raises(EvaluationError, match="apgd-t needs 4 classes, the model has 3"):
+        autoattack(small_net(3), images, labels % 3, eps=EPS, attacks=["apgd-t"])
+    cut = Wrapped(net, torch.Tensor.detach)
+    with pytest.raises(EvaluationError, match="operations that torch can differentiate"):
+        autoattack(cut, images, labels, eps=EPS)
+    assert autoattack(cut, images, labels, eps=EPS, attacks=["square"], queries=5).shape == images.shape
+
+
+def test_the_settings_of_the_versions_are_those_of_the_package():
+    for version, names in attacks.auto.VERSIONS.items():
+        assert list(names) == upstream_attacks(version)
