@@ -126,12 +126,16 @@ def measure(case: Case, model: nn.Module, rounds: int, device: torch.device) -> 
     }
 
 
+def rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a saved timm network; a small one is trained without it")
     parser.add_argument("--data", default="digits", help="digits, or a folder of images; test images are attacked")
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--autoattack-images", type=int, default=50)
+    parser.add_argument("--autoattack-images", type=int, default=20)
     parser.add_argument("--radius", type=float, default=8, help="of L_inf in 1/255; that of L2 is 16 times as long")
     parser.add_argument("--batch-size", type=int, default=250, help="of AutoAttack")
     parser.add_argument("--rounds", type=int, default=3)
@@ -156,8 +160,8 @@ def main() -> None:
         ("attack", "images", "here", "reference", "package", "ratio", "same", "bits", "robust", "reference"),
         [
             (
-                row["attack"], row["images"], f"{row['images_per_second']:.1f}",
-                f"{row['reference_images_per_second']:.1f}", row["package"], f"{row['ratio']:.2f}",
+                row["attack"], row["images"], rate(row["images_per_second"]),
+                rate(row["reference_images_per_second"]), row["package"], f"{row['ratio']:.2f}",
                 f"{row['same']:.3f}", f"{row['bits']:.3f}", f"{row['robust']:.3f}", f"{row['reference_robust']:.3f}",
             )
             for row in rows

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from accelerate import PartialState
 
 from timm_lowrank.core.errors import LowRankError
 from timm_lowrank.evaluation.errors import EvaluationError
-from timm_lowrank.suites import Options, evaluate, text_table
+from timm_lowrank.report import text_table
+from timm_lowrank.suites import Options, evaluate
 from timm_lowrank.training import TrainingError
 
 
@@ -60,6 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
         network=given.network, against=tuple(given.against), suites=tuple(dict.fromkeys(given.suite)), data=given.data,
         limit=given.limit, train_limit=given.train_limit, other_labels=given.other_labels, seed=given.seed,
         chunk=given.batch_size, output=given.output, overwrite=given.overwrite,
+        command=shlex.join(["python", "recipes/evaluate.py", *(sys.argv[1:] if arguments is None else arguments)]),
     )  # fmt: skip
 
 

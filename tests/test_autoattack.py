@@ -17,7 +17,7 @@ from timm_lowrank.evaluation.errors import EvaluationError
 pyautoattack = pytest.importorskip("pyautoattack")
 
 EPS = 10 / 255
-SHORT = {"iterations": 8, "queries": 40}
+SHORT = {"iterations": 5, "queries": 20}
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def direct(model, images, labels, *, eps, norm, version, seed, batch_size, itera
     [("linf", "standard", EPS), ("l2", "standard", 0.4), ("linf", "plus", EPS), ("l2", "rand", 0.4)],
 )
 def test_the_images_are_those_of_the_package_called_directly(net, batch, norm, version, eps):
-    short = {"iterations": 5, "queries": 20} if version != "standard" else SHORT
+    short = {"iterations": 3, "queries": 10} if version != "standard" else SHORT
     found = run_autoattack(net, *batch, eps=eps, norm=norm, version=version, seed=3, batch_size=10, **short)
     name = {"linf": "Linf", "l2": "L2"}[norm]
     expected = direct(
@@ -75,6 +75,8 @@ def test_the_same_call_gives_the_same_bits_and_another_seed_others(net, batch):
     torch.rand(3)
     assert torch.equal(first, autoattack(net, *batch, **settings))
     assert not torch.equal(first, autoattack(net, *batch, seed=1, **settings))
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert torch.equal(first, autoattack(net, batch[0].clone(), batch[1].clone(), **settings))
 
 
 def test_both_functions_take_the_same_arguments():
@@ -170,6 +172,24 @@ def test_the_default_is_the_full_protocol(net, batch, seen, version, names, rest
     assert result.flags == ()
     assert torch.equal(result.images, batch[0])
     assert set(result.broken_by) == {None, "clean"}
+
+
+@pytest.mark.parametrize("iterations", [7, 50, 150])
+def test_another_length_is_as_if_the_package_had_been_built_with_it(net, batch, monkeypatch, iterations):
+    runners = []
+
+    def run(self, images, labels, *, batch_size):
+        runners.append(self)
+        return images, labels
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", run)
+    autoattack(net, *batch, eps=EPS, attacks=["apgd-ce"], iterations=iterations, queries=77)
+    for part in (runners[0].apgd, runners[0].apgd_targeted):
+        fresh = vars(type(part)(net, n_iter=iterations, eps=EPS))
+        names = [name for name in fresh if "n_iter" in name or name == "size_decr"]
+        assert len(names) == 5
+        assert {name: vars(part)[name] for name in names} == {name: fresh[name] for name in names}
+    assert (runners[0].fab.n_iter, runners[0].square.n_queries) == (iterations, 77)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +292,7 @@ class Wrapped(nn.Module):
         return self.network(self.before(images))
 
 
-def test_one_dynamic_network_does_not_mark_the_next(net, batch):
+def test_one_dynamic_network_does_not_mark_the_next(net, batch, monkeypatch):
     def optimise(images):
         with torch.enable_grad():
             point = torch.zeros(1, requires_grad=True)
@@ -282,6 +302,9 @@ def test_one_dynamic_network_does_not_mark_the_next(net, batch):
     few = {"eps": EPS, "attacks": ["apgd-ce"], "iterations": 2}
     assert any("dynamic" in flag for flag in run_autoattack(Wrapped(net, optimise), *batch, **few).flags)
     assert not any("dynamic" in flag for flag in run_autoattack(net, *batch, **few).flags)
+    monkeypatch.setitem(pyautoattack.checks.funcs, "grad", 1)  # as a run of the package by itself leaves it
+    assert not any("dynamic" in flag for flag in run_autoattack(net, *batch, **few).flags)
+    assert pyautoattack.checks.funcs["grad"] == 1
 
 
 # ---- flags ----
@@ -322,11 +345,10 @@ def test_channels_last_networks_and_images_are_attacked(batch, small_net):
     model = small_net(channels=3).to(memory_format=torch.channels_last).eval()
     images = batch[0].repeat(1, 3, 1, 1).to(memory_format=torch.channels_last)
     labels = model(images).argmax(dim=1)
-    point = images.clone().requires_grad_()
-    (strided,) = torch.autograd.grad(model(point).sum(), point)
-    assert not strided.is_contiguous(), "the trap is not there: the test is of nothing"
-    found = autoattack(model, images, labels, eps=0.05, **SHORT)
-    assert found.is_contiguous()
+    with pytest.raises(RuntimeError, match="view size is not compatible"):  # the trap
+        direct(model, images, labels, eps=1e-4, norm="Linf", version="standard", seed=0, batch_size=250, **SHORT)
+    assert autoattack(model, images, labels, eps=1e-4, **SHORT).is_contiguous()
+    found = autoattack(model, images, labels, eps=0.05, attacks=["apgd-t"], **SHORT)
     assert not right(model, found, labels).all()
 
 

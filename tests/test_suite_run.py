@@ -16,7 +16,8 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 
 from timm_lowrank.evaluation.errors import EvaluationError
-from timm_lowrank.suites import Options, evaluate, text_table
+from timm_lowrank.report import text_table
+from timm_lowrank.suites import Options, evaluate
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean
 from timm_lowrank.suites.measurements.base import median, radius_text, share
 from timm_lowrank.suites.plan import SUITES, chosen_suites, measurements_of
@@ -37,7 +38,7 @@ RECIPE = {
     "schedule": "cosine",
     "twin": True,
 }
-VARIES = ("created", "seconds", "processes")
+VARIES = ("created", "seconds", "processes", "command")
 
 
 @pytest.fixture(autouse=True)
@@ -338,7 +339,7 @@ def test_figures_are_counts_medians_and_radii():
     assert middle["value"] == 50
     assert middle["low"] < 50 < middle["high"]
     assert median([float("nan"), 2.0])["of"] == 1
-    assert [radius_text(eps) for eps in (8 / 255, 0.5, 1.5 / 255, 0.0)] == ["8/255", "0.5", "0.00588235", "0"]
+    assert [radius_text(eps) for eps in (8 / 255, 0.5, 1.5 / 255, 0.0)] == ["8/255", "0.5", "1.5/255", "0"]
 
 
 def test_a_measurement_that_fails_leaves_the_others(trained, tmp_path, monkeypatch, small):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -88,21 +88,14 @@ def attackable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     frozen = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
 
     def logits(images: Tensor) -> Tensor:
-        seen = images.contiguous().view_as(images)
-        if seen.requires_grad:
-            # A channels_last network gives gradients in its own layout, on which the DLR losses of AutoAttack fail.
-            seen.register_hook(Tensor.contiguous)
-        found: Tensor = network(seen)
-        return found.float()
+        found: Tensor = network(images.contiguous())
+        return found.float() if isinstance(found, Tensor) else found
 
     device = next((parameter.device.type for parameter, _ in frozen), "cpu")
     try:
         network.eval()
         network.requires_grad_(False)
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device, enabled=False))
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             yield logits
     finally:
         for module, mode in modes:

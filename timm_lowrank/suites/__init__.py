@@ -6,6 +6,5 @@
 """
 
 from .evaluation import Options, evaluate, write_evaluation
-from .terminal import text_table
 
-__all__ = ["Options", "evaluate", "text_table", "write_evaluation"]
+__all__ = ["Options", "evaluate", "write_evaluation"]

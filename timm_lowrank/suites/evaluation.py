@@ -20,14 +20,13 @@ from accelerate import PartialState
 
 from ..evaluation.checks import check_before_attack
 from ..evaluation.errors import EvaluationError, EvaluationWarning
+from ..report import write_plots, write_report
 from ..training import ImageData, load_images
 from ..training.disk import disk_errors, read_json, write_whole
 from .context import Context, build_context
 from .journal import ADVICE, Journal
 from .measurements.base import Findings
 from .plan import chosen_suites, measurements_of
-from .plots import write_plots
-from .report import write_report
 from .runner import header, run
 from .subject import Subject, load_subject
 
@@ -52,6 +51,7 @@ class Options:
         chunk: images in a batch and in a piece of work. AutoAttack's random numbers depend on it.
         output: where evaluation.json, plots/ and report.html go; None is the run folder.
         overwrite: whether a finished evaluation that was another one may be replaced.
+        command: how to repeat it, for the report.
     """
 
     network: str
@@ -65,6 +65,7 @@ class Options:
     chunk: int = 100
     output: Path | None = None
     overwrite: bool = False
+    command: str | None = None
 
 
 def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
     content = {
         "format": FORMAT,
         "suite": " + ".join(options.suites),
+        "command": options.command,
         "seed": options.seed,
         "chunk": options.chunk,
         "confidence": context.confidence,

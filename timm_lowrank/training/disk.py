@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: if it is not there or not JSON.
     """
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}") from error
 
@@ -30,7 +30,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all, even after a loss of power."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -94,7 +95,7 @@ def seeds_of(images: Tensor, stream: int, restart: int) -> list[int]:
     ]
 
 
-def _random(like: Tensor, seeds: list[int], draw) -> Tensor:  # type: ignore[no-untyped-def]
+def _random(like: Tensor, seeds: list[int], draw: Callable[..., Tensor]) -> Tensor:
     """One draw of the shape of each row, always on the CPU: the same numbers whatever the device."""
     rows = [draw(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(like)

@@ -124,10 +124,11 @@ def _climb(
             fooled[going] = climb.fooled(logits.detach(), labels[going], targets[going])
         if on_step is not None:
             on_step(step, points, seen)
-        moving = ~fooled[going] if climb.stop_when_fooled else torch.ones_like(fooled[going])
-        if not last and moving.any():
-            gradient = input_gradient(climb.objective(logits[moving], targets[going[moving]]), here)[moving]
-            moved = ball.rows(going[moving]).step(here.detach()[moving], gradient, climb.step_size)
-            points = points.index_copy(0, going[moving], moved)
-        going = going[moving]
+        rows = ~fooled[going] if climb.stop_when_fooled else slice(None)
+        moving = going[rows]
+        if len(moving) and not last:
+            gradient = input_gradient(climb.objective(logits[rows], targets[moving]), here)[rows]
+            moved = ball.rows(moving).step(here.detach()[rows], gradient, climb.step_size)
+            points = points.index_copy(0, moving, moved)
+        going = moving
     return points, fooled

@@ -12,7 +12,7 @@ from ..errors import EvaluationError
 from ..pixels import attackable
 from .balls import NORMS, ball
 from .climb import LOSSES, Climb, OnStep, attack, objective_of, towards_least_likely
-from .inputs import check_choice, check_count, check_number, checked
+from .inputs import check_choice, check_count, check_logits, check_number, checked
 
 KEEP = ("last", "first_hit")
 
@@ -179,9 +179,11 @@ def least_likely(
     """The class of smallest logit of each image, (n,) int64: the target of Kurakin's Iter-LL-FGSM."""
     pixels, none = checked(images, torch.zeros(images.shape[:1], dtype=torch.int64))
     if not len(pixels):
-        return none.to(images.device)
-    with attackable(model) as logits, torch.no_grad():
-        return logits(pixels).argmin(dim=1)
+        return none
+    with attackable(model) as logits_of, torch.no_grad():
+        logits = logits_of(pixels)
+    check_logits(logits, none)
+    return logits.argmin(dim=1)
 
 
 def _check(eps: float, steps: int, step_size: float) -> None:

@@ -39,11 +39,8 @@ def checked(
             f"{name} must be integers ({images.shape[0]},), one for each image, "
             f"not {labels.dtype} {tuple(labels.shape)}"
         )
-    # Tensors made under inference_mode cannot take part in a graph; a clone made outside of it can.
-    with torch.inference_mode(False):
-        pixels = images.detach().to(torch.float32, memory_format=torch.contiguous_format)
-        pixels = pixels.clone() if pixels.is_inference() else pixels
-        return pixels, labels.detach().to(images.device, torch.int64).clone()
+    pixels = images.detach().to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels, labels.detach().to(images.device, torch.int64)
 
 
 def check_logits(logits: Tensor, labels: Tensor, name: str = "labels") -> None:

@@ -1,4 +1,4 @@
-"""What is put around a network before it is looked at."""
+"""What is put around a network before it is looked at, and read off its logits."""
 
 from __future__ import annotations
 
@@ -38,3 +38,12 @@ class Averaged(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, classes) of images (n, channels, height, width) in [0, 1]."""
         return torch.stack([self.network(images) for _ in range(self.draws)]).mean(dim=0)
+
+
+def margins(
+    logits: Tensor,  # (n, classes)
+    labels: Tensor,  # (n,) int64
+) -> Tensor:
+    """The largest other logit minus that of the label, (n,): above zero where the network errs."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.amax(dim=1) - logits.gather(1, labels[:, None])[:, 0]

@@ -9,14 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..attacks.auto import run_autoattack
-from ..attacks.balls import seeds_of
 from ..attacks.gradient import fgsm, pgd
 from ..attacks.inputs import check_count, check_logits, check_number, checked
 from ..errors import EvaluationError
 from ..pixels import attackable, random_state_kept
+from .blackbox import best_signs, square
 from .budget import Budget, budget_of
-from .networks import Averaged, Differentiable
+from .networks import Averaged, Differentiable, margins
 
 SETTING = "setting."
 """Prefix of the constant columns that say how the others were made."""
@@ -121,9 +120,9 @@ def _observe_batch(
     # From the image itself: a random point of the whole cube would fool a network whose gradient leads nowhere, too.
     columns["pgd_unbounded"] = attacked(partial(climb, eps=1.0, random_start=False, keep=keep))
     columns["restarts_withstood"] = _restarts(attacked, climb, columns["pgd"], seed, budget.restarts)
-    columns["signs"] = attacked(partial(_best_signs, eps=eps, count=budget.signs, seed=seed))
+    columns["signs"] = attacked(partial(best_signs, eps=eps, count=budget.signs, seed=seed))
     if budget.queries:
-        columns["square"] = attacked(partial(_square, eps=eps, queries=budget.queries, seed=seed))
+        columns["square"] = attacked(partial(square, eps=eps, queries=budget.queries, seed=seed))
     if source is not None:
         columns["transfer"] = attacked(climb, by=Differentiable(source))
     columns["pgd_averaged"] = torch.full(labels.shape, torch.nan, device=images.device)
@@ -157,9 +156,9 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[
             raise EvaluationError("the model gives logits that are not a number: there is nothing to attack")
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         (steepest,) = torch.autograd.grad(loss, points, retain_graph=True)
-        margins = _margins(logits, labels)
-        (slope,) = torch.autograd.grad(margins.sum(), points)
-        kept = _kept_promise(logits_of, images, labels, margins.detach(), slope.nan_to_num(0.0, 0.0, 0.0), eps)
+        reached = margins(logits, labels)
+        (slope,) = torch.autograd.grad(reached.sum(), points)
+        kept = _kept_promise(logits_of, images, labels, reached.detach(), slope.nan_to_num(0.0, 0.0, 0.0), eps)
         with torch.no_grad():
             change = (logits_of(images) - logits).abs().amax(dim=1)
     logits = logits.detach()
@@ -175,7 +174,7 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[
 
 @torch.no_grad()
 def _kept_promise(
-    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, margins: Tensor, slope: Tensor, eps: float
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, before: Tensor, slope: Tensor, eps: float
 ) -> Tensor:
     """(f(x + d) - f(x)) / (d . gradient of f) for steps d along the gradient's sign: 1 where f is linear, (n,).
 
@@ -186,15 +185,9 @@ def _kept_promise(
     for step in SMALL_STEPS:
         moved = (images + step * eps * slope.sign()).clamp(0, 1)
         promised = (slope.double() * (moved - images)).flatten(1).sum(dim=1)
-        gained = (_margins(logits_of(moved), labels) - margins).double()
+        gained = (margins(logits_of(moved), labels) - before).double()
         ratios.append(gained / promised.where(promised != 0, torch.nan))
     return torch.stack(ratios).amin(dim=0).float()
-
-
-def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """The largest other logit minus that of the label, (n,)."""
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(dim=1) - logits.gather(1, labels[:, None])[:, 0]
 
 
 def _withstands(model: nn.Module, found: Tensor, labels: Tensor) -> Tensor:
@@ -216,29 +209,3 @@ def _restarts(
         )  # no nearby seed's stream
         withstood += standing
     return withstood
-
-
-def _square(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, queries: int, seed: int) -> Tensor:
-    """The Square attack alone: queries, no gradients."""
-    return run_autoattack(
-        model, images, labels, eps=eps, seed=seed, batch_size=len(images), attacks=["square"], queries=queries
-    ).images
-
-
-def _best_signs(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, count: int, seed: int) -> Tensor:
-    """Of `count` perturbations of +-eps, each pixel's sign drawn by itself, the one with the largest margin.
-
-    It is chosen first and judged by another forward, so that a randomised network does not get a further chance to
-    err with every draw.
-    """
-    best, found = torch.full(labels.shape, -torch.inf, device=images.device), images
-    with attackable(model) as logits_of, torch.no_grad():
-        for draw in range(count):
-            generators = (torch.Generator().manual_seed(each) for each in seeds_of(images, seed, draw))
-            drawn = torch.stack([torch.rand(images.shape[1:], generator=generator) for generator in generators])
-            points = (images + eps * (drawn.to(images.device) - 0.5).sign()).clamp(0, 1)
-            margins = _margins(logits_of(points), labels)
-            better = margins > best
-            best = torch.where(better, margins, best)
-            found = torch.where(better.view(-1, 1, 1, 1), points, found)
-    return found

@@ -41,7 +41,7 @@ class Clean(Measurement):
 
     def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
         values = {title: share(columns["correct"], context.confidence) for title, columns in observed.items()}
-        findings.figure(self.key, CLEAN, "clean test images", values, protocol(context))
+        findings.figure(self.key, CLEAN, "Clean test images", values, protocol(context))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class PGD(Measurement):
         arguments = SETTINGS[self.setting].arguments(self.eps, self.steps)
         more = {
             "attack": "PGD, L_inf, cross-entropy, last iterate",
-            "setting": self.setting,
+            "setting": SETTINGS[self.setting].name,
             "eps": radius_text(self.eps),
             "steps": self.steps,
             "step_size": radius_text(arguments["step_size"]),
@@ -99,7 +99,7 @@ class PGD(Measurement):
         }
         if self.black_box:
             more["crafted_on"] = crafted_on(context, observed)
-        label = f"PGD-{self.steps}, {radius_text(self.eps)} ({self.setting})"
+        label = f"PGD-{self.steps}, {radius_text(self.eps)} ({SETTINGS[self.setting].name})"
         label += f", {self.restarts} restarts" if self.restarts > 1 else ""
         findings.figure(self.key, BLACK if self.black_box else WHITE, label, values, protocol(context, **more))
 
@@ -175,7 +175,7 @@ class AccuracyByRadius(Measurement):
 
     def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
         about = protocol(
-            context, attack="PGD, L_inf", setting="madry", steps=self.steps, step_size="eps/4",
+            context, attack="PGD, L_inf", setting="Madry", steps=self.steps, step_size="eps/4",
             random_start=True, restarts=1,
         )  # fmt: skip
         by_radius, by_rho = [], []

@@ -134,6 +134,8 @@ NO_OTHER = "it needs a second network: --against"
 
 
 def radius_text(eps: float) -> str:
-    """A radius as the literature writes it: 8/255, or 0.5 where it is no multiple of a grey level."""
-    levels = eps * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 and levels >= 0.5 else f"{eps:g}"
+    """A radius as the literature writes it: 8/255, or 0.123 where it is no multiple of half a grey level."""
+    halves = eps * 510
+    if halves < 0.5 or abs(halves - round(halves)) > 1e-6:
+        return f"{eps:g}"
+    return f"{round(halves) / 2:g}/255"

@@ -100,7 +100,7 @@ class Hybrid(Measurement):
 
     def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
         about = protocol(
-            context, attack="PGD, L_inf", setting="madry", eps=radius_text(self.eps), steps=self.steps,
+            context, attack="PGD, L_inf", setting="Madry", eps=radius_text(self.eps), steps=self.steps,
             step_size=radius_text(self.eps / 4), random_start=True, restarts=1,
             classifier="scaled, linear, hinge loss, L2 0.01, SGD", train_images=len(context.train_images),
         )  # fmt: skip

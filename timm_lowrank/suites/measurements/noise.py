@@ -45,7 +45,7 @@ class PixelNoise(Measurement):
             context, noise=f"Gaussian, {self.reading}, clipped to [0, 1]",
             probability=self.probability,
         )  # fmt: skip
-        label = f"noise p={self.probability:g}, {self.reading}"
+        label = f"Noise p={self.probability:g}, {self.reading}"
         findings.figure(self.key, NOISE_GROUP, label, values, about)
 
 
@@ -73,7 +73,7 @@ class Stability(Measurement):
 
     def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
         about = protocol(
-            context, attack="PGD, L_inf", setting="madry", eps=radius_text(self.eps), steps=self.steps,
+            context, attack="PGD, L_inf", setting="Madry", eps=radius_text(self.eps), steps=self.steps,
             step_size=radius_text(self.eps / 4), random_start=True, restarts=1,
         )  # fmt: skip
         for layer in context.layers:

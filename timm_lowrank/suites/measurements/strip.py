@@ -66,15 +66,15 @@ class Strip(Measurement):
                         "network": title,
                         "name": "difference x10" if name == "difference" else name,
                         "pixels": base64.b64encode(pixels.numpy().tobytes()).decode(),
-                        "captions": sizes if name == "difference" else classes,
-                        "notes": [],
+                        "captions": [""] * len(classes) if name == "difference" else classes,
+                        "notes": sizes if name == "adversarial" else [],
                     }
                 )
         about = (
             protocol(context, attack="DeepFool, L2", steps=50, overshoot=0.02)
             if self.attack == "deepfool"
             else protocol(
-                context, attack="PGD, L_inf", setting="madry", eps="8/255", steps=20, step_size="2/255",
+                context, attack="PGD, L_inf", setting="Madry", eps="8/255", steps=20, step_size="2/255",
                 random_start=True, restarts=1,
             )
         )  # fmt: skip

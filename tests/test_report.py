@@ -21,10 +21,13 @@ datasets = pytest.importorskip("sklearn.datasets")
 import numpy as np  # noqa: E402
 
 from timm_lowrank import drawing  # noqa: E402
-from timm_lowrank.suites import wording  # noqa: E402
-from timm_lowrank.suites.content import headline  # noqa: E402
-from timm_lowrank.suites.plots import network_place, panels_of, write_plots  # noqa: E402
-from timm_lowrank.suites.report import text_table, write_report  # noqa: E402
+from timm_lowrank.report import (  # noqa: E402
+    text_table,
+    wording,
+    write_report,
+)
+from timm_lowrank.report.content import headline  # noqa: E402
+from timm_lowrank.report.plots import network_place, panels_of, write_plots  # noqa: E402
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -390,11 +393,13 @@ def test_images_are_shown_pixel_by_pixel(page):
     assert len(images) == 36
     assert images[6]["alt"] == "adversarial, image 1 of 6; 3; rho 0.05"
     width, height, shades = decoded_png(base64.b64decode(images[0]["src"].partition(",")[2]))
-    assert (width, height) == (8, 8)
+    assert (width, height) == (96, 96)  # twelve for each pixel, so that paper shows squares
     assert shades > 8
     image = pytest.importorskip("PIL.Image")
     shown = np.asarray(image.open(io.BytesIO(base64.b64decode(images[1]["src"].partition(",")[2]))))
-    np.testing.assert_array_equal(shown, np.rint(datasets.load_digits().images[1] * 255 / 16).astype(np.uint8))
+    pixels = np.rint(datasets.load_digits().images[1] * 255 / 16).astype(np.uint8)
+    np.testing.assert_array_equal(shown, pixels.repeat(12, axis=0).repeat(12, axis=1))
+    assert (images[1]["width"], images[1]["height"]) == ("8", "8")
 
 
 def test_colour_images_keep_their_channels(tmp_path):
@@ -405,7 +410,10 @@ def test_colour_images_keep_their_channels(tmp_path):
     ]}  # fmt: skip
     url = rendered(bare(strips=[strip]), tmp_path).named("img")[0][1]["src"]
     image = pytest.importorskip("PIL.Image").open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    np.testing.assert_array_equal(np.asarray(image), pixels[0].transpose(1, 2, 0))
+    shown = np.asarray(image)
+    assert shown.shape == (4 * 19, 5 * 19, 3)
+    np.testing.assert_array_equal(shown[::19, ::19], pixels[0].transpose(1, 2, 0))
+    np.testing.assert_array_equal(shown[18::19, 18::19], pixels[0].transpose(1, 2, 0))
 
 
 def test_plots_in_the_page_take_its_colours_and_say_what_they_show(page):
@@ -585,6 +593,9 @@ def test_the_headline_is_the_strongest_common_attack():
         if one["key"] == "pgd-madry-20-8":
             del one["values"]["plain"]
     assert chosen(*alone)["PGD"] == "pgd-madry-7-8"  # the one that both networks have
+    whole = next(one for one in everything if one["key"] == "autoattack-linf-8")
+    part = {**whole, "key": "autoattack-linf-8-square", "label": "broken by square", "better": None}
+    assert chosen(part, *everything)["AutoAttack"] == "autoattack-linf-8"
     assert chosen() == {"clean": None, "PGD": None, "AutoAttack": None}
 
 

@@ -23,6 +23,7 @@ ROLES = {
     drawing.PAPER: "--paper",
     **{colour: f"--network-{place}" for place, colour in enumerate(drawing.NETWORKS)},
 }
+ENLARGED = 96  # pixels of the longer side that are not exceeded
 REFERENCE = re.compile(r"#([A-Za-z_][\w.-]*)")
 
 
@@ -59,7 +60,7 @@ def inline_svg(figure: Any, prefix: str, description: str) -> Markup:
 
 
 def thumbnails(pixels: str, shape: Sequence[int]) -> list[str]:
-    """A data URL with a PNG for each image.
+    """A data URL with a PNG for each image; small ones are enlarged, for on paper they would be smoothed.
 
     Args:
         pixels: base64 of uint8, (n, channels, height, width) in row-major order.
@@ -67,14 +68,14 @@ def thumbnails(pixels: str, shape: Sequence[int]) -> list[str]:
     """
     count, channels, height, width = shape
     data = base64.b64decode(pixels)
-    size = channels * height * width
+    size, times = channels * height * width, max(1, ENLARGED // max(height, width))
     urls = []
     for place in range(count):
         image = data[place * size : (place + 1) * size]
         planes = [image[channel * height * width : (channel + 1) * height * width] for channel in range(channels)]
         if channels not in (1, 3):
             planes = [bytes(sum(values) // channels for values in zip(*planes, strict=True))]
-        urls.append("data:image/png;base64," + base64.b64encode(_png(planes, height, width)).decode())
+        urls.append("data:image/png;base64," + base64.b64encode(_png(planes, height, width, times)).decode())
     return urls
 
 
@@ -119,12 +120,12 @@ def _adapted(value: str, used: set[str], prefix: str) -> str:
     return re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1; font-family: inherit", value)
 
 
-def _png(planes: Sequence[bytes], height: int, width: int) -> bytes:
-    """Eight bits, grey (1 plane) or RGB (3)."""
-    pixels = planes[0] if len(planes) == 1 else bytes(value for pixel in zip(*planes, strict=True) for value in pixel)
-    stride = width * len(planes)
-    rows = b"".join(b"\0" + pixels[row * stride : (row + 1) * stride] for row in range(height))
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if len(planes) == 1 else 2, 0, 0, 0)
+def _png(planes: Sequence[bytes], height: int, width: int, times: int) -> bytes:
+    """Eight bits, grey (1 plane) or RGB (3); every pixel becomes a square of `times` x `times`."""
+    pixels = [bytes(pixel) * times for pixel in zip(*planes, strict=True)]
+    lines = [b"\0" + b"".join(pixels[row * width : (row + 1) * width]) for row in range(height)]
+    rows = b"".join(line * times for line in lines)
+    header = struct.pack(">IIBBBBB", times * width, times * height, 8, 0 if len(planes) == 1 else 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows, 9)) + _chunk(b"IEND", b"")
     )

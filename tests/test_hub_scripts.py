@@ -1,0 +1,497 @@
+"""hub/push.py, hub/pull.py and hub/checkpoints.py with the real huggingface_hub; see loopback_hub."""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from publishable import REPO, change, images, make_run, share
+
+from timm_lowrank import CheckpointError
+from timm_lowrank import hub as library
+from timm_lowrank.hub import load_manifest, manifest_row, manifest_table, read_run
+from timm_lowrank.hub.merging import mark, section
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = {"config.json", "model.safetensors", "lowrank.json", "lowrank.safetensors"}
+FILES = {*CHECKPOINT, "README.md", "evaluation.json", "summary.json", "recipe.yaml", "plots/spectrum.png"}
+COMMIT, BLOB = "/commit/", "/blobs/"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"hub_script_{name}", ROOT / "hub" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+push, pull, checkpoints = (script(name) for name in ("push", "pull", "checkpoints"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    make_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def in_repo(hub, repo=REPO, revision="main"):
+    """The files of the repository without the one that the Hub makes itself."""
+    return {name: data for name, data in hub.repo(repo).files(revision).items() if name != ".gitattributes"}
+
+
+def refused(match, main, *arguments):
+    """Runs a script that must end with one message that matches, and no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert re.search(match, str(ended.value), re.DOTALL), ended.value
+    assert str(ended.value).startswith("error: ")
+    return str(ended.value)
+
+
+def done(main, *arguments):
+    main([str(argument) for argument in arguments])
+
+
+def in_folder(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def weights(hub):
+    return BLOB + hashlib.sha256(in_repo(hub)["model.safetensors"]).hexdigest()
+
+
+# Publishing
+
+
+def test_a_dry_run_writes_what_the_commit_then_holds(hub, run, tmp_path, capsys):
+    done(push, run, REPO, "--dry-run", tmp_path / "dry")
+    assert REPO not in hub.repos
+    assert "not published: " in capsys.readouterr().out
+    done(push, run, REPO)
+    assert in_folder(tmp_path / "dry") == in_repo(hub)
+    assert set(in_repo(hub)) == FILES
+    assert [commit.title for commit in hub.repo(REPO).history()] == [
+        "Publish tiny with timm_lowrank", "initial commit",
+    ]  # fmt: skip
+    assert f"published {REPO}: 9 files, {hub.url}/{REPO}/commit/" in capsys.readouterr().out
+    assert len(ModelCard.load(REPO).data.eval_results) == 3
+
+    hub.seed(REPO, {"README.md": in_repo(hub)["README.md"] + b"\nBy hand.\n"})
+    change(run / "summary.json", clean_accuracy=0.8)
+    done(push, run, REPO, "--dry-run", tmp_path / "again")
+    done(push, run, REPO)
+    assert in_folder(tmp_path / "again") == in_repo(hub), "a dry run takes the card that is there into account"
+    assert b"By hand." in in_repo(hub)["README.md"]
+
+
+def test_a_dry_run_without_the_hub(hub, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    hub.fail("GET", "/api/models/", status=503)
+    done(push, run, REPO, "--dry-run", tmp_path / "dry")
+    assert set(in_folder(tmp_path / "dry")) == FILES
+    assert "note: written as for a new repository: cannot fetch alice/tiny: the Hub failed" in capsys.readouterr().out
+    refused("the folder of a dry run must be new or empty", push, run, REPO, "--dry-run", tmp_path / "dry")
+
+
+def test_pushed_again_it_updates_and_keeps(hub, run, capsys):
+    done(push, run, REPO)
+    done(push, run, REPO)
+    assert len(hub.repo(REPO).history()) == 2, "nothing had changed"
+    card = in_repo(hub)["README.md"].decode()
+    card = card.replace("license: apache-2.0", "license: mit\nlanguage: en")
+    card = card.replace("<!-- generated: limits -->", "What I want to say.\n\n<!-- generated: limits -->")
+    hub.seed(REPO, {"README.md": card, "plots/mine.png": b"\x89PNG\0", "notes.txt": "mine"})
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["figures"][1]["values"]["2-LR"] = share(100)
+    change(run / "evaluation.json", figures=evaluation["figures"])
+    (run / "plots" / "variance.png").write_bytes(b"\x89PNG\0")
+    done(push, run, REPO)
+    card = in_repo(hub)["README.md"].decode()
+    assert "What I want to say.\n\n<!-- generated: limits -->" in card
+    assert "license: mit\nlanguage: en" in card
+    assert "50.0 %" in section(card, "robustness")
+    assert set(in_repo(hub)) == {*FILES, "plots/mine.png", "plots/variance.png", "notes.txt"}
+
+    (run / "plots" / "variance.png").unlink()
+    (run / "evaluation.json").unlink()
+    capsys.readouterr()
+    done(push, run, REPO)
+    assert set(in_repo(hub)) == {*FILES, "plots/mine.png", "notes.txt"} - {"evaluation.json"}
+    assert "deleted, as of an earlier push: evaluation.json" in capsys.readouterr().out
+    assert "Nothing was evaluated" in in_repo(hub)["README.md"].decode()
+
+
+def test_marks_that_the_owner_took_out(hub, run, capsys):
+    done(push, run, REPO)
+    card = in_repo(hub)["README.md"].decode()
+    mine = card.replace("<!-- generated: limits -->\n", "").replace("<!-- end of generated: limits -->\n", "")
+    hub.seed(REPO, {"README.md": mine})
+    done(push, run, REPO)
+    assert in_repo(hub)["README.md"].decode() == mine
+    assert "note: README.md of alice/tiny has no marks for limits any more" in capsys.readouterr().out
+
+    broken = card.replace("<!-- end of generated: limits -->\n", "")
+    hub.seed(REPO, {"README.md": broken})
+    refused("README.md of alice/tiny: the marks of the generated section 'limits'", push, run, REPO)
+    assert in_repo(hub)["README.md"].decode() == broken
+    change(run / "summary.json", clean_accuracy=0.5)
+    done(push, run, REPO, "--keep-card")
+    assert in_repo(hub)["README.md"].decode() == broken
+    assert b'"clean_accuracy": 0.5' in in_repo(hub)["summary.json"]
+
+
+def test_a_branch_of_its_own(hub, run):
+    done(push, run, REPO)
+    change(run / "summary.json", clean_accuracy=0.5)
+    done(push, run, REPO, "--revision", "next")
+    assert "**50.0 %" in in_repo(hub, revision="next")["README.md"].decode()
+    assert "**90.0 %" in in_repo(hub)["README.md"].decode()
+    assert f"{REPO}/tree/next" in in_repo(hub, revision="next")["README.md"].decode()
+
+
+def test_private(hub, run):
+    done(push, run, REPO, "--private")
+    assert hub.repo(REPO).private
+    done(push, run, REPO, "--private")
+    refused("no permission", push, run, REPO, "--token", "hf_bob")
+    hub.seed("alice/open", {})
+    refused("alice/open exists and is public", push, run, "alice/open", "--private")
+    assert set(in_repo(hub, "alice/open")) == set()
+
+
+def test_what_is_refused_before_the_hub_is_asked(hub, run, monkeypatch):
+    refused("'tiny' is no repository: the name of a repository has the form USER/NAME", push, run, "tiny")
+    refused("does not exist: give the folder of a finished run", push, run.parent / "nowhere", REPO)
+    refused("holds no config.yaml", push, run / "model", REPO)
+    monkeypatch.delenv("HF_TOKEN")
+    refused("there is no token. Log in with `hf auth login`, set HF_TOKEN", push, run, REPO)
+    (run / "summary.json").unlink()
+    refused("has not come to its end", push, run, REPO)
+    assert not hub.calls
+
+
+def test_what_the_hub_refuses(hub, run):
+    refused("the Hub does not accept the token", push, run, REPO, "--token", "hf_wrong")
+    refused("this token has no permission for it", push, run, REPO, "--token", "hf_alice_read")
+    assert REPO not in hub.repos
+    hub.seed(REPO, {"README.md": "---\nlibrary_name: 3\n---\n"})
+    refused('cannot publish alice/tiny: .*"library_name" must be a string', push, run, REPO)
+    assert set(in_repo(hub)) == {"README.md"}
+
+
+def test_a_network_that_breaks_off_in_the_middle(hub, run, waits):
+    done(push, run, REPO)
+    before = in_repo(hub)
+    (run / "model" / "lowrank.json").unlink()
+    (run / "evaluation.json").unlink()
+    state = run / "model" / "model.safetensors"
+    state.write_bytes((run / "twin" / "model" / "model.safetensors").read_bytes())
+    for fault in (
+        {"path": BLOB, "method": "PUT", "drop_after": 1000},
+        {"path": COMMIT, "method": "POST", "status": 500},
+    ):
+        failing = hub.fail(times=100, **fault)
+        refused("cannot publish alice/tiny: .*run it again", push, run, REPO)
+        assert in_repo(hub) == before
+        failing.times = 0
+    hub.fail("POST", COMMIT, lose_answer=True)
+    refused("the connection broke .*run it again", push, run, REPO)
+    after = in_repo(hub)
+    assert after["model.safetensors"] == state.read_bytes()
+    done(push, run, REPO)
+    assert in_repo(hub) == after
+    assert len(hub.repo(REPO).history()) == 3, "the commit whose answer was lost was there, and is not made twice"
+
+
+def test_somebody_else_writes_at_the_same_time(hub, run, monkeypatch):
+    done(push, run, REPO)
+    change(run / "summary.json", clean_accuracy=0.5)
+    ask = library.publishing._ask
+
+    def late(*arguments):
+        held = ask(*arguments)
+        hub.seed(REPO, {"README.md": "written just now"})
+        return held
+
+    monkeypatch.setattr(library.publishing, "_ask", late)
+    refused("has changed in the meantime: run it again", push, run, REPO)
+    assert in_repo(hub)["README.md"] == b"written just now"
+
+
+# Loading what was published
+
+
+RUNNER = """
+import json, os, sys
+import huggingface_hub, safetensors.torch, torch, timm
+from transformers import AutoModelForImageClassification
+torch.set_num_threads(1)
+for name, snippet in json.load(sys.stdin):
+    if os.fork() == 0:
+        names = {}
+        exec(snippet, names)
+        network = names.get("network") or names["model"]
+        images = torch.randn(2, *json.loads(sys.argv[2]), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            logits = network(images)
+        found = {"logits": getattr(logits, "logits", logits).tolist(), "ours": "timm_lowrank" in sys.modules}
+        with open(os.path.join(sys.argv[1], name), "w") as file:
+            json.dump(found, file)
+        os._exit(0)
+    assert os.wait()[1] == 0, name
+"""
+
+
+def test_the_snippets_of_the_card_load_it_in_fresh_processes(hub, tmp_path):
+    pytest.importorskip("transformers")
+    expected, snippets = {}, []
+    own = {"channels": [8, 8, 8, 8]}
+    for kind, name, options in (("timms", "test_resnet", {}), ("ours", "resnet10_cifar", own)):
+        model = make_run(tmp_path / kind, name, evaluated=False, **options)
+        done(push, tmp_path / kind, f"alice/{kind}")
+        blocks = re.findall(r"```python\n(.*?)```", in_repo(hub, f"alice/{kind}")["README.md"].decode(), re.DOTALL)
+        assert len(blocks) == 3
+        for library_name, block in zip(("timm", "transformers", "timm_lowrank"), blocks, strict=True):
+            snippets.append((f"{kind}-{library_name}", block))
+            with torch.no_grad():
+                expected[f"{kind}-{library_name}"] = model(images()).tolist()
+    arguments = [sys.executable, "-c", RUNNER, str(tmp_path), json.dumps(images().shape[1:])]
+    subprocess.run(arguments, input=json.dumps(snippets), text=True, check=True, env=os.environ, cwd=tmp_path)
+    for name, logits in expected.items():
+        found = json.loads((tmp_path / name).read_text())
+        assert found["logits"] == logits, name
+        assert found["ours"] is (name not in ("timms-timm", "timms-transformers")), name
+
+
+def test_pulled_and_verified(hub, run, tmp_path, capsys):
+    done(push, run, REPO)
+    hub.seed(REPO, {"pytorch_model.bin": b"\x80"})
+    capsys.readouterr()
+    done(pull, REPO, tmp_path / "copy")
+    out = capsys.readouterr().out
+    expected = {name: data for name, data in hub.repo(REPO).files().items() if name != "pytorch_model.bin"}
+    assert in_folder(tmp_path / "copy") == expected
+    assert "alice/tiny: test_resnet, 3 classes, images of 3 x 32 x 32" in out
+    assert "trained with low-rank branches on pre_logits (rank 4)" in out
+    assert "clean accuracy 90.0 % (88.7 to 91.3) of 2,000 test images (uoft-cs/cifar10)" in out
+    assert f"the sha256 {hashlib.sha256(expected['model.safetensors']).hexdigest()}; all files are what the Hub" in out
+    names = {}
+    for block in ("import timm\n    network", "import timm_lowrank\n    model"):
+        exec(re.sub(r"^ +", "", out[out.index(block) :].split("\nor,")[0], flags=re.MULTILINE), names)
+    assert torch.equal(names["network"](images()), names["model"].eval()(images()))
+    refused("exists and is not empty: choose a new folder", pull, REPO, tmp_path / "copy")
+
+    done(pull, REPO)
+    out = capsys.readouterr().out
+    commit = hub.repo(REPO).history()[0].sha
+    assert f'timm.create_model("hf-hub:{REPO}@{commit}", pretrained=True)' in out
+    assert f'from_pretrained("{REPO}", revision="{commit}")' in out
+
+
+def test_damaged_on_the_way(hub, run, tmp_path):
+    done(push, run, REPO)
+    weight = hub.fail("GET", weights(hub), corrupt_at=1_000_000)
+    text = hub.fail("GET", "/resolve/.*/evaluation.json", corrupt_at=100, times=1000)
+    refused(r"evaluation.json is not what the Hub lists", pull, REPO, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    text.times = 0
+    hub.calls.clear()
+    done(pull, REPO, tmp_path / "copy")
+    assert weight.hits == 1
+    assert not hub.seen("GET", BLOB), "what was fetched anew and is sound is not fetched a third time"
+    assert in_folder(tmp_path / "copy") == hub.repo(REPO).files()
+
+
+def test_what_cannot_be_pulled(hub, run, tmp_path, waits):
+    refused("there is no such repository, or it is private", pull, "alice/absent")
+    refused("'tiny' is no repository", pull, "tiny")
+    hub.seed("alice/notes", {"notes.txt": "x"})
+    refused("alice/notes holds no config.json", pull, "alice/notes", tmp_path / "new")
+    done(push, run, REPO, "--private")
+    refused("private and not yours to see", pull, REPO, "--token", "hf_bob")
+    refused("its sha256 is .*and it should be 0000", pull, REPO, tmp_path / "new", "--sha256", "0" * 64)
+    hub.seed(REPO, {"../../stolen": b"x"})
+    refused("is no name of a file inside", pull, REPO, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    architecture = b'{"architecture": "nonesuch"}'
+    hub.seed("alice/new", {"config.json": architecture, "model.safetensors": in_repo(hub)["model.safetensors"]})
+    refused("there is no architecture 'nonesuch'", pull, "alice/new")
+
+
+def test_a_pull_that_breaks_off_goes_on(hub, run, tmp_path, waits):
+    done(push, run, REPO)
+    fault = hub.fail("GET", weights(hub), drop_after=1000, times=1000)
+    refused("the connection broke .*what has arrived is kept", pull, REPO, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    fault.times = 0
+    done(pull, REPO, tmp_path / "copy")
+    assert set(in_folder(tmp_path / "copy")) >= FILES
+
+
+def test_names_in_a_repository_cannot_move_the_cursor(hub, run, capsys):
+    done(push, run, REPO)
+    summary = json.loads(in_repo(hub)["summary.json"])
+    summary["data"]["source"] = "\x1b[2J\nevil"
+    lowrank = json.loads(in_repo(hub)["lowrank.json"])
+    lowrank["layers"] = {"\x1b[31m": {"rank": 4}}
+    hub.seed(REPO, {"summary.json": json.dumps(summary), "lowrank.json": json.dumps(lowrank)})
+    capsys.readouterr()
+    done(pull, REPO)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+# The manifest
+
+
+def manifest(tmp_path, rows, **keys):
+    """A manifest in a project of its own."""
+    path = tmp_path / "hub" / "checkpoints.yaml"
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "recipes" / "configs").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "recipes" / "configs" / "tiny.yaml").write_text("model: test_resnet\n")
+    path.write_text(yaml.safe_dump({"format": 1, "checkpoints": rows, **keys}))
+    return path
+
+
+def row(run, name="tiny"):
+    root = run.parent
+    manifest(root, [])
+    return yaml.safe_load(manifest_row(read_run(run), name, "recipes/configs/tiny.yaml", root))[0]
+
+
+def test_the_manifest_of_this_project_is_sound():
+    found = load_manifest(ROOT / "hub" / "checkpoints.yaml")
+    for entry in found.rows:
+        assert (ROOT / entry.config).is_file(), entry.name
+    text = (ROOT / "README.md").read_text()
+    shown = section(text, "checkpoints")
+    if shown is None:
+        assert not found.rows, "README.md has no place for the table of checkpoints"
+    else:
+        assert shown.strip() == manifest_table(found), "python hub/checkpoints.py table --write README.md"
+
+
+def test_all_of_a_manifest(hub, run, tmp_path, capsys):
+    make_run(tmp_path / "second", evaluated=False)
+    path = manifest(tmp_path, [row(run), row(tmp_path / "second", "bob/second")])
+    refused("does not say under whose account tiny is published: give --user", push, "--all", "--manifest", path)
+    done(push, "--all", "--manifest", path, "--user", "alice", "--dry-run", tmp_path / "dry")
+    assert {folder.name for folder in (tmp_path / "dry").iterdir()} == {"tiny", "second"}
+    assert not hub.repos
+    refused(
+        r"no permission .*Published before it: alice/tiny; run it", push, "--all", "--manifest", path, "--user", "alice"
+    )
+    hub.users["hf_alice"] = "alice"
+    path = manifest(tmp_path, [row(run), row(tmp_path / "second", "second")], user="alice")
+    done(push, "--all", "--manifest", path)
+    assert set(hub.repos) == {"alice/tiny", "alice/second"}
+    assert len(hub.repo(REPO).history()) == 2, "the first one had been published already"
+    assert in_folder(tmp_path / "dry" / "tiny") == in_repo(hub)
+    capsys.readouterr()
+    done(checkpoints, "--manifest", path, "table")
+    table = capsys.readouterr().out
+    assert "[tiny](https://huggingface.co/alice/tiny) | [tiny](recipes/configs/tiny.yaml) | 90.0 % (88.7" in table
+    assert "1.5 % (0.5 to 4.3) of 200; plain 0.0 % | `pre_logits` 7 (plain 19) |" in table
+    assert table.count("| not measured |") == 1, "PGD and AutoAttack of the second run, of which cells share a border"
+
+
+def test_runs_that_are_not_what_the_manifest_says(hub, run, tmp_path):
+    good = row(run)
+    for changed, match in (
+        ({"sha256": "0" * 64}, "its sha256 is .*and it should be 000"),
+        ({"run": "elsewhere"}, "elsewhere does not exist"),
+        ({"figures": {}}, r"not those that run has measured .autoattack-linf-8-255, clean, .*make the row anew"),
+    ):
+        path = manifest(tmp_path, [{**good, **changed}], user="alice")
+        refused(match, push, "--all", "--manifest", path)
+    refused("lists no checkpoint", push, "--all", "--manifest", manifest(tmp_path, []))
+    assert not hub.calls
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"sha": "x"}, r"there is no key 'sha'. Did you mean: sha256"),
+        ({"sha256": "123"}, "sha256 must be 64 hexadecimal digits"),
+        ({"sha256": 123}, "sha256 must be a string, in quotes, not 123"),
+        ({"config": "recipes/configs/tiny2.yaml"}, "there is no config .*Did you mean: recipes/configs/tiny.yaml"),
+        ({"config": "/etc/passwd"}, "there is no config /etc/passwd"),
+        ({"run": "../outside"}, "run must be a folder inside the project"),
+        ({"name": "a b"}, "'user/a b' is no repository"),
+        ({"figures": {"pgd": {}}}, "there is no figure 'pgd'. Did you mean: clean, pgd-madry-20-8-255, autoattack"),
+        ({"figures": {"clean": {"value": 90.1, "images": 10}}}, "shares lie between 0 and 1"),
+        ({"figures": {"clean": {"value": 0.9}}}, "clean must have value and images"),
+        ({"figures": {"effective_rank": {"layer3": 3}}}, "effective_rank of 'layer3' must have value"),
+    ],
+)
+def test_rows_that_cannot_be(run, tmp_path, changed, match):
+    path = manifest(tmp_path, [{**row(run), **changed}])
+    refused(f"row 1 .*{match}", checkpoints, "--manifest", path, "check")
+
+
+def test_manifests_that_cannot_be(run, tmp_path):
+    good = row(run)
+    twice = manifest(tmp_path, [good, {**good, "name": "alice/Tiny"}, {}], users="alice")
+    message = refused("row 2 .alice/Tiny.: row 1 has this name already", checkpoints, "--manifest", twice, "check")
+    assert "there is no key 'users'. Did you mean: user?" in message
+    assert "row 3 (without a name): the key 'name' is missing" in message
+    for text, match in (
+        ("- a", "must hold a mapping"),
+        ("format: 2\ncheckpoints: []", "format must be 1, not 2"),
+        ("format: 1\ncheckpoints: x", "checkpoints must be a list"),
+        ("format: 1\ncheckpoints: [x]", "row 1 must be a mapping"),
+        ("a: [", "cannot read the manifest"),
+    ):
+        twice.write_text(text)
+        with pytest.raises(CheckpointError, match=match):
+            load_manifest(twice)
+    refused("cannot read the manifest", push, "--all", "--manifest", tmp_path / "nowhere.yaml")
+
+
+def test_a_row_and_the_table_in_a_file(run, tmp_path, capsys):
+    path = manifest(tmp_path, [row(run)])
+    arguments = ("--manifest", path, "row", run, "tiny")
+    done(checkpoints, *arguments, "recipes/configs/tiny.yaml")
+    assert yaml.safe_load(capsys.readouterr().out) == [row(run)]
+    refused("there is no recipe recipes/configs/other.yaml", checkpoints, *arguments, "recipes/configs/other.yaml")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n\nafter\n")
+    refused("has no place for the table: put the lines", checkpoints, "--manifest", path, "table", "--write", readme)
+    readme.write_text(f"before\n{mark('checkpoints')}\nafter\n")
+    for _ in range(2):
+        done(checkpoints, "--manifest", path, "table", "--write", readme)
+        assert readme.read_text() == f"before\n{mark('checkpoints', manifest_table(load_manifest(path)))}\nafter\n"
+    assert manifest_table(load_manifest(manifest(tmp_path, []))) == "No checkpoint has been published yet."
+
+
+# The scripts themselves
+
+
+def test_the_command_line(capsys):
+    for arguments in (["runs/x"], [], ["--all", "runs/x"]):
+        with pytest.raises(SystemExit) as ended:
+            push(arguments)
+        assert ended.value.code == 2
+    for main in (push, pull, checkpoints):
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+
+
+def test_publishing_needs_no_extras():
+    """Not what trains and evaluates: a run is read as the files that it left."""
+    for path in (ROOT / "timm_lowrank" / "hub").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] not in ("training", "suites", "accelerate", "datasets", "matplotlib"), path

@@ -1,0 +1,447 @@
+"""The diagnosis of gradient masking, on networks of which the answer is known."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from timm_lowrank.evaluation.attacks.gradient import pgd
+from timm_lowrank.evaluation.errors import EvaluationError
+from timm_lowrank.evaluation.masking import BUDGETS, Budget, Diagnosis, diagnose, judge, observe
+from timm_lowrank.evaluation.masking.blackbox import best_signs, square
+from timm_lowrank.evaluation.masking.chance import CHANCE, at_least, at_most, paired
+from timm_lowrank.evaluation.masking.networks import margins
+from timm_lowrank.evaluation.masking.verdict import FEWEST, MASKED, SOUND, SUSPECT
+
+SHORT = Budget(steps=12, more_steps=30, restarts=2, signs=10, queries=120, draws=8)
+COUNT = 200
+
+
+def fit(images, labels, eps, epochs, seed):
+    """A small network trained on clean images, or on those of a four-step PGD."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(epochs):
+        for index in torch.randperm(len(images)).split(100):
+            batch, wanted = images[index], labels[index]
+            points = (batch + eps * (2 * torch.rand_like(batch) - 1)).clamp(0, 1)
+            for _ in range(4 if eps else 0):
+                points.requires_grad_(True)
+                (gradient,) = torch.autograd.grad(functional.cross_entropy(network(points), wanted), points)
+                points = points.detach() + eps / 2.5 * gradient.sign()
+                points = points.clamp(batch - eps, batch + eps).clamp(0, 1)
+            optimizer.zero_grad()
+            functional.cross_entropy(network(points), wanted).backward()
+            optimizer.step()
+    network.zero_grad()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """By seed: a plain network and an adversarially trained one; and a plain one to craft black-box attacks on."""
+    images, labels = (part[:1200] for part in digits)
+    with torch.random.fork_rng(devices=[]):
+        networks = {seed: {"plain": fit(images, labels, 0, 10, seed)} for seed in (0, 1)}
+        for seed in (0, 1):
+            networks[seed]["PGD-trained"] = fit(images, labels, 0.15, 14, seed)
+        return networks, fit(images, labels, 0, 10, seed=2)
+
+
+@pytest.fixture(scope="module")
+def unseen(digits):
+    """Test images (200, 1, 8, 8) and their labels."""
+    return tuple(part[1200 : 1200 + COUNT] for part in digits)
+
+
+class Around(nn.Module):
+    """A network with something done to its pixels or its logits."""
+
+    def __init__(self, network, pixels=lambda x: x, logits=lambda x: x):
+        super().__init__()
+        self.network, self.pixels, self.logits = network, pixels, logits
+
+    def forward(self, images):
+        return self.logits(self.network(self.pixels(images)))
+
+
+class Step(nn.Module):
+    """A ReLU in stairs, without a straight-through gradient."""
+
+    def forward(self, values):
+        return torch.floor(8 * values.relu()) / 8
+
+
+def thermometer(images):
+    """How many of 15 marks a pixel has passed; comparisons, so that there is no graph to the pixels at all."""
+    marks = (torch.arange(15) + 0.5) / 15
+    return (images[..., None] > marks).float().mean(dim=-1)
+
+
+def stepped(network):
+    return nn.Sequential(network[0], Step(), *network[2:]).eval()
+
+
+def not_finite(network):
+    return Around(network, lambda x: x + (x - x.detach()).sqrt())
+
+
+def ripple(images):
+    return images + 0.02 * (500 * images).sin()
+
+
+def random_ripple(images):
+    return images + 0.02 * (500 * images + 7 * torch.rand_like(images)).sin()
+
+
+BLIND = {"black box", "Square", "zero gradients", "unbounded radius"}
+SIGNS = {"random signs"}  # far weaker than the others, so that they need not be ahead
+KNOWN = {  # how it is made of the plain network, the verdict, what has to fail, what may fail besides
+    "plain": (lambda plain: plain, SOUND, set(), set()),
+    "logits x 1e4": (
+        lambda plain: Around(plain, logits=lambda x: 1e4 * x), MASKED, BLIND | {"saturated logits"}, SIGNS
+    ),
+    "quantised input": (lambda plain: Around(plain, lambda x: (15 * x).round() / 15), MASKED, BLIND, SIGNS),
+    "thermometer input": (lambda plain: Around(plain, thermometer), MASKED, BLIND, SIGNS),
+    "sign input": (lambda plain: Around(plain, lambda x: (x - 0.45).sign() / 2 + 0.5), MASKED, BLIND, SIGNS),
+    "step activation": (stepped, MASKED, BLIND, SIGNS),
+    "infinite gradient": (not_finite, MASKED, BLIND, SIGNS),
+    "ripple": (
+        lambda plain: Around(plain, ripple), MASKED,
+        {"black box", "Square", "smooth loss"}, SIGNS | {"single step", "restarts"},
+    ),
+    "noisy input": (
+        lambda plain: Around(plain, lambda x: x + 0.1 * torch.randn_like(x)), SUSPECT,
+        {"deterministic"}, {"smooth loss", "more steps"},
+    ),
+    "random ripple": (
+        lambda plain: Around(plain, random_ripple), MASKED,
+        {"deterministic", "averaged gradients", "smooth loss", "black box"},
+        SIGNS | {"Square", "single step", "more steps"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("eps", "seed"), [(0.1, 0), (0.2, 1)])
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_verdict_is_right_where_the_answer_is_known(name, eps, seed, trained, unseen):
+    build, verdict, must, may = KNOWN[name]
+    networks, source = trained
+    found = diagnose(build(networks[seed]["plain"]), *unseen, eps=eps, seed=seed, source=source, budget=SHORT)
+    assert found.verdict == verdict, found.summary
+    assert must <= set(found.failed) <= must | may, found.failed
+
+
+@pytest.mark.parametrize(("eps", "seed"), [(0.1, 1), (0.2, 0)])
+def test_an_adversarially_trained_network_is_not_suspected(eps, seed, trained, unseen):
+    networks, source = trained
+    columns = observe(networks[seed]["PGD-trained"], *unseen, eps=eps, seed=seed, source=source, budget=SHORT)
+    assert judge(columns).failed == ()
+    assert judge(columns).verdict == SOUND
+    plain = observe(networks[seed]["plain"], *unseen, eps=eps, seed=seed, budget=SHORT)
+    assert columns["pgd"].sum() > plain["pgd"].sum()  # it is robust, not merely unattacked
+
+
+def test_a_network_that_falls_to_nothing_masks_nothing(trained, unseen):
+    found = diagnose(trained[0][0]["plain"], *unseen, eps=0.35, source=trained[1], budget=SHORT)
+    assert found.verdict == SOUND
+    assert "leaves nothing right" in named(found, "double radius").says
+
+
+def named(found, name):
+    (check,) = [check for check in found.checks if check.name == name]
+    return check
+
+
+def test_every_check_keeps_its_numbers_and_a_sentence(trained, unseen):
+    found = diagnose(Around(trained[0][0]["plain"], logits=lambda x: 1e4 * x), *unseen, eps=8 / 255, budget=SHORT)
+    content = json.loads(json.dumps(found.to_dict()))
+    assert list(content) == ["verdict", "summary", "checks"]
+    assert len({check["name"] for check in content["checks"]}) == len(content["checks"]) == 14
+    for check in content["checks"]:
+        assert list(check) == ["name", "passed", "value", "limit", "says"]
+        assert check["says"].endswith(".")
+        assert (check["passed"] is True) == (check["value"] is not None and check["value"] <= check["limit"])
+    assert named(found, "black box").passed is None  # there was no second network
+    assert named(found, "black box").value is None
+    assert "PGD-12 at 8/255" in named(found, "saturated logits").says
+    assert "exactly 1 on 100.0 %" in named(found, "saturated logits").says
+
+
+def columns_of(count=1000, **shares):
+    """Columns of a sound network, except where a share (or a column) is given; images withstand in a fixed order."""
+    defaults = {
+        "clean": 0.95, "fgsm": 0.6, "pgd": 0.5, "pgd_more_steps": 0.495, "pgd_margin": 0.49, "pgd_double": 0.1,
+        "pgd_unbounded": 0.0, "signs": 0.8, "square": 0.6, "transfer": 0.7, "repeats": 1.0, "finite_gradient": 1.0,
+        "zero_gradient": 0.0, "saturated": 0.1,
+    }  # fmt: skip
+    shares = defaults | shares
+    made = {name: torch.arange(count) < round(count * share) for name, share in shares.items()}
+    made["restarts_withstood"] = torch.where(made["pgd"], 4.0, -1.0)
+    made["pgd_averaged"] = torch.full((count,), torch.nan)
+    made["kept_promise"] = torch.ones(count)
+    for name, value in {"eps": 8 / 255, **vars(BUDGETS["quick"])}.items():
+        made[f"setting.{name}"] = torch.full((count,), float(value), dtype=torch.float64)
+    return made
+
+
+def test_columns_of_a_sound_network_pass():
+    found = judge(columns_of())
+    assert found.verdict == SOUND
+    assert [check.name for check in found.checks if check.passed is None] == ["AutoAttack", "averaged gradients"]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "verdict"),
+    [
+        ("black box", {"transfer": 0.49}, {"transfer": 0.47}, MASKED),
+        ("Square", {"square": 0.49}, {"square": 0.47}, MASKED),
+        ("AutoAttack", {"autoattack": 0.46}, {"autoattack": 0.43}, MASKED),
+        ("random signs", {"signs": 0.49}, {"signs": 0.47}, MASKED),
+        ("single step", {"fgsm": 0.49}, {"fgsm": 0.47}, MASKED),
+        ("saturated logits", {"pgd_margin": 0.46}, {"pgd_margin": 0.43}, MASKED),
+        ("unbounded radius", {"pgd_unbounded": 0.04}, {"pgd_unbounded": 0.08}, MASKED),
+        ("zero gradients", {"zero_gradient": 0.01}, {"zero_gradient": 0.03}, MASKED),
+        ("zero gradients", {"finite_gradient": 0.99}, {"finite_gradient": 0.97}, MASKED),
+        ("double radius", {"pgd_double": 0.3}, {"pgd_double": 0.45}, SUSPECT),
+        ("double radius", {"pgd_double": 0.3}, {"pgd_double": 0.6}, SUSPECT),
+        ("more steps", {"pgd_more_steps": 0.515}, {"pgd_more_steps": 0.53}, SUSPECT),
+        ("more steps", {"pgd_more_steps": 0.485}, {"pgd_more_steps": 0.47, "fgsm": 0.6}, SUSPECT),
+    ],
+)
+def test_each_check_fails_beyond_its_limit_and_alone(name, good, bad, verdict):
+    assert judge(columns_of(**good)).verdict == SOUND
+    assert named(judge(columns_of(**good)), name).passed is True
+    found = judge(columns_of(**bad))
+    assert found.failed == (name,)
+    assert found.verdict == verdict
+    assert name in found.summary
+
+
+def test_restarts_that_go_on_helping_are_suspect():
+    columns = columns_of()
+    columns["restarts_withstood"][:60] = 0.0  # the first of four restarts broke many: that is not going on
+    assert named(judge(columns), "restarts").passed is True
+    columns["restarts_withstood"][60:90] = 3.0  # the last one, too
+    found = judge(columns)
+    assert found.failed == ("restarts",)
+    assert found.verdict == SUSPECT
+    assert named(found, "restarts").value == pytest.approx(0.03)
+    assert "after 2 more random starts 44.0 %, after 4 41.0 %" in named(found, "restarts").says
+
+
+def test_a_loss_that_breaks_the_promise_of_its_gradient_is_suspect():
+    columns = columns_of()
+    columns["kept_promise"][:90] = 0.1
+    assert judge(columns).verdict == SOUND
+    columns["kept_promise"][:150] = 0.1
+    assert judge(columns).failed == ("smooth loss",)
+    columns["kept_promise"][:600] = torch.nan  # no gradient: another check's business
+    assert named(judge(columns), "smooth loss").passed is None
+
+
+def test_averaged_gradients_tell_noise_that_hides_from_noise_that_does_not():
+    columns = columns_of(repeats=0.0)
+    columns["pgd_averaged"] = (torch.arange(1000) < 470).float()
+    assert judge(columns).failed == ("deterministic",)
+    assert named(judge(columns), "restarts").passed is None
+    columns["pgd_averaged"] = (torch.arange(1000) < 300).float()
+    found = judge(columns)
+    assert set(found.failed) == {"averaged gradients", "deterministic"}
+    assert found.verdict == MASKED
+
+
+def test_a_difference_within_chance_is_undecided_and_more_images_decide_it():
+    few, many = judge(columns_of(100, square=0.46)), judge(columns_of(1000, square=0.46))
+    assert named(few, "Square").passed is None
+    assert named(few, "Square").value == pytest.approx(0.04)
+    assert few.verdict == SOUND
+    assert "Undecided, for too few images: Square" in few.summary
+    assert "from a difference of 7.0 points on" in few.summary
+    assert named(many, "Square").passed is False
+    assert "from a difference of 2.0 points on" in many.summary
+
+
+def test_the_binomial_tails_are_exact():
+    for count, probability in ((7, 0.5), (12, 0.05), (40, 0.2)):
+        for hits in range(count + 1):
+            terms = [math.comb(count, k) * probability**k * (1 - probability) ** (count - k) for k in range(count + 1)]
+            assert at_least(hits, count, probability) == pytest.approx(math.fsum(terms[hits:]), rel=1e-9)
+            assert at_most(hits, count, probability) == pytest.approx(math.fsum(terms[: hits + 1]), rel=1e-9)
+    assert at_most(0, 10, 0.0) == 1
+    assert at_least(1, 10, 0.0) == 0
+    assert at_least(FEWEST, FEWEST, 0.5) < CHANCE <= at_least(FEWEST - 1, FEWEST - 1, 0.5)
+
+
+def test_two_equal_attacks_seldom_differ_beyond_chance():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(2, 4000, 100, generator=generator) < 0.5
+    alarms = sum(paired(first, second).beyond_chance for first, second in zip(*draws, strict=True))
+    assert 0 < alarms <= 4000 * CHANCE * 1.3
+
+
+@pytest.mark.parametrize("kind", ["plain", "noisy input"])
+def test_the_same_seed_gives_the_same_columns_and_nothing_is_left_behind(kind, trained, unseen, random_stream):
+    network = KNOWN[kind][0](trained[0][0]["plain"]).train()
+    images, labels = (part[:60] for part in unseen)
+    first = observe(network, images, labels, eps=0.1, source=trained[1], budget=SHORT)
+    assert random_stream()
+    assert all(module.training for module in network.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    torch.manual_seed(7)
+    again = observe(network, images, labels, eps=0.1, source=trained[1], budget=SHORT)
+    network.eval()
+    for name in first:
+        assert torch.equal(first[name].nan_to_num(-9), again[name].nan_to_num(-9)), name
+        assert first[name].shape == (60,)
+    other = observe(network, images, labels, eps=0.1, source=trained[1], budget=SHORT, seed=5)
+    assert first.keys() == other.keys()
+    assert any(not torch.equal(first[name].nan_to_num(-9), other[name].nan_to_num(-9)) for name in first)
+
+
+def test_parts_of_the_images_observed_apart_are_the_whole(trained, unseen):
+    network, source = trained[0][0]["plain"], trained[1]
+    images, labels = (part[:90] for part in unseen)
+    whole = observe(network, images, labels, eps=0.1, source=source, budget=SHORT)
+    parts = [
+        observe(network, images[rows], labels[rows], eps=0.1, source=source, budget=SHORT)
+        for rows in (slice(0, 40), slice(40, 90))
+    ]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in whole}
+    batched = observe(network, images, labels, eps=0.1, source=source, budget=SHORT, batch_size=40)
+    for name in whole.keys() - {"square"}:  # its squares are those of the batch
+        torch.testing.assert_close(joined[name], whole[name], equal_nan=True, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(batched[name], whole[name], equal_nan=True, rtol=1e-3, atol=1e-3)
+    assert (joined["square"] == whole["square"]).float().mean() > 0.8
+    assert judge(joined).verdict == judge(whole).verdict == SOUND
+
+
+def test_the_shorter_attack_is_the_longer_one_on_its_way(trained, unseen):
+    network = trained[0][0]["PGD-trained"]
+    images, labels = unseen
+    columns = observe(network, images, labels, eps=0.2, seed=3, budget=SHORT)
+    found = pgd(network, images, labels, eps=0.2, steps=SHORT.steps, generator=torch.Generator().manual_seed(3))
+    withstood = (network(found).argmax(dim=1) == labels) & columns["clean"]
+    assert torch.equal(columns["pgd"], withstood)
+    assert 0 < columns["pgd"].sum() < columns["clean"].sum()
+
+
+def test_restarts_are_new_starts(trained, unseen):
+    columns = observe(trained[0][0]["PGD-trained"], *unseen, eps=0.2, budget=SHORT)
+    withstood = columns["restarts_withstood"]
+    assert torch.equal(withstood < 0, ~columns["pgd"])
+    assert ((withstood >= 0) & (withstood < SHORT.restarts)).any()
+    assert (withstood == SHORT.restarts).any()
+
+
+class Bent(nn.Module):
+    """Two classes; the margin of the first is u - u^2 / 4 - 1 with u the sum of the pixels above 0.5."""
+
+    def forward(self, images):
+        above = (images - 0.5).flatten(1).sum(dim=1)
+        return torch.stack([torch.ones_like(above), above - above**2 / 4], dim=1)
+
+
+def test_the_kept_promise_is_that_of_the_worst_step():
+    images, labels = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.int64)
+    columns = observe(Bent(), images, labels, eps=0.1, budget=SHORT)
+    # 64 pixels up by a quarter of the radius: u = 1.6 was promised, 1.6 - 0.64 is gained.
+    torch.testing.assert_close(columns["kept_promise"], torch.full((3,), 0.6))
+    rising = observe(Bent(), images * 0.8, labels, eps=0.1, budget=SHORT)
+    # u = -6.4: the slope there is 4.2 and falls to 3.4 on the way, so the quadratic term takes 0.64 of 6.72.
+    torch.testing.assert_close(rising["kept_promise"], torch.full((3,), (6.72 - 0.64) / 6.72))
+
+
+def test_attacks_without_gradients_stay_in_the_ball_and_find_the_best_they_tried(trained, unseen, random_stream):
+    network, (images, labels) = trained[0][0]["plain"], unseen
+    with torch.no_grad():
+        before = margins(network(images), labels)
+        few, many = (best_signs(network, images, labels, eps=0.1, count=count, seed=0) for count in (3, 12))
+        reached = [margins(network(found), labels) for found in (few, many)]
+        assert (reached[1] >= reached[0] - 1e-5).all()
+        assert (reached[1] > reached[0] + 1e-3).float().mean() > 0.4  # each of 12 is the best with equal chances
+        up, down = ((images + 0.1 * sign).clamp(0, 1) for sign in (1, -1))
+        assert ((many == up) | (many == down)).all()
+        found = square(network, images, labels, eps=0.1, queries=100, seed=0)
+        assert (found - images).abs().max() <= 0.1 + 1e-6
+        assert (margins(network(found), labels) > 0).sum() > (before > 0).sum() + 20
+    assert random_stream()
+
+
+def test_a_given_autoattack_is_compared(trained, unseen):
+    network = Around(trained[0][0]["plain"], lambda x: (15 * x).round() / 15)
+    withstood = torch.arange(COUNT) < 50
+    found = diagnose(network, *unseen, eps=0.1, autoattack=withstood, budget=SHORT)
+    assert "AutoAttack" in found.failed
+    found = diagnose(trained[0][0]["plain"], *unseen, eps=0.1, autoattack=withstood | True, budget=SHORT)
+    assert named(found, "AutoAttack").passed is True
+
+
+def test_without_pyautoattack_it_says_what_to_install(trained, unseen, monkeypatch):
+    for name in ("pyautoattack", "autoattack"):
+        monkeypatch.setitem(sys.modules, name, None)
+    network, images, labels = trained[0][0]["plain"], unseen[0][:30], unseen[1][:30]
+    with pytest.raises(ImportError, match=r"timm_lowrank\[evaluate\]"):
+        observe(network, images, labels, eps=0.1, budget=SHORT)
+    found = diagnose(network, images, labels, eps=0.1, budget=Budget(steps=2, more_steps=3, queries=0))
+    assert named(found, "Square").passed is None
+    assert "not run" in named(found, "Square").says
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"eps": 0.0}, "eps must be a finite number above 0"),
+        ({"eps": float("nan")}, "eps must be"),
+        ({"budget": "quik"}, "did you mean 'quick'"),
+        ({"seed": -1}, "seed"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"images": torch.full((4, 1, 8, 8), 3.0)}, r"must lie in \[0, 1\]"),
+        ({"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "floating point"),
+        ({"images": torch.rand(0, 1, 8, 8), "labels": torch.zeros(0, dtype=torch.int64)}, "no images"),
+        ({"labels": torch.tensor([0, 1, 2])}, "labels must be integers"),
+        ({"labels": torch.tensor([0, 1, 2, 10])}, r"labels must lie in 0\.\.9"),
+        ({"autoattack": torch.zeros(3, dtype=torch.bool)}, "autoattack must be bool"),
+        ({"autoattack": torch.zeros(4)}, "autoattack must be bool"),
+    ],
+)
+def test_observe_names_what_is_wrong(changed, message, trained):
+    arguments = {"images": torch.rand(4, 1, 8, 8), "labels": torch.tensor([0, 1, 2, 3]), "eps": 0.1, "budget": SHORT}
+    model = (
+        changed.pop("model", trained[0][0]["plain"])
+        if "model" in (changed := dict(changed))
+        else trained[0][0]["plain"]
+    )
+    model = model if isinstance(model, nn.Module) else model(trained[0][0]["plain"])
+    with pytest.raises(EvaluationError, match=message):
+        observe(model, **(arguments | changed))
+
+
+@pytest.mark.parametrize(
+    "lengths", [{"steps": 0}, {"more_steps": 20}, {"restarts": 1}, {"queries": -1}, {"signs": 1.5}]
+)
+def test_a_budget_names_what_is_wrong(lengths):
+    with pytest.raises(EvaluationError, match=next(iter(lengths))):
+        Budget(**lengths)
+
+
+def test_judge_names_what_is_wrong():
+    columns = columns_of()
+    with pytest.raises(EvaluationError, match="lack the columns pgd"):
+        judge({name: column for name, column in columns.items() if name != "pgd"})
+    with pytest.raises(EvaluationError, match="one number for each image"):
+        judge(columns | {"square": torch.ones(7, dtype=torch.bool)})
+    mixed = columns | {"setting.eps": torch.linspace(0.1, 0.2, 1000)}
+    with pytest.raises(EvaluationError, match="eps must be the same"):
+        judge(mixed)
+    with pytest.raises(EvaluationError, match="right on 6 of 1000 images"):
+        judge(columns_of(clean=0.006))
+    assert isinstance(judge(columns_of(clean=0.007, pgd=0.007)), Diagnosis)

@@ -1,0 +1,187 @@
+"""`pull`: a published checkpoint, fetched whole and compared byte for byte with what the Hub says it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from ..checkpoint import (
+    LOWRANK_CONFIG,
+    NETWORK_CONFIG,
+    NETWORK_WEIGHTS,
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointWriteError,
+    download,
+    module_to_import,
+    sha256_of,
+    verify,
+)
+from ..checkpoint.files import known_architecture, read_json
+from ..checkpoint.remote import hub_errors
+from .figures import share_of
+from .markup import listing, one_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Pulled:
+    """A checkpoint that was fetched."""
+
+    repo_id: str
+    folder: Path  # where it is now
+    commit: str
+    files: tuple[str, ...]  # sorted
+    sha256: str  # of model.safetensors
+    compared: bool  # whether the Hub was there to be asked for the sums of all files
+    kept: bool  # in a folder of its own, not in the cache
+
+    def description(self) -> list[str]:
+        """What it is and how to load it, in a few lines; nothing in it can move the cursor of a terminal.
+
+        Raises:
+            CheckpointError: its architecture is not there: says what to import or upgrade.
+        """
+        config = read_json(self.folder / NETWORK_CONFIG)
+        architecture = known_architecture(config, self.folder)
+        package = module_to_import(architecture)
+        lines = [f"{self.repo_id}: {_what(config, architecture)}", *_branches(self.folder), *_accuracy(self.folder)]
+        lines += [
+            f"{len(self.files)} files in {self.folder}",
+            f"model.safetensors has the sha256 {self.sha256}"
+            + ("; all files are what the Hub lists" if self.compared else "; the Hub could not be asked for the sums"),
+            "",
+            "load it:",
+        ]
+        where = f"local-dir:{self.folder.resolve()}" if self.kept else f"hf-hub:{self.repo_id}@{self.commit}"
+        source = str(self.folder.resolve()) if self.kept else self.repo_id
+        lines += [f"    import timm{', ' + package if package else ''}"]
+        lines += [f'    network = timm.create_model("{where}", pretrained=True).eval()', "or, to train on:"]
+        pinned = "" if self.kept else f', revision="{self.commit}"'
+        return [*lines, "    import timm_lowrank", f'    model = timm_lowrank.from_pretrained("{source}"{pinned})']
+
+
+def pull(
+    repo_id: str,
+    folder: Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    sha256: str | None = None,
+) -> Pulled:
+    """Fetches everything of a repository but pickles, and verifies it.
+
+    Args:
+        repo_id: USER/NAME.
+        folder: a new or empty folder that gets the files when all of them are there and verified; None leaves them
+            in huggingface_hub's cache.
+        revision: branch, tag or commit; None is the main branch.
+        token: for a private repository; None takes HF_TOKEN or the one that `hf auth login` stored.
+        sha256: what model.safetensors must have; None takes what the Hub and lowrank.json say.
+
+    Raises:
+        CheckpointError: no such repository, access, connection or checkpoint, or the folder holds something.
+        CheckpointDamagedError: a file that is not what the Hub lists, also after it was fetched a second time.
+        CheckpointWriteError: the disk is full or not writable.
+    """
+    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty: choose a new folder")
+    fetched = download(repo_id, revision=revision, token=token, names=None)
+    commit = fetched.name  # of the snapshot: the branch may move on meanwhile
+    sums = _sums(repo_id, commit, token)
+    if damaged := _damaged(fetched, sums):  # on the way or in the cache: once more
+        download(repo_id, revision=commit, token=token, names=damaged, force=True)
+    _check(fetched, sums, sha256)
+    names = tuple(sorted(p.relative_to(fetched).as_posix() for p in fetched.rglob("*") if p.is_file()))
+    if folder is not None:
+        _copy(fetched, folder, names, sums, sha256)
+    place = folder or fetched
+    return Pulled(repo_id, place, commit, names, sha256_of(place / NETWORK_WEIGHTS), bool(sums), folder is not None)
+
+
+def _sums(repo_id: str, commit: str, token: str | None) -> dict[str, str]:
+    """Name to sha256 of large files and to git's own sum of the others; empty without a connection."""
+    try:
+        with hub_errors("fetch", repo_id, commit):
+            info = HfApi(token=token).model_info(repo_id, revision=commit, files_metadata=True)
+    except CheckpointError:
+        return {}  # what is in the cache was taken
+    found = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings or ()}
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def _damaged(folder: Path, sums: Mapping[str, str]) -> list[str]:
+    """The files that are not what the Hub lists."""
+    there = [name for name in sums if (folder / name).is_file()]
+    return [name for name in there if sums[name] not in (sha256_of(folder / name), _git_sum(folder / name))]
+
+
+def _check(folder: Path, sums: Mapping[str, str], sha256: str | None) -> None:
+    if damaged := _damaged(folder, sums):
+        raise CheckpointDamagedError(f"{folder / damaged[0]} is not what the Hub lists for it: fetch it again")
+    verify(folder, sha256=sha256)
+
+
+def _git_sum(path: Path) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _copy(fetched: Path, folder: Path, names: tuple[str, ...], sums: Mapping[str, str], sha256: str | None) -> None:
+    """Copies to a folder that is there whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pulling-") as parent:
+            staging = Path(parent) / "files"
+            for name in names:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(fetched / name, staging / name)
+            _check(staging, sums, sha256)
+            os.replace(staging, folder)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointWriteError(
+            f"could not write {error.filename or folder}: {error.strerror or error}. What was fetched is kept in the "
+            "cache; free some space or choose another folder, and run it again"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------ what it is
+
+
+def _what(config: Mapping[str, Any], architecture: str) -> str:
+    cfg = config.get("pretrained_cfg")
+    size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
+    images = f", images of {' x '.join(map(str, size))}" if isinstance(size, list) else ""
+    return one_line(f"{architecture}, {config.get('num_classes')} classes{images}")
+
+
+def _branches(folder: Path) -> list[str]:
+    if not (folder / LOWRANK_CONFIG).is_file():
+        return ["trained without low-rank branches, or they were not published"]
+    layers = read_json(folder / LOWRANK_CONFIG).get("layers")
+    if not isinstance(layers, Mapping):
+        return []
+    ranks = [f"{layer} (rank {size.get('rank')})" for layer, size in layers.items() if isinstance(size, Mapping)]
+    return [one_line(f"trained with low-rank branches on {listing(ranks)}")]
+
+
+def _accuracy(folder: Path) -> list[str]:
+    """What its summary.json claims, if it has one that can be read."""
+    try:
+        summary = read_json(folder / "summary.json")
+        clean = share_of(float(summary["clean_accuracy"]), int(summary["data"]["test_images"]))
+        return [one_line(f"clean accuracy {clean.shown} of {clean.of:,} test images ({summary['data']['source']})")]
+    except (CheckpointError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,212 @@
+"""`publish_run`: a finished run as a repository on the Hub, with an honest card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from ..checkpoint import CHECKPOINT_FILES, CheckpointError, Published, push_to_hub
+from ..checkpoint.remote import checked_repo_id, hub_errors
+from .card import card_of
+from .merging import section
+from .record import RunRecord, read_run
+
+CARD = "README.md"
+PATIENCE = 10.0  # seconds for the Hub to say what a repository holds
+WHAT = {
+    "config.json": "the network, in timm's layout",
+    "model.safetensors": "its weights",
+    "lowrank.json": "the branches that it was trained with",
+    "lowrank.safetensors": "their W and b",
+    "recipe.yaml": "how it was trained: a recipe of recipes/train.py",
+    "summary.json": "what the training ended with",
+    "evaluation.json": "every figure of its evaluation",
+}
+_GENERATED = re.compile(r"(recipe\.yaml|summary\.json|evaluation\.json|plots/[^/]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What was published, and what its owner should know."""
+
+    published: Published
+    deleted: tuple[str, ...]  # files of an earlier push that this run does not have
+    notes: tuple[str, ...]
+
+    def description(self) -> list[str]:
+        """What was done, in lines for a terminal."""
+        done = self.published
+        lines = [f"note: {note}" for note in self.notes]
+        if done.folder is None:
+            lines.append(f"published {done.repo_id}: {len(done.files)} files, {done.url}")
+        else:
+            lines.append(f"not published: {done.folder} holds what {done.repo_id} would get, {len(done.files)} files")
+            lines += [f"  {(done.folder / name).stat().st_size:>12,} bytes  {name}" for name in done.files]
+        deleted = "would be deleted" if done.folder else "deleted"
+        return [*lines, *(f"  {deleted}, as of an earlier push: {name}" for name in self.deleted)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a repository holds before the push."""
+
+    commit: str | None = None
+    files: frozenset[str] = frozenset()
+    card: str | None = None
+    public: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def publish_run(
+    run: Path | RunRecord,
+    repo_id: str,
+    *,
+    template: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    dataset: str | None = None,
+    keep_card: bool = False,
+    dry_run: Path | None = None,
+) -> Outcome:
+    """Publishes a run as one commit, or writes what that would hold to a folder.
+
+    Args:
+        run: the folder of a finished run of recipes/train.py, or what `read_run` made of it.
+        repo_id: USER/NAME.
+        template: the card of a new repository, with empty generated sections.
+        token, private, revision: as for `push_to_hub`.
+        license: of the weights, an identifier of the Hub; None keeps what the card or the template says.
+        dataset: the name on the Hub of the data set, if the run had a local copy of it.
+        keep_card: leave the card of the repository as it is.
+        dry_run: a new or empty folder. What the repository holds is asked for and taken into account, if the Hub
+            can be reached.
+
+    Raises:
+        CheckpointError: everything that can be wrong; nothing is half published.
+    """
+    checked_repo_id(repo_id)
+    record = run if isinstance(run, RunRecord) else read_run(run)
+    held = _held(repo_id, revision, token, dry_run is not None)
+    if private and held.public:
+        raise CheckpointError(
+            f"{repo_id} exists and is public, and private is for new repositories: make it private in its settings "
+            "first, or choose another name. Nothing was published"
+        )
+    files = _files_of(record)
+    if keep_card and held.card is not None:
+        card, notes = held.card, held.notes
+    else:
+        before, where = (template, "the template") if held.card is None else (held.card, f"{CARD} of {repo_id}")
+        about = {name: _what(name) for name in (*_checkpoint_files(record), *files)}
+        merged = card_of(
+            record, repo_id, before, about, license=license, dataset=dataset, revision=revision, where=where
+        )
+        card, notes = merged.text, (*held.notes, *merged.notes)
+    stale = _stale(held, files)
+    published = push_to_hub(
+        record.checkpoint, repo_id, token=token, private=private, revision=revision, card=card, files=files,
+        delete=stale, parent_commit=held.commit, dry_run=dry_run,
+        commit_message=f"Publish {record.summary['name']} with timm_lowrank",
+    )  # fmt: skip
+    return Outcome(published, tuple(stale), notes)
+
+
+def without_local_paths(value: Any) -> Any:
+    """The same without the folders of this machine: of an absolute path the last part is left."""
+    if isinstance(value, Mapping):
+        return {key: entry if key == "pixels" else without_local_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"(?:~?/|[A-Za-z]:\\|\\\\)", value) and "\n" not in value:
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return re.sub(r"(?<![\w./:~])~?/(?:[\w.+@-]+/)+([\w.+@-]+)", r"\1", value)
+
+
+# --------------------------------------------------------------------------------------- what the Hub has already
+
+
+def _held(repo_id: str, revision: str | None, token: str | None, dry: bool) -> Held:
+    if not dry and not (token or get_token()):
+        return Held()  # push_to_hub says what to do, and asks nobody
+    try:
+        with hub_errors("fetch" if dry else "publish", repo_id, revision):
+            return _ask(HfApi(token=token, library_name="timm_lowrank"), repo_id, revision)
+    except CheckpointError as error:
+        if not dry:
+            raise
+        return Held(notes=(f"written as for a new repository: {error}",))
+
+
+def _ask(api: HfApi, repo_id: str, revision: str | None) -> Held:
+    try:
+        try:
+            info = api.model_info(repo_id, revision=revision, timeout=PATIENCE)
+        except RevisionNotFoundError:  # it will branch off the main one
+            info = api.model_info(repo_id, timeout=PATIENCE)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:  # or no access, which the push will tell
+        return Held()
+    files = frozenset(file.rfilename for file in info.siblings or ())
+    card = None
+    if CARD in files:
+        data = Path(api.hf_hub_download(repo_id, CARD, revision=info.sha)).read_bytes()
+        try:
+            card = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{CARD} of {repo_id} is not UTF-8 text: repair it first") from error
+    return Held(info.sha, files, card, public=info.private is False)
+
+
+def _stale(held: Held, files: Mapping[str, Any]) -> list[str]:
+    """Files of an earlier push, as its card lists them, that are no more; the owner's own are not among them."""
+    try:
+        listed = section(held.card, "files") if held.card else None
+    except CheckpointError:  # a card with damaged marks, which is to be left alone
+        listed = None
+    earlier = {"evaluation.json", *re.findall(r"^\| `([^`]+)`", listed or "", re.MULTILINE)}
+    return sorted(name for name in earlier & held.files if _GENERATED.fullmatch(name) and name not in files)
+
+
+# ----------------------------------------------------------------------------------------------------- what is sent
+
+
+def _checkpoint_files(record: RunRecord) -> list[str]:
+    return [name for name in CHECKPOINT_FILES if (record.checkpoint / name).is_file()]
+
+
+def _files_of(record: RunRecord) -> dict[str, Path | bytes]:
+    """What goes beside the checkpoint: name in the repository to a file or its content."""
+    files: dict[str, Path | bytes] = {
+        "recipe.yaml": _cleaned(record.folder / "config.yaml", record.recipe),
+        "summary.json": _cleaned(record.folder / "summary.json", record.summary),
+    }
+    if record.evaluation is not None:
+        files["evaluation.json"] = _cleaned(record.folder / "evaluation.json", record.evaluation)
+    return files | {f"plots/{name}": record.folder / "plots" / name for name in record.plots}
+
+
+def _cleaned(path: Path, content: Mapping[str, Any]) -> Path | bytes:
+    """A file of the run as it is, or without the paths of this machine if it holds any."""
+    cleaned = without_local_paths(content)
+    if cleaned == content:
+        return path
+    if path.suffix == ".yaml":
+        return str(yaml.safe_dump(cleaned, sort_keys=False)).encode()
+    return (json.dumps(cleaned, indent=1) + "\n").encode()
+
+
+def _what(name: str) -> str:
+    return WHAT.get(name, "a picture of its training or evaluation")
