@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 from .errors import EvaluationError
@@ -27,3 +28,20 @@ def wilson(hits: int, count: int, confidence: float = 0.95) -> tuple[float, floa
     half = (spread * (share * (1 - share) + spread / 4)) ** 0.5 / (1 + spread)
     # The ends at no and at all hits are 0 and 1 exactly; round-off would leave 1e-17 of them.
     return (0.0 if hits == 0 else centre - half), (1.0 if hits == count else centre + half)
+
+
+def newcombe(
+    one: tuple[float, float, float],
+    other: tuple[float, float, float],
+) -> tuple[float, float]:
+    """The interval of one - other, each given as (value, low, high) and measured independently of each other.
+
+    Newcombe (1998), method 10: the distances between the shares and the ends of their own Wilson intervals, squared and
+    added. The same recipe holds for other figures with intervals.
+    """
+    value, low, high = one
+    other_value, other_low, other_high = other
+    gap = value - other_value
+    return gap - math.hypot(value - low, other_high - other_value), gap + math.hypot(
+        high - value, other_value - other_low
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CheckpointError
-from ..evaluation.intervals import wilson
+from ..evaluation.intervals import newcombe, wilson
 from .markup import percent
 
 EVALUATION_FORMAT = 1
@@ -49,16 +49,11 @@ def measured(figure: Mapping[str, Any] | None, title: str | None) -> Measured | 
 
 
 def gap(one: Measured, other: Measured) -> tuple[float, bool | None]:
-    """one - other, and whether Newcombe's interval of the difference leaves out zero; None without intervals.
-
-    Newcombe 1998, method 10: the distances between two independent shares and the ends of their own Wilson
-    intervals, squared and added.
-    """
+    """one - other, and whether Newcombe's interval of the difference leaves out zero; None without intervals."""
     difference = one.value - other.value
     if one.low is None or one.high is None or other.low is None or other.high is None:
         return difference, None
-    low = difference - math.hypot(one.value - one.low, other.high - other.value)
-    high = difference + math.hypot(one.high - one.value, other.value - other.low)
+    low, high = newcombe((one.value, one.low, one.high), (other.value, other.low, other.high))
     return difference, not low <= 0 <= high
 
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.intervals import newcombe
+
 THIN = "\u202f"  # narrow space at which no line is broken
 MINUS, DASH, TIMES = "\u2212", "\u2013", "\u00d7"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -50,11 +52,7 @@ def known(value: Mapping[str, Any] | None) -> float | None:
 
 
 def difference(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Difference | None:
-    """one - other, with Newcombe's interval for a difference of two independent shares.
-
-    The interval squares and adds the distances between the figures and the ends of their own intervals (Newcombe
-    1998, method 10, where these are Wilson's); the same recipe holds for other figures with intervals.
-    """
+    """one - other, with Newcombe's interval for a difference of two independent figures."""
     first, second = known(one), known(other)
     if one is None or other is None or first is None or second is None:
         return None
@@ -63,9 +61,7 @@ def difference(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -
     if any(end is None or not math.isfinite(end) for end in ends):
         return Difference(gap, None, None)
     low, high, other_low, other_high = map(float, ends)
-    return Difference(
-        gap, gap - math.hypot(first - low, other_high - second), gap + math.hypot(high - first, second - other_low)
-    )
+    return Difference(gap, *newcombe((first, low, high), (second, other_low, other_high)))
 
 
 def figure_text(number: float | None, unit: str) -> str:

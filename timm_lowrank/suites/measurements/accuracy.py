@@ -113,28 +113,36 @@ class IteratedFGSM(Measurement):
         eps: radius in units of the pixel range.
         steps: of the attack.
         stop_at_success: leaves an image alone once it is misclassified (paper, Appendix D.4).
+        black_box: crafted on the other network of the evaluation instead.
     """
 
     least_likely: bool
     eps: float
     steps: int
     stop_at_success: bool = False
+    black_box: bool = False
 
     @property
     def key(self) -> str:
         kind = "iter-ll-fgsm" if self.least_likely else "iter-fgsm"
+        kind = f"transfer-{kind}" if self.black_box else kind
         stop = "-stop" if self.stop_at_success else ""
         return f"{kind}{stop}-{self.steps}-{radius_text(self.eps).replace('/', '-')}"
+
+    def unavailable(self, context: Context, title: str) -> str | None:
+        return NO_OTHER if self.black_box and context.other(title) is None else None
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, labels = chunk_of(context, rows)
         model = context.subjects[title].model
         attack = attacks.iterative_least_likely if self.least_likely else attacks.iterative_fgsm
-        found = attack(model, images, labels, eps=self.eps, steps=self.steps, stop_at_success=self.stop_at_success)
+        source = context.other(title) if self.black_box else None
+        crafted = source.model if source else model
+        found = attack(crafted, images, labels, eps=self.eps, steps=self.steps, stop_at_success=self.stop_at_success)
         classes = predictions(model, found)
         columns = {"withstood": column(classes == labels), "rho": column(rho(images, found))}
         if self.least_likely:
-            columns["hit"] = column(classes == attacks.least_likely(model, images))
+            columns["hit"] = column(classes == attacks.least_likely(crafted, images))
         return columns
 
     def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
@@ -144,14 +152,17 @@ class IteratedFGSM(Measurement):
             context, attack=name, eps=radius_text(self.eps), steps=self.steps, step_size="1/255",
             random_start=False, restarts=1, stops_at_success=self.stop_at_success,
         )  # fmt: skip
+        group = BLACK if self.black_box else WHITE
+        if self.black_box:
+            about["crafted_on"] = crafted_on(context, observed)
         label = f"{name}, {self.steps} steps, {radius_text(self.eps)}"
         label += ", stops at success" if self.stop_at_success else ""
-        findings.figure(self.key, WHITE, label, values, about)
+        findings.figure(self.key, group, label, values, about)
         sizes = {title: median(columns["rho"], context.confidence) for title, columns in observed.items()}
-        findings.figure(f"{self.key}-rho", WHITE, f"{label}: median rho", sizes, about, unit="number", better=None)
+        findings.figure(f"{self.key}-rho", group, f"{label}: median rho", sizes, about, unit="number", better=None)
         if self.least_likely:
             hits = {title: share(columns["hit"], context.confidence) for title, columns in observed.items()}
-            findings.figure(f"{self.key}-hit", WHITE, f"{label}: target hit", hits, about, better="lower")
+            findings.figure(f"{self.key}-hit", group, f"{label}: target hit", hits, about, better="lower")
 
 
 @dataclasses.dataclass(frozen=True)

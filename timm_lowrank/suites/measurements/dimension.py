@@ -60,7 +60,8 @@ class Spectrum(Measurement):
                 unit="count", better="lower",
             )  # fmt: skip
             classes = {
-                title: median(columns[f"{layer} classes"], context.confidence) for title, columns in observed.items()
+                title: {**median(columns[f"{layer} classes"], context.confidence), "of": of}
+                for title, columns in observed.items()
             }
             findings.figure(
                 f"class-variance-{layer}", GROUP,

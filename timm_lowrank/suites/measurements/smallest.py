@@ -13,7 +13,7 @@ import torch
 
 from ...evaluation import attacks
 from ...evaluation.minimum import SmallestRadii, deepfool_rho, minimum_perturbation, smallest_radii
-from ...evaluation.trajectory import step_accuracies, trajectory
+from ...evaluation.trajectory import step_accuracies, trajectory, until_fooled
 from ..context import Context
 from .accuracy import BLACK, WHITE
 from .base import (
@@ -83,26 +83,38 @@ class DeepFool(Measurement):
 
 @dataclasses.dataclass(frozen=True)
 class MinimumPerturbation(Measurement):
-    """The smallest radius of a grid at which an attack that stops at success misclassifies 99 % (Tables 3, 10)."""
+    """The smallest radius of a grid at which an attack that stops at success misclassifies 99 % (Tables 3, 10).
+
+    Args:
+        least_likely: Iter-LL-FGSM instead of Iter-FGSM.
+        radii: the grid; with a step of 1/255, `steps` must reach the largest.
+        black_box: crafted on the other network; it stops when this one is fooled.
+    """
 
     least_likely: bool
     radii: tuple[float, ...]
     steps: int = 40
     share: float = 0.99
+    black_box: bool = False
 
     @property
     def key(self) -> str:
-        return f"minimum-iter-{'ll-' if self.least_likely else ''}fgsm"
+        return f"minimum-{'transfer-' if self.black_box else ''}iter-{'ll-' if self.least_likely else ''}fgsm"
+
+    def unavailable(self, context: Context, title: str) -> str | None:
+        return NO_OTHER if self.black_box and context.other(title) is None else None
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, labels = chunk_of(context, rows)
         attack = attacks.iterative_least_likely if self.least_likely else attacks.iterative_fgsm
         model = context.subjects[title].model
-        found = smallest_radii(
-            model, images, labels,
-            lambda clean, wanted, eps: attack(model, clean, wanted, eps=eps, steps=self.steps, stop_at_success=True),
-            self.radii,
-        )  # fmt: skip
+        source = context.other(title) if self.black_box else None
+        if source:
+            crafted = until_fooled(source.model, model, functools.partial(attack, steps=self.steps))
+        else:
+            settled = functools.partial(attack, model, steps=self.steps, stop_at_success=True)
+            crafted = lambda clean, wanted, eps: settled(clean, wanted, eps=eps)  # noqa: E731
+        found = smallest_radii(model, images, labels, crafted, self.radii)
         return {"radius": column(found.radius), "rho": column(found.rho)}
 
     def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
@@ -111,6 +123,9 @@ class MinimumPerturbation(Measurement):
             context, attack=f"{name}, stops at success", steps=self.steps, step_size="1/255",
             random_start=False, restarts=1, radii=", ".join(radius_text(eps) for eps in self.radii),
         )  # fmt: skip
+        group = BLACK if self.black_box else WHITE
+        if self.black_box:
+            about["crafted_on"] = crafted_on(context, observed)
         radius, sizes = {}, {}
         for title, columns in observed.items():
             found = SmallestRadii(*(torch.tensor(columns[name], dtype=torch.float64) for name in ("radius", "rho")))
@@ -118,8 +133,8 @@ class MinimumPerturbation(Measurement):
             radius[title] = number(math.nan if smallest.eps is None else smallest.eps, smallest.of)
             sizes[title] = number(math.nan if smallest.rho is None else smallest.rho, smallest.of)
         label = f"{name}: smallest radius that misclassifies {self.share:.0%}"
-        findings.figure(self.key, WHITE, label, radius, about, unit="number")
-        findings.figure(f"{self.key}-rho", WHITE, f"{name}: mean rho there", sizes, about, unit="number")
+        findings.figure(self.key, group, label, radius, about, unit="number")
+        findings.figure(f"{self.key}-rho", group, f"{name}: mean rho there", sizes, about, unit="number")
 
 
 @dataclasses.dataclass(frozen=True)
