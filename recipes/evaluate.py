@@ -2,7 +2,7 @@
 
     python recipes/evaluate.py runs/digits                        # beside runs/digits/twin, about two minutes
     python recipes/evaluate.py runs/1-LR --against runs/plain --suite paper autoattack
-    accelerate launch --num_processes 4 recipes/evaluate.py RUN --suite autoattack --limit 1000
+    torchrun --nproc_per_node 4 recipes/evaluate.py RUN --suite autoattack --limit 1000
     python recipes/evaluate.py hf-hub:USER/NAME --data uoft-cs/cifar10
 
 Suites: quick (PGD, transfer, noise, spectrum, compression, diagnosis), paper (every attack and measurement of the
@@ -15,17 +15,14 @@ evaluation is taken up again by the same command, from evaluation.json.partial.
 from __future__ import annotations
 
 import argparse
-import datetime
 import shlex
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-
 from timm_lowrank.core.errors import LowRankError
 from timm_lowrank.evaluation.errors import EvaluationError
 from timm_lowrank.report import text_table
-from timm_lowrank.suites import Options, evaluate
+from timm_lowrank.suites import Options, evaluate, join_processes
 from timm_lowrank.training import TrainingError
 
 
@@ -69,9 +66,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
 def main() -> None:
     """Evaluates, prints the main figures, and reports a mistake in one message instead of a traceback."""
     options = parse_arguments()
-    # Shares of work differ: a process may wait hours for the others, longer than the half hour that is the default.
-    state = PartialState(timeout=datetime.timedelta(days=7))
     try:
+        state = join_processes()
         content = evaluate(options, state)
     except (EvaluationError, TrainingError, LowRankError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -94,3 +94,28 @@ def test_there_are_no_cycles():
     for name in graph:
         visit(name)
     assert done == set(MODULES)
+
+
+ORDER = (
+    "core",
+    "layers",
+    "networks",
+    "wrapping",
+    "evaluation",
+    "checkpoint",
+    "drawing",
+    "training",
+    "report",
+    "suites",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.count(".")])
+def test_no_room_imports_one_above_it(name):
+    """Imports at any depth. timm_lowrank.hub stands on checkpoint, layers and evaluation alone."""
+    rooms = {module.split(".")[1] for module in imports(name, MODULES[name]) if module.startswith("timm_lowrank.")}
+    room = name.split(".")[1]
+    if room == "hub":
+        assert rooms <= {"hub", "checkpoint", "layers", "evaluation", "core"}
+    elif room != "__main__":
+        assert all(ORDER.index(other) <= ORDER.index(room) for other in rooms), f"{name} imports {sorted(rooms)}"

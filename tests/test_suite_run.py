@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from timm_lowrank.evaluation.errors import EvaluationError
 from timm_lowrank.report import text_table
-from timm_lowrank.suites import Options, evaluate
+from timm_lowrank.suites import Options, evaluate, join_processes
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean
 from timm_lowrank.suites.measurements.base import median, radius_text, share
 from timm_lowrank.suites.plan import SUITES, chosen_suites, measurements_of
@@ -211,23 +211,23 @@ def _wait_for_more(process, journal, units):
 
 
 def test_two_processes_give_the_figures_of_one(trained, evaluated, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     result = subprocess.run(
-        [*launch, "0", *command(trained, tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        [*launch, "--main_process_port", "0", *command(trained, tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "evaluation.json").read_text())["processes"] == 2
     assert figures(tmp_path) == figures(evaluated[0])
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_processes_that_form_no_group_stop(trained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("timm_lowrank.suites.runner.Accelerator", lambda **settings: None)
+    with pytest.raises(EvaluationError, match="torchrun --nproc_per_node"):
+        join_processes()
 
 
 def test_a_full_disk_keeps_what_is_finished(trained, tmp_path, monkeypatch, small):

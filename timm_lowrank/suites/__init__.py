@@ -6,5 +6,6 @@
 """
 
 from .evaluation import Options, evaluate, write_evaluation
+from .runner import join_processes
 
-__all__ = ["Options", "evaluate", "write_evaluation"]
+__all__ = ["Options", "evaluate", "join_processes", "write_evaluation"]

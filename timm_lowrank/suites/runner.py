@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -71,6 +73,26 @@ def run(context: Context, measurements: Sequence[Measurement], journal: Journal,
     # Not through the files: they may lie on the disks of several machines.
     everything = {**done, **dict(gather_object(fresh))} if state.num_processes > 1 else {**done, **dict(fresh)}
     return _findings(context, measurements, units, everything) if state.is_main_process else Findings()
+
+
+def join_processes() -> PartialState:
+    """The group of the processes that `accelerate launch` or torchrun started; one process alone without them.
+
+    Raises:
+        EvaluationError: several were started and form no group: each would do all the work, on the same files.
+    """
+    # Shares of work differ: a process may wait hours for the others, longer than the half hour that is the default.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
+    # Without being told, accelerate forms no group where there is no accelerator.
+    Accelerator(cpu=None if torch.accelerator.is_available() else True, kwargs_handlers=[patience])
+    state = PartialState()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > state.num_processes:
+        raise EvaluationError(
+            f"{launched} processes were launched and form no group of that size but of {state.num_processes}: "
+            "launch them with torchrun --nproc_per_node N"
+        )
+    return state
 
 
 def plan_units(context: Context, measurements: Sequence[Measurement]) -> list[Unit]:

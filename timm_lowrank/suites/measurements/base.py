@@ -134,8 +134,8 @@ NO_OTHER = "it needs a second network: --against"
 
 
 def radius_text(eps: float) -> str:
-    """A radius as the literature writes it: 8/255, or 0.123 where it is no multiple of half a grey level."""
-    halves = eps * 510
-    if halves < 0.5 or abs(halves - round(halves)) > 1e-6:
-        return f"{eps:g}"
+    """A radius as the literature writes it: 8/255, but 0.5 where that is short or it is no half grey level."""
+    short, halves = f"{eps:g}", eps * 510
+    if len(short) <= 4 or halves < 0.5 or abs(halves - round(halves)) > 1e-6:
+        return short
     return f"{round(halves) / 2:g}/255"
