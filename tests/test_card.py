@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard
 from publishable import LAYER, REPO, change, evaluation, figure, make_run, share, verdict, write
 
 from timm_lowrank import CheckpointError
+from timm_lowrank.checkpoint.card import SECTIONS, mark, minimal_card
 from timm_lowrank.hub import card_of, headline, read_run
 from timm_lowrank.hub.figures import AUTOATTACK, CLEAN, PGD
 from timm_lowrank.hub.markup import code, escaped, percent
-from timm_lowrank.hub.merging import mark, merge, section
+from timm_lowrank.hub.merging import merge, section
 from timm_lowrank.hub.publishing import without_local_paths
 from timm_lowrank.hub.record import weights_digest
 from timm_lowrank.suites.plan import chosen_suites, measurements_of
@@ -22,7 +23,6 @@ from timm_lowrank.suites.subject import load_subject
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (ROOT / "hub" / "card.md").read_text()
-SECTIONS = ["about", "loading", "low-rank", "robustness", "limits", "training", "files", "citation"]
 
 
 @pytest.fixture
@@ -422,3 +422,13 @@ def test_the_headline_is_what_the_card_says(run):
     assert [found[key]["value"] for key in (CLEAN, PGD, AUTOATTACK)] == [r.metric_value for r in results]
     assert found[PGD]["plain"] == 0.1
     assert found["effective_rank"] == {LAYER: {"value": 7, "plain": 19}}
+
+
+def test_a_short_card_becomes_a_full_one(run):
+    """What `tlr.push_to_hub` wrote is generated text: the run's own card replaces all of it."""
+    short = minimal_card(run / "model", "alice/tiny")
+    assert "No evaluation was published" in short
+    merged = card(run, short)
+    assert "No evaluation was published" not in merged.text
+    assert all(section(merged.text, name).strip() for name in SECTIONS)
+    assert set(re.findall("generated: ([a-z-]+) -->", (ROOT / "hub" / "card.md").read_text())) == set(SECTIONS)

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCardData
 
 from .files import LOWRANK_CONFIG, NETWORK_CONFIG, known_architecture, module_to_import, read_json
 
+# Those that hub/push.py writes anew, between their marks; here only the first two have something to say.
+SECTIONS = ("about", "loading", "low-rank", "robustness", "limits", "training", "files", "citation")
 TAGS = ["image-classification", "timm", "transformers", "timm_lowrank"]
 
 
@@ -23,20 +25,21 @@ def minimal_card(folder: Path, repo_id: str) -> str:
     config = read_json(folder / NETWORK_CONFIG)
     architecture = known_architecture(config, folder)
     data = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=TAGS)
-    return f"""---
-{data.to_yaml()}
----
-
-# {repo_id.split("/")[-1]}
+    written = {
+        "about": f"""# {repo_id.split("/")[-1]}
 
 {_description(folder, config, architecture)}
 
-No evaluation was published with it: neither its accuracy nor its robustness is known from this page.
+No evaluation was published with it: neither its accuracy nor its robustness is known from this page.""",
+        "loading": f"## Loading\n\n{snippets(repo_id, architecture)}",
+    }
+    sections = "\n\n".join(mark(name, written.get(name, "")) for name in SECTIONS)
+    return f"---\n{data.to_yaml()}\n---\n\n{sections}\n"
 
-## Loading
 
-{snippets(repo_id, architecture)}
-"""
+def mark(name: str, body: str = "") -> str:
+    """A generated section between its two marks, which a later push writes anew."""
+    return f"<!-- generated: {name} -->\n{body}{chr(10) if body else ''}<!-- end of generated: {name} -->"
 
 
 def _description(folder: Path, config: Mapping[str, Any], architecture: str) -> str:

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub.utils import yaml_dump
 
 from ..checkpoint import CheckpointError
+from ..checkpoint.card import mark
 
 OURS = "timm_lowrank"  # the name of the source of our results in model-index
 _MARK = re.compile(r"^<!-- (generated|end of generated): ([\w-]+) -->[ \t]*$", re.MULTILINE)
@@ -33,11 +34,6 @@ class Merged:
 
     text: str
     notes: tuple[str, ...] = ()
-
-
-def mark(name: str, body: str = "") -> str:
-    """A generated section with its two marks."""
-    return f"<!-- generated: {name} -->\n{body}{chr(10) if body else ''}<!-- end of generated: {name} -->"
 
 
 def section(card: str, name: str) -> str | None:
