@@ -149,7 +149,7 @@ def test_the_same_run_gives_the_same_card(run):
     first = card(run).text
     assert card(run).text == first
     assert card(run, first).text == first, "written into itself it does not change"
-    assert [name for name in SECTIONS if section(first, name)] == SECTIONS
+    assert [name for name in SECTIONS if section(first, name)] == list(SECTIONS)
     assert re.findall(r"^## (.*)$", first, re.MULTILINE)[0] == "Loading"
 
 
@@ -349,7 +349,7 @@ def test_a_licence_is_the_owners_unless_another_is_given(run):
 def test_a_card_without_marks_is_kept_whole_and_completed(run):
     merged = card(run, "# Written by hand\n\nNothing generated.")
     assert "\n# Written by hand\n\nNothing generated.\n\n<!-- generated: about -->\n" in merged.text
-    assert [name for name in SECTIONS if section(merged.text, name)] == SECTIONS
+    assert [name for name in SECTIONS if section(merged.text, name)] == list(SECTIONS)
     assert "all of it was kept, and they follow below it" in merged.notes[0]
     again = card(run, merged.text)
     assert (again.text, again.notes) == (merged.text, ())
