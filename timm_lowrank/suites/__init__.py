@@ -5,7 +5,8 @@
 >>> content = evaluate(Options("runs/digits", suites=("quick",)), PartialState())  # doctest: +SKIP
 """
 
-from .evaluation import Options, evaluate, write_evaluation
+from .evaluation import evaluate, write_evaluation
+from .inputs import Options
 from .runner import join_processes
 
 __all__ = ["Options", "evaluate", "join_processes", "write_evaluation"]

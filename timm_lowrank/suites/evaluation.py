@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import itertools
 import json
 import math
 import platform
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +19,16 @@ from accelerate import PartialState
 from ..evaluation.checks import check_before_attack
 from ..evaluation.errors import EvaluationError, EvaluationWarning
 from ..report import write_plots, write_report
-from ..training import ImageData, load_images
 from ..training.disk import disk_errors, read_json, write_whole
 from .context import Context, build_context
+from .inputs import Options, layers_of, load_data, load_other_labels, load_subjects, output_of
 from .journal import ADVICE, Journal
 from .measurements.base import Findings
 from .plan import chosen_suites, measurements_of
 from .runner import header, run
-from .subject import Subject, load_subject
 
 FORMAT = 1
 PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
-NO_TWIN = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to evaluate and how.
-
-    Args:
-        network: a run folder, a checkpoint folder, hf-hub:USER/NAME or a timm name.
-        against: the networks beside it; without any the twin in the run folder if there is one, ("none",) nothing.
-        suites: of "quick", "paper" and "autoattack".
-        data: where the images are; None is where the run's recipe says.
-        limit, train_limit: test images, and training images that classifiers and PCA are fitted on, as many of
-            each class as there are; None are those of the suite.
-        other_labels: a column of other labels, for the transfer of the representation to them.
-        seed: of everything random.
-        chunk: images in a batch and in a piece of work. AutoAttack's random numbers depend on it.
-        output: where evaluation.json, plots/ and report.html go; None is the run folder.
-        overwrite: whether a finished evaluation that was another one may be replaced.
-        command: how to repeat it, for the report.
-    """
-
-    network: str
-    against: tuple[str, ...] = ()
-    suites: tuple[str, ...] = ("quick",)
-    data: str | None = None
-    limit: int | None = None
-    train_limit: int | None = None
-    other_labels: str | None = None
-    seed: int = 0
-    chunk: int = 100
-    output: Path | None = None
-    overwrite: bool = False
-    command: str | None = None
 
 
 def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
@@ -88,15 +51,15 @@ def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
     context = build_context(
         subjects,
         data,
-        _layers(subjects),
+        layers_of(subjects),
         state.device,
         seed=options.seed,
         chunk=options.chunk,
         limit=max(suite.images for suite in suites) if options.limit is None else options.limit,
         train_limit=max(s.train_images for s in suites) if options.train_limit is None else options.train_limit,
-        other_labels=_other_labels(options, subjects),
+        other_labels=load_other_labels(options, subjects),
     )
-    folder = _output(options)
+    folder = output_of(options)
     same = header(context, measurements, data.fingerprint)
     finished = _finished(folder, same, options.overwrite)
     if finished is not None:
@@ -108,17 +71,10 @@ def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
         return {}
     findings.warnings = [*noted, *said, *findings.warnings]
     content = {
-        "format": FORMAT,
         "suite": " + ".join(options.suites),
         "command": options.command,
-        "seed": options.seed,
-        "chunk": options.chunk,
-        "confidence": context.confidence,
-        "device": _device(state.device),
-        "processes": state.num_processes,
+        **_setting(context, state),
         "seconds": round(time.monotonic() - began, 1),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
         "data": context.describe_data(data),
         "networks": [subject.description() for subject in subjects],
         **_content(findings),
@@ -142,51 +98,6 @@ def write_evaluation(content: dict[str, Any], folder: Path) -> None:
         write_whole(folder / "evaluation.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def load_subjects(options: Options) -> list[Subject]:
-    """The network and those beside it, with different titles.
-
-    Raises:
-        EvaluationError: one cannot be loaded, or two are the same.
-    """
-    twin = Path(options.network) / "twin"
-    against = options.against or ((str(twin),) if (twin / "summary.json").exists() else ())
-    subjects = [load_subject(where) for where in (options.network, *against) if where != NO_TWIN]
-    for one, other in itertools.combinations(subjects, 2):
-        if one.weights == other.weights:
-            raise EvaluationError(f"{one.path} and {other.path} hold the same weights: there is nothing to compare")
-    for titles in (
-        [subject.title for subject in subjects],
-        [Path(subject.path).name for subject in subjects],
-        [subject.path for subject in subjects],
-    ):
-        if len(set(titles)) == len(titles):
-            break
-    return [dataclasses.replace(subject, title=title) for subject, title in zip(subjects, titles, strict=True)]
-
-
-def load_data(options: Options, subjects: Sequence[Subject]) -> tuple[ImageData, list[str]]:
-    """The images, and a warning for each network that was trained on others.
-
-    Raises:
-        EvaluationError: nothing says where they are.
-        DataError: they cannot be read.
-    """
-    recipe = next((subject.recipe for subject in subjects if subject.recipe), None)
-    if recipe is None and options.data is None:
-        raise EvaluationError(
-            f"{options.network} does not say what it was trained on: give --data, a folder of parquet files, "
-            'the name of a data set on the Hub, or "digits"'
-        )
-    source = options.data or recipe.data  # type: ignore[union-attr]
-    data = load_images(source, progress=True, **(recipe.data_args if recipe else {}))
-    noted = [
-        f"{subject.title} was trained on other images than these (their fingerprints differ)"
-        for subject in subjects
-        if subject.data_fingerprint not in (None, data.fingerprint)
-    ]
-    return data, noted
-
-
 def _sane(context: Context) -> list[str]:
     """What is odd about networks and images, before hours are spent on them."""
     first = slice(0, context.chunk)
@@ -199,26 +110,6 @@ def _sane(context: Context) -> list[str]:
             )
         said += [f"{title}: {text}" for text in found]
     return said
-
-
-def _other_labels(options: Options, subjects: Sequence[Subject]) -> ImageData | None:
-    if options.other_labels is None:
-        return None
-    recipe = next((subject.recipe for subject in subjects if subject.recipe), None)
-    arguments = {**(recipe.data_args if recipe else {}), "label_column": options.other_labels}
-    return load_images(options.data or recipe.data, **arguments)  # type: ignore[union-attr]
-
-
-def _layers(subjects: Sequence[Subject]) -> list[str]:
-    layers = list(dict.fromkeys(layer for subject in subjects for layer in subject.layers))
-    return layers or ["pre_logits"]
-
-
-def _output(options: Options) -> Path:
-    if options.output is not None:
-        return options.output
-    folder = Path(options.network)
-    return folder if folder.is_dir() else Path("evaluations") / options.network.replace("/", "_").replace(":", "_")
 
 
 def _finished(folder: Path, same: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -245,6 +136,20 @@ def _content(findings: Findings) -> dict[str, Any]:
                 findings.warnings.append(f"{title}, {figure['label']}: not a number (of {value['of']} images)")
     content["warnings"] = findings.warnings
     return _finite(content)  # type: ignore[no-any-return]
+
+
+def _setting(context: Context, state: PartialState) -> dict[str, Any]:
+    """How and when it was measured."""
+    return {
+        "format": FORMAT,
+        "seed": context.seed,
+        "chunk": context.chunk,
+        "confidence": context.confidence,
+        "device": _device(state.device),
+        "processes": state.num_processes,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+    }
 
 
 def _finite(value: Any) -> Any:
