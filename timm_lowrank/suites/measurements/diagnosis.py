@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ...evaluation import masking
+from ...evaluation.errors import EvaluationError
 from ..context import Context
 from .base import Columns, Findings, Measurement, chunk_of, column
 
@@ -37,5 +38,9 @@ class Diagnosis(Measurement):
 
     def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
         for title, columns in observed.items():
-            diagnosis = masking.judge({name: torch.tensor(values) for name, values in columns.items()})
-            findings.verdicts[title] = diagnosis.to_dict()
+            try:
+                diagnosis = masking.judge({name: torch.tensor(values) for name, values in columns.items()})
+            except EvaluationError as error:  # too few images, or none that is right: what was measured still counts
+                findings.warnings.append(f"{title}: there is no verdict on gradient masking: {error}")
+            else:
+                findings.verdicts[title] = diagnosis.to_dict()
