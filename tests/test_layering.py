@@ -99,11 +99,13 @@ def test_there_are_no_cycles():
 ORDER = (
     "core",
     "layers",
+    "placement",
     "networks",
     "wrapping",
     "evaluation",
     "checkpoint",
     "drawing",
+    "integrations",
     "training",
     "report",
     "suites",

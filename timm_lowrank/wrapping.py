@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .core.config import LowRankConfig
 from .core.model import LowRankModel
-from .layers import create_backbone, example_input, find_taps
+from .layers import create_backbone, example_input
+from .placement import find_taps
 
 
 def wrap(

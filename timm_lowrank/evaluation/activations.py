@@ -11,7 +11,7 @@ from ..core.capture import Tap, evaluating, recording
 from ..core.config import LowRankConfig
 from ..core.errors import CaptureError
 from ..core.model import LowRankModel
-from ..layers import find_taps
+from ..placement import find_taps
 from .errors import EvaluationError
 from .pixels import PixelModel, bare
 
