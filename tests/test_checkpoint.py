@@ -69,7 +69,8 @@ def test_the_branches_can_be_had_back(model, tmp_path):
     description = json.loads((tmp_path / "lowrank.json").read_text())
     assert description["format"] == checkpoint.FORMAT
     assert description["layers"] == {
-        layer: {"rank": branch.rank, "num_features": branch.num_features} for layer, branch in model.branches.items()
+        "layer3": {"rank": 6, "num_features": 768, "view": "flatten", "channel_dim": 1},
+        "pre_logits": {"rank": 4, "num_features": 96, "view": "flatten", "channel_dim": -1},
     }
     config = LowRankConfig.from_dict(description["config"])
     assert config == model.lowrank_config

@@ -98,6 +98,7 @@ def test_there_are_no_cycles():
 
 ORDER = (
     "core",
+    "views",
     "layers",
     "placement",
     "networks",

@@ -17,7 +17,7 @@ from timm_lowrank.__main__ import main
 FAMILIES = [
     ("test_resnet", {}, 32, "layer3", 192 * 2 * 2, 96),
     ("resnet18", {}, 32, "layer3", 256 * 2 * 2, 512),
-    ("test_vit", {"img_size": 32}, 32, "blocks.4", 5 * 64, 64),
+    ("test_vit", {"img_size": 32}, 32, "blocks.4", 64, 64),
     ("test_convnext", {}, 64, "stages.2", 48 * 4 * 4, 64),
     ("test_efficientnet", {}, 32, "blocks.3", 48 * 2 * 2, 256),
     ("test_byobnet", {}, 32, "stages.2", 128 * 2 * 2, 256),
@@ -47,9 +47,11 @@ def test_presets(name, options, size, stage, stage_width, width, recwarn):
     model = tlr.wrap(name, LowRankConfig(branches="2-LR"), example_input=images(size), num_classes=3, **options).train()
     found = {layer: (branch.num_features, branch.rank) for layer, branch in model.branches.items()}
     assert list(found) == [stage, "pre_logits"]
-    assert found[stage] == (stage_width, min(500, stage_width))
+    tokens = next(tap for tap in model.taps if tap.layer == stage).view.kind == "token"
+    rank = min(500, stage_width // 4) if tokens else min(500, stage_width)
+    assert found[stage] == (stage_width, rank)
     assert found["pre_logits"] == (width, min(100, width))
-    short = [layer for layer, rank in ((stage, 500), ("pre_logits", 100)) if found[layer][0] < rank]
+    short = [layer for layer, rank in ((stage, rank), ("pre_logits", 100)) if found[layer][0] <= rank]
     messages = [str(w.message) for w in recwarn if "capped" in str(w.message)]
     assert len(messages) == bool(short)
     assert all(repr(layer) in messages[0] for layer in short)
@@ -108,8 +110,9 @@ def test_example_inputs_decide_the_width():
     default = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 3})).branches["layer3"].num_features
     assert default == 25 * widths[32], "160 px, of the pretrained_cfg"
     small = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3}), img_size=32, in_chans=1)
-    assert small.branches["blocks.1"].num_features == 5 * 64
-    oblong = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3}), img_size=(32, 64))
+    assert small.branches["blocks.1"].num_features == 64, "a token is a sample"
+    flattened = LowRankConfig(branches={"blocks.1": {"rank": 3, "view": "flatten"}})
+    oblong = tlr.wrap("test_vit", flattened, img_size=(32, 64))
     assert oblong.branches["blocks.1"].num_features == 9 * 64
 
 
@@ -154,7 +157,7 @@ def huggingface_vit():
         patch_size=8,
         num_labels=3,
     )
-    return transformers.ViTForImageClassification(config), "vit.embeddings", 17 * 24, 24
+    return transformers.ViTForImageClassification(config), "vit.embeddings", 24, 24
 
 
 @pytest.mark.parametrize("build", [huggingface_resnet, huggingface_vit])
@@ -254,9 +257,9 @@ def test_the_table_of_the_command_line():
     command = [sys.executable, "-m", "timm_lowrank", "layers", "resnet18", "--model-args", '{"in_chans": 1}']
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["layer", "kind", "shape", "width"]
-    assert ["layer3", "Sequential", "256", "x", "14", "x", "14", "50,176"] in lines
-    assert lines[-1] == ["pre_logits", "input", "of", "fc", "512", "512"]
+    assert lines[0] == ["layer", "kind", "shape", "view", "width"]
+    assert ["layer3", "Sequential", "256", "x", "14", "x", "14", "flatten", "50,176"] in lines
+    assert lines[-1] == ["pre_logits", "input", "of", "fc", "512", "flatten", "512"]
     assert len({len(line) for line in result.stdout.splitlines()}) == 1, "columns are aligned"
 
 
@@ -310,7 +313,7 @@ def test_a_rank_that_is_larger_than_the_layer():
         tlr.wrap("test_vit", LowRankConfig(branches={"pre_logits": 65, "blocks.1": 1000, "blocks.2": 5}), img_size=32)
     message = str(caught.value)
     assert "rank 65 is larger than the 64 features of layer 'pre_logits'" in message
-    assert "rank 1000 is larger than the 320 features of layer 'blocks.1'" in message
+    assert "rank 1000 is larger than the 64 features of layer 'blocks.1'" in message
     assert "blocks.2" not in message
 
 

@@ -10,7 +10,7 @@ from .checkpoint import CheckpointError, from_pretrained, push_to_hub, save_pret
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
 from .core.config import LowRankConfig
-from .core.errors import CaptureError, CollapseError, LowRankError, ProjectionWarning
+from .core.errors import CaptureError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
 from .core.model import LossHook, LowRankModel, attach
 from .layers import LayerInfo, list_layers
 from .wrapping import wrap
@@ -27,6 +27,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankError",
     "LowRankModel",
+    "LowRankWarning",
     "ProjectionWarning",
     "attach",
     "evaluation",

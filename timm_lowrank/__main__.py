@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_layers(layers: list[LayerInfo]) -> None:
-    """A table of name, kind, shape and width, on standard output."""
-    rows = [("layer", "kind", "shape", "width")]
-    rows += [(x.name, x.kind, " x ".join(map(str, x.shape)), f"{x.width:,}") for x in layers]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    """A table of name, kind, shape, default view and width, on standard output."""
+    rows = [("layer", "kind", "shape", "view", "width")]
+    rows += [(x.name, x.kind, " x ".join(map(str, x.shape)), x.view, f"{x.width:,}") for x in layers]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
-        cells = [f"{row[0]:<{widths[0]}}", f"{row[1]:<{widths[1]}}", f"{row[2]:<{widths[2]}}", f"{row[3]:>{widths[3]}}"]
-        print("  ".join(cells))
+        left = [f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=False)]
+        print("  ".join([*left, f"{row[-1]:>{widths[-1]}}"]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .core.capture import Recording, Tap, evaluating, recording
 from .core.config import PRE_LOGITS
 from .core.errors import CaptureError, nearest
+from .views import view_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class LayerInfo:
     name: str  # as `LowRankConfig.branches` takes it
     kind: str  # class of the module
     shape: tuple[int, ...]  # of its output for one image, without the batch dimension
-    width: int  # m, the number of features of the flattened output
+    width: int  # m, the number of features of one sample
+    view: str = "flatten"  # what counts as one sample by default, see `timm_lowrank.views.view_of`
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
@@ -79,15 +81,23 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
     # On the modules themselves, not inside Sequentials: every name gets a row of its own.
     record = example_forward(backbone, [Tap(name, name) for name in names], images)
     found = []
-    for name in record.values:
+    for name, value in list(record.values.items()):
+        item = settled(backbone, Tap(name, name), value, len(images)).item
+        record.values[name] = value if item is None else value[item]  # type: ignore[index]
         with contextlib.suppress(CaptureError):  # then no branch can sit there
-            value = record.activation(Tap(name, name))
-            if value.shape[0] == images.shape[0]:
-                kind = type(backbone.get_submodule(name)).__name__
-                found.append(LayerInfo(name, kind, tuple(value.shape[1:]), value[0].numel()))
-    with_logits = _pre_logits_tap(backbone, images)
-    value = example_forward(backbone, [with_logits], images).activation(with_logits)
-    return [*found, LayerInfo(PRE_LOGITS, f"input of {with_logits.path}", tuple(value.shape[1:]), value[0].numel())]
+            activations = record.activation(Tap(name, name))
+            if activations.shape[0] == images.shape[0]:
+                found.append(_info(backbone, name, type(backbone.get_submodule(name)).__name__, activations))
+    with contextlib.suppress(ValueError):  # no classifier
+        tap = _pre_logits_tap(backbone, images)
+        activations = example_forward(backbone, [tap], images).activation(tap)
+        found.append(_info(backbone, PRE_LOGITS, f"input of {tap.path}", activations))
+    return found
+
+
+def _info(backbone: nn.Module, name: str, kind: str, value: Tensor) -> LayerInfo:
+    view = view_of(backbone, value, {})
+    return LayerInfo(name, kind, tuple(value.shape[1:]), view.width(value), view.kind)
 
 
 def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap:
@@ -102,15 +112,14 @@ def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap
 
 def _pre_logits_tap(backbone: nn.Module, images: Tensor | None) -> Tap:
     """The tap on the input of the classifier: timm's `get_classifier()`, else the last linear layer that runs."""
-    if hasattr(backbone, "get_classifier"):
-        classifier: Any = backbone.get_classifier()  # type: ignore[operator]
-        classifier = classifier[0] if isinstance(classifier, tuple | list) else classifier
+    if hasattr(backbone, "get_classifier") or hasattr(backbone, "pretrained_cfg"):
+        classifier = _classifier(backbone)
         for name, module in backbone.named_modules():
             if module is classifier and not isinstance(module, nn.Identity):
                 return Tap.at(PRE_LOGITS, name, backbone, takes_input=True)
         raise ValueError(
-            f"{type(backbone).__name__} has no classifier (num_classes=0?), so there is no {PRE_LOGITS!r}; "
-            "name a layer instead"
+            f"{type(backbone).__name__} has no classifier (an encoder, or num_classes=0?), so there is no "
+            f"{PRE_LOGITS!r}; name a layer instead, for example branches={{{_example(backbone)!r}: 50}}"
         )
     if images is None:
         raise ValueError(f"{type(backbone).__name__} is no timm network: finding {PRE_LOGITS!r} takes example images")
@@ -121,6 +130,61 @@ def _pre_logits_tap(backbone: nn.Module, images: Tensor | None) -> Tap:
             f"{type(backbone).__name__} runs no nn.Linear, so there is no {PRE_LOGITS!r}; name a layer instead"
         )
     return Tap(PRE_LOGITS, list(ran)[-1], takes_input=True)
+
+
+def _classifier(backbone: nn.Module) -> Any:
+    """timm's classifier, or the part of it that turns features into logits; None if there is none."""
+    found: Any = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None  # type: ignore[operator]
+    if isinstance(found, tuple | list):  # labels first, then the teacher of a distilled network
+        found = found[0]
+    if isinstance(found, nn.ModuleList):  # one for each of several features: the last sees the deepest
+        found = found[-1]
+    while hasattr(found, "global_pool") and hasattr(found, "fc"):  # a head that pools: its input is no classifier's
+        found = found.fc
+    return found
+
+
+def _example(backbone: nn.Module) -> str:
+    return (stage_names(backbone) or [name for name, _ in backbone.named_children()])[-1]
+
+
+def stage_names(backbone: nn.Module) -> list[str]:
+    """Names of the layers behind which timm's `feature_info` sees the ends of the stages, as far as they exist.
+
+    Where it names a list of blocks, which never runs as a whole, the last block stands for it.
+    """
+    info = getattr(backbone, "feature_info", None)
+    entries = [] if info is None else (info.info if hasattr(info, "info") else info)
+    modules, names = dict(backbone.named_modules()), []
+    for name in [entry["module"] for entry in entries]:
+        # MViTv2 and Twins say "block.2" of what they call stages.2 and blocks.2.
+        for known in (name, name.replace("block.", "stages."), name.replace("block.", "blocks.")):
+            if known in modules:
+                names.append(_last_of_list(known, modules[known]))
+                break
+    if len(names) > 1 and names[-2] == names[-1]:  # CoaT: scales in parallel, behind stages in series
+        series = [name for name, module in backbone.named_children() if isinstance(module, nn.ModuleList)]
+        names[-2:] = [_last_of_list(name, modules[name]) for name in series[-2:]]
+    return names
+
+
+def _last_of_list(name: str, module: nn.Module) -> str:
+    return f"{name}.{len(module) - 1}" if isinstance(module, nn.ModuleList) and len(module) else name
+
+
+def settled(backbone: nn.Module, tap: Tap, value: object, batch: int) -> Tap:
+    """`tap` itself, or on one of the tensors that a stage of timm's gives: its features may come with their size or
+    with class tokens. The first that has a row for each image is meant.
+
+    Args:
+        value: what the tap saw.
+        batch: number of images that it saw.
+    """
+    if isinstance(value, tuple | list) and tap.layer in stage_names(backbone):
+        for item, one in enumerate(value):
+            if isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 1 and len(one) == batch:
+                return dataclasses.replace(tap, item=item)
+    return tap
 
 
 def example_forward(backbone: nn.Module, taps: Sequence[Tap], images: Tensor) -> Recording:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from .core.capture import Tap
 from .core.config import PRE_LOGITS, LowRankConfig
 from .core.errors import CaptureError, nearest
-from .layers import example_forward, tap_on
+from .core.views import View
+from .layers import example_forward, settled, stage_names, tap_on
+from .views import view_of
 
 PRE_LOGITS_RANK, STAGE_RANK = 100, 500  # paper, Section 3
 
@@ -20,7 +23,9 @@ def find_taps(
 ) -> tuple[list[Tap], dict[str, int], dict[str, int]]:
     """Taps, widths and target ranks of the branches that `config` asks for.
 
-    The ranks of the presets are capped by the width of the layer, with a warning.
+    The ranks of the presets are capped by the width of the layer, with a warning. For a stage of tokens they are a
+    quarter of the channels at most: the paper's 500 are a thirtieth of the features that it has before the last stage,
+    and in a network with 384 or 768 channels it would be no constraint at all.
 
     Raises:
         ValueError: layers that do not exist (all named in one message, with the nearest ones), or ranks larger
@@ -31,21 +36,32 @@ def find_taps(
     _raise_if_unknown(backbone, wanted)
     taps = [tap_on(backbone, layer, images) for layer in wanted]
     record = example_forward(backbone, taps, images)
-    widths = {}
+    raw, taps = taps, [settled(backbone, tap, record.values.get(tap.layer), len(images)) for tap in taps]
+    if taps != raw:
+        record = example_forward(backbone, taps, images)
+    viewed, widths = [], {}
     for tap in taps:
         value = record.activation(tap)
-        if value.shape[0] != images.shape[0]:
-            raise CaptureError(
-                f"layer {tap.layer!r} gives a tensor of shape {tuple(value.shape)} for {images.shape[0]} images; "
-                "its first dimension is not the batch, so its rows are not images"
-            )
-        widths[tap.layer] = value[0].numel()
-    return taps, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
+        view = view_of(backbone, value, config.options(tap.layer))
+        _raise_if_no_samples(tap.layer, value, view, len(images))
+        viewed.append(dataclasses.replace(tap, view=view))
+        widths[tap.layer] = view.width(value)
+        if isinstance(config.branches, str) and view.kind == "token" and value.dim() > 2:
+            wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
+    return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
+
+
+def _raise_if_no_samples(layer: str, value: Tensor, view: View, images: int) -> None:
+    if value.shape[0] != images and view.kind != "token":
+        raise CaptureError(
+            f"layer {layer!r} gives a tensor of shape {tuple(value.shape)} for {images} images; its first dimension is "
+            'not the batch, so its rows are not images: choose another layer, or the view "token"'
+        )
 
 
 def _wanted_ranks(backbone: nn.Module, config: LowRankConfig) -> dict[str, int]:
     if isinstance(config.branches, Mapping):
-        return {layer: spec["rank"] if isinstance(spec, Mapping) else spec for layer, spec in config.branches.items()}
+        return {layer: config.options(layer)["rank"] for layer in config.branches}
     if config.branches == "1-LR":
         return {PRE_LOGITS: PRE_LOGITS_RANK}
     return {_last_stage_input(backbone): STAGE_RANK, PRE_LOGITS: PRE_LOGITS_RANK}
@@ -55,10 +71,7 @@ def _last_stage_input(backbone: nn.Module) -> str:
     """The name of the layer whose output enters the last stage, from timm's `feature_info`."""
     if hasattr(backbone, "lowrank_stage"):  # a network that knows better, such as a VGG
         return str(backbone.lowrank_stage)
-    info = getattr(backbone, "feature_info", None)
-    stages: Sequence[str] = (
-        [] if info is None else [entry["module"] for entry in (info.info if hasattr(info, "info") else info)]
-    )
+    stages = stage_names(backbone)
     if len(stages) < 2:
         raise ValueError(
             f'"2-LR" needs timm\'s feature_info with at least two stages, which {type(backbone).__name__} does '

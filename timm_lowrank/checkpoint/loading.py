@@ -21,6 +21,7 @@ from torch import nn
 from ..core.config import LowRankConfig
 from ..core.errors import nearest
 from ..core.model import LowRankModel
+from ..core.views import FLATTEN, VIEWS, View
 from ..layers import tap_on
 from .errors import CheckpointDamagedError, CheckpointError
 from .files import (
@@ -218,6 +219,8 @@ def _check_description(description: Mapping[str, Any], folder: Path) -> None:
         numbers = [size.get(key) for key in ("rank", "num_features")] if isinstance(size, Mapping) else [None]
         if not all(isinstance(number, int) for number in numbers):
             raise CheckpointError(f"{path}: layer {layer!r} must have rank and num_features, both integers")
+        if _view(size).kind not in VIEWS or not isinstance(_view(size).channel_dim, int):
+            raise CheckpointError(f"{path}: layer {layer!r} has a view that is none of {', '.join(VIEWS)}")
     if not (folder / LOWRANK_WEIGHTS).is_file():
         raise CheckpointError(
             f"{folder} is not complete: {LOWRANK_WEIGHTS} is missing; fetch it again, or load the plain network with "
@@ -227,6 +230,10 @@ def _check_description(description: Mapping[str, Any], folder: Path) -> None:
         warnings.warn(
             f"{path} has fields that this version does not know: {', '.join(unknown)}. Left out.", stacklevel=4
         )
+
+
+def _view(description: Mapping[str, Any]) -> View:
+    return View(description.get("view", FLATTEN.kind), description.get("channel_dim", FLATTEN.channel_dim))
 
 
 def _with_branches(network: nn.Module, description: Mapping[str, Any], folder: Path) -> LowRankModel:
@@ -244,7 +251,7 @@ def _with_branches(network: nn.Module, description: Mapping[str, Any], folder: P
         model = LowRankModel(
             network,
             config,
-            [tap_on(network, layer) for layer in layers],
+            [dataclasses.replace(tap_on(network, layer), view=_view(size)) for layer, size in layers.items()],
             {layer: size["num_features"] for layer, size in layers.items()},
             {layer: size["rank"] for layer, size in layers.items()},
         )

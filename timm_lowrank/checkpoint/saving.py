@@ -121,8 +121,13 @@ def _write_branches(model: LowRankModel, folder: Path) -> None:
         "config": model.lowrank_config.to_dict(),
         "enabled": model.enabled,
         "layers": {
-            layer: {"rank": branch.rank, "num_features": branch.num_features}
-            for layer, branch in model.branches.items()
+            tap.layer: {
+                "rank": model.branches[tap.layer].rank,
+                "num_features": model.branches[tap.layer].num_features,
+                "view": tap.view.kind,
+                "channel_dim": tap.view.channel_dim,
+            }
+            for tap in model.taps
         },
         "sha256": {name: sha256_of(folder / name) for name in (NETWORK_WEIGHTS, LOWRANK_WEIGHTS)},
     }

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from .config import LowRankConfig
 from .dense import DenseWeight
-from .errors import raise_if_collapsed
+from .errors import LowRankError, raise_if_collapsed
 from .factored import FactoredWeight
+from .moments import Moments
+from .processes import Processes
 from .scaling import SCALINGS
+from .window import Drawn, Window
 
 
 class LowRankBranch(nn.Module):
@@ -22,6 +25,10 @@ class LowRankBranch(nn.Module):
     after the optimizer's step, `update` moves W and b and, every `config.project_every` updates, projects W to
     rank r. W and b are neither parameters nor buffers: no optimizer steps on them and DistributedDataParallel
     does not broadcast them. They follow `.to(device)`, keep their own dtype, and travel in `state_dict()`.
+
+    Where several processes train one model, each has a W and a b of its own, and all are the same to the bit: `update`
+    takes the rows that enter W, and the mean that b follows, from the batches of all processes. The penalty is the mean
+    over this process's batch, as the task's loss is.
 
     Args:
         num_features: m, the width of the layer.
@@ -47,6 +54,7 @@ class LowRankBranch(nn.Module):
         self.num_features, self.rank = num_features, rank
         self.config = config = (config or LowRankConfig()).for_branch("")
         self.name = ""
+        self.processes = Processes()
         kind = FactoredWeight if config.storage == "factored" else DenseWeight
         place = torch.empty(0, device=device).device
         self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, place, dtype)
@@ -55,7 +63,8 @@ class LowRankBranch(nn.Module):
             (), device=place, dtype=dtype
         )  # root mean square of ||a - mean|| at switch-on
         self.updates = 0
-        self._started = False  # whether b and the reference norm were taken from a first batch
+        self._started = False  # whether b and the reference norm were taken from the batches of a first update
+        self._begun = False  # whether they were taken from the first of these batches, until then
         self._losses: dict[str, Tensor] = {}
         self._forget_batches()
 
@@ -63,11 +72,8 @@ class LowRankBranch(nn.Module):
         return f"num_features={self.num_features}, rank={self.rank}, scale={self.config.scale!r}"
 
     def _forget_batches(self) -> None:
-        self._sum = torch.zeros_like(self.bias)  # of the activations since the last update
-        self._squares = torch.zeros_like(self.reference_norm)  # of ||a + b||
-        self._count = torch.zeros_like(self.reference_norm)
-        self._batches = 0
-        self._priorities = torch.zeros(0, dtype=torch.float64)  # of the rows that wait for the next step; see `_lowest`
+        self._moments = Moments(self.bias)
+        self._window = Window(self.config.update_rows, self._seed(1))
 
     # --------------------------------------------------------------------------------------------------- the loss
 
@@ -86,13 +92,16 @@ class LowRankBranch(nn.Module):
         remember = self.training and torch.is_grad_enabled()
         with torch.autocast(activations.device.type, enabled=False):
             values = activations.to(self.bias.dtype)
-            if remember and not self._started and bool(values.isfinite().all()):  # not with an overflow
-                self._start(values.detach())
+            if remember and not (self._started or self._begun):
+                self._begin(values.detach())
             centred = values + self.bias
             norms = torch.linalg.vector_norm(centred, dim=1)
             factors = SCALINGS[self.config.scale](norms, self.reference_norm)
-            chosen = self._choose(values, norms, factors) if remember else None
-            reconstruction = (factors.square() * self.weight.reconstruction_error(centred, chosen)).mean()  # L_c
+            errors, products = self.weight.reconstruction_error(centred)
+            reconstruction = (factors.square() * errors).mean()  # L_c
+            if remember:
+                self._moments.add(values.detach(), norms.detach())
+                self._window.add(activations.detach(), factors.detach(), products, alone=self.processes.alone)
             sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
             total = self.reconstruction_weight * reconstruction
@@ -126,40 +135,34 @@ class LowRankBranch(nn.Module):
         if activations.shape[0] == 0:
             raise ValueError(f"{where}an empty batch has no penalty")
 
-    def _start(self, values: Tensor) -> None:
-        """b begins at minus the mean of the first batch; at zero if it is to move exactly as printed."""
-        mean = values.mean(dim=0)
-        if self.config.step_rule == "normalized":
-            self.bias = -mean
-        spread = (values - mean).square().sum(dim=1).mean().sqrt()
-        alone = torch.linalg.vector_norm(mean)  # a batch of one image has no spread
-        self.reference_norm = torch.where(spread > 0, spread, alone)
-        self._started = True
+    def _begin(self, values: Tensor) -> None:
+        """b and the reference norm of the first penalty, from its batch on all processes.
 
-    def _choose(self, values: Tensor, norms: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of this batch that enter W, drawn evenly, and their factors; the batch joins the next step of b."""
-        total = values.detach().sum(dim=0)
-        finite = total.isfinite().all()  # an overflow that a gradient scaler will skip must not enter b
-        self._sum = self._sum + torch.where(finite, total, 0)
-        self._squares = self._squares + torch.where(finite, norms.detach().square().sum(), 0)
-        self._count = self._count + finite * values.shape[0]
-        self._batches += 1
-        priorities = torch.rand(values.shape[0], dtype=torch.float64, generator=self._generator(self._batches))
-        chosen = self._lowest(priorities)
-        self._priorities = torch.cat([self._priorities, priorities[chosen]])
-        rows = chosen.to(values.device)
-        return rows, factors.detach()[rows]
-
-    def _lowest(self, priorities: Tensor) -> Tensor:
-        """Indices of the `config.update_rows` lowest of some random numbers, (p,) int64, sorted: an even draw.
-
-        The lowest of each batch hold the lowest of all, so the draw stays even over batches of different sizes.
+        Until the first update: then they are taken from all batches that it is made of.
         """
-        return priorities.argsort()[: self.config.update_rows].sort().values
+        moments = Moments(self.bias)
+        moments.add(values, torch.linalg.vector_norm(values, dim=1))
+        moments.join(self.processes)
+        if moments.empty():  # an overflow: the next batch will do
+            return
+        mean = moments.mean()
+        about_mean = Moments(-mean)  # two passes: where the mean is large, the squares of the first say nothing
+        about_mean.add(values, torch.linalg.vector_norm(values - mean, dim=1))
+        about_mean.join(self.processes)
+        self._take(mean, about_mean.variance())
+        self._moments = Moments(self.bias)
+        self._begun = True
 
-    def _generator(self, salt: int) -> torch.Generator:
-        """A CPU generator that depends on seed, update and `salt` alone: nothing to save, alike on every process."""
-        return torch.Generator().manual_seed(((self.config.seed * 1_000_003 + self.updates) * 1_009 + salt) % 2**63)
+    def _take(self, mean: Tensor, variance: Tensor) -> None:
+        """b and the reference norm from the mean (m,) and the total variance of some rows."""
+        if self.config.step_rule == "normalized":  # else b moves exactly as printed, from zero
+            self.bias = -mean
+        alone = torch.linalg.vector_norm(mean)  # a single row has no spread
+        self.reference_norm = torch.where(variance > 0, variance.sqrt(), alone)
+
+    def _seed(self, salt: int) -> int:
+        """Depends on the configuration, the update and `salt` alone: nothing to save, alike on every process."""
+        return ((self.config.seed * 1_000_003 + self.updates) * 1_009 + salt) % 2**63
 
     # ------------------------------------------------------------------------------------------------ Update Step
 
@@ -171,13 +174,41 @@ class LowRankBranch(nn.Module):
             RuntimeError: no batch was seen since the last update.
             CollapseError: at a projection, if the layer died or turned NaN.
         """
-        if self.weight.pending == 0:
+        sizes = self._agreed_sizes()
+        if not any(map(sum, sizes)):
             raise RuntimeError(f"update() of the branch on {self.name!r} without a penalty() since the last one")
-        if self.config.update_rows is not None and self.weight.pending > self.config.update_rows:
-            self.weight.thin_pending(self._lowest(self._priorities).to(self.bias.device))
+        drawn = self._window.draw(sizes, self.processes.rank)
         with torch.autocast(self.bias.device.type, enabled=False):
+            self._moments.join(self.processes)
+            if not self._started:
+                self._start(drawn)
+            self.weight.append(*drawn.join(self.bias, self.weight.size, self.processes))
             self._step()
         self._forget_batches()
+
+    def _agreed_sizes(self) -> list[list[int]]:
+        """For each process the rows of each of its batches since the last update."""
+        own = [self.updates, self.weight.size, int(self._started)]
+        told = self.processes.tell([*own, *self._window.sizes])
+        for rank, numbers in enumerate(told):
+            if numbers[:3] != own:
+                raise LowRankError(
+                    f"the branch on {self.name!r} differs between processes: process {self.processes.rank} has made "
+                    f"{own[0]} updates, process {rank} {numbers[0]}. Load the checkpoint on every process, and call "
+                    "penalty(), update() and enable() on all of them"
+                )
+        return [numbers[3:] for numbers in told]
+
+    def _start(self, drawn: Drawn) -> None:
+        """b and the reference norm from all rows of the first update, whatever batches and processes they came in."""
+        if self._moments.empty():
+            return
+        self._take(self._moments.mean(), self._moments.variance())
+        self._started = True
+        if self.config.scale != "batch":  # whose factors are those of whole batches
+            for rows in drawn.parts:
+                norms = torch.linalg.vector_norm(rows.values.to(self.bias.dtype) + self.bias, dim=1)
+                rows.factors = SCALINGS[self.config.scale](norms, self.reference_norm)
 
     def _step(self) -> None:
         count = self.weight.pending
@@ -191,7 +222,7 @@ class LowRankBranch(nn.Module):
             self.weight.step(self.config.step_size / self._largest_curvature(count), count)
         self.updates += 1
         if projects:
-            self.weight.project(self._generator(0))
+            self.weight.project(torch.Generator().manual_seed(self._seed(0)))
 
     def _largest_curvature(self, count: int) -> Tensor:
         """A tight upper bound of lambda_max(X^T X / count): a step on W below its inverse never overshoots.
@@ -206,8 +237,8 @@ class LowRankBranch(nn.Module):
         return bound.to(self.bias.dtype).clamp_min(torch.finfo(self.bias.dtype).tiny ** 0.5)
 
     def _step_bias(self) -> None:
-        mean = self._sum / self._count.clamp_min(1)
-        seen = (self._count > 0).to(mean.dtype)
+        mean = self._moments.mean()
+        seen = (self._moments.count > 0).to(mean.dtype)
         if self.config.step_rule == "fixed":  # b <- b - lambda dL_c/db,  dL_c/db = 2 (W - I)^2 (mean + b)
             gradient = 2 * self.reconstruction_weight * self.weight.residual(mean + self.bias)
             self.bias = self.bias - seen * self.config.step_size * gradient
@@ -216,10 +247,11 @@ class LowRankBranch(nn.Module):
 
     def _raise_if_collapsed(self) -> None:
         """The one place of a training step that waits for the device, at projections, which do so anyway."""
-        count = float(self._count)
-        offset = self._sum / count + self.bias if count > 1 else torch.zeros_like(self.bias)  # b follows the mean late
-        spread = float((self._squares / max(count, 1) - offset.square().sum()).clamp_min(0).sqrt())
-        raise_if_collapsed(self.name, spread if count else math.nan, float(self.reference_norm), self.updates)
+        count = float(self._moments.count)
+        # b follows the mean late. A single row has no spread; its length must do.
+        squares = self._moments.variance() if count > 1 else self._moments.squares
+        spread = float(squares.sqrt()) if count else math.nan
+        raise_if_collapsed(self.name, spread, float(self.reference_norm), self.updates)
 
     # ------------------------------------------------------------------------------------------------- inspection
 
@@ -250,7 +282,9 @@ class LowRankBranch(nn.Module):
         """Follow the module to another device, never to another dtype: W must not become half precision."""
         device = fn(torch.empty_like(self.bias)).device
         self.weight.to(device)
-        for name in ("bias", "reference_norm", "_sum", "_squares", "_count"):
+        self._window.to(device)
+        self._moments.to(device)
+        for name in ("bias", "reference_norm"):
             setattr(self, name, getattr(self, name).to(device))
         self._losses = {name: value.to(device) for name, value in self._losses.items()}
         return super()._apply(fn, recurse)
@@ -292,4 +326,5 @@ class LowRankBranch(nn.Module):
         self.bias = found["bias"].to(self.bias, copy=True)
         self.reference_norm = found["reference_norm"].to(self.reference_norm, copy=True)
         self.updates, self._started = int(found["counters"][0]), bool(found["counters"][1])
+        self._begun = self._started
         self._forget_batches()

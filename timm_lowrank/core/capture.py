@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CaptureError
+from .views import FLATTEN, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Tap:
     layer: str  # the name that the user gave
     path: str  # dotted name of the module that is hooked
     takes_input: bool = False  # the module's first input instead of its output
+    view: View = FLATTEN  # what counts as one sample
+    item: int | None = None  # which one is meant where the module gives a tuple or list
 
     @classmethod
     def at(cls, layer: str, path: str, backbone: nn.Module, *, takes_input: bool = False) -> Tap:
@@ -107,7 +110,7 @@ def recording(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[Recording]:
 def _hook(tap: Tap, record: Recording) -> Callable[..., None]:
     if tap.takes_input:
         return lambda _, args: record.store(tap.layer, args[0] if args else None)
-    return lambda _, args, output: record.store(tap.layer, output)
+    return lambda _, args, output: record.store(tap.layer, output if tap.item is None else output[tap.item])
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import nearest
+from .views import VIEWS
 
 SCALES = ("reference", "unit", "batch", "paper")
 STEP_RULES = ("normalized", "fixed")
@@ -19,7 +20,7 @@ PRESETS = ("1-LR", "2-LR")
 PRE_LOGITS = "pre_logits"  # as a layer name: the input of the classifier
 INSIDE_WEIGHT, CLASSIFIER_WEIGHT = 5.0, 0.3
 
-BRANCH_KEYS = ("rank", "reconstruction_weight", "norm_weight")
+BRANCH_KEYS = ("rank", "reconstruction_weight", "norm_weight", "view", "channel_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,10 @@ class LowRankConfig:
     Args:
         branches: where the branches sit. "1-LR" is the input of the classifier with target rank 100; "2-LR"
             adds the input of the last stage with target rank 500 (paper, Section 3). Or a mapping from layer
-            name to target rank, or to a mapping with "rank" and, for that branch alone,
-            "reconstruction_weight" or "norm_weight".
+            name to target rank, or to a mapping with "rank" and, for that branch alone, "reconstruction_weight",
+            "norm_weight", "view" ("flatten", "token" or "pool": what counts as one sample; by default what suits the
+            layer's output, see `timm_lowrank.views.view_of`) or "channel_dim" (which dimension of the output
+            holds the channels, where that is not plain from its shape).
         reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6). None is 5 for a layer inside the
             network and 0.3 for the input of the classifier, where the same weight pulls much harder
             (`docs/objective.md`).
@@ -144,16 +147,26 @@ class LowRankConfig:
                 for k, v in options.items()
                 if k.endswith("_weight") and not _is_weight(v)
             ]
+            view, channel_dim = options.get("view"), options.get("channel_dim")
+            if view is not None and view not in VIEWS:
+                problems.append(f"the view of branch {layer!r} is {view!r}; it must be one of {', '.join(VIEWS)}")
+            if channel_dim is not None and not (_is_int(channel_dim) and channel_dim != 0):
+                problems.append(f"the channel_dim of branch {layer!r} is {channel_dim!r}; it must be an integer, not 0")
         return problems
+
+    def options(self, layer: str) -> dict[str, Any]:
+        """What `branches` says of one layer, "rank" at least; empty for a preset, which names no layer."""
+        spec = None if isinstance(self.branches, str) else self.branches.get(layer)
+        return dict(spec) if isinstance(spec, Mapping) else {} if spec is None else {"rank": spec}
 
     def for_branch(self, layer: str) -> LowRankConfig:
         """This configuration for one branch: its own options in force, and a reconstruction weight in any case."""
-        spec = None if isinstance(self.branches, str) else self.branches.get(layer)
-        options = dict(spec) if isinstance(spec, Mapping) else {}
-        branches = {layer: options.pop("rank")} if options else self.branches
+        options = {name: value for name, value in self.options(layer).items() if name != "rank"}
+        branches = {layer: self.options(layer)["rank"]} if options else self.branches
+        weights = {name: value for name, value in options.items() if name.endswith("_weight")}
         default = CLASSIFIER_WEIGHT if layer == PRE_LOGITS else INSIDE_WEIGHT
         weight = default if self.reconstruction_weight is None else self.reconstruction_weight
-        return dataclasses.replace(self, branches=branches, **{"reconstruction_weight": weight, **options})
+        return dataclasses.replace(self, branches=branches, **{"reconstruction_weight": weight, **weights})
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of plain values that JSON and YAML can hold."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from . import projection
 from .config import LowRankConfig
-from .scaling import finite_rows
 
 
 class DenseWeight:
@@ -23,15 +22,15 @@ class DenseWeight:
     def pending(self) -> int:
         return self._rows.shape[0]
 
-    def reconstruction_error(self, rows: Tensor, remember: tuple[Tensor, Tensor] | None) -> Tensor:
-        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
-        if remember is not None:
-            self._rows = torch.cat([self._rows, finite_rows(rows.detach(), *remember)[0]])
-        return (rows @ self.matrix - rows).square().sum(dim=1)
+    size = 0  # rows whose products with a batch the step needs
 
-    def thin_pending(self, keep: Tensor) -> None:
-        """Keep of the pending rows only those with the sorted indices `keep`, (p,) int64."""
-        self._rows = self._rows[keep]
+    def reconstruction_error(self, rows: Tensor) -> tuple[Tensor, None]:
+        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
+        return (rows @ self.matrix - rows).square().sum(dim=1), None
+
+    def append(self, rows: Tensor, products: Tensor) -> None:
+        """Rows (p, m) for the next step."""
+        self._rows = torch.cat([self._rows, rows])
 
     def pending_gram(self) -> Tensor:
         """K = X X^T (p, p) of the pending rows X."""

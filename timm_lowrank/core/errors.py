@@ -50,6 +50,10 @@ class CaptureError(LowRankError):
     """The activations of a named layer could not be had from a forward pass."""
 
 
+class LowRankWarning(UserWarning):
+    """The branches are on a network, but its training loop does not use them."""
+
+
 class ProjectionWarning(UserWarning):
     """A factorisation inside a rank projection failed and was repeated with a smoothed matrix."""
 

@@ -26,7 +26,6 @@ from torch.autograd.function import FunctionCtx
 
 from . import projection
 from .config import LowRankConfig
-from .scaling import finite_rows
 
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
 
@@ -107,37 +106,32 @@ class FactoredWeight:
 
     # ------------------------------------------------------------------------------------------ forward and step
 
+    @property
+    def size(self) -> int:
+        """k, the rows of B."""
+        return self.core.shape[0]
+
     def reconstruction_error(
         self,
         rows: Tensor,  # (n, m) centred activations with a graph, `dtype`
-        remember: tuple[Tensor, Tensor]
-        | None,  # rows for the next step (p,) int64 and factors (p,); None in evaluation
-    ) -> Tensor:
-        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
-        size = self.core.shape[0]
+    ) -> tuple[Tensor, Tensor]:
+        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6); and P = B X^T (k, n)."""
         with torch.no_grad():
-            seen = self._buffer[: size + self.pending] @ rows.T  # P, and the products with the pending rows below it
-        error = _ReconstructionError.apply(rows, seen[:size], self)
-        if remember is not None:
-            self._remember(*finite_rows(rows.detach(), *remember), seen[:, remember[0]])
-        return error
+            products = self.basis @ rows.T
+        return _ReconstructionError.apply(rows, products, self), products
 
-    def _remember(self, rows: Tensor, factors: Tensor, products: Tensor) -> None:
-        # G+ = [[G, P], [P^T, K]]
-        old = self._gram.shape[0]
-        products = torch.where(factors > 0, products * factors, 0)
-        self._reserve(old + rows.shape[0])
-        self._buffer[old : old + rows.shape[0]] = rows
+    def append(
+        self,
+        rows: Tensor,  # (p, m)
+        products: Tensor,  # (k, p) of B and these rows
+    ) -> None:
+        """Rows for the next step: G+ = [[G, P], [P^T, K]]."""
+        size = self.core.shape[0]
+        self._reserve(size + rows.shape[0])
+        self._buffer[size : size + rows.shape[0]] = rows
         top = torch.cat([self._gram, products], dim=1)
         bottom = torch.cat([products.T, rows @ rows.T], dim=1)
         self._gram = torch.cat([top, bottom])
-
-    def thin_pending(self, keep: Tensor) -> None:
-        """Keep of the pending rows only those with the sorted indices `keep`, (p,) int64."""
-        size = self.core.shape[0]
-        self._buffer[size : size + keep.numel()] = self._buffer[size + keep]
-        index = torch.cat([torch.arange(size, device=keep.device), size + keep])
-        self._gram = self._gram[index][:, index]
 
     def pending_gram(self) -> Tensor:
         """K = X X^T (p, p) of the pending rows X."""

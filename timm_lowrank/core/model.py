@@ -13,6 +13,8 @@ from .branch import LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
 from .errors import CaptureError
+from .processes import Processes
+from .watch import Watch
 
 
 class BranchDict(nn.ModuleDict):
@@ -78,6 +80,7 @@ class LowRankModel(nn.Module):
         self.taps = tuple(taps)
         self.enabled = True
         self._recording: Recording | None = None
+        self._watch = Watch()
         device = next((p.device for p in backbone.parameters()), None)
         self.branches = BranchDict()
         for tap in self.taps:
@@ -92,6 +95,8 @@ class LowRankModel(nn.Module):
         with recording(self.backbone, self.taps) as record:
             output = self.backbone(*args, **kwargs)
         self._recording = record
+        if not torch.compiler.is_compiling():  # a count would be compiled in, and compiled anew whenever it changes
+            self._watch.forward()
         return output
 
     def penalty(self) -> Tensor:
@@ -110,6 +115,7 @@ class LowRankModel(nn.Module):
                 "it was called without one, or twice for the same one"
             )
         record, self._recording = self._recording, None
+        self._watch.penalty()
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
         return torch.stack([self.branches[layer].penalty(value) for layer, value in activations.items()]).sum()
 
@@ -121,19 +127,21 @@ class LowRankModel(nn.Module):
                 f"the activations of layer {tap.layer!r} carry no gradient, so its penalty could not train "
                 "anything; is the network in front of it frozen, or checkpointed with use_reentrant=True?"
             )
-        return value.flatten(1)
+        return tap.view.rows(value)
 
     def update(self) -> None:
         """The Update Step of every branch (Algorithm 2, lines 11 to 13), from all penalties since the last update.
 
-        Call it after `optimizer.step()`, once per step that really happened. Nothing happens while the branches
-        are switched off.
+        Call it after `optimizer.step()`, once per step that really happened, on all processes that train the model
+        together. Nothing happens while the branches are switched off.
 
         Raises:
             RuntimeError: no penalty was computed since the last update.
             CollapseError: a regularized layer died or turned NaN.
+            LowRankError: the branches of the processes are not alike.
         """
         if self.enabled:
+            self._watch.update()
             for branch in self.branches.values():
                 branch.update()
 
@@ -144,6 +152,21 @@ class LowRankModel(nn.Module):
         """
         self.enabled = on
         self._recording = None
+        return self
+
+    def train(self, mode: bool = True) -> LowRankModel:
+        """As of any module."""
+        if not mode and self.training:
+            self._watch.end(unused=self._recording is not None)
+        return super().train(mode)
+
+    def train_within(self, group: torch.distributed.ProcessGroup) -> LowRankModel:
+        """Share W and b with the processes of `group` instead of with all. Returns the model.
+
+        For data-parallel groups that are not the whole world; a group of this process alone shares with none.
+        """
+        for branch in self.branches.values():
+            branch.processes = Processes(group)
         return self
 
     def losses(self) -> dict[str, dict[str, Tensor]]:

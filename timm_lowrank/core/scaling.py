@@ -50,15 +50,14 @@ SCALINGS: dict[str, Scaling] = {"unit": unit, "reference": reference, "batch": b
 
 
 def finite_rows(
-    rows: Tensor,  # (n, m) centred activations
-    chosen: Tensor,  # (p,) int64
+    rows: Tensor,  # (p, m) centred activations
     factors: Tensor,  # (p,)
 ) -> tuple[Tensor, Tensor]:
-    """The chosen rows times their factors (p, m), and the factors; where a row is not finite both become zero.
+    """The rows times their factors (p, m), and the factors; where a row is not finite both become zero.
 
     A gradient scaler skips the step of an overflowing batch, but the rows were remembered by then: as zeros they
     do not enter W.
     """
-    taken = rows[chosen] * factors[:, None]
+    taken = rows * factors[:, None]
     good = taken.isfinite().all(dim=1)
     return torch.where(good[:, None], taken, 0), torch.where(good, factors, 0)

@@ -1,0 +1,244 @@
+"""What counts as one sample of a layer."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_lowrank as tlr
+from timm_lowrank import LowRankBranch, LowRankConfig, list_layers
+from timm_lowrank.core.views import View
+from timm_lowrank.views import view_of
+
+
+def values(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"),
+    [((3, 5, 2, 4), 1), ((3, 2, 4, 5), -1), ((3, 7, 5), 2), ((3, 5, 7), 1), ((3, 2, 4, 6, 5), 4)],
+)
+def test_rows_are_images_positions_or_means_over_positions(shape, channel_dim):
+    activations = values(*shape)
+    channels_last = activations.movedim(channel_dim, -1)
+    positions = channels_last.reshape(-1, 5)
+    tokens = View("token", channel_dim).rows(activations)
+    assert torch.equal(tokens, positions), "of one image after those of another"
+    pooled = torch.stack([image.reshape(-1, 5).mean(dim=0) for image in channels_last])
+    assert torch.allclose(View("pool", channel_dim).rows(activations), pooled)
+    assert torch.equal(View("flatten", channel_dim).rows(activations), activations.reshape(3, -1))
+    for kind, width in (("token", 5), ("pool", 5), ("flatten", activations[0].numel())):
+        assert View(kind, channel_dim).width(activations) == width
+
+
+@pytest.mark.parametrize("kind", ["flatten", "token", "pool"])
+def test_features_without_positions_are_the_same_in_every_view(kind):
+    activations = values(4, 6)
+    assert torch.equal(View(kind, -1).rows(activations), activations)
+    assert View(kind, -1).width(activations) == 6
+
+
+def test_a_gradient_reaches_every_element():
+    activations = values(2, 3, 4, 4).requires_grad_()
+    (View("token", 1).rows(activations) * 2).sum().backward()
+    assert torch.equal(activations.grad, torch.full_like(activations, 2))
+
+
+class Formatted(nn.Module):
+    output_fmt = "NHWC"
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "expected"),
+    [
+        (nn.Identity(), (2, 64, 7, 7), View("flatten", 1)),
+        (nn.Identity(), (2, 7, 7, 64), View("flatten", -1)),
+        (nn.Identity(), (2, 7, 7, 7), View("flatten", 1)),
+        (Formatted(), (2, 7, 7, 7), View("flatten", -1)),
+        (Formatted(), (2, 4, 7, 9), View("flatten", -1)),
+        (nn.Identity(), (2, 4, 7, 9), View("flatten", 1)),
+        (Formatted(), (2, 64, 7, 7), View("flatten", 1)),
+        (nn.Identity(), (2, 197, 64), View("token", -1)),
+        (nn.Identity(), (2, 64), View("flatten", -1)),
+    ],
+)
+def test_the_natural_view(network, shape, expected):
+    assert view_of(network, torch.empty(shape, device="meta"), {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "layer", "kind", "width"),
+    [
+        ("test_vit", 32, {"img_size": 32}, "blocks.4", "token", 64),
+        ("mixer_s32_224", 224, {}, "blocks.0", "token", 512),
+        ("test_convnext", 64, {}, "stages.2", "flatten", 48 * 4 * 4),
+        ("swin_tiny_patch4_window7_224", 64, {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}, "layers.2", "flatten", 96 * 4 * 4),
+        ("test_efficientnet", 64, {}, "blocks.3", "flatten", 48 * 4 * 4),
+    ],
+)  # fmt: skip
+def test_the_default_of_architectures(name, size, options, layer, kind, width):
+    images = torch.zeros(2, 3, size, size)
+    network = timm.create_model(name, **options)
+    model = tlr.wrap(network, LowRankConfig(branches={layer: 3}), example_input=images)
+    (tap,) = model.taps
+    assert (tap.view.kind, model.branches[layer].num_features) == (kind, width)
+    info = next(info for info in list_layers(network, images=images) if info.name == layer)
+    assert (info.view, info.width) == (kind, width)
+
+
+def test_the_channels_of_a_swin_are_last():
+    options = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}
+    config = LowRankConfig(branches={"layers.2": {"rank": 3, "view": "token"}})
+    model = tlr.wrap("swin_tiny_patch4_window7_224", config, **options)
+    assert model.branches["layers.2"].num_features == 96
+
+
+@pytest.mark.parametrize("kind", ["flatten", "token", "pool"])
+def test_a_branch_sees_the_rows_of_its_view(kind):
+    """The model's penalty and step are those of a branch that is fed the rows by hand."""
+    options = {"rank": 3, "view": kind, "reconstruction_weight": 2.0}
+    config = LowRankConfig(branches={"layer2": options}, warmup_updates=0, project_every=2)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = tlr.wrap("test_resnet", config, example_input=images).train()
+    branch = model.branches["layer2"]
+    twin = LowRankBranch(branch.num_features, 3, config.for_branch("layer2"))
+    assert branch.reconstruction_weight == twin.reconstruction_weight == 2.0
+    for _ in range(3):
+        with model.capture() as seen:
+            model(images)
+        loss = model.penalty()
+        rows = View(kind, 1).rows(seen["layer2"])
+        assert torch.equal(loss, twin.penalty(rows))
+        (gradient,) = torch.autograd.grad(loss, seen["layer2"])
+        assert gradient.shape == seen["layer2"].shape
+        model.update()
+        twin.update()
+    assert torch.equal(branch.dense_weight(), twin.dense_weight())
+    assert float(branch.dense_weight().norm()) > 0
+
+
+def test_no_more_rows_enter_w_than_without_tokens():
+    config = LowRankConfig(branches={"blocks.1": {"rank": 3, "view": "token"}}, update_rows=5, project_every=4)
+    model = tlr.wrap("test_vit", config, img_size=64).train()
+    sizes = []
+    for _ in range(8):
+        model(torch.randn(4, 3, 64, 64))
+        model.penalty()
+        model.update()
+        sizes.append(model.branches["blocks.1"].weight.basis.shape[0])
+    assert max(sizes) <= 3 + 4 * 5
+    assert sizes[3] == sizes[7] == 3
+
+
+def test_presets_take_a_quarter_of_the_channels_of_tokens():
+    with pytest.warns(UserWarning, match="rank 100 is larger than the 64 features of layer 'pre_logits'; capped"):
+        model = tlr.wrap("test_vit", LowRankConfig(branches="2-LR"), img_size=160)
+    assert (model.branches["blocks.4"].num_features, model.branches["blocks.4"].rank) == (64, 16)
+
+
+class Windows(nn.Module):
+    """Cuts maps into windows, as attention in windows does: the first dimension is not the batch any more."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.inner = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x).unflatten(2, (2, -1)).movedim(1, -1).flatten(0, 1)  # (batch x 2, ..., channels)
+        x = self.inner(x)
+        return self.head(x.unflatten(0, (-1, 2)).flatten(1, -2).mean(dim=1))
+
+
+def test_positions_of_windows_are_samples_and_windows_are_no_images():
+    images = torch.randn(3, 3, 16, 16)
+    with pytest.raises(tlr.CaptureError, match=r"first dimension is not the batch.*or the view .token"):
+        tlr.wrap(Windows(), LowRankConfig(branches={"inner": 2}), example_input=images)
+    model = tlr.wrap(
+        Windows(),
+        LowRankConfig(branches={"inner": {"rank": 2, "view": "token", "channel_dim": -1}}),
+        example_input=images,
+    ).train()
+    model(images)
+    assert model.penalty().requires_grad
+    model.update()
+    assert model.branches["inner"].num_features == 8
+
+
+class Transposed(nn.Module):
+    """Channels before tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.tokens = nn.Flatten(2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.tokens(self.stem(x)).mean(dim=2))
+
+
+def test_the_channels_can_be_named():
+    images = torch.randn(3, 3, 16, 16)
+    widths = {}
+    for channel_dim in (1, -1):
+        options = {"rank": 2, "view": "token", "channel_dim": channel_dim}
+        model = tlr.wrap(Transposed(), LowRankConfig(branches={"tokens": options}), example_input=images)
+        widths[channel_dim] = model.branches["tokens"].num_features
+    assert widths == {1: 8, -1: 16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"view": "tokens"}, "view of branch 'tokens' is 'tokens'; it must be one of flatten, token, pool"),
+        ({"channel_dim": 0}, "channel_dim of branch 'tokens' is 0"),
+        ({"channel_dim": "last"}, "channel_dim of branch 'tokens' is 'last'"),
+        ({"viev": "token"}, "no option 'viev'.*view"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        LowRankConfig(branches={"tokens": {"rank": 2, **options}})
+
+
+def test_a_channel_dimension_that_is_not_there():
+    config = LowRankConfig(branches={"tokens": {"rank": 2, "channel_dim": 3}})
+    with pytest.raises(ValueError, match=r"channel_dim=3 is outside the 3 dimensions of \(3, 8, 16\)"):
+        tlr.wrap(Transposed(), config, example_input=torch.zeros(3, 3, 16, 16))
+
+
+@pytest.mark.parametrize("view", ["flatten", "token", "pool", None])
+def test_a_checkpoint_keeps_the_view(tmp_path, view):
+    options = {"rank": 3} if view is None else {"rank": 3, "view": view}
+    model = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": options}), img_size=32, num_classes=3).train()
+    model(torch.randn(2, 3, 32, 32))
+    model.penalty()
+    model.update()
+    loaded = tlr.from_pretrained(tlr.save_pretrained(model, tmp_path / "saved"))
+    assert loaded.taps == model.taps
+    assert torch.equal(loaded.branches["blocks.1"].dense_weight(), model.branches["blocks.1"].dense_weight())
+
+
+def test_a_checkpoint_from_before_there_were_views_is_flattened(tmp_path):
+    model = tlr.wrap(
+        "test_vit",
+        LowRankConfig(branches={"blocks.1": {"rank": 3, "view": "flatten"}}),
+        img_size=32,
+    )
+    tlr.save_pretrained(model, tmp_path)
+    path = tmp_path / "lowrank.json"
+    text = path.read_text()
+    old = text.replace(',\n      "view": "flatten",\n      "channel_dim": -1', "").replace(
+        '"view": "flatten"', '"norm_weight": 0.0'
+    )
+    assert old.count("view") == 0
+    path.write_text(old)
+    loaded = tlr.from_pretrained(tmp_path)
+    assert loaded.taps[0].view.kind == "flatten"
+    assert loaded.branches["blocks.1"].num_features == 5 * 64
+    path.write_text(text.replace('"view": "flatten",\n      "channel_dim"', '"view": "sideways",\n      "channel_dim"'))
+    with pytest.raises(tlr.CheckpointError, match="'blocks.1' has a view that is none of flatten, token, pool"):
+        tlr.from_pretrained(tmp_path)
