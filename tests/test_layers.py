@@ -116,6 +116,14 @@ def test_example_inputs_decide_the_width():
     assert oblong.branches["blocks.1"].num_features == 9 * 64
 
 
+def test_a_network_of_another_size_than_its_configuration_says():
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2)
+    with pytest.raises(ValueError, match=r"does not take an image of \(3, 224, 224\).*pass example_input=images"):
+        tlr.wrap(network, LowRankConfig(branches={"blocks.0": 3}))
+    model = tlr.wrap(network, LowRankConfig(branches={"blocks.0": 3}), example_input=images(32))
+    assert model.branches["blocks.0"].num_features == 24
+
+
 def test_finding_layers_changes_nothing(random_stream):
     network = timm.create_model("test_resnet", num_classes=3, drop_rate=0.5).train()
     before = {key: value.clone() for key, value in network.state_dict().items()}

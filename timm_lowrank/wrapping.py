@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .core.config import LowRankConfig
+from .core.errors import LowRankError
 from .core.model import LowRankModel
 from .layers import create_backbone, example_input
 from .placement import find_taps
@@ -33,7 +34,8 @@ def wrap(
         The wrapped model, in the mode (train or eval) of the network.
 
     Raises:
-        ValueError: unknown timm name or layer (the nearest are named), a rank larger than its layer.
+        ValueError: unknown timm name or layer (the nearest are named), a rank larger than its layer, a network that
+            does not take images of the size in its `pretrained_cfg`.
         TypeError: `create_kwargs` for a module that exists already, or a model that is neither name nor module.
         CaptureError: a layer without usable activations.
     """
@@ -49,7 +51,15 @@ def wrap(
     else:
         raise TypeError(f"a timm name or an nn.Module is needed, not a {type(model).__name__}")
     images = _default_input(backbone, create_kwargs) if example_input is None else example_input
-    taps, widths, ranks = find_taps(backbone, config, images)
+    try:
+        taps, widths, ranks = find_taps(backbone, config, images)
+    except (AssertionError, RuntimeError) as problem:  # timm's networks refuse images of a wrong size with either
+        if example_input is not None or isinstance(problem, LowRankError):
+            raise
+        raise ValueError(
+            f"the {type(backbone).__name__} does not take an image of {tuple(images.shape[1:])}, the size in its "
+            f"pretrained_cfg ({problem}); pass example_input=images, one batch as the network takes it"
+        ) from problem
     wrapped = LowRankModel(backbone, config, taps, widths, ranks)
     return wrapped.train(backbone.training)
 

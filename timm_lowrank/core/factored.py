@@ -40,7 +40,8 @@ class _ReconstructionError(torch.autograd.Function):
         excess = gram @ images - products  # G y - P
         ctx.weight, ctx.generation = weight, weight.generation  # type: ignore[attr-defined]
         ctx.save_for_backward(rows, core @ excess - images)
-        return torch.linalg.vector_norm(rows, dim=1).square() + (images * (excess - products)).sum(dim=0)
+        error = torch.linalg.vector_norm(rows, dim=1).square() + (images * (excess - products)).sum(dim=0)
+        return error.clamp_min(0)  # of rows that lie in the span of B, rounding may leave less than nothing
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -63,6 +64,8 @@ class FactoredWeight:
         core: M (k, k) symmetric, `dtype`.
         gram: G = B B^T (k, k), `dtype`.
     """
+
+    state_keys = ("basis", "core", "gram", "factored")  # of what `state` gives
 
     def __init__(self, num_features: int, rank: int, config: LowRankConfig, device: torch.device, dtype: torch.dtype):
         self.num_features, self.rank, self.config = num_features, rank, config
