@@ -1,0 +1,548 @@
+"""Branches in transformers.Trainer: real runs on tiny models, their checkpoints, exports, and two processes."""
+
+import copy
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_lowrank as tlr
+from timm_lowrank import CaptureError, LowRankConfig, LowRankError, LowRankModel, LowRankWarning
+
+transformers = pytest.importorskip("transformers")
+
+from timm_lowrank.integrations.trainer import LowRankCallback, LowRankMixin, LowRankTrainer  # noqa: E402
+from timm_lowrank.integrations.trainer_files import read_branches, write_branches  # noqa: E402
+from timm_lowrank.integrations.trainer_networks import Seam, last_stage_input  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+    transformers.logging.set_verbosity(level)
+
+
+@pytest.fixture(scope="session")
+def data(digits):
+    """64 digits as the Trainer wants them."""
+    images, labels = digits
+    return [{"pixel_values": image, "labels": int(label)} for image, label in zip(images[:64], labels, strict=False)]
+
+
+def small_vit(dropout=0.0):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    shape = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, **shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0)
+    )
+
+
+def small_resnet():
+    return transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(
+            num_channels=1,
+            embedding_size=8,
+            hidden_sizes=[8, 8, 16],
+            depths=[1, 1, 1],
+            layer_type="basic",
+            num_labels=10,
+        )
+    )
+
+
+TIMM_ARGS = {"in_chans": 1, "img_size": 8, "patch_size": 4, "depth": 3}
+
+
+def small_timm():
+    config = transformers.TimmWrapperConfig(architecture="test_vit", num_labels=10, model_args=TIMM_ARGS)
+    return transformers.TimmWrapperForImageClassification(config)
+
+
+MODELS = {"vit": small_vit, "resnet": small_resnet, "timm": small_timm}
+LAYERS = {"vit": "vit.layers.1", "resnet": "resnet.encoder.stages.1", "timm": "blocks.1"}
+
+
+def config(kind="timm", **values):
+    branches = {LAYERS[kind]: 4, "pre_logits": 4}
+    small = {"warmup_updates": 1, "project_every": 2, "reconstruction_weight": 0.5}
+    return LowRankConfig(**{"branches": branches, **small, **values})
+
+
+@pytest.fixture
+def build(data, tmp_path):
+    """A function that makes a LowRankTrainer around one of MODELS, always with the same weights."""
+
+    def make(kind="timm", *, model=None, lowrank=None, trainer=LowRankTrainer, **options):
+        own = {"start_step", "start_epoch", "callbacks", "compute_loss_func", "example_input", "model_init"}
+        keywords = {key: options.pop(key) for key in own & options.keys()}
+        torch.manual_seed(0)
+        if model is None and "model_init" not in keywords:
+            model = MODELS[kind]()
+        if trainer is not transformers.Trainer and not isinstance(model, LowRankModel):
+            keywords["lowrank"] = lowrank or config(kind)
+        arguments = {
+            "output_dir": tmp_path / "run",
+            "use_cpu": True,
+            "max_steps": 4,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 0.02,
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "logging_steps": 2,
+            "report_to": [],
+            "disable_tqdm": True,
+            "log_level": "error",
+            **options,
+        }
+        arguments["output_dir"] = str(arguments["output_dir"])
+        args = transformers.TrainingArguments(**arguments)
+        found = trainer(model=model, args=args, train_dataset=data, eval_dataset=data[:16], **keywords)
+        found.remove_callback(transformers.PrinterCallback)
+        return found
+
+    return make
+
+
+def run(trainer, **keywords):
+    trainer.train(**keywords)
+    return trainer
+
+
+def state_of(trainer):
+    state = {f"model.{key}": value.detach().clone() for key, value in trainer.model.state_dict().items()}
+    if getattr(trainer, "lowrank", None) is not None:
+        state.update({f"branches.{key}": value.clone() for key, value in trainer.lowrank.branches.state_dict().items()})
+    return state
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def relative_difference(first, second):
+    """The larger of those of all parameters together and of each branch's W."""
+    pairs = [[torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) for trainer in (first, second)]]
+    pairs += [
+        [one.dense_weight(), other.dense_weight()]
+        for one, other in zip(first.lowrank.branches.values(), second.lowrank.branches.values(), strict=True)
+    ]
+    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
+# ------------------------------------------------------------------------------------------------ models and layers
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.filterwarnings("ignore:.*capped there")
+def test_both_presets_train_and_leave_a_plain_model(kind, build, data, tmp_path):
+    keys = list(MODELS[kind]().state_dict())
+    trainer = run(build(kind, lowrank=config(kind, branches="2-LR"), max_steps=3, logging_steps=1))
+    assert list(trainer.lowrank.branches) == [LAYERS[kind], "pre_logits"]
+    assert [branch.updates for branch in trainer.lowrank.branches.values()] == [3, 3]
+    assert list(trainer.model.state_dict()) == keys
+    assert "forward" not in trainer.model.__dict__
+    assert not hasattr(trainer.model, "lowrank_stage")
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry[f"{LAYERS[kind]}.reconstruction"] > 0 for entry in logs)
+    assert logs[-1]["penalty"] > 0
+    assert trainer.evaluate()["eval_loss"] < logs[-1]["loss"]  # without the penalty
+
+    trainer.save_model(tmp_path / "model")
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+    images = torch.stack([one["pixel_values"] for one in data[:8]])
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, trainer.model.eval()(images).logits)
+    other = build(kind, lowrank=config(kind, branches="2-LR"), example_input=images)
+    assert other.lowrank.branches["pre_logits"].updates == 0
+    read_branches(other.lowrank, tmp_path / "model")
+    assert same(other.lowrank.branches.state_dict(), trainer.lowrank.branches.state_dict())
+
+    one = build(kind, lowrank=config(kind, branches="1-LR"), example_input=images)
+    assert list(one.lowrank.branches) == ["pre_logits"]
+    assert one.lowrank.branches["pre_logits"].num_features == trainer.lowrank.branches["pre_logits"].num_features
+
+
+def test_layers_of_a_timm_wrapper_go_by_either_name(build, data):
+    images = torch.stack([one["pixel_values"] for one in data[:2]])
+    trainer = build(lowrank=config(branches={"timm_model.blocks.1": 4}), example_input=images)
+    assert list(trainer.lowrank.branches) == ["blocks.1"]
+    with pytest.raises(ValueError, match=r"no layer 'block.1'. Did you mean: .*blocks\.1"):
+        run(build(lowrank=config(branches={"block.1": 4})))
+    with pytest.raises(ValueError, match=r"no layer 'layers.1'. Did you mean: .*vit\.layers\.1"):
+        run(build("vit", lowrank=config(branches={"layers.1": 4})))
+
+
+def test_a_layer_that_gives_a_tuple_is_named(build):
+    with pytest.raises(CaptureError, match=r"'vit.layers.1.attention' gives a tuple"):
+        run(build("vit", lowrank=config(branches={"vit.layers.1.attention": 4})))
+
+
+def test_a_model_without_one_list_of_stages_has_no_two_lr():
+    with pytest.raises(ValueError, match=r"has none; name the layers instead"):
+        last_stage_input(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    two = torch.nn.Module()
+    two.first, two.second = (torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)]) for _ in range(2))
+    with pytest.raises(ValueError, match="has first, second; name the layers"):
+        last_stage_input(two)
+    del two.second
+    assert last_stage_input(two) == "first.1"
+
+
+def test_a_timm_network_and_a_wrapped_one(build, data, tmp_path):
+    images = torch.stack([one["pixel_values"] for one in data[:8]])
+    network = timm.create_model("test_vit", num_classes=10, **TIMM_ARGS)
+    trainer = run(build(model=network, max_steps=2))
+    assert trainer.lowrank.unwrap() is network
+    trainer.save_model(tmp_path / "model")
+    again = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, network.eval()(images))
+
+    lowrank = tlr.wrap("test_vit", config(), num_classes=10, example_input=images, **TIMM_ARGS)
+    trainer = run(build(model=lowrank, max_steps=2))
+    assert trainer.lowrank is lowrank
+    assert [branch.updates for branch in lowrank.branches.values()] == [2, 2]
+    with pytest.raises(ValueError, match="wrapped already"):
+        LowRankTrainer(model=lowrank, args=trainer.args, lowrank=config())
+
+
+def test_export_of_the_timm_network(build, data, tmp_path):
+    trainer = build(max_steps=2)
+    with pytest.raises(tlr.CheckpointError, match="before the first training batch"):
+        trainer.export(tmp_path / "network")
+    run(trainer).export(
+        tmp_path / "network", label_names=list("0123456789"), data_config={"mean": (0.5,), "std": (1.0,)}
+    )
+    network = timm.create_model(f"local-dir:{tmp_path / 'network'}", pretrained=True).eval()
+    assert (network.pretrained_cfg["input_size"], list(network.pretrained_cfg["mean"])) == ((1, 8, 8), [0.5])
+    images = torch.stack([one["pixel_values"] for one in data[:8]])
+    with torch.no_grad():
+        assert torch.equal(network(images), trainer.model.eval()(images).logits)
+    again = tlr.from_pretrained(tmp_path / "network")
+    assert same(again.branches.state_dict(), trainer.lowrank.branches.state_dict())
+    with pytest.raises(tlr.CheckpointError, match="ViTForImageClassification holds no timm network"):
+        run(build("vit", max_steps=1)).export(tmp_path / "other")
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize(("kind", "options"), [("vit", {}), ("timm", {}), ("vit", {"label_smoothing_factor": 0.1})])
+def test_accumulation_equals_one_batch(kind, options, build):
+    whole = run(build(kind, **options))
+    parts = run(build(kind, per_device_train_batch_size=8, gradient_accumulation_steps=2, **options))
+    assert relative_difference(parts, whole) < 3e-6
+    if kind == "timm":
+        twice = run(build(kind, lowrank=config(kind, reconstruction_weight=1.0), **options))
+        assert relative_difference(twice, whole) > 1e-3  # so a penalty that counts twice would be seen
+    logged = [[entry["penalty"] for entry in one.state.log_history if "loss" in entry] for one in (whole, parts)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+
+
+def test_accumulation_with_a_loss_function_of_ones_own(build):
+    def summed(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    whole = run(build(compute_loss_func=summed))
+    parts = run(build(compute_loss_func=summed, per_device_train_batch_size=8, gradient_accumulation_steps=2))
+    assert relative_difference(parts, whole) < 3e-6
+    assert relative_difference(whole, run(build())) < 3e-6
+
+
+def test_a_loss_that_ignores_the_number_of_items_is_averaged(build):
+    """Of ResNetForImageClassification the Trainer thinks that it divides by them; on two equal halves that is twice
+    the loss."""
+    options = {"max_steps": 1, "per_device_train_batch_size": 8, "logging_steps": 1}
+    with pytest.warns(LowRankWarning, match="ResNetForImageClassification takes num_items_in_batch and ignores it"):
+        parts = run(build("resnet", gradient_accumulation_steps=2, **options))
+    whole = run(build("resnet", **options))
+    assert parts.state.log_history[0]["loss"] < 1.5 * whole.state.log_history[0]["loss"]
+
+
+def test_before_switch_on_it_is_the_plain_trainer(build):
+    plain = build("vit", trainer=transformers.Trainer)
+    plain.train()
+    off = run(build("vit", start_step=4))
+    assert same(state_of(plain), {k: v for k, v in state_of(off).items() if k.startswith("model.")})
+    assert off.lowrank.branches["pre_logits"].updates == 0
+    assert all("penalty" not in entry for entry in off.state.log_history)
+    late = run(build("vit", start_epoch=0.5, start_step=1))  # 4 steps are one epoch
+    assert late.lowrank.branches["pre_logits"].updates == 2
+    with pytest.raises(ValueError, match="must not be negative"):
+        LowRankCallback(start_step=-1)
+
+
+def test_evaluation_in_between_changes_nothing(build):
+    plain = run(build())
+    checked = run(build(eval_strategy="steps", eval_steps=1, eval_on_start=True))
+    assert same(state_of(plain), state_of(checked))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing_and_compilation_change_nothing(build):
+    plain = state_of(run(build("vit", max_steps=3)))
+    assert same(plain, state_of(run(build("vit", max_steps=3, gradient_checkpointing=True))))
+    compiled = run(build("vit", max_steps=3, torch_compile=True, torch_compile_backend="eager"))
+    assert same(plain, state_of(compiled))
+    assert compiled.evaluate()["eval_loss"] > 0
+
+
+def test_bfloat16(build):
+    trainer = run(build("vit", bf16=True))
+    assert trainer.lowrank.branches["pre_logits"].bias.dtype == torch.float32
+    assert trainer.lowrank.branches["pre_logits"].updates == 4
+    assert relative_difference(trainer, run(build("vit"))) < 0.2
+    assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
+
+
+def test_a_skipped_optimizer_step_is_no_update(build, data):
+    trainer = build(example_input=torch.stack([one["pixel_values"] for one in data[:8]]))
+    trainer.model.train()
+    batch = {"pixel_values": torch.stack([one["pixel_values"] for one in data[:8]]), "labels": torch.arange(8)}
+    trainer.compute_loss(trainer.model, batch)
+    for skipped, updates in ((True, 0), (False, 1)):
+        trainer._updates.on_optimizer_step(None, None, None, optimizer=types.SimpleNamespace(step_was_skipped=skipped))
+        assert trainer.lowrank.branches["pre_logits"].updates == updates
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(build, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+
+    def trainer(**more):
+        return build("vit", **{**options, **more, "model_init": lambda: small_vit(dropout=0.1)})
+
+    whole = run(trainer(output_dir=tmp_path / "whole", start_step=1))
+    run(trainer(output_dir=tmp_path / "parts", start_step=1, max_steps=3))
+    resumed = run(trainer(output_dir=tmp_path / "parts", start_step=1), resume_from_checkpoint=True)
+    assert resumed.lowrank.branches["pre_logits"].updates == 6
+    assert same(state_of(whole), state_of(resumed))
+
+    folder = tmp_path / "parts" / "checkpoint-6"
+    with pytest.raises(tlr.CheckpointError, match=r"pre_logits \(rank 4 of 16\), and those of this model pre_l"):
+        run(trainer(lowrank=config("vit", branches={"pre_logits": 3})), resume_from_checkpoint=str(folder))
+    for name in ("lowrank.json", "lowrank.safetensors"):
+        (folder / name).unlink()
+    with pytest.warns(LowRankWarning, match="holds no branches: they start anew"):
+        anew = run(trainer(), resume_from_checkpoint=str(folder))
+    assert anew.lowrank.branches["pre_logits"].updates == 1
+
+
+def test_a_finished_run_is_resumed_and_saved_with_its_branches(build, tmp_path):
+    run(build(output_dir=tmp_path / "run", save_strategy="epoch"))
+    folder = tmp_path / "run" / "checkpoint-4"
+    done = run(build(output_dir=tmp_path / "run"), resume_from_checkpoint=str(folder))
+    assert done.lowrank is None  # there was no batch to build the branches for
+    done.save_model(tmp_path / "kept")
+    assert (tmp_path / "kept/lowrank.safetensors").read_bytes() == (folder / "lowrank.safetensors").read_bytes()
+
+
+def test_the_best_model_comes_with_its_branches(build):
+    calls = iter([0.1, 0.9, 0.8])
+    trainer = build(
+        "vit",
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="q",
+        load_best_model_at_end=True,
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = lambda prediction: {"q": next(calls)}
+    run(trainer)
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    assert trainer.lowrank.branches["pre_logits"].updates == 2
+    again = type(trainer.model).from_pretrained(best)
+    assert same(again.state_dict(), trainer.model.state_dict())
+
+
+def test_damaged_branches_are_refused(build, data, tmp_path):
+    lowrank = build(example_input=torch.stack([one["pixel_values"] for one in data[:2]])).lowrank
+    tmp_path = tmp_path / "saved"
+    write_branches(lowrank, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lowrank.json", "lowrank.safetensors"]
+    weights = tmp_path / "lowrank.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(tlr.CheckpointError, match="damaged or exchanged"):
+        read_branches(lowrank, tmp_path)
+    (tmp_path / "lowrank.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(tlr.CheckpointError, match="cannot be read"):
+        read_branches(lowrank, tmp_path)
+    weights.unlink()
+    with pytest.raises(tlr.CheckpointError, match=r"holds no lowrank\.json"):
+        read_branches(lowrank, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- mixin and callback alone
+
+
+class WeightedTrainer(transformers.Trainer):
+    """Somebody's own Trainer, with half the loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return (loss / 2, outputs) if return_outputs else loss / 2
+
+
+def test_the_mixin_on_a_trainer_of_ones_own(build):
+    class Mine(LowRankMixin, WeightedTrainer):
+        pass
+
+    plain, mine = (
+        run(build("vit", trainer=trainer, max_steps=1, logging_steps=1)) for trainer in (LowRankTrainer, Mine)
+    )
+    entry, own = plain.state.log_history[0], mine.state.log_history[0]
+    assert own["penalty"] == pytest.approx(entry["penalty"])
+    assert own["loss"] == pytest.approx((entry["loss"] - entry["penalty"]) / 2 + entry["penalty"])
+
+
+class PenaltyTrainer(transformers.Trainer):
+    """A Trainer of a `LowRankModel` that adds the penalty itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss + model.penalty() if model.training else loss
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_the_callback_alone(build, data, tmp_path):
+    images = torch.stack([one["pixel_values"] for one in data[:2]])
+
+    def trainer(**options):
+        torch.manual_seed(0)
+        model = tlr.wrap(small_vit(), config("vit"), example_input=images)
+        found = transformers.Trainer if options.pop("plain", False) else PenaltyTrainer
+        options = {"remove_unused_columns": False, "label_names": ["labels"], **options}
+        return build(model=model, trainer=found, callbacks=[LowRankCallback(model, start_step=1)], **options)
+
+    trained = run(trainer(output_dir=tmp_path / "a", save_strategy="steps", save_steps=3))
+    assert trained.model.branches["pre_logits"].updates == 3
+    resumed = run(trainer(output_dir=tmp_path / "b"), resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert same(state_of(trained), state_of(resumed))
+    assert not (tmp_path / "a" / "checkpoint-3" / "lowrank.json").exists()  # its state is in the Trainer's own file
+    with pytest.raises(ValueError, match="brings a LowRankCallback of its own"):
+        build(callbacks=[LowRankCallback(None)])
+
+
+def test_the_callback_keeps_branches_that_are_held_aside(build, data, tmp_path):
+    lowrank = build(example_input=torch.stack([one["pixel_values"] for one in data[:2]])).lowrank
+    callback, args = (
+        LowRankCallback(lowrank),
+        types.SimpleNamespace(output_dir=str(tmp_path), should_save=True, load_best_model_at_end=True),
+    )
+    state = types.SimpleNamespace(global_step=5, best_model_checkpoint=str(tmp_path / "checkpoint-5"))
+    lowrank.branches["pre_logits"].bias += 1
+    before = copy.deepcopy(lowrank.branches.state_dict())
+    callback.on_save(args, state, None, model=None)
+    for event in (callback.on_train_begin, callback.on_train_end):
+        lowrank.branches["pre_logits"].bias += 1
+        event(args, state, None, model=None)
+        assert same(lowrank.branches.state_dict(), before)
+    state.global_step = 6
+    with pytest.raises(tlr.CheckpointError, match=r"checkpoint-6 holds no lowrank\.json"):
+        callback.on_train_begin(args, state, None, model=None)
+
+
+def test_the_seam_gives_the_model_its_forward_back(build, data):
+    trainer = build("vit", example_input=torch.stack([one["pixel_values"] for one in data[:2]]))
+    model, lowrank = trainer.model.train(), trainer.lowrank
+    images = torch.stack([one["pixel_values"] for one in data[:2]])
+    seam = Seam(model, lowrank)
+    copy.deepcopy(model)(images)  # such as an average of weights
+    with pytest.raises(CaptureError, match="needs a forward pass"):
+        lowrank.penalty()
+    model(images)
+    assert lowrank.penalty().requires_grad
+    below = model.forward
+    model.forward = lambda *args, **kwargs: below(*args, **kwargs)
+    seam.remove()
+    model(images)
+    with pytest.raises(CaptureError, match="needs a forward pass"):
+        lowrank.penalty()
+
+
+# -------------------------------------------------------------------------------------------- what does not go, and two
+
+
+def test_what_the_branches_do_not_work_with(build, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(LowRankError, match=r"do not work with nn.DataParallel.*torchrun"):
+        build()
+
+
+def test_without_transformers_the_error_names_it(monkeypatch):
+    name = "timm_lowrank.integrations.trainer"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers accelerate"):
+        importlib.import_module(name)
+
+
+WORKER = """
+import os, sys, torch, transformers
+sys.path.insert(0, sys.argv[1])
+import test_trainer as here
+from sklearn.datasets import load_digits
+
+def train(rank):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
+    torch.set_num_threads(1)
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:64, None] / 16
+    data = [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, digits.target)]
+    torch.manual_seed(0)
+    args = transformers.TrainingArguments(
+        sys.argv[2], use_cpu=True, ddp_backend="gloo", max_steps=6, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, learning_rate=0.02, optim="sgd", lr_scheduler_type="constant", save_steps=6,
+        report_to=[], disable_tqdm=True, log_level="error")
+    trainer = here.LowRankTrainer(model=here.small_vit(), args=args, lowrank=here.config("vit"), train_dataset=data)
+    trainer.train()
+    torch.save(here.state_of(trainer), f"{sys.argv[2]}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+context = torch.multiprocessing.get_context("fork")  # both share what was imported
+both = [context.Process(target=train, args=(rank,)) for rank in range(2)]
+for one in both:
+    one.start()
+for one in both:
+    one.join()
+sys.exit(max(abs(one.exitcode) for one in both))
+"""
+
+
+def test_two_processes_are_as_one(build, tmp_path):
+    """2 processes x 2 batches of 4, in an environment as torchrun makes it, against one batch of 16."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path), str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert same(first, second)
+    alone = run(build("vit", max_steps=6))
+    for key, value in state_of(alone).items():
+        if key.startswith("model.") or key.endswith("bias"):
+            assert (first[key] - value).norm() < 1e-4 * value.norm() + 1e-7, key
+    assert (tmp_path / "checkpoint-6" / "lowrank.safetensors").is_file()

@@ -1,0 +1,160 @@
+"""Image models of transformers as the branches see them: which network is inside, where its stages are, its forward."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+
+from ..core.capture import recording
+from ..core.config import LowRankConfig
+from ..core.model import LowRankModel
+from ..wrapping import wrap
+
+TIMM = "timm_model"  # the attribute that holds the timm network of a TimmWrapper
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network whose layer names the user gives: the timm network of a TimmWrapper, any other model itself."""
+    inner = getattr(model, TIMM, None)
+    return inner if isinstance(inner, nn.Module) and isinstance(model, PreTrainedModel) else model
+
+
+def is_timm(network: nn.Module) -> bool:
+    """Whether a network was made by timm."""
+    return bool(getattr(network, "pretrained_cfg", None)) and not isinstance(network, PreTrainedModel)
+
+
+def as_transformers(network: nn.Module) -> Any:
+    """A `TimmWrapperForImageClassification` around a timm network: the same module, neither copied nor changed.
+
+    It takes pixel_values and labels and gives a loss, as the Trainer wants it.
+    """
+    made_with = {key: value for key, value in getattr(network, "_model_args", {}).items() if _is_plain(value)}
+    made_with.pop("num_classes", None)
+    source: Any = network.pretrained_cfg
+    config = TimmWrapperConfig(
+        architecture=source["architecture"],
+        num_labels=network.num_classes,
+        model_args=made_with or None,
+        pretrained_cfg={key: value for key, value in source.items() if key != "num_classes"},
+    )
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # a shell without weights
+        shell = TimmWrapperForImageClassification(config)
+    setattr(shell, TIMM, network)
+    return shell.train(network.training)
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def wrap_network(model: nn.Module, config: LowRankConfig, images: Tensor) -> LowRankModel:
+    """The branches of `config` on the network inside `model`; `model` itself stays as it is.
+
+    Layers of a TimmWrapper may be named as in timm ("layer3") or with the prefix "timm_model.".
+
+    Args:
+        images: a batch (batch, channels, height, width) of the size that the model is trained on.
+
+    Raises:
+        ValueError, CaptureError: as `timm_lowrank.wrap`.
+    """
+    network = network_of(model)
+    if network is not model and isinstance(config.branches, Mapping):
+        branches = {name.removeprefix(f"{TIMM}."): options for name, options in config.branches.items()}
+        config = dataclasses.replace(config, branches=branches)
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), images.dtype)
+    with _last_stage_known(network, config):
+        return wrap(network, config, example_input=images.to(dtype))
+
+
+@contextlib.contextmanager
+def _last_stage_known(network: nn.Module, config: LowRankConfig) -> Iterator[None]:
+    """Tells `wrap` for the time being what "2-LR" means for a model of transformers."""
+    if config.branches != "2-LR" or not isinstance(network, PreTrainedModel) or hasattr(network, "lowrank_stage"):
+        yield
+        return
+    network.lowrank_stage = last_stage_input(network)
+    try:
+        yield
+    finally:
+        del network.lowrank_stage
+
+
+def last_stage_input(model: nn.Module) -> str:
+    """The name of the layer whose output enters the last stage, or the last block, of a model of transformers.
+
+    That is the last but one in the outermost list of layers: resnet.encoder.stages, vit.layers.
+
+    Raises:
+        ValueError: there is no such list, or more than one.
+    """
+    lists = {
+        name: layers
+        for name, layers in model.named_modules()
+        if isinstance(layers, nn.ModuleList) and len(layers) > 1 and len({type(layer) for layer in layers}) == 1
+    }
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1:
+        found = f"has {', '.join(outermost)}" if outermost else "has none"
+        raise ValueError(
+            f'"2-LR" needs one list of stages or blocks, and {type(model).__name__} {found}; name the layers instead, '
+            f'for example branches={{"{next(iter(outermost), "encoder")}.1": 500, "pre_logits": 100}}'
+        )
+    return f"{outermost[0]}.{len(lists[outermost[0]]) - 2}"
+
+
+class Seam:
+    """A forward that records, in the place of a model's own, until `remove`.
+
+    It sits inside DistributedDataParallel, autocast and torch.compile, all of which call the model itself, and hooks
+    on layers exist only while it runs. A copy of the model does not record.
+
+    Args:
+        model: whose forward is replaced.
+        lowrank: branches on `model` or on a network inside it.
+    """
+
+    def __init__(self, model: nn.Module, lowrank: LowRankModel) -> None:
+        self.model = model
+        self._active = True
+        self._before = model.__dict__.get("forward")  # accelerate's autocast, for example
+        own = type(model).forward
+        below = model.forward
+
+        @functools.wraps(own)
+        def forward(this: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if this is not model:
+                return own(this, *args, **kwargs)
+            if not (self._active and model.training and lowrank.enabled and torch.is_grad_enabled()):
+                return below(*args, **kwargs)
+            with recording(lowrank.backbone, lowrank.taps) as record:
+                output = below(*args, **kwargs)
+            lowrank.take(record)
+            return output
+
+        self._forward = MethodType(forward, model)
+        model.forward = self._forward
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        self._active = False
+        if self.model.__dict__.get("forward") is not self._forward:
+            return  # something was put on top since; what is below it only passes on
+        if self._before is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._before  # type: ignore[method-assign]
