@@ -68,6 +68,17 @@ def test_unknown_keys_are_one_error_with_the_nearest_names():
         ({"model_args": 3}, r"model_args=3 must be a mapping"),
         ({"epochs": 0}, r"epochs=0 must be > 0"),
         ({"learning_rate": float("nan")}, r"learning_rate=nan must be > 0"),
+        ({"optimizer": "adam"}, r"optimizer='adam' is not one of sgd, adamw"),
+        ({"optimizer": "adamw", "nesterov": True}, r"nesterov=true belongs to optimizer=sgd"),
+        ({"optimizer": "adamw", "momentum": 1.0}, r"momentum=1.0 is the first beta of AdamW"),
+        ({"streaming": "yes"}, r"streaming='yes' is not one of auto, true, false"),
+        ({"streaming": False, "data": "x/y", "image_size": 8}, r"image_size=8 needs streaming"),
+        ({"streaming": True}, r"data='digits' is built in and always held in memory"),
+        ({"crop_pct": 1.5}, r"crop_pct=1.5 must be > 0 and <= 1"),
+        ({"crop_scale": 0.0}, r"crop_scale=0.0 must be > 0 and <= 1"),
+        ({"workers": -1}, r"workers=-1 must be >= 0"),
+        ({"save_every_steps": 0}, r"save_every_steps=0 must be > 0"),
+        ({"shuffle_buffer": 0}, r"shuffle_buffer=0 must be > 0"),
         ({"schedule": "linear"}, r"schedule='linear' is not one of step, cosine"),
         ({"augment": "mixup"}, r"augment='mixup' is not one of"),
         ({"precision": "fp8"}, r"precision='fp8' is not one of no, bf16, fp16"),
@@ -147,3 +158,13 @@ def test_the_penalty_is_off_in_pretraining_and_then_grows():
     assert penalty_weight(recipe(**PAPER), 49, 0, 10) == 0
     assert penalty_weight(recipe(**PAPER), 50, 0, 10) == 1
     assert penalty_weight(ramped.plain(), 5, 0, 10) == 0
+
+
+def test_the_imagenet_recipes_stream_and_test_on_the_validation_split():
+    for path in CONFIGS:
+        if path.stem.startswith("imagenet1k"):
+            loaded = load_recipe(path, ["lowrank.branches=1-LR"])
+            assert (loaded.image_size, loaded.streaming, loaded.data_args["test_split"]) == (224, "auto", "validation")
+            assert loaded.epochs == 90
+            assert loaded.save_every_steps < 1_281_167 // loaded.batch_size
+            assert loaded.lowrank_config().branches == "1-LR"

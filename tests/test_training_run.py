@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 import timm_lowrank
 from timm_lowrank.training import DivergedError, Recipe, RecipeError, RunError, load_images, load_recipe, train
+from timm_lowrank.training import state as state_module
 from timm_lowrank.training.loop import check_not_at_chance
 from timm_lowrank.training.run import RunFolder
 from timm_lowrank.training.state import build, seeded
@@ -379,11 +381,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_an_accuracy_that_falls_back_to_chance_stops_the_run(tmp_path):
     state = build(recipe(pretrain_epochs=0), load_images(**SMALL["data_args"]), tmp_path)
-    check_not_at_chance(state, 0.11)  # at chance from the beginning: it may still learn
-    check_not_at_chance(state, 0.60)
-    check_not_at_chance(state, 0.30)
+    check_not_at_chance(state, 0.11, 0.1)  # at chance from the beginning: it may still learn
+    check_not_at_chance(state, 0.60, 0.1)
+    check_not_at_chance(state, 0.30, 0.1)
     with pytest.raises(DivergedError, match=r"fell to chance \(10.5%\) after 60.0%.*lowrank.reconstruction_weight"):
-        check_not_at_chance(state, 0.105)
+        check_not_at_chance(state, 0.105, 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -396,9 +398,10 @@ def test_an_accuracy_that_falls_back_to_chance_stops_the_run(tmp_path):
         {"precision": "fp16"},
         {"gradient_accumulation": 2, "clip_norm": 1.0, "nesterov": True, "ramp_epochs": 1, "ema_decay": 0.9},
         {"model": "vit_tiny_patch16_224", "model_args": {"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 24},
-         "lowrank": {"branches": {"blocks.0": 6}}, "augment": "crop-flip", "spectrum_images": 30},
+         "lowrank": {"branches": {"blocks.0": 6}}, "augment": "crop-flip", "spectrum_images": 30,
+         "optimizer": "adamw", "learning_rate": 0.002, "weight_decay": 0.05},
     ],
-    ids=["bf16", "fp16", "accumulation", "a ViT"],
+    ids=["bf16", "fp16", "accumulation", "a ViT with AdamW"],
 )  # fmt: skip
 def test_options_train_and_update_once_a_step(options, tmp_path):
     values = {**SMALL, "epochs": 3, "pretrain_epochs": 1, **options}
@@ -420,6 +423,29 @@ def test_a_compiled_network_trains_like_any_other(monkeypatch, tmp_path):
     torch.compiler.reset()
     train(recipe(**values), tmp_path / "plain")
     assert_same_run(tmp_path / "compiled", tmp_path / "plain", but="gradient_share")  # not measured when compiled
+
+
+def test_adamw_decays_weights_but_neither_biases_norms_nor_positions(tmp_path):
+    vit = {"model": "vit_tiny_patch16_224", "lowrank": {"branches": {"blocks.0": 6}},
+           "model_args": {"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 24}}  # fmt: skip
+    values = {**vit, "optimizer": "adamw", "momentum": 0.8, "weight_decay": 0.05}
+    state = build(recipe(**values), load_images(**SMALL["data_args"]), tmp_path)
+    groups = {group["weight_decay"]: group for group in state.optimizer.param_groups}
+    assert groups.keys() == {0.0, 0.05}
+    assert all(group["betas"] == (0.8, 0.999) for group in groups.values())
+    names = {id(parameter): name for name, parameter in state.lowrank.backbone.named_parameters()}
+    decayed = [names[id(parameter)] for parameter in groups[0.05]["params"]]
+    assert decayed
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert "pos_embed" in {names[id(parameter)] for parameter in groups[0.0]["params"]}
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(state_module, "Accelerator", lambda **_: types.SimpleNamespace(num_processes=1))
+    with pytest.raises(RunError, match="2 processes were launched, but accelerate does not join them"):
+        train(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_trackers_get_every_epoch(tmp_path):

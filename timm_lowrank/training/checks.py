@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 CHOICES = {
+    "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "cosine"),
     "augment": ("crop-flip", "crop", "none"),
     "precision": ("no", "bf16", "fp16"),
 }
 POSITIVE = (
     "epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "save_every", "keep_checkpoints",
-    "learning_rate", "gamma", "clip_norm", "spectrum_images",
+    "learning_rate", "gamma", "clip_norm", "spectrum_images", "image_size", "shuffle_buffer", "save_every_steps",
 )  # fmt: skip
-NOT_NEGATIVE = ("pretrain_epochs", "ramp_epochs", "warmup_epochs", "momentum", "weight_decay", "seed")
+NOT_NEGATIVE = ("pretrain_epochs", "ramp_epochs", "warmup_epochs", "momentum", "weight_decay", "seed", "workers")
 
 # The importable package behind each of accelerate's trackers.
 TRACKERS = {
@@ -53,6 +54,9 @@ def _numbers(recipe: Recipe) -> Iterable[str]:
             yield f"{name}={value!r} must be {'> 0' if name in POSITIVE else '>= 0'}"
     if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
         yield f"ema_decay={recipe.ema_decay!r} must lie between 0 and 1, or be null"
+    for name in ("crop_scale", "crop_pct"):
+        if not 0 < getattr(recipe, name) <= 1:
+            yield f"{name}={getattr(recipe, name)!r} must be > 0 and <= 1"
     if any(epoch < 1 for epoch in recipe.milestones) or list(recipe.milestones) != sorted(set(recipe.milestones)):
         yield f"milestones={list(recipe.milestones)} must be increasing epochs >= 1"
 
@@ -61,12 +65,22 @@ def _choices(recipe: Recipe) -> Iterable[str]:
     for name, allowed in CHOICES.items():
         if getattr(recipe, name) not in allowed:
             yield f"{name}={getattr(recipe, name)!r} is not one of {', '.join(allowed)}"
+    if recipe.streaming not in (True, False, "auto"):
+        yield f"streaming={recipe.streaming!r} is not one of auto, true, false"
 
 
 def _together(recipe: Recipe) -> Iterable[str]:
     if recipe.gradient_accumulation > 0 and recipe.batch_size % recipe.gradient_accumulation:
         parts = recipe.gradient_accumulation
         yield f"batch_size={recipe.batch_size} cannot be split into gradient_accumulation={parts}"
+    if recipe.optimizer == "adamw" and recipe.nesterov:
+        yield "nesterov=true belongs to optimizer=sgd"
+    if recipe.optimizer == "adamw" and recipe.momentum >= 1:
+        yield f"momentum={recipe.momentum!r} is the first beta of AdamW and must be < 1"
+    if recipe.image_size is not None and recipe.streaming is False:
+        yield f"image_size={recipe.image_size} needs streaming: set streaming=auto, or image_size=null"
+    if recipe.data == "digits" and (recipe.image_size is not None or recipe.streaming is True):
+        yield "data='digits' is built in and always held in memory: set streaming=auto and image_size=null"
     if recipe.nesterov and not recipe.momentum:
         yield "nesterov=true needs a momentum > 0"
     if recipe.lowrank_enabled and recipe.pretrain_epochs >= recipe.epochs:

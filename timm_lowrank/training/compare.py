@@ -49,6 +49,11 @@ def measure_run(
     """
     measured = list(layers or layers_of(run))
     recipe = load_recipe(run / "config.yaml", data=data)
+    if recipe.image_size is not None:
+        raise RunError(
+            f"{run} was trained on images that were resized while they were read (image_size={recipe.image_size}); "
+            "only runs on images that are held in memory can be compared"
+        )
     images = load_images(recipe.data, **recipe.data_args)
     model = PixelModel(timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval())
     test = images.test_images.float() / 255

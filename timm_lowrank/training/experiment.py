@@ -9,16 +9,18 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
+from .batches import evaluation_batches
+from .data import Data, load_data
 from .disk import read_json
 from .errors import RunError
-from .images import ImageData, load_images
 from .loop import check_not_at_chance, evaluate, train_epoch
 from .plots import plot_spectrum
 from .recipe import Recipe
 from .report import layer_energies, read_plain_run, spectrum_content, summarize, table
 from .run import RunFolder
 from .sources import require
-from .state import TrainingState, build, seeded
+from .state import Progress, TrainingState, build, seeded
+from .streamed import StreamedData
 
 BRANCH_PARTS = ("reconstruction", "norm", "activation_norm", "gradient_share")
 Finished = tuple[dict[str, Any], dict[str, Any]]  # the contents of summary.json and spectrum.json
@@ -49,7 +51,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False) -> dict[s
     folder = RunFolder(output, recipe, resume)
     twin_folder = RunFolder(folder.path / "twin", recipe.plain(), resume) if recipe.twin is True else None
     twin = read_plain_run(Path(recipe.twin)) if isinstance(recipe.twin, str) else None
-    data = load_images(recipe.data, progress=True, **recipe.data_args)
+    data = load_data(recipe)
     if twin is not None and twin[0]["data"]["fingerprint"] != data.fingerprint:
         raise RunError(f"twin={recipe.twin!r} was trained on other data (its fingerprint differs): use twin=true")
     if twin_folder is not None:
@@ -58,7 +60,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False) -> dict[s
 
 
 def _run(
-    recipe: Recipe, data: ImageData, folder: RunFolder, *, within: RunFolder | None = None, twin: Finished | None = None
+    recipe: Recipe, data: Data, folder: RunFolder, *, within: RunFolder | None = None, twin: Finished | None = None
 ) -> Finished:
     """One network. `within` is the folder that `folder` lies in, if that has to be made too."""
     done = folder.summary()
@@ -76,7 +78,7 @@ def _run(
         began = folder.load_newest(accelerator)
         if accelerator.is_main_process:
             folder.keep_metrics(began)
-        accelerator.print(_introduction(recipe, data, folder, began), flush=True)
+        accelerator.print(_introduction(recipe, data, folder, state.progress), flush=True)
         if recipe.trackers:
             accelerator.init_trackers("timm_lowrank", config={k: str(v) for k, v in recipe.to_dict().items()})
         for epoch in range(began, recipe.epochs):
@@ -90,7 +92,7 @@ def _run(
 def _epoch(state: TrainingState, folder: RunFolder, epoch: int) -> None:
     """Trains, tests, writes a row and, if it is time, a checkpoint."""
     recipe, accelerator = state.recipe, state.accelerator
-    measured = train_epoch(state, epoch)
+    measured = train_epoch(state, epoch, lambda epoch, step: folder.save(accelerator, epoch, step))
     measured["test_loss"], measured["test_accuracy"] = evaluate(accelerator, state.lowrank, state.test_batches)
     if state.ema is not None:
         _, measured["ema_test_accuracy"] = evaluate(accelerator, state.ema.module, state.test_batches)
@@ -100,7 +102,7 @@ def _epoch(state: TrainingState, folder: RunFolder, epoch: int) -> None:
         folder.append_metrics({name: _cell(value) for name, value in row.items()})
     accelerator.print(_line(recipe, row), flush=True)
     accelerator.log({name: value for name, value in row.items() if value is not None}, step=epoch + 1)
-    check_not_at_chance(state, measured["train_accuracy"])
+    check_not_at_chance(state, measured["train_accuracy"], measured["chance"])
     if (epoch + 1) % recipe.save_every == 0 or epoch + 1 == recipe.epochs:
         folder.save(accelerator, epoch + 1)
 
@@ -121,12 +123,15 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _introduction(recipe: Recipe, data: ImageData, folder: RunFolder, began: int) -> str:
-    resumed = f", resumed after epoch {began}" if began else ""
+def _introduction(recipe: Recipe, data: Data, folder: RunFolder, progress: Progress) -> str:
+    step = f", step {progress.inside.step:,} of the next" if progress.inside.step else ""
+    resumed = f", resumed after epoch {progress.epoch}{step}" if progress.step else ""
+    streamed = ", streamed" if isinstance(data, StreamedData) else ""
+    train, test = data.counts
     kind = "low rank" if recipe.lowrank_enabled else "plain"
     return (
-        f"\n{recipe.model}, {kind}: {len(data.train_images):,} training and {len(data.test_images):,} test images of "
-        f"{data.name}, {recipe.epochs} epochs, into {folder.path}{resumed}"
+        f"\n{recipe.model}, {kind}: {train:,} training and {test:,} test images of "
+        f"{data.name}{streamed}, {recipe.epochs} epochs, into {folder.path}{resumed}"
     )
 
 
@@ -140,7 +145,7 @@ def _line(recipe: Recipe, row: dict[str, Any]) -> str:
     )
 
 
-def _finish(state: TrainingState, data: ImageData, folder: RunFolder, twin: Finished | None) -> Finished:
+def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished | None) -> Finished:
     """Measures and exports; summary.json comes last, so that a folder that has one is complete."""
     recipe, accelerator = state.recipe, state.accelerator
     if state.ema is not None:
@@ -148,7 +153,9 @@ def _finish(state: TrainingState, data: ImageData, folder: RunFolder, twin: Fini
     test = evaluate(accelerator, state.lowrank, state.test_batches)
     finished: list[Any] = [None]
     if accelerator.is_main_process:
-        energies = layer_energies(state.lowrank, state.test_batches, recipe.spectrum_images)
+        # From the first images, whatever share of them this process tested.
+        images = evaluation_batches(recipe, data, accelerator.device)
+        energies = layer_energies(state.lowrank, images, recipe.spectrum_images)
         summary = summarize(state, data, energies, test, _last_row(folder))
         spectrum = spectrum_content(energies)
         _export(state, data, folder)
@@ -167,13 +174,12 @@ def _finish(state: TrainingState, data: ImageData, folder: RunFolder, twin: Fini
     return result
 
 
-def _export(state: TrainingState, data: ImageData, folder: RunFolder) -> None:
+def _export(state: TrainingState, data: Data, folder: RunFolder) -> None:
     """model/ in timm's Hub layout; a plain run has no branch to put beside it."""
     # safetensors takes no channels-last weights
     model = state.lowrank if state.recipe.lowrank_enabled else state.lowrank.unwrap()
-    data_config = {"input_size": data.image_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
     with folder.writing("model"):
-        save_pretrained(model, folder.path / "model", label_names=list(data.class_names), data_config=data_config)
+        save_pretrained(model, folder.path / "model", label_names=list(data.class_names), data_config=data.data_config)
 
 
 def _last_row(folder: RunFolder) -> dict[str, float | None]:

@@ -42,6 +42,16 @@ class ImageData:
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(training images, test images)."""
+        return len(self.train_images), len(self.test_images)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What the network is fed, in timm's words: it goes into the configuration of the exported model."""
+        return {"input_size": self.image_size, "mean": self.mean, "std": self.std, "crop_pct": 1.0}
+
 
 def load_images(
     source: str = "digits",
@@ -49,6 +59,8 @@ def load_images(
     config: str | None = None,
     image_column: str | None = None,
     label_column: str = "label",
+    train_split: str = "train",
+    test_split: str = "test",
     extra: bool = False,
     train_limit: int | None = None,
     test_limit: int | None = None,
@@ -63,6 +75,8 @@ def load_images(
         config: the configuration of a Hub data set, or the subfolder of a folder that holds several.
         image_column: the column of encoded images; None takes "img" or "image".
         label_column: the column of integer labels.
+        train_split: what the source calls the split of training images.
+        test_split: the same of the test images, such as "validation".
         extra: whether a split "extra" joins the training images (SVHN).
         train_limit: the first so many training images, the same number from every class; None takes all.
         test_limit: the same for the test images.
@@ -73,7 +87,8 @@ def load_images(
     Raises:
         DataError: if the data is not there or damaged, or if a label, a limit or the size of an image is wrong.
     """
-    splits = read_splits(source, config, Columns(image_column, label_column), extra)
+    names = {"train": train_split, "test": test_split, **({"extra": "extra"} if extra else {})}
+    splits = read_splits(source, config, Columns(image_column, label_column), names)
     class_names = _class_names(splits)
     train = _decoded(_limited(splits["train"], train_limit, len(class_names)), progress)
     test = _decoded(_limited(splits["test"], test_limit, len(class_names)), progress)
@@ -94,8 +109,8 @@ def load_images(
         test_images=torch.from_numpy(test[0]),
         test_labels=torch.from_numpy(test[1]),
         class_names=class_names,
-        mean=_per_channel("mean", mean, train[0].shape[1]) or statistics[0],
-        std=_per_channel("std", std, train[0].shape[1]) or statistics[1],
+        mean=per_channel("mean", mean, train[0].shape[1]) or statistics[0],
+        std=per_channel("std", std, train[0].shape[1]) or statistics[1],
         fingerprint=_fingerprint([*train, *test], class_names),
     )
 
@@ -164,7 +179,8 @@ def _decoded(split: Split, progress: bool) -> tuple[np.ndarray, np.ndarray]:
         if image.shape != first.shape:
             raise DataError(
                 f"{split.name}: row {row} is {image.shape[1]} x {image.shape[0]} pixels and row 0 is "
-                f"{first.shape[1]} x {first.shape[0]}: all images must have one size"
+                f"{first.shape[1]} x {first.shape[0]}: "
+                "all images must have one size to be held in memory (a recipe with image_size streams them)"
             )
         pixels[row] = image
     pixels = pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2)
@@ -189,7 +205,7 @@ def _joined(one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarra
     return np.concatenate([one[0], two[0]]), np.concatenate([one[1], two[1]])
 
 
-def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:
+def per_channel(name: str, values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:
     if values is None:
         return None
     if not isinstance(values, list | tuple) or len(values) != channels:

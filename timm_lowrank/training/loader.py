@@ -16,7 +16,7 @@ class TrainBatches:
 
     In every epoch an image is seen once at most, on one process only, and all processes take the same number
     of steps; the images that do not fill a last batch are left out, others in each epoch. As nothing depends
-    on what was drawn before, a run resumes at the start of any epoch without state of its own.
+    on what was drawn before, a run resumes at any batch without state of its own.
 
     Args:
         images: (n, channels, height, width), uint8.
@@ -35,13 +35,7 @@ class TrainBatches:
         self, images: Tensor, labels: Tensor, transform: Transform,
         *, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
     ) -> None:  # fmt: skip
-        if batch_size % (parts * processes):
-            raise RecipeError(
-                f"batch_size={batch_size} cannot be divided among {processes} processes "
-                f"with gradient_accumulation={parts}"
-            )
-        if len(images) < batch_size:
-            raise RecipeError(f"batch_size={batch_size} is more than the {len(images)} training images")
+        check_batch(batch_size, parts, processes, len(images))
         self.images, self.labels, self.transform = images, labels, transform
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
         self.process, self.processes = process, processes
@@ -53,18 +47,20 @@ class TrainBatches:
 
     def indices(self, epoch: int) -> Iterator[Tensor]:
         """(batch_size / parts / processes,), int64, for each batch of this process."""
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch, 0))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch, 0))
         order = torch.randperm(len(self.images), generator=generator)
         shares = order[: self.steps * self.batch_size].view(len(self), self.processes, -1)
         yield from shares[:, self.process]
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images (batch, channels, height, width) and their labels (batch,)."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images (batch, channels, height, width) and their labels (batch,), from batch `first` on."""
         device = self.images.device
-        generator = torch.Generator(device).manual_seed(_mix(self.seed, epoch, 1 + self.process))
-        for chosen in self.indices(epoch):
+        generator = torch.Generator(device).manual_seed(mix(self.seed, epoch, 1 + self.process))
+        for number, chosen in enumerate(self.indices(epoch)):
             rows = chosen.to(device)
-            yield self.transform(self.images[rows], generator), self.labels[rows]
+            images = self.transform(self.images[rows], generator)  # also of those left out: it draws what they drew
+            if number >= first:
+                yield images, self.labels[rows]
 
 
 class EvalBatches:
@@ -83,9 +79,19 @@ class EvalBatches:
             yield self.transform(self.images[rows]), self.labels[rows]
 
 
-def _mix(seed: int, epoch: int, stream: int) -> int:
-    """Distinct seeds for distinct (seed, epoch, stream), far apart even where the three are small."""
+def check_batch(batch_size: int, parts: int, processes: int, images: int) -> None:
+    """Raises RecipeError if `batch_size` cannot be divided among processes and parts, or there are fewer images."""
+    if batch_size % (parts * processes):
+        raise RecipeError(
+            f"batch_size={batch_size} cannot be divided among {processes} processes with gradient_accumulation={parts}"
+        )
+    if images < batch_size:
+        raise RecipeError(f"batch_size={batch_size} is more than the {images} training images")
+
+
+def mix(*numbers: int) -> int:
+    """Distinct seeds for distinct numbers such as (seed, epoch, stream), far apart even where they are small."""
     mixed = 0
-    for value in (seed, epoch, stream):
+    for value in numbers:
         mixed = ((mixed ^ value) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63
     return mixed

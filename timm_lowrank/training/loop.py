@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,23 +16,33 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .errors import DivergedError
-from .loader import EvalBatches
 from .schedule import learning_rate, penalty_weight
-from .state import TrainingState
+from .state import Inside, TestBatches, TrainingState
 
 REPORT_EVERY = 10  # optimizer steps between two looks at the losses: each one waits for the device
 
 
 class Means:
-    """Means over the samples of an epoch, summed on the device in float32."""
+    """Means over the samples of an epoch, summed on the device in float32, and how often each label was seen."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, classes: int = 0) -> None:
+        self._device = device
+        self._labels = torch.zeros(classes, dtype=torch.int64, device=device)
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=device))  # (total, weight)
 
     def add(self, name: str, value: Tensor, weight: int) -> None:
         """Counts `value`, a scalar mean over `weight` samples."""
         total = value.detach().float() * weight
         self._sums[name] += torch.stack([total, torch.full_like(total, weight)])
+
+    def count(self, labels: Tensor) -> None:
+        """Counts `labels`, (n,), int64, below the number of classes."""
+        self._labels.index_add_(0, labels, torch.ones_like(labels))
+
+    def most_frequent(self, accelerator: Accelerator) -> float:
+        """The share of the most frequent label, over the samples of every process."""
+        counts = accelerator.reduce(self._labels, "sum")
+        return float(counts.max() / counts.sum())
 
     def __getitem__(self, name: str) -> float:
         """The mean so far, on this process."""
@@ -42,26 +52,43 @@ class Means:
     def __contains__(self, name: str) -> bool:
         return name in self._sums
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, on this process, as plain numbers."""
+        return {"sums": {name: sums.tolist() for name, sums in self._sums.items()}, "labels": self._labels.tolist()}
+
+    def add_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Adds the sums of a `state_dict`."""
+        for name, sums in state["sums"].items():
+            self._sums[name] += torch.tensor(sums, device=self._device)
+        self._labels += torch.tensor(state["labels"], device=self._device)
+
     def over_processes(self, accelerator: Accelerator) -> dict[str, float]:
         """All means, over the samples of every process."""
         sums = {name: accelerator.reduce(value, "sum").tolist() for name, value in self._sums.items()}
         return {name: total / weight for name, (total, weight) in sums.items()}
 
 
-def train_epoch(state: TrainingState, epoch: int) -> dict[str, Any]:
-    """Trains for one epoch (numbered from 0) and returns its row of metrics.
+def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], None]) -> dict[str, Any]:
+    """Trains for one epoch (numbered from 0), or for the rest of it, and returns its row of metrics.
+
+    Args:
+        state: the run; where `state.progress` says that steps of this epoch were taken before, they are not repeated.
+        epoch: its number.
+        save: called as save(epoch, step) every `save_every_steps` steps, to write a checkpoint.
 
     Raises:
         DivergedError: as soon as the loss is seen not to be finite.
+        DataError: from streamed data, for what is damaged.
     """
     recipe, accelerator, batches = state.recipe, state.accelerator, state.train_batches
     regularized = penalty_weight(recipe, epoch, 0, 1) > 0
     state.lowrank.enable(regularized)
     state.network.train()
-    means = Means(accelerator.device)
-    bar = _bar(state, epoch)
-    began = time.perf_counter()
-    for index, (images, labels) in enumerate(batches.epoch(epoch)):
+    means = Means(accelerator.device, state.classes)
+    first = state.progress.inside.take_up(means, accelerator) * batches.parts
+    bar = _bar(state, epoch, first)
+    began = time.perf_counter() - state.progress.inside.seconds
+    for index, (images, labels) in enumerate(batches.epoch(epoch, first), start=first):
         step = index // batches.parts
         rate = learning_rate(recipe, epoch, step, batches.steps)
         for group in state.optimizer.param_groups:
@@ -75,10 +102,18 @@ def train_epoch(state: TrainingState, epoch: int) -> dict[str, Any]:
             _check_finite(state, means, epoch)
             bar.set_postfix(_postfix(means, (index + 1) * len(images), time.perf_counter() - began), refresh=False)
         bar.update()
+        due = recipe.save_every_steps and (step + 1) % recipe.save_every_steps == 0
+        if due and accelerator.sync_gradients and not last:  # after the last step comes the checkpoint of the epoch
+            stopped = time.perf_counter()
+            state.progress.inside.note(step + 1, stopped - began, means)
+            save(epoch, step + 1)
+            began += time.perf_counter() - stopped
     bar.close()
     seconds = time.perf_counter() - began
     row = {"learning_rate": rate, "penalty_weight": weight, **means.over_processes(accelerator)}
+    row["chance"] = means.most_frequent(accelerator)
     state.progress.epoch, state.progress.seconds = epoch + 1, state.progress.seconds + seconds
+    state.progress.inside = Inside()
     return {**row, "images_per_second": batches.steps * batches.batch_size / seconds, "seconds": seconds}
 
 
@@ -111,6 +146,7 @@ def _train_step(
         state.progress.step += 1
         if state.ema is not None:
             state.ema.update(lowrank.backbone, step=state.progress.step)
+    means.count(labels)
     means.add("train_loss", task_loss, len(images))
     means.add("train_accuracy", (logits.argmax(dim=1) == labels).float().mean(), len(images))
     if weight:
@@ -130,7 +166,7 @@ def gradient_shares(task_loss: Tensor, loss: Tensor, activations: Mapping[str, T
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, network: nn.Module, batches: EvalBatches) -> tuple[float, float]:
+def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches) -> tuple[float, float]:
     """Mean cross-entropy and accuracy over the test images, both in [0, inf) and [0, 1].
 
     `network` is called as it is: pass the module that accelerate prepared, without its data-parallel shell,
@@ -138,6 +174,8 @@ def evaluate(accelerator: Accelerator, network: nn.Module, batches: EvalBatches)
     """
     network.eval()
     means = Means(accelerator.device)
+    for name in ("loss", "accuracy"):  # a process without images has its part in the sums, too
+        means.add(name, torch.zeros((), device=accelerator.device), 0)
     for images, labels in batches:
         with accelerator.autocast():
             logits = network(images).float()
@@ -147,15 +185,13 @@ def evaluate(accelerator: Accelerator, network: nn.Module, batches: EvalBatches)
     return found["loss"], found["accuracy"]
 
 
-def check_not_at_chance(state: TrainingState, accuracy: float) -> None:
-    """Compares the training accuracy of an epoch with the best before.
+def check_not_at_chance(state: TrainingState, accuracy: float, chance: float) -> None:
+    """Compares the training accuracy of an epoch with the best before, and with the share of the largest class.
 
     Raises:
         DivergedError: if it is that of guessing the most frequent class, after it had clearly been above.
     """
-    labels = state.train_batches.labels
-    chance = labels.bincount().max().item() / len(labels)
-    error = math.sqrt(chance * (1 - chance) / len(labels))
+    error = math.sqrt(chance * (1 - chance) / (state.train_batches.steps * state.train_batches.batch_size))
     best = state.progress.best_train_accuracy
     state.progress.best_train_accuracy = max(best, accuracy)
     if best > max(1.5 * chance, chance + 10 * error) and accuracy <= chance + 3 * error:
@@ -182,11 +218,12 @@ def _advice(state: TrainingState) -> str:
     return advice + "; then start a new run. The checkpoints of this one are kept."
 
 
-def _bar(state: TrainingState, epoch: int) -> tqdm[Any]:
+def _bar(state: TrainingState, epoch: int, first: int) -> tqdm[Any]:
     """A bar on the main process of a terminal; elsewhere the line that is printed after each epoch must do."""
     title = f"epoch {epoch + 1}/{state.recipe.epochs}"
     hidden = None if state.accelerator.is_local_main_process else True
-    return tqdm(total=len(state.train_batches), desc=title, disable=hidden, leave=False, dynamic_ncols=True)
+    total = len(state.train_batches)
+    return tqdm(total=total, initial=first, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
 
 
 def _postfix(means: Means, images: int, seconds: float) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..core.config import LowRankConfig
 from ..core.errors import nearest
 from .checks import problems_of
 from .errors import RecipeError
+from .typed import typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,23 @@ class Recipe:
         ramp_epochs: epochs after that over which the weight of the penalty grows from zero to one.
         batch_size: images of one optimizer step, over all processes and accumulated parts together.
         eval_batch_size: images of one forward in evaluation.
-        learning_rate, momentum, weight_decay, nesterov: of SGD.
+        optimizer: "sgd" or "adamw". AdamW does not decay biases, norms and what timm says its network should not.
+        learning_rate, weight_decay: of the optimizer.
+        momentum: of SGD; the first beta of AdamW, whose second is 0.999.
+        nesterov: of SGD.
         schedule: "step" (multiplied by `gamma` at each epoch in `milestones`) or "cosine" (to zero).
         warmup_epochs: epochs over which the learning rate grows linearly from zero.
-        augment: "crop-flip", "crop" or "none", on the batch on the device.
+        augment: "crop-flip", "crop" or "none", on the batch on the device. With `image_size` a crop is a random
+            part of the image stretched to that size, otherwise the image moved over a black border.
+        image_size: height and width that images are brought to while they are read, which streams them; None
+            leaves them as they are, and they must have one size.
+        crop_scale: with `image_size`, the smallest share of the area that a random part has.
+        crop_pct: with `image_size`, the share of the resized test image's side that is cut out of its centre.
+        streaming: whether images are read from their parquet shards whenever they are needed instead of being held
+            in memory, decoded; "auto" streams with `image_size`, and if they would take more than half the memory.
+            A streamed data set needs `data_args.mean` and `std` where ImageNet's do not suit.
+        shuffle_buffer: in streaming, encoded images held for shuffling, over all processes together.
+        workers: in streaming, processes that read and decode, for each training process; 0 does it in that one.
         precision: "no", "bf16" or "fp16" (mixed precision).
         ema_decay: of an exponential moving average of the backbone's weights; None keeps none. With it, the
             averaged network is what is measured and exported in the end.
@@ -44,6 +57,7 @@ class Recipe:
         seed: of weights, order of images, augmentation and branches.
         trackers: names of experiment trackers that accelerate knows, such as "tensorboard".
         save_every, keep_checkpoints: epochs between two checkpoints, and how many are kept.
+        save_every_steps: optimizer steps between two checkpoints inside an epoch; None writes none there.
         twin: True trains the plain network with the same seed and schedule first, for comparison; or the
             folder of an existing plain run.
         spectrum_images: test images from which the spectrum of the activations is measured; None takes all.
@@ -63,6 +77,7 @@ class Recipe:
     ramp_epochs: int = 0
     batch_size: int = 128
     eval_batch_size: int = 500
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -72,6 +87,12 @@ class Recipe:
     gamma: float = 0.1
     warmup_epochs: int = 0
     augment: str = "crop-flip"
+    image_size: int | None = None
+    crop_scale: float = 0.08
+    crop_pct: float = 0.875
+    streaming: bool | str = "auto"
+    shuffle_buffer: int = 10_000
+    workers: int = 4
     precision: str = "no"
     channels_last: bool = False
     compile: bool = False
@@ -81,6 +102,7 @@ class Recipe:
     seed: int = 0
     trackers: tuple[str, ...] = ()
     save_every: int = 1
+    save_every_steps: int | None = None
     keep_checkpoints: int = 2
     twin: bool | str = False
     spectrum_images: int | None = 2000
@@ -131,7 +153,7 @@ class Recipe:
         checked = {}
         for key in values.keys() & fields.keys():
             try:
-                checked[key] = _typed(values[key], hints[key])
+                checked[key] = typed(values[key], hints[key])
             except TypeError as error:
                 problems.append(f"{key}={values[key]!r} {error}")
         if problems:
@@ -199,37 +221,6 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {parent} is {inner!r}, which has no keys inside")
         values = inner
     values[last] = value
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` names, or a TypeError that says what was expected."""
-    if isinstance(hint, types.UnionType):
-        for option in typing.get_args(hint):
-            try:
-                return _typed(value, option)
-            except TypeError:
-                continue
-        raise TypeError("must be " + " or ".join(_NAMES[option] for option in typing.get_args(hint)))
-    origin = typing.get_origin(hint) or hint
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError("must be a list")
-        return tuple(_typed(item, typing.get_args(hint)[0]) for item in value)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
-        raise TypeError(f"must be {_NAMES[origin]}")
-    return value
-
-
-_NAMES: dict[Any, str] = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    dict: "a mapping",
-    type(None): "null",
-}
 
 
 def _listed(what: str, problems: Sequence[str]) -> str:

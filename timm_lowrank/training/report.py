@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..core.model import LowRankModel
 from ..core.spectrum import singular_energies
+from .batches import TestBatches
+from .data import Data
 from .disk import read_json
 from .errors import DivergedError, RunError
-from .images import ImageData
-from .loader import EvalBatches
 from .state import TrainingState
+from .streamed import StreamedData
 
 DIRECTIONS = (1, 5, 10, 20, 50, 100, 500)
 PACKAGES = ("timm_lowrank", "torch", "timm", "accelerate")
@@ -26,7 +27,7 @@ KEPT_ENERGIES = 1000
 
 
 @torch.no_grad()
-def layer_energies(lowrank: LowRankModel, batches: EvalBatches, limit: int | None) -> dict[str, Tensor]:
+def layer_energies(lowrank: LowRankModel, batches: TestBatches, limit: int | None) -> dict[str, Tensor]:
     """The squared singular values of every regularized layer's centred activations on test images, in float32.
 
     Args:
@@ -35,12 +36,13 @@ def layer_energies(lowrank: LowRankModel, batches: EvalBatches, limit: int | Non
         limit: images to take; None takes all. Exact: all activations of these are held at once, in float32.
 
     Returns:
-        For each layer its energies, (min(limit, features),), float64, descending.
+        For each layer its energies, (min(samples, features),), float64, descending.
 
     Raises:
         DivergedError: for a layer whose activations are all equal.
     """
     lowrank.eval()
+    views = {tap.layer: tap.view for tap in lowrank.taps}  # the samples that the branch has seen
     kept: dict[str, list[Tensor]] = {}
     taken = 0
     for images, _ in batches:
@@ -48,7 +50,7 @@ def layer_energies(lowrank: LowRankModel, batches: EvalBatches, limit: int | Non
         with lowrank.capture() as activations:
             lowrank.unwrap()(images)  # not the wrapper: once compiled, it does not see hooks that come later
         for layer, value in activations.items():
-            kept.setdefault(layer, []).append(value.float().flatten(1))
+            kept.setdefault(layer, []).append(views[layer].rows(value.float()))
         taken += len(images)
         if taken == limit:
             break
@@ -70,7 +72,7 @@ def layer_summary(energies: Tensor) -> dict[str, Any]:
 
 def summarize(
     state: TrainingState,
-    data: ImageData,
+    data: Data,
     energies: Mapping[str, Tensor],
     test: tuple[float, float],
     last: Mapping[str, float | None],
@@ -122,12 +124,13 @@ def _is_part(key: str, layer: str) -> bool:
     return key.rpartition(".")[0] == layer
 
 
-def _data_summary(data: ImageData) -> dict[str, Any]:
+def _data_summary(data: Data) -> dict[str, Any]:
     return {
         "source": data.name,
         "fingerprint": data.fingerprint,
-        "train_images": len(data.train_images),
-        "test_images": len(data.test_images),
+        "train_images": data.counts[0],
+        "test_images": data.counts[1],
+        "streamed": isinstance(data, StreamedData),
         "image_size": list(data.image_size),
         "classes": len(data.class_names),
     }

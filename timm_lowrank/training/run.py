@@ -1,8 +1,9 @@
-"""`RunFolder`: what a run leaves on disk, written so that a kill at any moment loses an epoch at most."""
+"""`RunFolder`: what a run leaves on disk, written so that a kill loses what came after the last checkpoint."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ from safetensors import SafetensorError
 from .disk import disk_errors, read_json, write_whole
 from .errors import RunError
 from .recipe import Recipe, parse_yaml
+
+# What decides how images reach the network, not which: their fingerprint is compared instead.
+FREE = ("data", "streaming", "workers")
 
 
 class RunFolder:
@@ -52,11 +56,13 @@ class RunFolder:
         self._check_same_recipe()
 
     def _check_same_recipe(self) -> None:
-        """Compares with config.yaml. The place of the data may change: its fingerprint is compared instead."""
+        """Compares with config.yaml, all but the keys in FREE."""
         with disk_errors(f"cannot read {self.path / 'config.yaml'}"):
             before = parse_yaml((self.path / "config.yaml").read_text())
         now = self.recipe.to_dict()
-        keys = [key for key in {**before, **now} if key != "data" and before.get(key) != now.get(key)]
+        # A run that is older than a key was made with its default.
+        before = {**{field.name: field.default for field in dataclasses.fields(Recipe)}, **before}
+        keys = [key for key in {**before, **now} if key not in FREE and before.get(key) != now.get(key)]
         if keys:
             changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
             raise RunError(
@@ -82,19 +88,22 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(epochs completed, folder) of every complete checkpoint, oldest first."""
-        return sorted((int(path.name.removeprefix("epoch_")), path) for path in self._checkpoints.glob("epoch_*"))
+        # epoch_0003 < epoch_0003_step_00000500 < epoch_0004; more than 9,999 epochs still come in order.
+        found = [(int(path.name.split("_")[1]), path) for path in self._checkpoints.glob("epoch_*")]
+        return sorted(found, key=lambda one: (one[0], one[1].name))
 
-    def save(self, accelerator: Accelerator, epoch: int) -> None:
-        """Writes a checkpoint of all processes after `epoch` epochs, then removes the oldest ones.
+    def save(self, accelerator: Accelerator, epoch: int, step: int = 0) -> None:
+        """Writes a checkpoint of all processes after `epoch` epochs and `step` steps, then removes the oldest ones.
 
         The name appears with one rename once everything is written: a checkpoint with that name is complete.
 
         Raises:
             RunError: if the disk is full or not writable; the older checkpoints are then untouched.
         """
-        final = self._checkpoints / f"epoch_{epoch:04d}"
+        final = self._checkpoints / (f"epoch_{epoch:04d}" + (f"_step_{step:08d}" if step else ""))
         partial = self._checkpoints / f".{final.name}.partial"
-        what = f"could not write the checkpoint of epoch {epoch} to {self._checkpoints}"
+        place = f"epoch {epoch}, step {step}" if step else f"epoch {epoch}"
+        what = f"could not write the checkpoint of {place} to {self._checkpoints}"
         try:
             with disk_errors(what, f"Free some space and continue with --resume auto; {self._kept()}."):
                 accelerator.save_state(str(partial))

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,24 +42,42 @@ class Columns:
     label: str
 
 
-def read_splits(source: str, config: str | None, columns: Columns, extra: bool) -> dict[str, Split]:
-    """The splits "train", "test" and, if asked for, "extra" of `source`.
+def read_splits(source: str, config: str | None, columns: Columns, names: Mapping[str, str]) -> dict[str, Split]:
+    """Whole splits of `source`, in memory.
+
+    Args:
+        source: "digits", a folder of parquet files, or a data set on the Hub.
+        config: the configuration of a Hub data set, or the subfolder of a folder that holds several.
+        columns: which columns to read.
+        names: "train", "test" and so on -> what the source calls that split.
 
     Raises:
         DataError: if the source is not there, is damaged, or lacks a split or a column.
     """
     if source == "digits":
         return _digits()
-    names = ["train", "test", *["extra"] * extra]
+    folder = local_folder(source)
+    if folder is not None:
+        return {use: _from_folder(folder, config, name, columns) for use, name in names.items()}
+    found = _from_hub(source, config, list(names.values()), columns)
+    return {use: found[name] for use, name in names.items()}
+
+
+def local_folder(source: str) -> Path | None:
+    """`source` as a folder, or None if it is a name on the Hub.
+
+    Raises:
+        DataError: it can be neither.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return {name: _from_folder(folder, config, name, columns) for name in names}
+        return folder
     if folder.exists() or not HUB_NAME.fullmatch(source) or source.startswith("."):
         raise DataError(
             f"data={source!r} is not a folder. Give a folder of parquet files, the name of a data set on the Hub "
             'such as uoft-cs/cifar10, or "digits".'
         )
-    return _from_hub(source, config, names, columns)
+    return None
 
 
 def require(module: str, package: str) -> ModuleType:
@@ -85,7 +103,12 @@ def _digits() -> dict[str, Split]:
     }
 
 
-def _from_folder(folder: Path, config: str | None, name: str, columns: Columns) -> Split:
+def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
+    """The parquet files of a split, in the order of their names.
+
+    Raises:
+        DataError: there is none, or they lie in several places.
+    """
     root = folder / config if config and (folder / config).is_dir() else folder
     files = sorted(root.rglob(f"{name}*.parquet"))
     if not files:
@@ -98,6 +121,11 @@ def _from_folder(folder: Path, config: str | None, name: str, columns: Columns) 
             f"the folder {folder} has {name} files in several places ({', '.join(parents)}): "
             "name one with data_args.config"
         )
+    return files
+
+
+def _from_folder(folder: Path, config: str | None, name: str, columns: Columns) -> Split:
+    files = files_of(folder, config, name)
     pyarrow = require("pyarrow", "pyarrow")
     parts = [_read_parquet(path, columns) for path in files]
     try:
@@ -112,14 +140,19 @@ def _read_parquet(path: Path, columns: Columns) -> tuple[Any, tuple[str, ...] | 
     parquet = require("pyarrow.parquet", "pyarrow")
     try:
         schema = parquet.read_schema(path)
-        image, label = _pick(str(path), schema.names, columns)
+        image, label = pick_columns(str(path), schema.names, columns)
         table = parquet.read_table(path, columns=[image, label]).select([image, label])
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is truncated, damaged or not parquet: fetch it again ({error})") from error
-    return table, _class_names(schema.metadata or {}, label)
+        raise DataError(damaged(path, error)) from error
+    return table, class_names_in(schema.metadata or {}, label)
 
 
-def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
+def damaged(path: str | Path, error: Exception) -> str:
+    """What to say of a parquet file that cannot be read."""
+    return f"{path} is truncated, damaged or not parquet: fetch it again ({error})"
+
+
+def class_names_in(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
     """The class names that the `datasets` library leaves in a parquet file's schema, if they are there."""
     with contextlib.suppress(KeyError, ValueError, TypeError):
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
@@ -129,7 +162,7 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | 
 
 def _from_hub(source: str, config: str | None, names: Sequence[str], columns: Columns) -> dict[str, Split]:
     datasets = require("datasets", "datasets")
-    with _hub_errors(source):
+    with hub_errors(source):
         loaded = datasets.load_dataset(source, config)
     missing = [name for name in names if name not in loaded]
     if missing:
@@ -137,7 +170,7 @@ def _from_hub(source: str, config: str | None, names: Sequence[str], columns: Co
     splits = {}
     for name in names:
         part = loaded[name]
-        image, label = _pick(source, part.column_names, columns)
+        image, label = pick_columns(source, part.column_names, columns)
         class_names = getattr(part.features[label], "names", None)
         # The encoded bytes, not decoded images: one decoder serves folders and the Hub.
         part = part.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
@@ -147,9 +180,12 @@ def _from_hub(source: str, config: str | None, names: Sequence[str], columns: Co
 
 
 @contextlib.contextmanager
-def _hub_errors(source: str) -> Iterator[None]:
+def hub_errors(source: str) -> Iterator[None]:
+    """Turns whatever goes wrong on the way to the Hub into one DataError."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:  # the Hub's client raises a dozen unrelated types; every one of them ends here
         raise DataError(
             f"could not load {source!r} from the Hub: {type(error).__name__}: {error}\n"
@@ -157,7 +193,12 @@ def _hub_errors(source: str) -> Iterator[None]:
         ) from error
 
 
-def _pick(where: str, names: Sequence[str], columns: Columns) -> tuple[str, str]:
+def pick_columns(where: str, names: Sequence[str], columns: Columns) -> tuple[str, str]:
+    """The names of the image and of the label column among `names`.
+
+    Raises:
+        DataError: one of them is not there; `where` says in which file.
+    """
     images = [columns.image] if columns.image else list(IMAGE_COLUMNS)
     image = next((name for name in images if name in names), None)
     has = f"It has {', '.join(names)}."
@@ -168,13 +209,28 @@ def _pick(where: str, names: Sequence[str], columns: Columns) -> tuple[str, str]
     return image, columns.label
 
 
+def check_types(name: str, image: Any, label: Any) -> None:
+    """Raises DataError unless `image` and `label`, types of pyarrow, are those of encoded images and of labels."""
+    types = require("pyarrow", "pyarrow").types
+    if not types.is_integer(label):
+        raise DataError(f"{name}: the labels must be integers without gaps, and the column holds {label}")
+    if types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        image = image.field("bytes").type
+    if not (types.is_binary(image) or types.is_large_binary(image)):
+        raise DataError(f"{name}: the images must be stored as bytes in the parquet files, not as {image}")
+
+
+def bytes_of(images: Any) -> Any:
+    """The encoded files of a pyarrow array of images, which are bytes or hold bytes beside a path."""
+    return images.field("bytes") if require("pyarrow", "pyarrow").types.is_struct(images.type) else images
+
+
 def _split(name: str, table: Any, class_names: tuple[str, ...] | None) -> Split:
-    pyarrow = require("pyarrow", "pyarrow")
     images, labels = (column.combine_chunks() for column in table.columns)
-    if not pyarrow.types.is_integer(labels.type) or labels.null_count:
-        raise DataError(f"{name}: the labels must be integers without gaps, and the column holds {labels.type}")
-    if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
-        images = images.field("bytes")
-    if not (pyarrow.types.is_binary(images.type) or pyarrow.types.is_large_binary(images.type)) or images.null_count:
-        raise DataError(f"{name}: the images must be stored as bytes in the parquet files, not as {images.type}")
+    check_types(name, images.type, labels.type)
+    if labels.null_count:
+        raise DataError(f"{name}: the labels must be integers without gaps, and {labels.null_count} are missing")
+    images = bytes_of(images)
+    if images.null_count:
+        raise DataError(f"{name}: the images must be stored as bytes in the parquet files, and some are missing")
     return Split(name, images, labels.to_numpy(zero_copy_only=False).astype(np.int64), class_names)

@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..core.model import LowRankModel
 from ..wrapping import wrap
-from .augment import Transform
-from .errors import RecipeError, RunError
-from .images import ImageData
-from .loader import EvalBatches, TrainBatches
+from .batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
+from .data import Data
+from .errors import DataError, RecipeError, RunError
 from .recipe import Recipe
+from .streamed import FINGERPRINT
 
 
 @dataclasses.dataclass
@@ -35,17 +37,45 @@ class Progress:
     step: int = 0  # optimizer steps taken
     seconds: float = 0.0  # spent training, evaluation not counted
     best_train_accuracy: float = 0.0
+    inside: Inside = dataclasses.field(default_factory=lambda: Inside())
 
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.fingerprint:
+            was, now = (held.startswith(FINGERPRINT) for held in (state["fingerprint"], self.fingerprint))
             raise RunError(
                 "the data is not what this run was started with (its fingerprint differs): "
-                "give the same data, or start a new run in another folder"
+                + (
+                    "give the same data, or start a new run in another folder"
+                    if was == now
+                    else f"that {'was' if was else 'was not'} streamed, so set streaming={str(was).lower()}"
+                )
             )
-        vars(self).update(state)
+        vars(self).update({**state, "inside": Inside(**state.get("inside", {}))})
+
+
+@dataclasses.dataclass
+class Inside:
+    """How far a run is inside an epoch; empty at its beginning."""
+
+    step: int = 0  # optimizer steps taken
+    seconds: float = 0.0
+    sums: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of `Means`, for each process
+
+    def note(self, step: int, seconds: float, means: Any) -> None:
+        """Takes down where the epoch is; for all processes together."""
+        self.step, self.seconds = step, seconds
+        self.sums = gather_object([means.state_dict()])
+
+    def take_up(self, means: Any, accelerator: Accelerator) -> int:
+        """Gives `means` back what was summed before, and returns the steps that were taken."""
+        same = len(self.sums) == accelerator.num_processes
+        for process, sums in enumerate(self.sums):
+            if (process if same else 0) == accelerator.process_index:  # what counts is the sum over processes
+                means.add_state_dict(sums)
+        return self.step
 
 
 @dataclasses.dataclass
@@ -59,45 +89,28 @@ class TrainingState:
     optimizer: Any
     ema: ModelEmaV3 | None
     progress: Progress
-    train_batches: TrainBatches
-    test_batches: EvalBatches
+    train_batches: TrainingBatches
+    test_batches: TestBatches
+    classes: int
 
 
-def build(recipe: Recipe, data: ImageData, output: Path) -> TrainingState:
+def build(recipe: Recipe, data: Data, output: Path) -> TrainingState:
     """Everything a run needs, on its device. Nothing is written.
 
     Raises:
         RecipeError: if the network cannot be built, a layer is not there, or the batch cannot be divided.
+        DataError: if the processes do not see the same data.
     """
     accelerator = _accelerator(recipe, output)
-    process = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    transform = Transform(data.mean, data.std, recipe.augment, accelerator.device)
-    train_batches = TrainBatches(
-        data.train_images.to(accelerator.device),
-        data.train_labels.to(accelerator.device),
-        transform,
-        batch_size=recipe.batch_size,
-        parts=recipe.gradient_accumulation,
-        seed=recipe.seed,
-        **process,
-    )
-    test_batches = EvalBatches(
-        data.test_images.to(accelerator.device),
-        data.test_labels.to(accelerator.device),
-        transform,
-        batch_size=recipe.eval_batch_size,
-        **process,
-    )
+    if len(set(gather_object([data.fingerprint]))) > 1:
+        raise DataError("the processes do not see the same data (its fingerprints differ): set streaming=true or false")
+    train_batches = training_batches(recipe, data, accelerator)
+    process, processes = accelerator.process_index, accelerator.num_processes
+    tested = evaluation_batches(recipe, data, accelerator.device, process=process, processes=processes)
     lowrank = _wrapped(recipe, data).to(accelerator.device)
     if recipe.channels_last:
         lowrank = lowrank.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        lowrank.backbone.parameters(),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-    )
+    optimizer = _optimizer(recipe, lowrank.backbone)
     progress = Progress(data.fingerprint)
     accelerator.register_for_checkpointing(progress)
     ema = None
@@ -109,7 +122,9 @@ def build(recipe: Recipe, data: ImageData, output: Path) -> TrainingState:
     if recipe.compile:
         network.compile()
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # dropout: a stream of its own on each process
-    return TrainingState(recipe, accelerator, lowrank, network, prepared, ema, progress, train_batches, test_batches)
+    return TrainingState(
+        recipe, accelerator, lowrank, network, prepared, ema, progress, train_batches, tested, len(data.class_names)
+    )
 
 
 @contextlib.contextmanager
@@ -138,7 +153,7 @@ def _accelerator(recipe: Recipe, output: Path) -> Accelerator:
             stacklevel=2,
         )
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_steps=recipe.gradient_accumulation,
             log_with=list(recipe.trackers) or None,
@@ -146,16 +161,34 @@ def _accelerator(recipe: Recipe, output: Path) -> Accelerator:
         )
     except ValueError as error:  # fp16 without a GPU; a second precision in one process
         raise RecipeError(f"precision={recipe.precision} cannot be used here: {error}") from error
+    launched_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if launched_processes != accelerator.num_processes:
+        raise RunError(
+            f"{launched_processes} processes were launched, but accelerate does not join them and each would train "
+            "alone into the same folder. Without GPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            f"--num_processes {launched_processes} ..."
+        )
+    return accelerator
 
 
-def _wrapped(recipe: Recipe, data: ImageData) -> LowRankModel:
+def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimizer == "adamw":
+        kept: Any = getattr(network, "no_weight_decay", tuple)
+        groups = param_groups_weight_decay(network, decay, no_weight_decay_list=kept())
+        return torch.optim.AdamW(groups, lr=rate, betas=(recipe.momentum, 0.999))
+    parameters = network.parameters()
+    return torch.optim.SGD(parameters, lr=rate, momentum=recipe.momentum, weight_decay=decay, nesterov=recipe.nesterov)
+
+
+def _wrapped(recipe: Recipe, data: Data) -> LowRankModel:
     channels = data.image_size[0]
     if recipe.model_args.get("in_chans", channels) != channels:
         raise RecipeError(
             f"model_args.in_chans={recipe.model_args['in_chans']}, but the images have {channels}: drop it"
         )
     # What the network is fed is written into its configuration, and with it into the exported model.
-    overlay = {"input_size": data.image_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
+    overlay = data.data_config
     try:
         return wrap(
             recipe.model,
