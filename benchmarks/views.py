@@ -3,8 +3,8 @@
     python benchmarks/views.py [--seeds 3] [--epochs 40]
 
 A small ViT (64 channels, 4 blocks, patches of 2 x 2) on scikit-learn's handwritten digits, a branch of rank 8 before
-the last block, switched on after 6 epochs. For the plain network and each view: test accuracy, and for the layer seen in
-every view the share of the test variance in 8 directions and the effective rank (99 %).
+the last block, switched on after 6 epochs. For the plain network and each view: test accuracy, and for the layer seen
+in every view the share of the test variance in 8 directions and the effective rank (99 %).
 """
 
 from __future__ import annotations
