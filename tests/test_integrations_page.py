@@ -1,0 +1,52 @@
+"""Every program of docs/integrations.md runs as it stands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+PROGRAMS = [(language, text) for language, text in BLOCKS if language in ("python", "sh")]
+HEADINGS = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_there_is_a_program_for_every_loop():
+    wanted = ("A plain PyTorch loop", "A loop with accelerate", "timm.task", "timm's train.py", "transformers.Trainer")
+    assert [heading for heading in HEADINGS if heading in wanted] == list(wanted)
+    sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    for section in sections:
+        if section.splitlines()[0] in wanted:
+            assert "```python" in section or "```sh" in section
+
+
+@pytest.mark.parametrize(("language", "program"), PROGRAMS, ids=range(len(PROGRAMS)))
+def test_programs_are_short(language, program):
+    assert len(program.splitlines()) <= 40
+    assert max(map(len, program.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("language", "program"), PROGRAMS, ids=range(len(PROGRAMS)))
+def test_programs_run(language, program, tmp_path):
+    path = tmp_path / ("program.py" if language == "python" else "program.sh")
+    path.write_text(program, encoding="utf-8")
+    (tmp_path / "tests").symlink_to(PAGE.parent.parent / "tests")  # as in a clone
+    command = [sys.executable, path.name] if language == "python" else ["bash", "-e", path.name]
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": search, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "no effect" not in result.stderr
+    accuracies = re.findall(r"accuracy\D*?(\d+(?:\.\d+)?)(%?)", result.stdout, re.IGNORECASE)
+    assert accuracies, f"the program prints its accuracy: {result.stdout[-500:]}"
+    value, percent = accuracies[-1]
+    assert float(value) > (70 if percent else 0.7), "it learns"
+
+
+def test_links_lead_to_headings():
+    text = PAGE.read_text(encoding="utf-8")
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADINGS}
+    assert {link for link in re.findall(r"\]\(#([^)]+)\)", text)} <= anchors
