@@ -49,4 +49,4 @@ def test_programs_run(language, program, tmp_path):
 def test_links_lead_to_headings():
     text = PAGE.read_text(encoding="utf-8")
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADINGS}
-    assert {link for link in re.findall(r"\]\(#([^)]+)\)", text)} <= anchors
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors

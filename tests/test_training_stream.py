@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from timm_lowrank.evaluation.errors import EvaluationError
+from timm_lowrank.suites.inputs import Options, load_data
 from timm_lowrank.training import DataError, Recipe, RecipeError, RunError, data, load_images, load_recipe, train
 from timm_lowrank.training import shards as shards_module
 from timm_lowrank.training.augment import Transform
 from timm_lowrank.training.decode import Decoder
+from timm_lowrank.training.drawn import drawn_images
 from timm_lowrank.training.errors import StreamError
 from timm_lowrank.training.loader import TrainBatches
 from timm_lowrank.training.order import EpochOrder
@@ -562,3 +566,47 @@ def test_a_hub_name_without_network(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(StreamError, match=r"(?s)could not load 'nobody-here/no-such-images' from the Hub"):
         find_split("nobody-here/no-such-images", None, "train", Columns(None, "label"))
+
+
+def test_a_part_is_held_in_memory_for_measurements(folder):
+    found = find_data(str(folder), test_split="validation", **STATISTICS)
+    whole = load_images(str(folder), test_split="validation")
+    part = drawn_images(found, 40, 20)
+    expected = load_images(str(folder), test_split="validation", train_limit=40, test_limit=20)
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(part, name), getattr(expected, name)), name
+    assert part.train_labels.bincount(minlength=10).tolist() == [4] * 10
+    assert part.fingerprint == found.fingerprint
+    assert torch.equal(drawn_images(found, 10**6, 10**6).test_images, whole.test_images)
+    small = drawn_images(find_data(str(folder), test_split="validation", image_size=6, augment="crop-flip"), 20, 10)
+    assert small.train_images.shape == (20, 1, 6, 6)
+    again = drawn_images(find_data(str(folder), test_split="validation", image_size=6, augment="crop-flip"), 20, 10)
+    assert torch.equal(small.train_images, again.train_images), "no random part"
+
+
+def test_an_evaluation_of_a_streamed_run_reads_a_part(folder):
+    recipe = Recipe(
+        model="resnet10_cifar", data=str(folder), data_args={"test_split": "validation"}, image_size=12, epochs=1
+    )
+    fingerprint = find_data(str(folder), test_split="validation", image_size=12).fingerprint
+    subject = SimpleNamespace(recipe=recipe, data_fingerprint=fingerprint, title="2-LR")
+    images, noted = load_data(Options(network="runs/x"), [subject], 30, 20)
+    assert images.image_size == (1, 12, 12)
+    assert (len(images.train_images), len(images.test_images)) == (30, 20)
+    assert noted == []
+    with pytest.raises(EvaluationError, match="--other-labels needs images that fit into memory"):
+        load_data(Options(network="runs/x", other_labels="coarse"), [subject], 30, 20)
+
+
+def test_a_label_that_is_missing_or_wrong_is_found_before_images_are_drawn(tmp_path):
+    write(tmp_path / "train-0.parquet", range(60), statistics=False)
+    labels = TARGET[60:80].tolist()
+    write(tmp_path / "test-0.parquet", range(60, 80), statistics=False, label=[*labels[:-1], 12])
+    with pytest.raises(DataError, match="neither names its classes"):
+        find_data(str(tmp_path))
+    write(tmp_path / "train-0.parquet", range(60))
+    with pytest.raises(DataError, match="row 19 has the label 12, outside the 10 classes"):
+        drawn_images(find_data(str(tmp_path)), 10, 10)
+    write(tmp_path / "test-0.parquet", range(60, 80), label=[*labels[:-1], None])
+    with pytest.raises(DataError, match="1 labels are missing"):
+        drawn_images(find_data(str(tmp_path)), 10, 10)

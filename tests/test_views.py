@@ -10,6 +10,8 @@ from timm_lowrank import LowRankBranch, LowRankConfig, list_layers
 from timm_lowrank.core.views import View
 from timm_lowrank.views import view_of
 
+SMALL_SWIN = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}
+
 
 def values(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -73,7 +75,7 @@ def test_the_natural_view(network, shape, expected):
         ("test_vit", 32, {"img_size": 32}, "blocks.4", "token", 64),
         ("mixer_s32_224", 224, {}, "blocks.0", "token", 512),
         ("test_convnext", 64, {}, "stages.2", "flatten", 48 * 4 * 4),
-        ("swin_tiny_patch4_window7_224", 64, {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}, "layers.2", "flatten", 96 * 4 * 4),
+        ("swin_tiny_patch4_window7_224", 64, SMALL_SWIN, "layers.2", "flatten", 96 * 4 * 4),
         ("test_efficientnet", 64, {}, "blocks.3", "flatten", 48 * 4 * 4),
     ],
 )  # fmt: skip
@@ -88,9 +90,8 @@ def test_the_default_of_architectures(name, size, options, layer, kind, width):
 
 
 def test_the_channels_of_a_swin_are_last():
-    options = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}
     config = LowRankConfig(branches={"layers.2": {"rank": 3, "view": "token"}})
-    model = tlr.wrap("swin_tiny_patch4_window7_224", config, **options)
+    model = tlr.wrap("swin_tiny_patch4_window7_224", config, **SMALL_SWIN)
     assert model.branches["layers.2"].num_features == 96
 
 
@@ -240,5 +241,5 @@ def test_a_checkpoint_from_before_there_were_views_is_flattened(tmp_path):
     assert loaded.taps[0].view.kind == "flatten"
     assert loaded.branches["blocks.1"].num_features == 5 * 64
     path.write_text(text.replace('"view": "flatten",\n      "channel_dim"', '"view": "sideways",\n      "channel_dim"'))
-    with pytest.raises(tlr.CheckpointError, match="'blocks.1' has a view that is none of flatten, token, pool"):
+    with pytest.raises(tlr.CheckpointError, match=r"'blocks.1' has a view that is none of flatten, token, pool"):
         tlr.from_pretrained(tmp_path)

@@ -47,7 +47,9 @@ def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
     if options.chunk < 1:
         raise EvaluationError(f"--batch-size must be at least 1, not {options.chunk}")
     subjects = load_subjects(options)
-    data, noted = load_data(options, subjects)
+    limit = max(suite.images for suite in suites) if options.limit is None else options.limit
+    train_limit = max(s.train_images for s in suites) if options.train_limit is None else options.train_limit
+    data, noted = load_data(options, subjects, train_limit, limit)
     context = build_context(
         subjects,
         data,
@@ -55,8 +57,8 @@ def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
         state.device,
         seed=options.seed,
         chunk=options.chunk,
-        limit=max(suite.images for suite in suites) if options.limit is None else options.limit,
-        train_limit=max(s.train_images for s in suites) if options.train_limit is None else options.train_limit,
+        limit=limit,
+        train_limit=train_limit,
         other_labels=load_other_labels(options, subjects),
     )
     folder = output_of(options)

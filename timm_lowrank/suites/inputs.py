@@ -9,6 +9,9 @@ from pathlib import Path
 
 from ..evaluation.errors import EvaluationError
 from ..training import ImageData, load_images
+from ..training.data import load_data as find_data
+from ..training.drawn import drawn_images
+from ..training.streamed import StreamedData
 from .subject import Subject, load_subject
 
 NO_TWIN = "none"
@@ -69,8 +72,13 @@ def load_subjects(options: Options) -> list[Subject]:
     return [dataclasses.replace(subject, title=title) for subject, title in zip(subjects, titles, strict=True)]
 
 
-def load_data(options: Options, subjects: Sequence[Subject]) -> tuple[ImageData, list[str]]:
+def load_data(
+    options: Options, subjects: Sequence[Subject], train_limit: int, limit: int
+) -> tuple[ImageData, list[str]]:
     """The images, and a warning for each network that was trained on others.
+
+    Of a data set that the recipe streams, `train_limit` training and `limit` test images, as many of each class; of
+    others all.
 
     Raises:
         EvaluationError: nothing says where they are.
@@ -82,8 +90,13 @@ def load_data(options: Options, subjects: Sequence[Subject]) -> tuple[ImageData,
             f"{options.network} does not say what it was trained on: give --data, a folder of parquet files, "
             'the name of a data set on the Hub, or "digits"'
         )
-    source = options.data or recipe.data  # type: ignore[union-attr]
-    data = load_images(source, progress=True, **(recipe.data_args if recipe else {}))
+    if recipe is None:
+        data = load_images(str(options.data), progress=True)
+    else:
+        found = find_data(dataclasses.replace(recipe, data=options.data or recipe.data))
+        if isinstance(found, StreamedData) and options.other_labels is not None:
+            raise EvaluationError("--other-labels needs images that fit into memory, and these are streamed")
+        data = drawn_images(found, train_limit, limit, progress=True) if isinstance(found, StreamedData) else found
     noted = [
         f"{subject.title} was trained on other images than these (their fingerprints differ)"
         for subject in subjects

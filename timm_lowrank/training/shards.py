@@ -98,6 +98,23 @@ class Shard:
         raise DataError(damaged(self.path, EOFError(f"row group {group} ends after {begin} rows")))
 
 
+    def labels(self) -> np.ndarray:
+        """(rows,), int64: all labels of the file.
+
+        Raises:
+            DataError: the file cannot be read, or a label is missing.
+        """
+        parquet = require("pyarrow.parquet", "pyarrow")
+        try:
+            with _opened(self.path) as file:
+                column = parquet.ParquetFile(file, metadata=self.footer).read([self.label]).column(0)
+        except Exception as error:  # as in `rows`
+            raise DataError(damaged(self.path, error)) from error
+        if column.null_count:
+            raise DataError(f"{self.path}: {column.null_count} labels are missing")
+        return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardSplit:
     """The rows of several shards, numbered through from 0."""
@@ -128,6 +145,10 @@ class ShardSplit:
 
     def __len__(self) -> int:
         return int(self.groups.sum())
+
+    def labels(self) -> np.ndarray:
+        """(n,), int64: all labels, in the order of the rows. Raises DataError as `Shard.labels`."""
+        return np.concatenate([shard.labels() for shard in self.shards])
 
     def read(self, rows: np.ndarray) -> Iterator[Encoded]:
         """The images of `rows`, (n,), int64, in this order; quick where neighbours ascend within a row group.
