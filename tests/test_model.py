@@ -659,3 +659,15 @@ def test_a_checkpoint_of_accelerate_resumes_bit_for_bit(wrapped, data, accelerat
     assert same(state_of(resumed), state_of(straight))
     assert len(losses) == 9 - stop
     assert resumed.branches["body"].updates == 9
+
+
+def test_attach_finds_the_optimizer_inside_a_lookahead(small_net):
+    """timm's Lookahead is an optimizer itself, but never calls the hooks that it takes."""
+    optim = pytest.importorskip("timm.optim")
+    model = tlr.wrap(small_net(), LowRankConfig(branches={"hidden": 3}), example_input=torch.zeros(2, 1, 8, 8)).train()
+    optimizer = optim.create_optimizer_v2(model, "lookahead_sgd", lr=0.01)
+    attach(optimizer, model)
+    for _ in range(3):
+        (model(torch.randn(4, 1, 8, 8)).square().mean() + model.penalty()).backward()
+        optimizer.step()
+    assert model.branches["hidden"].updates == 3

@@ -11,7 +11,8 @@ from .core import projection, spectrum
 from .core.branch import LowRankBranch
 from .core.config import LowRankConfig
 from .core.errors import CaptureError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
-from .core.model import LossHook, LowRankModel, attach
+from .core.loop import LossHook, attach
+from .core.model import LowRankModel
 from .layers import LayerInfo, list_layers
 from .wrapping import wrap
 

@@ -157,8 +157,8 @@ def stage_names(backbone: nn.Module) -> list[str]:
     entries = [] if info is None else (info.info if hasattr(info, "info") else info)
     modules, names = dict(backbone.named_modules()), []
     for name in [entry["module"] for entry in entries]:
-        # MViTv2 and Twins say "block.2" of what they call stages.2 and blocks.2.
-        for known in (name, name.replace("block.", "stages."), name.replace("block.", "blocks.")):
+        # MViTv2 and Twins say "block.2" of what they call stages.2 and blocks.2; Gemma4 leaves "encoder." out.
+        for known in (name, name.replace("block.", "stages."), name.replace("block.", "blocks."), f"encoder.{name}"):
             if known in modules:
                 names.append(_last_of_list(known, modules[known]))
                 break

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .config import LowRankConfig
-from .dense import DenseWeight
-from .errors import LowRankError, raise_if_collapsed
-from .factored import FactoredWeight
+from .errors import raise_if_collapsed
 from .moments import Moments
-from .processes import Processes
 from .scaling import SCALINGS
-from .window import Drawn, Window
+from .state import BranchState
+from .window import Drawn
 
 
-class LowRankBranch(nn.Module):
+class LowRankBranch(BranchState):
     """The low-rank branch of one layer: W of rank r and the bias b, with their losses and their Update Step.
 
     Per training step, `penalty` gives the branch's loss for a batch of activations and remembers the batch;
@@ -40,41 +36,6 @@ class LowRankBranch(nn.Module):
         ValueError: a rank that does not fit the width.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        rank: int,
-        config: LowRankConfig | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ):
-        super().__init__()
-        if not 1 <= rank <= num_features:
-            raise ValueError(f"rank {rank} must lie between 1 and the width of the layer, {num_features}")
-        self.num_features, self.rank = num_features, rank
-        self.config = config = (config or LowRankConfig()).for_branch("")
-        self.name = ""
-        self.processes = Processes()
-        kind = FactoredWeight if config.storage == "factored" else DenseWeight
-        place = torch.empty(0, device=device).device
-        self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, place, dtype)
-        self.bias = torch.zeros(num_features, device=place, dtype=dtype)
-        self.reference_norm = torch.zeros(
-            (), device=place, dtype=dtype
-        )  # root mean square of ||a - mean|| at switch-on
-        self.updates = 0
-        self._started = False  # whether b and the reference norm were taken from the batches of a first update
-        self._begun = False  # whether they were taken from the first of these batches, until then
-        self._losses: dict[str, Tensor] = {}
-        self._forget_batches()
-
-    def extra_repr(self) -> str:
-        return f"num_features={self.num_features}, rank={self.rank}, scale={self.config.scale!r}"
-
-    def _forget_batches(self) -> None:
-        self._moments = Moments(self.bias)
-        self._window = Window(self.config.update_rows, self._seed(1))
-
     # --------------------------------------------------------------------------------------------------- the loss
 
     def penalty(
@@ -92,6 +53,8 @@ class LowRankBranch(nn.Module):
         remember = self.training and torch.is_grad_enabled()
         with torch.autocast(activations.device.type, enabled=False):
             values = activations.to(self.bias.dtype)
+            if remember and not (self.processes.alone or self.processes.agreed):
+                self.processes.agree(self.name, self._alike)  # before one of them waits below for the others
             if remember and not (self._started or self._begun):
                 self._begin(values.detach())
             centred = values + self.bias
@@ -160,11 +123,12 @@ class LowRankBranch(nn.Module):
         alone = torch.linalg.vector_norm(mean)  # a single row has no spread
         self.reference_norm = torch.where(variance > 0, variance.sqrt(), alone)
 
-    def _seed(self, salt: int) -> int:
-        """Depends on the configuration, the update and `salt` alone: nothing to save, alike on every process."""
-        return ((self.config.seed * 1_000_003 + self.updates) * 1_009 + salt) % 2**63
-
     # ------------------------------------------------------------------------------------------------ Update Step
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a batch of this process waits for the next update."""
+        return bool(self._window.sizes)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -174,7 +138,7 @@ class LowRankBranch(nn.Module):
             RuntimeError: no batch was seen since the last update.
             CollapseError: at a projection, if the layer died or turned NaN.
         """
-        sizes = self._agreed_sizes()
+        sizes = self.processes.agree(self.name, self._alike, self._window.sizes)
         if not any(map(sum, sizes)):
             raise RuntimeError(f"update() of the branch on {self.name!r} without a penalty() since the last one")
         drawn = self._window.draw(sizes, self.processes.rank)
@@ -184,20 +148,8 @@ class LowRankBranch(nn.Module):
                 self._start(drawn)
             self.weight.append(*drawn.join(self.bias, self.weight.size, self.processes))
             self._step()
+        self._fresh = False
         self._forget_batches()
-
-    def _agreed_sizes(self) -> list[list[int]]:
-        """For each process the rows of each of its batches since the last update."""
-        own = [self.updates, self.weight.size, int(self._started)]
-        told = self.processes.tell([*own, *self._window.sizes])
-        for rank, numbers in enumerate(told):
-            if numbers[:3] != own:
-                raise LowRankError(
-                    f"the branch on {self.name!r} differs between processes: process {self.processes.rank} has made "
-                    f"{own[0]} updates, process {rank} {numbers[0]}. Load the checkpoint on every process, and call "
-                    "penalty(), update() and enable() on all of them"
-                )
-        return [numbers[3:] for numbers in told]
 
     def _start(self, drawn: Drawn) -> None:
         """b and the reference norm from all rows of the first update, whatever batches and processes they came in."""
@@ -259,72 +211,3 @@ class LowRankBranch(nn.Module):
         """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted) and
         "activation_norm" (root mean square of ||a + b||)."""
         return dict(self._losses)
-
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        """W (num_features, num_features): for tests and narrow layers."""
-        return self.weight.dense()
-
-    @torch.no_grad()
-    def factor(self) -> Tensor:
-        """F (num_features, rank or less); after a projection W = F F^T if W is positive semidefinite."""
-        return self.weight.factor()
-
-    @torch.no_grad()
-    def effective_rank(self, share: float = 0.99) -> int:
-        """How many of the eigenvalues of W hold `share` of the sum of their magnitudes; 0 while W is zero."""
-        cumulative = self.weight.eigenvalues().abs().cumsum(dim=0)
-        return int((cumulative < share * cumulative[-1]).sum()) + 1 if cumulative.numel() else 0
-
-    # ------------------------------------------------------------------------------------------------------ state
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def, override]
-        """Follow the module to another device, never to another dtype: W must not become half precision."""
-        device = fn(torch.empty_like(self.bias)).device
-        self.weight.to(device)
-        self._window.to(device)
-        self._moments.to(device)
-        for name in ("bias", "reference_norm"):
-            setattr(self, name, getattr(self, name).to(device))
-        self._losses = {name: value.to(device) for name, value in self._losses.items()}
-        return super()._apply(fn, recurse)
-
-    def _state(self) -> dict[str, Tensor]:
-        counters = torch.tensor([self.updates, int(self._started)])
-        own = {"bias": self.bias.clone(), "reference_norm": self.reference_norm.clone(), "counters": counters}
-        return {**own, **self.weight.state()}
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update({prefix + name: value for name, value in self._state().items()})
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # Not buffers: the number of rows of B changes from step to step, and buffers are broadcast by DDP.
-        names = self._state().keys()
-        missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
-        found = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        unexpected_keys += [prefix + name for name in found if name not in names]
-        if any(prefix + name not in state_dict for name in names):
-            return
-        try:
-            if found["bias"].shape != self.bias.shape:
-                raise ValueError(
-                    f"a bias of shape {tuple(found['bias'].shape)} does not fit {self.num_features} features"
-                )
-            self.weight.load_state(found)
-        except ValueError as problem:
-            error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")
-            return
-        self.bias = found["bias"].to(self.bias, copy=True)
-        self.reference_norm = found["reference_norm"].to(self.reference_norm, copy=True)
-        self.updates, self._started = int(found["counters"][0]), bool(found["counters"][1])
-        self._begun = self._started
-        self._forget_batches()

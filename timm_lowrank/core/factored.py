@@ -65,8 +65,6 @@ class FactoredWeight:
         gram: G = B B^T (k, k), `dtype`.
     """
 
-    state_keys = ("basis", "core", "gram", "factored")  # of what `state` gives
-
     def __init__(self, num_features: int, rank: int, config: LowRankConfig, device: torch.device, dtype: torch.dtype):
         self.num_features, self.rank, self.config = num_features, rank, config
         self._buffer = torch.empty(0, num_features, device=device, dtype=dtype)

@@ -1,9 +1,9 @@
-"""`LowRankModel`: a network with low-rank branches on some of its layers. `LossHook` and `attach` join it to a loop."""
+"""`LowRankModel`: a network with low-rank branches on some of its layers."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from .capture import Recording, Tap, recording
 from .config import LowRankConfig
 from .errors import CaptureError
 from .processes import Processes
+from .refusals import refuse_deepspeed
+from .sharding import pack_where_sharded
 from .watch import Watch
 
 
@@ -87,17 +89,23 @@ class LowRankModel(nn.Module):
             branch = LowRankBranch(widths[tap.layer], ranks[tap.layer], config.for_branch(tap.layer), device)
             branch.name = tap.layer
             self.branches[tap.layer] = branch
+        self.register_state_dict_post_hook(pack_where_sharded)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's output, in train and eval mode alike."""
         if not (self.training and self.enabled):
             return self.backbone(*args, **kwargs)
+        refuse_deepspeed(self)
         with recording(self.backbone, self.taps) as record:
             output = self.backbone(*args, **kwargs)
+        self.take(record)
+        return output
+
+    def take(self, record: Recording) -> None:
+        """What the next `penalty` is of: for a loop that records the forward of a larger model around the backbone."""
         self._recording = record
         if not torch.compiler.is_compiling():  # a count would be compiled in, and compiled anew whenever it changes
             self._watch.forward()
-        return output
 
     def penalty(self) -> Tensor:
         """The summed penalty of all branches for the last training forward, a scalar with a graph (Alg. 2, line 8).
@@ -108,7 +116,8 @@ class LowRankModel(nn.Module):
             CaptureError: no training forward since the last call, or a layer's activations could not be recorded.
         """
         if not self.enabled:
-            return next(self.backbone.parameters()).new_zeros((), dtype=torch.float32)
+            device = next(self.backbone.parameters()).device  # of sharded ones too, whose new_zeros() would be sharded
+            return torch.zeros((), device=device, dtype=torch.float32)
         if self._recording is None:
             raise CaptureError(
                 "penalty() needs a forward pass in train mode before each call; "
@@ -199,47 +208,3 @@ class LowRankModel(nn.Module):
             "nn.DataParallel would give each replica activations that the branches never see; use "
             "DistributedDataParallel, for example through `accelerate launch`"
         )
-
-
-class LossHook(nn.Module):
-    """A criterion that includes the penalty: `criterion = LossHook(criterion, model)`, then use it as before.
-
-    In eval mode, and while the branches are off, it is the criterion alone.
-
-    Args:
-        criterion: any callable that gives a scalar loss.
-        model: the `LowRankModel` itself, not a DDP or compiled wrapper around it.
-    """
-
-    def __init__(self, criterion: Callable[..., Tensor], model: LowRankModel):
-        super().__init__()
-        self.criterion = criterion
-        # In a tuple, so that the criterion's parameters and state dict do not come to include the model's.
-        self._model = (model,)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = self.criterion(*args, **kwargs)
-        model = self._model[0]
-        return loss + model.penalty() if model.training and model.enabled else loss
-
-
-def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHandle:
-    """Call `model.update()` after each step of `optimizer`: instead of calling it in the loop.
-
-    Args:
-        optimizer: a torch optimizer, or a wrapper that keeps it as `.optimizer`, as accelerate's does. The hook
-            sits on the torch optimizer, so it does not fire where accumulation or an overflow skips the step.
-        model: the `LowRankModel` itself.
-
-    Returns:
-        A handle; `handle.remove()` detaches.
-
-    Raises:
-        TypeError: `optimizer` is no torch optimizer and holds none.
-    """
-    raw = optimizer
-    while not isinstance(raw, torch.optim.Optimizer) or type(raw).__name__ == "AcceleratedOptimizer":
-        if not hasattr(raw, "optimizer"):
-            raise TypeError(f"attach() needs a torch optimizer, not a {type(optimizer).__name__}")
-        raw = raw.optimizer
-    return raw.register_step_post_hook(lambda *_: model.update())

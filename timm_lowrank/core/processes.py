@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import LowRankError
 
 _MESSAGE = 16  # numbers in one message; longer lists take several
 
@@ -26,6 +28,7 @@ class Processes:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
+        self.agreed = False  # whether they were found to be alike since they are several
 
     @property
     def alone(self) -> bool:
@@ -36,6 +39,27 @@ class Processes:
     def rank(self) -> int:
         """The number of this process in the group."""
         return 0 if self.alone else dist.get_rank(self._group)
+
+    def agree(self, layer: str, alike: Callable[[], Mapping[str, int]], numbers: Sequence[int] = ()) -> list[list[int]]:
+        """The `numbers` of every process, once it is sure that what `alike` gives is the same on all of them.
+
+        Raises:
+            LowRankError: on every process, with what differs.
+        """
+        if self.alone:
+            return [list(numbers)]
+        own = alike()
+        told = self.tell([*own.values(), *numbers])
+        for rank, other in enumerate(told):
+            differing = [name for name, one, two in zip(own, told[0], other, strict=False) if one != two]
+            if differing:
+                raise LowRankError(
+                    f"the branches on layer {layer!r} of processes 0 and {rank} differ in {', '.join(differing)}. "
+                    "Wrap the same configuration and load the same checkpoint on every process, and call enable(), "
+                    "penalty() and update() on all of them"
+                )
+        self.agreed = True
+        return [other[len(own) :] for other in told]
 
     def tell(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of every process, in the order of their ranks; they may be of different lengths."""
@@ -87,4 +111,9 @@ class Processes:
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_group": None}
+        return {"_group": None, "agreed": False}
+
+
+def fingerprint(*tensors: Tensor) -> int:
+    """A number that equal tensors share: the sum of their bits, exact in whatever order a device adds. Waits for it."""
+    return sum(int(tensor.detach().reshape(-1).view(torch.int16).sum(dtype=torch.int64)) for tensor in tensors)

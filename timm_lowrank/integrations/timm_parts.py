@@ -24,21 +24,6 @@ def wrapped_once(model: nn.Module, config: LowRankConfig | None, example_input: 
     return model
 
 
-def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside `optimizer` whose `step` calls hooks. timm's Lookahead takes hooks and never calls them.
-
-    Raises:
-        TypeError: `optimizer` is no torch optimizer and holds none.
-    """
-    raw = optimizer
-    for inner in ("optimizer", "_base_optimizer"):
-        while isinstance(getattr(raw, inner, None), torch.optim.Optimizer):
-            raw = getattr(raw, inner)
-    if not isinstance(raw, torch.optim.Optimizer):
-        raise TypeError(f"attach() needs a torch optimizer, not a {type(optimizer).__name__}")
-    return raw
-
-
 def saved_branches(model: LowRankModel) -> dict[str, Any]:
     """W, b, counters and configuration of all branches, in tensors and plain values."""
     return {

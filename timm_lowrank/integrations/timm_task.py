@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from ..core.config import LowRankConfig
 from ..core.errors import LowRankWarning
+from ..core.loop import hooked_optimizer
 from ..core.model import LowRankModel
-from .timm_parts import described, hooked_optimizer, load_branches, saved_branches, wrapped_once
+from .timm_parts import described, load_branches, saved_branches, wrapped_once
 
 _logger = logging.getLogger(__name__)
 

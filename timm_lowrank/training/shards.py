@@ -97,7 +97,6 @@ class Shard:
             raise DataError(f"row group {group} of " + damaged(self.path, error)) from error
         raise DataError(damaged(self.path, EOFError(f"row group {group} ends after {begin} rows")))
 
-
     def labels(self) -> np.ndarray:
         """(rows,), int64: all labels of the file.
 

@@ -1,0 +1,145 @@
+"""What processes tell each other at an update: draws, shares of other sizes, disagreement."""
+
+import copy
+import pickle
+
+import torch
+from torch import nn
+
+import timm_lowrank as tlr
+
+from . import scenarios
+
+COUNTS, DRAWS, TAKEN = (7, 5), 300, 3
+
+
+def told(job):
+    """The error that `job` raised, in words."""
+    try:
+        job()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def marker(rows, **settings):
+    """A network whose output is its input, with one branch: what enters W can be read off W."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(rows, rows, bias=False))
+    nn.init.eye_(network[1].weight)
+    network.requires_grad_(False)
+    settings = {"step_rule": "fixed", "scale": "paper", "warmup_updates": 0, **settings}
+    return tlr.wrap(
+        network, tlr.LowRankConfig(branches={"1": 1}, **settings), example_input=torch.zeros(1, rows)
+    ).train()
+
+
+def draws(data, *, rank, world):
+    """How often each row of the global batch entered W, (rows,): row i is the i-th unit vector, over the processes."""
+    total = sum(COUNTS)
+    start = sum(COUNTS[:rank])
+    mine = torch.eye(total)[start : start + COUNTS[rank]]
+    counts = torch.zeros(total)
+    for seed in range(DRAWS):
+        model = marker(total, update_rows=TAKEN, seed=seed)
+        model(mine)
+        model.penalty()
+        model.update()
+        counts += model.branches["1"].dense_weight().diagonal() > 0
+    return {"counts": counts}
+
+
+def unequal_numbers_of_batches(data, *, rank=0, world=1):
+    """W and b where the last process has fewer batches at each update, and none at one of them."""
+    images, _ = data
+    model = marker(64, update_rows=4, step_size=0.001)
+    for step in range(8):
+        parts = images[20 * step : 20 * step + 20].split(5 if step % 2 else 1)  # up to 19 batches on one process
+        first, second, *later = parts  # in their common order: the first of each process, then more of the first one
+        if step == 5:
+            second, later = None, (second, *later)
+        if world == 1:
+            batches = [torch.cat(parts)]
+        else:
+            batches = [first, *later] if rank == 0 else [second] if second is not None else []
+        for batch in batches:
+            model(batch)
+            model.penalty()
+        model.update()
+    return {"outcome": scenarios.outcome(model)}
+
+
+def step(model, images):
+    model(images)
+    model.penalty()
+    model.update()
+
+
+def trained(data, seed=0, updates=3):
+    """A model that this process has trained by itself."""
+    model = marker(64, step_size=0.001).train_within(
+        torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    )
+    for number in range(updates):
+        step(model, data[0][20 * number + seed : 20 * number + seed + 12])
+    return model
+
+
+def loaded_by_one(data, *, rank, world):
+    """A checkpoint is loaded by the first process alone."""
+    model = marker(64, step_size=0.001)
+    if rank == 0:
+        model.load_state_dict(trained(data).state_dict())
+    return {"error": "", "told": told(lambda: step(model, data[0][:12]))}
+
+
+def loaded_by_one_later(data, *, rank, world):
+    """In the middle of a run."""
+    model = marker(64, step_size=0.001)
+    step(model, data[0][:12])
+    other = trained(data)
+    if rank == 0:
+        model.load_state_dict(other.state_dict())
+    return {"error": "", "told": told(lambda: step(model, data[0][:12]))}
+
+
+def loaded_from_different_files(data, *, rank, world):
+    """The checkpoints of two runs, equally long."""
+    model = marker(64, step_size=0.001)
+    model.load_state_dict(trained(data, seed=rank).state_dict())
+    return {"error": "", "told": told(lambda: step(model, data[0][:12]))}
+
+
+def configured_differently(data, *, rank, world):
+    model = marker(64, step_size=0.001, update_rows=4 + rank)
+    return {"error": "", "told": told(lambda: step(model, data[0][:12]))}
+
+
+def nothing_anywhere(data, *, rank, world):
+    """An update without any batch on any process, after a good one."""
+    model = marker(64, step_size=0.001)
+    step(model, data[0][:12])
+    return {"error": "", "told": told(model.update)}
+
+
+def copied(data, *, rank, world):
+    """A copy, and one through pickle, share as the model does; a copy that only the first process has disturbs none."""
+    model = marker(64, step_size=0.001, update_rows=5)
+    step(model, data[0][12 * rank : 12 * rank + 12])
+    twins = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    if rank == 0:  # what main processes do beside training
+        with torch.no_grad():
+            model.eval()(data[0][:4])
+            model.train()(data[0][:4])
+            model.penalty()
+            copy.deepcopy(model).state_dict()
+            model.branches["1"].effective_rank()
+    for twin in twins:
+        step(twin, data[0][30 + 12 * rank : 42 + 12 * rank])
+    return {"outcomes": [scenarios.outcome(twin) for twin in twins]}
+
+
+JOBS = {
+    job.__name__: job
+    for job in (draws, unequal_numbers_of_batches, nothing_anywhere, copied, loaded_by_one, loaded_by_one_later,
+                loaded_from_different_files, configured_differently)
+}  # fmt: skip

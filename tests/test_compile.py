@@ -1,0 +1,81 @@
+"""torch.compile with its own backend, inductor: one graph, compiled once for a whole training, with eager's numbers."""
+
+import pytest
+import torch
+from processes import scenarios
+from processes.scenarios import Scenario, build, distance, optimizer_of, outcome, training
+from torch import nn
+
+import timm_lowrank as tlr
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_runs(model, scenario, data, call):
+    """Trains; every graph after the first one, and every break in it, is an error."""
+    optimizer = optimizer_of(model)
+    training(scenario, model, call, optimizer, data, stop=1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        training(scenario, model, call, optimizer, data, start=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return outcome(model)
+
+
+def small():
+    """Few kernels: each costs the C++ compiler seconds."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
+    config = tlr.LowRankConfig(branches={"2": 4}, warmup_updates=5, reconstruction_weight=0.3)
+    return tlr.wrap(network, config, example_input=torch.zeros(1, 1, 8, 8))
+
+
+def test_inductor_compiles_the_wrapper_once_and_trains_as_eager(digits):
+    scenario = Scenario("compiled", steps=30)
+    model, twin = small().train(), small().train()
+    with torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):  # what need not be tried out
+        found = compiled_runs(model, scenario, digits, torch.compile(model, fullgraph=True))
+    training(scenario, twin, twin, optimizer_of(twin), digits)
+    assert twin.branches["2"].updates == 30
+    assert distance(found, outcome(twin))[0] < 1e-4
+
+
+def test_a_model_compiled_in_place_with_a_view_is_compiled_once(digits):
+    scenario = Scenario("compiled", {"update_rows": 10}, network="tokens")
+    model = build(scenario)
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert distance(compiled_runs(model, scenario, digits, model), scenarios.alone(scenario, digits))[0] < 1e-4
+
+
+def test_the_wrapper_breaks_no_graph(digits):
+    model = build(Scenario("explained"))
+    explained = torch._dynamo.explain(model)(digits[0][:4])
+    assert explained.graph_break_count == 0, explained.break_reasons
+    assert explained.graph_count == 1
+
+
+def test_switching_off_and_evaluating_compile_a_graph_each_and_no_more(digits):
+    images, _ = digits
+    model = build(Scenario("switched"))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def each_mode():
+        model.train().enable()
+        compiled(images[:4])
+        model.penalty().backward()
+        model.update()
+        model.enable(False)
+        compiled(images[:4])
+        model.enable().eval()
+        compiled(images[:4])
+
+    each_mode()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        each_mode()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
