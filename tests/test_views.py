@@ -243,3 +243,18 @@ def test_a_checkpoint_from_before_there_were_views_is_flattened(tmp_path):
     path.write_text(text.replace('"view": "flatten",\n      "channel_dim"', '"view": "sideways",\n      "channel_dim"'))
     with pytest.raises(tlr.CheckpointError, match=r"'blocks.1' has a view that is none of flatten, token, pool"):
         tlr.from_pretrained(tmp_path)
+
+
+def test_a_run_reports_the_spectrum_of_the_samples_of_the_view():
+    pytest.importorskip("accelerate")
+    from timm_lowrank.training.report import layer_energies
+
+    model = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3, "pre_logits": 3}), img_size=32)
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    energies = layer_energies(model, [(images, torch.zeros(6))], None)
+    with torch.no_grad(), model.capture() as seen:
+        model.eval()(images)
+    tokens = seen["blocks.1"].double().reshape(-1, 64)
+    assert len(energies["blocks.1"]) == len(tokens) == 6 * 5
+    assert energies["blocks.1"].sum().item() == pytest.approx((tokens - tokens.mean(0)).square().sum().item(), rel=1e-5)
+    assert len(energies["pre_logits"]) == 6

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import raise_if_collapsed
 from .moments import Moments
+from .precision import full_precision
 from .scaling import SCALINGS
 from .state import BranchState
 from .window import Drawn
@@ -51,7 +52,7 @@ class LowRankBranch(BranchState):
         """
         self._check(activations)
         remember = self.training and torch.is_grad_enabled()
-        with torch.autocast(activations.device.type, enabled=False):
+        with full_precision(activations.device):
             values = activations.to(self.bias.dtype)
             if remember and not (self.processes.alone or self.processes.agreed):
                 self.processes.agree(self.name, self._alike)  # before one of them waits below for the others
@@ -142,7 +143,7 @@ class LowRankBranch(BranchState):
         if not any(map(sum, sizes)):
             raise RuntimeError(f"update() of the branch on {self.name!r} without a penalty() since the last one")
         drawn = self._window.draw(sizes, self.processes.rank)
-        with torch.autocast(self.bias.device.type, enabled=False):
+        with full_precision(self.bias.device):
             self._moments.join(self.processes)
             if not self._started:
                 self._start(drawn)

@@ -26,6 +26,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import projection
 from .config import LowRankConfig
+from .precision import full_precision
 
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
 
@@ -50,7 +51,7 @@ class _ReconstructionError(torch.autograd.Function):
         weight = ctx.weight
         if ctx.generation != weight.generation:
             raise RuntimeError("W was updated between penalty() and backward(); call update() after the optimizer step")
-        with torch.autocast(rows.device.type, enabled=False):  # backward() may be called inside an autocast block
+        with full_precision(rows.device):  # backward() may be called inside an autocast block
             scale = 2 * grad_output
             gradient = (rows * scale[:, None]).addmm_((coefficients * scale).T, weight.basis)
         return gradient, None, None
