@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from measure import interleaved, median_ratio, own_peak_mib, peak_memory_mib, print_table, write_json
+from measure import interleaved, median_ratio, own_peak_mib, peak_memory_mib, print_table, sgd_step, write_json
 from torch import nn
 
 import timm_lowrank as tlr
@@ -43,26 +43,9 @@ def training_step(variant: str, device: torch.device) -> Callable[[], None]:
             project_every=NEVER if dense else TURN,
         )
         network = tlr.wrap(network, config)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(POOL, BATCH, 3, 32, 32, device=device)
     labels = torch.randint(10, (POOL, BATCH), device=device)
-    turns = itertools.cycle(range(POOL))
-    network.train()
-
-    def step() -> None:
-        now = next(turns)
-        batch = images[now].to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = nn.functional.cross_entropy(network(batch), labels[now])
-        if isinstance(network, tlr.LowRankModel):
-            loss = loss + network.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if isinstance(network, tlr.LowRankModel):
-            network.update()
-
-    return step
+    return sgd_step(network, images, labels, 0.01)
 
 
 def turn(step: Callable[[], None], steps: int = TURN) -> Callable[[], None]:

@@ -1,7 +1,8 @@
-"""What the benchmarks share: interleaved timing, memory peaks of a subprocess, a table on the terminal, a JSON file."""
+"""What the benchmarks share: a training step, interleaved timing, memory peaks of a subprocess, a table, a JSON file."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import resource
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from timm_lowrank import LowRankModel
 
 
 def synchronize(device: torch.device) -> None:
@@ -36,6 +40,34 @@ def interleaved(
     return seconds
 
 
+def sgd_step(
+    network: nn.Module,
+    images: Tensor,  # (pool, batch, channels, height, width): each step takes the next batch
+    labels: Tensor,  # (pool, batch)
+    learning_rate: float,
+) -> Callable[[], None]:
+    """A step of training, channels last: forward (bf16 on a GPU), backward, SGD and, wrapped, the Update Step."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=0.9)
+    turns = itertools.cycle(range(len(images)))
+    kind = images.device.type
+    network.train()
+
+    def step() -> None:
+        now = next(turns)
+        batch = images[now].to(memory_format=torch.channels_last)
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            loss = nn.functional.cross_entropy(network(batch), labels[now])
+        if isinstance(network, LowRankModel):
+            loss = loss + network.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if isinstance(network, LowRankModel):
+            network.update()
+
+    return step
+
+
 def median_ratio(of: Sequence[float], to: Sequence[float]) -> float:
     """The median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
@@ -48,6 +80,10 @@ def peak_memory_mib(arguments: Sequence[str]) -> float:
 
 
 def own_peak_mib() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins at the peak of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,16 @@ from typing import Any
 
 import timm
 import torch
-from measure import interleaved, median_ratio, own_peak_mib, peak_memory_mib, print_table, synchronize, write_json
+from measure import (
+    interleaved,
+    median_ratio,
+    own_peak_mib,
+    peak_memory_mib,
+    print_table,
+    sgd_step,
+    synchronize,
+    write_json,
+)
 from torch import nn
 
 import timm_lowrank as tlr
@@ -69,24 +77,7 @@ def training_step(case: Case, variant: str, batch: int, device: torch.device) ->
         fill(network.train(), images[0])
         if variant == "flatten" and network.branches[case.layer].num_features != case.width:
             raise RuntimeError(f"{case.layer} has {network.branches[case.layer].num_features} features")
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-    turns = itertools.cycle(range(POOL))
-    network.train()
-
-    def step() -> None:
-        now = next(turns)
-        inputs = images[now].to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = nn.functional.cross_entropy(network(inputs), labels[now])
-        if isinstance(network, tlr.LowRankModel):
-            loss = loss + network.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if isinstance(network, tlr.LowRankModel):
-            network.update()
-
-    return step
+    return sgd_step(network, images, labels, 1e-3)
 
 
 def fill(model: tlr.LowRankModel, images: torch.Tensor) -> None:
@@ -167,7 +158,6 @@ def main() -> None:
     if options.only_run:
         print(only_run(CASES[options.cases[0]], options.only_run, batch, device))
         return
-    # Memory first: a process starts with the peak of the one that starts it.
     names = [(name, variant) for name in options.cases for variant in (PLAIN, *CASES[name].views)]
     peaks = {pair: memory_peak(*pair, batch, device) for pair in names}
     rows: list[dict[str, Any]] = []
