@@ -1,4 +1,4 @@
-"""What the benchmarks share: a training step, interleaved timing, memory peaks of a subprocess, a table, a JSON file."""
+"""What the benchmarks share: a training step, interleaved timing, memory peaks of subprocesses, a table, a JSON file."""
 
 from __future__ import annotations
 
