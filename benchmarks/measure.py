@@ -1,4 +1,4 @@
-"""What the benchmarks share: a training step, interleaved timing, memory peaks of subprocesses, a table, a JSON file."""
+"""What the benchmarks share: a training step, interleaved timing, memory peaks of subprocesses, table and JSON file."""
 
 from __future__ import annotations
 
