@@ -15,6 +15,7 @@ class View:
 
     "flatten", the paper's: an image is a row of all its features. "token": every position of a feature map, or every
     token, is a row, and m is the number of channels. "pool": the mean over positions or tokens is the row of an image.
+    Class tokens, registers and the padding of sequences (NaFlex) count like any other token.
 
     Args:
         kind: one of `VIEWS`.
