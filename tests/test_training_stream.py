@@ -27,6 +27,7 @@ from timm_lowrank.suites.inputs import Options, load_data
 from timm_lowrank.training import DataError, Recipe, RecipeError, RunError, data, load_images, load_recipe, train
 from timm_lowrank.training import shards as shards_module
 from timm_lowrank.training.augment import Transform
+from timm_lowrank.training.compare import measure_run
 from timm_lowrank.training.decode import Decoder
 from timm_lowrank.training.drawn import drawn_images
 from timm_lowrank.training.errors import StreamError
@@ -459,6 +460,9 @@ def test_options_work_with_a_stream(folder, tmp_path):
     assert (config["crop_pct"], config["interpolation"], config["mean"]) == (0.875, "bicubic", STATISTICS["mean"])
     rows = figures(tmp_path / "run")
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    compared = measure_run(tmp_path / "run", (2,), noise=0.0, limit=40)
+    assert compared["clean"] == compared["noise 0"]
+    assert round(compared["clean"] * 40) == pytest.approx(compared["clean"] * 40), "a share of the 40 drawn images"
 
 
 def test_how_the_data_is_read_may_change_but_not_the_data(folder, tmp_path):

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..core.spectrum import variance_ratio
 from ..evaluation import PixelModel, activations, linear_accuracy, pixel_noise, predictions
+from .data import load_data
 from .disk import read_json
+from .drawn import drawn_images
 from .errors import RunError
-from .images import load_images
 from .recipe import load_recipe
+from .streamed import StreamedData
 
 Figures = dict[str, float]  # name of the figure: a share in [0, 1]
 
@@ -34,7 +36,8 @@ def measure_run(
         run: a run folder of `train`.
         directions: numbers of leading directions; those that a layer does not have are left out.
         noise: probability that a pixel is hit, see `timm_lowrank.evaluation.pixel_noise`; seed 0.
-        limit: how many training and how many test images the layers are measured on.
+        limit: how many training and how many test images the layers are measured on. Of a run on streamed images, all
+            figures are of so many, as many of each class.
         layers: which layers to measure; None are those of `layers_of(run)`.
         data: where the images are now; None is where the recipe says.
 
@@ -49,12 +52,8 @@ def measure_run(
     """
     measured = list(layers or layers_of(run))
     recipe = load_recipe(run / "config.yaml", data=data)
-    if recipe.image_size is not None:
-        raise RunError(
-            f"{run} was trained on images that were resized while they were read (image_size={recipe.image_size}); "
-            "only runs on images that are held in memory can be compared"
-        )
-    images = load_images(recipe.data, **recipe.data_args)
+    found = load_data(recipe)
+    images = drawn_images(found, limit, limit) if isinstance(found, StreamedData) else found
     model = PixelModel(timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval())
     test = images.test_images.float() / 255
     hit = pixel_noise(test, noise, generator=torch.Generator().manual_seed(0))
