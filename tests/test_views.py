@@ -258,3 +258,33 @@ def test_a_run_reports_the_spectrum_of_the_samples_of_the_view():
     assert len(energies["blocks.1"]) == len(tokens) == 6 * 5
     assert energies["blocks.1"].sum().item() == pytest.approx((tokens - tokens.mean(0)).square().sum().item(), rel=1e-5)
     assert len(energies["pre_logits"]) == 6
+
+
+def test_an_evaluation_measures_the_samples_of_the_branch(tmp_path):
+    pytest.importorskip("accelerate")
+    from timm_lowrank.evaluation import activations
+    from timm_lowrank.suites.context import build_context
+    from timm_lowrank.suites.measurements.dimension import Spectrum
+    from timm_lowrank.suites.subject import load_subject
+    from timm_lowrank.training import load_images
+
+    options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2}
+    network = timm.create_model("vit_tiny_patch16_224", **options)
+    branches = {"blocks.0": 3, "pre_logits": 3}
+    model = tlr.wrap(network, LowRankConfig(branches=branches), example_input=torch.zeros(1, 1, 8, 8))
+    tlr.save_pretrained(model, tmp_path, data_config={"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)})
+    subject = load_subject(str(tmp_path))
+    assert subject.views == {"blocks.0": View("token", -1)}
+    context = build_context(
+        [subject], load_images("digits"), list(branches), torch.device("cpu"), seed=0, chunk=7, limit=20, train_limit=10
+    )
+    found = Spectrum().observe(context, subject.title, range(20))
+    assert (found["blocks.0 features"], found["pre_logits features"]) == ([24], [24])
+    assert len(found["blocks.0 classes"]) == 10
+    whole = activations(subject.model, context.images, ["blocks.0"])["blocks.0"]
+    tokens = activations(subject.model, context.images, ["blocks.0"], 9, subject.views)["blocks.0"]
+    assert whole.shape == (20, 5 * 24)
+    assert torch.allclose(tokens, whole.reshape(100, 24), atol=1e-6)
+    centred = tokens.double() - tokens.double().mean(0)
+    share = torch.linalg.svdvals(centred)[0].square() / centred.square().sum()
+    assert found["blocks.0 shares"][0] == pytest.approx(float(share), rel=1e-4)

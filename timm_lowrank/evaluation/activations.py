@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..core.capture import Tap, evaluating, recording
 from ..core.config import LowRankConfig
 from ..core.errors import CaptureError
 from ..core.model import LowRankModel
+from ..core.views import FLATTEN, View
 from ..placement import find_taps
 from .errors import EvaluationError
 from .pixels import PixelModel, bare
@@ -21,35 +23,43 @@ def activations(
     images: Tensor,  # (n, channels, height, width) float in [0, 1]
     layers: Sequence[str],
     batch_size: int = 500,
+    views: Mapping[str, View] | None = None,
 ) -> dict[str, Tensor]:
-    """The flattened activations of layers, {layer: (n, features)} of the network's dtype, in eval mode, no graph.
+    """The activations of layers, {layer: (n, features)} of the network's dtype, in eval mode, no graph.
 
     Args:
         model: a `PixelModel`, or any module that takes pixels.
         layers: dotted names as in `named_modules()` of the network (a `PixelModel`'s network, that is), each
             meaning that module's output; "pre_logits" is the input of the classifier.
         batch_size: images in one forward pass.
+        views: of layers whose samples are not whole images, as of a branch (`LowRankModel.taps`); all others are
+            flattened.
 
     Raises:
         EvaluationError: no images, a layer that does not exist (the nearest are named), that a forward pass does
             not run exactly once, or that is overwritten in place after it was recorded.
     """
     parts: dict[str, list[Tensor]] = {}
-    for batch in activation_batches(model, images, layers, batch_size):
+    for batch in activation_batches(model, images, layers, batch_size, views):
         for layer, value in batch.items():
             parts.setdefault(layer, []).append(value)
     return {layer: torch.cat(values) for layer, values in parts.items()}
 
 
 def activation_batches(
-    model: nn.Module, images: Tensor, layers: Sequence[str], batch_size: int = 500
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[str],
+    batch_size: int = 500,
+    views: Mapping[str, View] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """As `activations`, batch by batch, for what is too large to hold.
 
     Raises:
         EvaluationError: as `activations`.
     """
-    taps = taps_of(model, images, layers)
+    found_taps = taps_of(model, images, layers)
+    taps = [dataclasses.replace(tap, view=(views or {}).get(tap.layer, FLATTEN)) for tap in found_taps]
     for batch in images.split(check_batch_size(batch_size)):
         with evaluating(model):
             found = captured(model, taps, batch)
@@ -57,7 +67,7 @@ def activation_batches(
 
 
 def taps_of(model: nn.Module, images: Tensor, layers: Sequence[str]) -> list[Tap]:
-    """Where `layers` are read, found by one forward pass of the first image.
+    """Where `layers` are read, flattened, found by one forward pass of the first image.
 
     Raises:
         EvaluationError: as `activations`.
@@ -69,13 +79,14 @@ def taps_of(model: nn.Module, images: Tensor, layers: Sequence[str]) -> list[Tap
     weight = next(network.parameters(), images)
     try:
         config = LowRankConfig(branches=dict.fromkeys(layers, 1))
-        return find_taps(network, config, images[:1].to(weight.device, weight.dtype))[0]
+        found = find_taps(network, config, images[:1].to(weight.device, weight.dtype))[0]
+        return [dataclasses.replace(tap, view=FLATTEN) for tap in found]
     except (ValueError, CaptureError) as error:
         raise EvaluationError(str(error)) from error
 
 
 def captured(model: nn.Module, taps: Sequence[Tap], images: Tensor) -> dict[str, Tensor]:
-    """Flattened activations {layer: (n, features)} of one forward pass, with a graph where gradients are on.
+    """Activations {layer: (n, features)} of one forward pass, with a graph where gradients are on.
 
     Raises:
         EvaluationError: a layer did not run exactly once, or was overwritten in place after it was recorded.
@@ -83,7 +94,7 @@ def captured(model: nn.Module, taps: Sequence[Tap], images: Tensor) -> dict[str,
     with recording(network_of(model), taps) as record:
         bare(model)(images)
     try:
-        return {tap.layer: record.activation(tap).flatten(1) for tap in taps}
+        return {tap.layer: tap.view.rows(record.activation(tap)) for tap in taps}
     except CaptureError as error:
         raise EvaluationError(str(error)) from error
 

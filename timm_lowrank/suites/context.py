@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.views import View
 from ..evaluation.activations import activations
 from ..evaluation.errors import EvaluationError
 from ..training import ImageData
@@ -84,6 +85,21 @@ class Context:
             found = activations(model, images.to(self.images.device), list(self.layers), batch_size=self.chunk)
             self._kept[title, train] = {layer: value.cpu() for layer, value in found.items()}
         return self._kept[title, train]
+
+    @property
+    def views(self) -> dict[str, View]:
+        """Of the layers whose samples are not whole images for the branches of any of the networks."""
+        return {layer: view for subject in self.subjects.values() for layer, view in subject.views.items()}
+
+    def samples(self, title: str) -> dict[str, Tensor]:
+        """Activations (samples, features) of the test images: what the branch on each layer counts as a sample."""
+        whole = self.representations(title, train=False)
+        views = {layer: view for layer, view in self.views.items() if layer in whole}
+        if not views:
+            return whole
+        model = self.subjects[title].model
+        found = activations(model, self.images, list(views), batch_size=self.chunk, views=views)
+        return {**whole, **{layer: value.cpu() for layer, value in found.items()}}
 
     def describe_data(self, data: ImageData) -> dict[str, object]:
         """The entry "data" in evaluation.json."""

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from ..core.views import View
 from ..evaluation import PixelModel
 from ..evaluation.errors import EvaluationError
 from ..layers import create_backbone
@@ -31,6 +32,7 @@ class Subject:
     recipe: Recipe | None
     data_fingerprint: str | None
     weights: str  # SHA-256 of all parameters and buffers
+    views: dict[str, View] = dataclasses.field(default_factory=dict)  # of the branches, where they are not flattened
 
     @property
     def network(self) -> nn.Module:
@@ -89,9 +91,10 @@ def _from_folder(folder: Path, title: str | None) -> Subject:
     branches = read_json(description)["layers"] if description.exists() else {}
     summary = read_json(folder / "summary.json") if run else None
     recipe = load_recipe(folder / "config.yaml") if run else None
-    return _subject(
-        network, title, str(folder), {layer: spec["rank"] for layer, spec in branches.items()}, summary, recipe
-    )
+    ranks = {layer: spec["rank"] for layer, spec in branches.items()}
+    views = {layer: View(spec.get("view", "flatten"), spec.get("channel_dim", 1)) for layer, spec in branches.items()}
+    subject = _subject(network, title, str(folder), ranks, summary, recipe)
+    return dataclasses.replace(subject, views={name: view for name, view in views.items() if view.kind != "flatten"})
 
 
 def _subject(

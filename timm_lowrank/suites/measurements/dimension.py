@@ -18,6 +18,7 @@ from .base import Columns, Findings, Measurement, column, median, number, protoc
 GROUP = "Dimension of the representations"
 DIRECTIONS = (1, 5, 10, 20)
 KEPT_ENERGIES = 1000
+SAMPLES = {"flatten": "activations", "token": "all tokens", "pool": "means over the tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +31,15 @@ class Spectrum(Measurement):
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         found: Columns = {}
         labels = context.labels.cpu()
-        for layer, values in context.representations(title, train=False).items():
+        for layer, values in context.samples(title).items():
             try:
                 energies = singular_energies(values)
             except ValueError as error:
                 raise EvaluationError(f"layer {layer!r}: {error}") from error
             found[f"{layer} shares"] = column((energies / energies.sum())[:KEPT_ENERGIES])
             found[f"{layer} features"] = [values.shape[1]]
-            by_class = class_variance_ratio(values, labels, (1,), centred=False)
+            owners = labels.repeat_interleave(len(values) // len(labels))  # of tokens, the image's label
+            by_class = class_variance_ratio(values, owners, (1,), centred=False)
             found[f"{layer} classes"] = [by_class[label][0] for label in sorted(by_class)]
         return found
 
@@ -49,7 +51,8 @@ class Spectrum(Measurement):
                 for title, columns in observed.items()
             }
             width = next(iter(observed.values()))[f"{layer} features"][0]
-            about = protocol(context, features=width, representation="activations of the test images, centred")
+            kind = context.views[layer].kind if layer in context.views else "flatten"
+            about = protocol(context, features=width, representation=f"{SAMPLES[kind]} of the test images, centred")
             for count in (count for count in DIRECTIONS if count < width):
                 values = {title: number(_at(shares, count), of) for title, shares in held.items()}
                 label = f"{layer}: variance in {count} direction{'s' * (count > 1)}"
