@@ -6,13 +6,10 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ..core.errors import nearest
+from .fields import RecipeFields
 from .images import load_images
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
@@ -40,12 +37,12 @@ TRACKERS = {
 }
 
 
-def problems_of(recipe: Recipe) -> list[str]:
+def problems_of(recipe: RecipeFields) -> list[str]:
     """One sentence for each thing that is wrong with `recipe`."""
     return [*_numbers(recipe), *_choices(recipe), *_together(recipe), *_inner(recipe), *_trackers(recipe)]
 
 
-def _numbers(recipe: Recipe) -> Iterable[str]:
+def _numbers(recipe: RecipeFields) -> Iterable[str]:
     for name in (*POSITIVE, *NOT_NEGATIVE):
         value = getattr(recipe, name)
         if value is None:
@@ -61,7 +58,7 @@ def _numbers(recipe: Recipe) -> Iterable[str]:
         yield f"milestones={list(recipe.milestones)} must be increasing epochs >= 1"
 
 
-def _choices(recipe: Recipe) -> Iterable[str]:
+def _choices(recipe: RecipeFields) -> Iterable[str]:
     for name, allowed in CHOICES.items():
         if getattr(recipe, name) not in allowed:
             yield f"{name}={getattr(recipe, name)!r} is not one of {', '.join(allowed)}"
@@ -69,7 +66,7 @@ def _choices(recipe: Recipe) -> Iterable[str]:
         yield f"streaming={recipe.streaming!r} is not one of auto, true, false"
 
 
-def _together(recipe: Recipe) -> Iterable[str]:
+def _together(recipe: RecipeFields) -> Iterable[str]:
     if recipe.gradient_accumulation > 0 and recipe.batch_size % recipe.gradient_accumulation:
         parts = recipe.gradient_accumulation
         yield f"batch_size={recipe.batch_size} cannot be split into gradient_accumulation={parts}"
@@ -92,7 +89,7 @@ def _together(recipe: Recipe) -> Iterable[str]:
         yield "twin compares with a plain network, and lowrank.enabled=false makes this run one: set twin=false"
 
 
-def _inner(recipe: Recipe) -> Iterable[str]:
+def _inner(recipe: RecipeFields) -> Iterable[str]:
     if not isinstance(recipe.lowrank.get("enabled", True), bool):
         yield f"lowrank.enabled={recipe.lowrank['enabled']!r} must be true or false"
     try:
@@ -108,7 +105,7 @@ def _inner(recipe: Recipe) -> Iterable[str]:
             yield f"model_args.{key} cannot be set: it follows from {'model' if key == 'model_name' else 'the data'}"
 
 
-def _trackers(recipe: Recipe) -> Iterable[str]:
+def _trackers(recipe: RecipeFields) -> Iterable[str]:
     for name in recipe.trackers:
         if name not in TRACKERS:
             yield f"there is no tracker {name!r}. {nearest(name, TRACKERS)}"
