@@ -30,6 +30,17 @@ def random_stream():
     return lambda: torch.equal(before, torch.get_rng_state())
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate holds one precision per process; a test that asks for this starts without one."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(True)
+    state.GradientState._reset_state()
+    yield
+    state.AcceleratorState._reset_state(True)
+    state.GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def digits():
     """1,797 real images of handwritten digits, (1797, 1, 8, 8) float32 in [0, 1], and their labels (1797,)."""

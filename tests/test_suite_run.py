@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 
 from timm_lowrank.evaluation.errors import EvaluationError
 from timm_lowrank.report import text_table
@@ -42,13 +42,7 @@ RECIPE = {
 VARIES = ("created", "seconds", "processes", "command")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

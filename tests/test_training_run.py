@@ -19,7 +19,6 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import timm_lowrank
@@ -49,14 +48,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate holds one precision per process; each test starts without one."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def recipe(**values) -> Recipe:

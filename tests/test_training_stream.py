@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -51,17 +50,10 @@ PLAIN = Transform([0.0], [1.0], "none", CPU)
 
 
 # Workers that are more than the cores of the machine are slow, and what this is about.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate holds one precision per process; each test starts without one."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+]
 
 
 def png(pixels: np.ndarray) -> bytes:

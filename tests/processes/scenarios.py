@@ -30,7 +30,7 @@ class Scenario:
     twin_accumulates: bool = False  # the one process too takes part by part, instead of the global batch at once
     overflow_at: int | None = None  # at this step the last process meets images of inf, and the step is skipped
     switched_on_at: int = 0
-    steps: int = 30
+    steps: int = 50
 
     def parts_at(self, step: int) -> Parts:
         return self.sometimes if self.sometimes and step % 4 == 3 else self.parts
@@ -50,20 +50,20 @@ DDP = [
     Scenario("all-rows", {"update_rows": None}, parts=((13, 8),), sometimes=((1, 9),)),
     Scenario("rows-above-batch", {"update_rows": 64, "warmup_updates": 0}),
     Scenario("rows-equal-batch", {"update_rows": 24, "scale": "unit", "warmup_updates": 0}),
-    Scenario("rows-below-batch", {"update_rows": 10}, sometimes=UNEVEN, steps=50),
+    Scenario("rows-below-batch", {"update_rows": 10}, sometimes=UNEVEN),
     Scenario("fewer-rows-than-processes", {"update_rows": 1, "step_size": 0.1}, switched_on_at=7),
     Scenario("fixed", {"step_rule": "fixed", "step_size": 0.01, "update_rows": 10}),
     Scenario("as-printed", {"step_rule": "fixed", "step_size": 0.01, "scale": "paper", "warmup_updates": 0,
                             "reconstruction_weight": 0.001, "update_rows": None}, sometimes=UNEVEN),
     Scenario("nystrom", {"projection": "nystrom", "nystrom_columns": 40, "update_rows": 16}),
     Scenario("dense", {"storage": "dense", "update_rows": 16}),
-    Scenario("accumulated", {"update_rows": 10}, parts=ACCUMULATED, sometimes=((7, 5), (2, 3), (1, 4)), steps=50),
+    Scenario("accumulated", {"update_rows": 10}, parts=ACCUMULATED, sometimes=((7, 5), (2, 3), (1, 4))),
     Scenario("accumulated-unit", {"scale": "unit", "update_rows": None}, parts=ACCUMULATED, sometimes=UNEVEN),
     Scenario("accumulated-no-warm-up", {"warmup_updates": 0}, parts=ACCUMULATED, twin_accumulates=True),
-    Scenario("tokens", {"update_rows": 10}, network="tokens", parts=((4, 4),), sometimes=((3, 2),), steps=50),
-    Scenario("tokens-accumulated", {"update_rows": None}, network="tokens", parts=((2, 2), (2, 2)), steps=20),
+    Scenario("tokens", {"update_rows": 10}, network="tokens", parts=((4, 4),), sometimes=((3, 2),)),
+    Scenario("tokens-accumulated", {"update_rows": None}, network="tokens", parts=((2, 2), (2, 2))),
     Scenario("accelerate", {"update_rows": 10}, loop="accelerate", parts=ACCUMULATED),
-    Scenario("accelerate-uneven", {"update_rows": 10}, loop="accelerate", sometimes=UNEVEN, steps=50),
+    Scenario("accelerate-uneven", {"update_rows": 10}, loop="accelerate", sometimes=UNEVEN),
 ]  # fmt: skip
 OVERFLOW = Scenario("overflow", {"update_rows": 10}, overflow_at=15)
 FSDP = [
