@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from timm_lowrank import CheckpointError
-from timm_lowrank.core.errors import LowRankError
+from timm_lowrank.errors import LowRankError
 from timm_lowrank.hub import Outcome, load_manifest, publish_all, publish_run
 
 HERE = Path(__file__).resolve().parent

@@ -19,8 +19,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from timm_lowrank.core.errors import LowRankError
-from timm_lowrank.evaluation.errors import EvaluationError
+from timm_lowrank.errors import EvaluationError, LowRankError
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes
 from timm_lowrank.training import TrainingError

@@ -21,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from timm_lowrank.core.errors import LowRankError
+from timm_lowrank.errors import LowRankError
 from timm_lowrank.training import TrainingError, load_recipe, train
 
 CONFIGS = Path(__file__).resolve().parent / "configs"

@@ -8,9 +8,9 @@ from attacked import trained
 from torch import nn
 
 import timm_lowrank as tlr
+from timm_lowrank.errors import EvaluationError, EvaluationWarning
 from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.checks import check_before_attack
-from timm_lowrank.evaluation.errors import EvaluationError, EvaluationWarning
 from timm_lowrank.evaluation.pixels import attackable, bare, random_state_kept
 
 

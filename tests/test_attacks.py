@@ -10,6 +10,7 @@ import torch
 from attacked import textbook_pgd, trained
 from torch import nn
 
+from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation import PixelModel, attacks
 from timm_lowrank.evaluation.attacks import (
     MADRY,
@@ -22,7 +23,6 @@ from timm_lowrank.evaluation.attacks import (
     pgd,
     transfer,
 )
-from timm_lowrank.evaluation.errors import EvaluationError
 
 EPS = 24 / 255
 

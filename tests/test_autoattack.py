@@ -10,9 +10,9 @@ import torch
 from attacked import trained
 from torch import nn
 
+from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation import attacks
 from timm_lowrank.evaluation.attacks import autoattack, run_autoattack, upstream
-from timm_lowrank.evaluation.errors import EvaluationError
 
 pyautoattack = pytest.importorskip("pyautoattack")
 

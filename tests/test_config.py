@@ -6,7 +6,7 @@ import json
 import pytest
 
 from timm_lowrank import LowRankConfig
-from timm_lowrank.core.errors import nearest
+from timm_lowrank.errors import nearest
 
 WRONG = {
     "scale": ["papers", None, 1],

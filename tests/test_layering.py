@@ -50,7 +50,7 @@ def test_the_reader_of_imports_sees_what_is_there():
 def test_the_core_imports_torch_alone(name):
     for imported in imports(name, MODULES[name]):
         top = imported.split(".")[0]
-        inside = imported == "timm_lowrank.core" or imported.startswith("timm_lowrank.core.")
+        inside = imported in ("timm_lowrank.core", "timm_lowrank.errors") or imported.startswith("timm_lowrank.core.")
         assert inside or top == "torch" or top in sys.stdlib_module_names, f"{name} imports {imported}"
 
 
@@ -97,7 +97,11 @@ def test_there_are_no_cycles():
 
 
 ORDER = (
+    "errors",
+    "text",
     "core",
+    "files",
+    "environment",
     "views",
     "layers",
     "placement",
@@ -119,6 +123,6 @@ def test_no_room_imports_one_above_it(name):
     rooms = {module.split(".")[1] for module in imports(name, MODULES[name]) if module.startswith("timm_lowrank.")}
     room = name.split(".")[1]
     if room == "hub":
-        assert rooms <= {"hub", "checkpoint", "layers", "evaluation", "core"}
+        assert rooms <= {"hub", "errors", "text", "files", "environment", "checkpoint", "layers", "evaluation", "core"}
     elif room != "__main__":
         assert all(ORDER.index(other) <= ORDER.index(room) for other in rooms), f"{name} imports {sorted(rooms)}"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation.attacks.gradient import pgd
-from timm_lowrank.evaluation.errors import EvaluationError
 from timm_lowrank.evaluation.masking import BUDGETS, Budget, Diagnosis, diagnose, judge, observe
 from timm_lowrank.evaluation.masking.blackbox import best_signs, square
 from timm_lowrank.evaluation.masking.chance import CHANCE, at_least, at_most, paired

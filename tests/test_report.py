@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 
-from timm_lowrank.evaluation.errors import EvaluationError
+from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation.intervals import wilson
 
 pytest.importorskip("matplotlib")

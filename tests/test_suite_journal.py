@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from timm_lowrank.evaluation.errors import EvaluationError
+from timm_lowrank.errors import EvaluationError
 from timm_lowrank.suites.journal import Journal
 from timm_lowrank.training import RunError
 

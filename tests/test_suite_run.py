@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
-from timm_lowrank.evaluation.errors import EvaluationError
+from timm_lowrank.errors import EvaluationError
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean

@@ -13,7 +13,7 @@ from torch import nn
 
 import timm_lowrank as tlr
 from timm_lowrank import LowRankConfig
-from timm_lowrank.core.errors import LowRankWarning
+from timm_lowrank.errors import LowRankWarning
 from timm_lowrank.integrations import timm_task
 from timm_lowrank.integrations.timm_task import LowRankMultiLabelTask, LowRankTask
 

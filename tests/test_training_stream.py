@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from timm_lowrank.evaluation.errors import EvaluationError
+from timm_lowrank.errors import EvaluationError, StreamError
 from timm_lowrank.suites.inputs import Options, load_data
 from timm_lowrank.training import DataError, Recipe, RecipeError, RunError, data, load_images, load_recipe, train
 from timm_lowrank.training import shards as shards_module
@@ -29,7 +29,6 @@ from timm_lowrank.training.augment import Transform
 from timm_lowrank.training.compare import measure_run
 from timm_lowrank.training.decode import Decoder
 from timm_lowrank.training.drawn import drawn_images
-from timm_lowrank.training.errors import StreamError
 from timm_lowrank.training.loader import TrainBatches
 from timm_lowrank.training.order import EpochOrder
 from timm_lowrank.training.run import RunFolder

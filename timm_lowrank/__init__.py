@@ -10,9 +10,9 @@ from .checkpoint import CheckpointError, from_pretrained, push_to_hub, save_pret
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
 from .core.config import LowRankConfig
-from .core.errors import CaptureError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
 from .core.loop import LossHook, attach
 from .core.model import LowRankModel
+from .errors import CaptureError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
 from .layers import LayerInfo, list_layers
 from .wrapping import wrap
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .core.capture import Recording, Tap, evaluating, recording
 from .core.config import PRE_LOGITS
-from .core.errors import CaptureError, nearest
+from .errors import CaptureError, nearest
 from .views import view_of
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .core.capture import Tap
 from .core.config import PRE_LOGITS, LowRankConfig
-from .core.errors import CaptureError, nearest
 from .core.views import View
+from .errors import CaptureError, nearest
 from .layers import example_forward, settled, stage_names, tap_on
 from .views import view_of
 

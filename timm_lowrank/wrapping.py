@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .core.config import LowRankConfig
-from .core.errors import LowRankError
 from .core.model import LowRankModel
+from .errors import LowRankError
 from .layers import create_backbone, example_input
 from .placement import find_taps
 

@@ -8,8 +8,8 @@ README.md                             on the Hub: the model card
 >>> model = tlr.from_pretrained("USER/NAME")  # doctest: +SKIP
 """
 
+from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from .card import minimal_card
-from .errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from .files import (
     CHECKPOINT_FILES,
     FORMAT,

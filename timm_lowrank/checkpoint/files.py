@@ -13,8 +13,7 @@ import timm
 from safetensors import SafetensorError, safe_open
 from timm.models import is_model, model_entrypoint
 
-from ..core.errors import nearest
-from .errors import CheckpointDamagedError, CheckpointError
+from ..errors import CheckpointDamagedError, CheckpointError, nearest
 
 NETWORK_CONFIG, NETWORK_WEIGHTS = "config.json", "model.safetensors"
 LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"

@@ -19,11 +19,10 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from ..core.config import LowRankConfig
-from ..core.errors import nearest
 from ..core.model import LowRankModel
 from ..core.views import FLATTEN, VIEWS, View
+from ..errors import CheckpointDamagedError, CheckpointError, nearest
 from ..layers import tap_on
-from .errors import CheckpointDamagedError, CheckpointError
 from .files import (
     FORMAT,
     LOWRANK_CONFIG,

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from ..core.model import LowRankModel
+from ..errors import CheckpointError, CheckpointWriteError
 from .card import minimal_card
-from .errors import CheckpointError, CheckpointWriteError
 from .files import CHECKPOINT_FILES, LOWRANK_CONFIG, LOWRANK_WEIGHTS, PICKLES, checked_name, require_checkpoint
 from .loading import load_folder, local_folder
 from .remote import checked_repo_id, hub_errors

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import CheckpointError, CheckpointWriteError
+from ..errors import CheckpointError, CheckpointWriteError
 from .files import CHECKPOINT_FILES, NETWORK_CONFIG, NETWORK_WEIGHTS, PICKLES, checked_name, no_weights
 
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="

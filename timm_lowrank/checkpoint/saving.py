@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..core.model import LowRankModel
-from .errors import CheckpointError, CheckpointWriteError
+from ..errors import CheckpointError, CheckpointWriteError
 from .files import FORMAT, LOWRANK_CONFIG, LOWRANK_WEIGHTS, NETWORK_CONFIG, NETWORK_WEIGHTS, sha256_of
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .errors import raise_if_collapsed
+from ..errors import CollapseError
 from .moments import Moments
 from .precision import full_precision
 from .scaling import SCALINGS
@@ -204,7 +204,7 @@ class LowRankBranch(BranchState):
         # b follows the mean late. A single row has no spread; its length must do.
         squares = self._moments.variance() if count > 1 else self._moments.squares
         spread = float(squares.sqrt()) if count else math.nan
-        raise_if_collapsed(self.name, spread, float(self.reference_norm), self.updates)
+        _raise_if_collapsed(self.name, spread, float(self.reference_norm), self.updates)
 
     # ------------------------------------------------------------------------------------------------- inspection
 
@@ -212,3 +212,31 @@ class LowRankBranch(BranchState):
         """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted) and
         "activation_norm" (root mean square of ||a + b||)."""
         return dict(self._losses)
+
+
+# Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
+# a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
+_DEAD, _BLOWN_UP = 1e-3, 1e4
+
+
+def _raise_if_collapsed(layer: str, spread: float, reference: float, updates: int) -> None:
+    """Raise CollapseError if a layer is past saving.
+
+    Args:
+        layer: its name.
+        spread: root mean square norm of its activations about their mean; NaN if none were finite.
+        reference: the same when the branch was switched on.
+        updates: of the branch so far.
+    """
+    advice = (
+        "Lower reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
+        "warmup_updates; the loss as printed (scale='paper') kills most wide layers."
+    )
+    if not spread < float("inf"):
+        raise CollapseError(f"the activations of layer {layer!r} are not finite after {updates} updates. {advice}")
+    if not _DEAD * reference < spread < _BLOWN_UP * reference:
+        what = "collapsed" if spread <= reference else "blew up"
+        raise CollapseError(
+            f"layer {layer!r} {what}: after {updates} updates the root mean square norm of its centred activations is "
+            f"{spread:.3g}, and it was {reference:.3g} when the branch was switched on. {advice}"
+        )

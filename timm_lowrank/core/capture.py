@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import CaptureError
+from ..errors import CaptureError
 from .views import FLATTEN, View
 
 

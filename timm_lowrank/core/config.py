@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import nearest
+from ..errors import nearest
 from .views import VIEWS
 
 SCALES = ("reference", "unit", "batch", "paper")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CaptureError
 from .branch import LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
-from .errors import CaptureError
 from .processes import Processes
 from .refusals import refuse_deepspeed
 from .sharding import pack_where_sharded

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import LowRankError
+from ..errors import LowRankError
 
 _MESSAGE = 16  # numbers in one message; longer lists take several
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import CollapseError, ProjectionWarning
+from ..errors import CollapseError, ProjectionWarning
 
 _DEPENDENT = 1e-13  # of the largest eigenvalue of a Gram matrix: below it a direction is rounding noise
 _WELL_CONDITIONED = 1e-5  # smallest over largest Cholesky pivot that the fast orthonormalisation accepts

@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 from torch import nn
 
-from .errors import LowRankError
+from ..errors import LowRankError
 
 _ADVICE = (
     "it steps and shards in an order of its own, which the branches are not made for; use DistributedDataParallel or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from .errors import LowRankWarning
+from ..errors import LowRankWarning
 
 PATIENCE = 50  # training forwards
 

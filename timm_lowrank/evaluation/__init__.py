@@ -1,10 +1,10 @@
 """Measurements of trained networks. Everything here that speaks of pixels takes them in [0, 1]."""
 
+from ..errors import EvaluationError, EvaluationWarning
 from . import attacks, masking
 from .activations import activation_batches, activations
 from .checks import check_before_attack
 from .cushion import Histograms, histograms, layer_cushion, operator_norm, weight_layers
-from .errors import EvaluationError, EvaluationWarning
 from .hybrid import HybridModel, HybridVerdict, judge_hybrid, parameters_behind
 from .intervals import wilson
 from .maxmargin import (

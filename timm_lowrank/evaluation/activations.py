@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ..core.capture import Tap, evaluating, recording
 from ..core.config import LowRankConfig
-from ..core.errors import CaptureError
 from ..core.model import LowRankModel
 from ..core.views import FLATTEN, View
+from ..errors import CaptureError, EvaluationError
 from ..placement import find_taps
-from .errors import EvaluationError
 from .pixels import PixelModel, bare
 
 

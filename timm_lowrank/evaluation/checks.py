@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.model import LowRankModel
+from ..errors import EvaluationError, EvaluationWarning
 from .attacks.auto import CLASSES_NEEDED, TARGETS
 from .attacks.inputs import check_logits, checked
-from .errors import EvaluationError, EvaluationWarning
 from .pixels import PixelModel, attackable, bare, random_state_kept
 
 LOOKED_AT = 32  # images that are run through the network

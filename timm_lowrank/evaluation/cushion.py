@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.capture import evaluating
-from ..core.errors import nearest
+from ..errors import EvaluationError, nearest
 from .activations import check_batch_size, check_images, network_of
-from .errors import EvaluationError
 from .pixels import bare
 
 NORMS = ("operator", "kernel")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 
 
 def wilson(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:

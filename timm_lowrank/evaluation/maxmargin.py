@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 from .principal import principal
 
 L2 = 0.01  # paper, Appendix C

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.capture import evaluating
+from ..errors import EvaluationError
 from .activations import check_images
 from .attacks import deepfool
-from .errors import EvaluationError
 from .perturbation import mean_where_defined, rho
 from .trajectory import RadiusAttack
 

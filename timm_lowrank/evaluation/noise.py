@@ -8,8 +8,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from ..errors import EvaluationError
 from .activations import check_images
-from .errors import EvaluationError
 
 
 class NoiseArguments(TypedDict):

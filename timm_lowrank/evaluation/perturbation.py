@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import EvaluationError, EvaluationWarning
 from .activations import activation_batches, check_images
-from .errors import EvaluationError, EvaluationWarning
 
 
 class Stability(NamedTuple):

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 from .principal import principal
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.capture import evaluating
+from ..errors import EvaluationError
 from .activations import check_images
-from .errors import EvaluationError
 
 SteppingAttack = Callable[..., Tensor]  # (model, images, labels, *, on_step), as the attacks that take steps
 RadiusAttack = Callable[[Tensor, Tensor, float], Tensor]  # (images, labels, eps) to adversarial images

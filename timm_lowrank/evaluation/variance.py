@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.spectrum import variance_ratio
-from .errors import EvaluationError, EvaluationWarning
+from ..errors import EvaluationError, EvaluationWarning
 
 
 def class_variance_ratio(

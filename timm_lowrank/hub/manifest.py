@@ -12,7 +12,7 @@ import yaml
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.remote import checked_repo_id
-from ..core.errors import nearest
+from ..errors import nearest
 from .figures import HEADLINE
 
 FORMAT = 1

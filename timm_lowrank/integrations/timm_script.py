@@ -19,8 +19,8 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask, Training
 from torch import nn
 
 from ..core.config import LowRankConfig
-from ..core.errors import CaptureError
 from ..core.model import LowRankModel
+from ..errors import CaptureError
 from ..wrapping import wrap
 from .timm_task import LowRankMultiLabelTask, LowRankTask
 

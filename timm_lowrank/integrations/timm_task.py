@@ -24,9 +24,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..core.config import LowRankConfig
-from ..core.errors import LowRankWarning
 from ..core.loop import hooked_optimizer
 from ..core.model import LowRankModel
+from ..errors import LowRankWarning
 from .timm_parts import described, load_branches, saved_branches, wrapped_once
 
 _logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml  # timm needs it too
 
 from ..core.config import PRESETS, LowRankConfig
-from ..core.errors import nearest
+from ..errors import nearest
 from .timm_script import Joint, ScriptError, loaded_script
 
 _PROG = "python -m timm_lowrank.integrations.timm_train"

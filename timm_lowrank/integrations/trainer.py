@@ -28,8 +28,8 @@ except ImportError as error:
     ) from error
 
 from ..core.config import LowRankConfig
-from ..core.errors import LowRankError, LowRankWarning
 from ..core.model import LowRankModel
+from ..errors import LowRankError, LowRankWarning
 from .trainer_callback import LowRankCallback
 from .trainer_checkpoints import CheckpointMixin
 from .trainer_files import read_branches

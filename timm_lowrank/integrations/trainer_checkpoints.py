@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from ..checkpoint import LOWRANK_CONFIG, LOWRANK_WEIGHTS, CheckpointError, save_pretrained
-from ..core.errors import LowRankWarning
 from ..core.model import LowRankModel
+from ..errors import LowRankWarning
 from .trainer_files import has_branches, read_branches, read_network, write_branches
 from .trainer_networks import is_timm
 

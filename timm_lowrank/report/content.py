@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from ..evaluation.errors import EvaluationError
+from ..errors import EvaluationError
 
 FORMAT = 1
 KEYS = {

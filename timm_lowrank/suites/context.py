@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.views import View
+from ..errors import EvaluationError
 from ..evaluation.activations import activations
-from ..evaluation.errors import EvaluationError
 from ..training import ImageData
 from ..training.images import balanced_rows
 from .subject import Subject

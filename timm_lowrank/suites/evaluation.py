@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..errors import EvaluationError, EvaluationWarning
 from ..evaluation.checks import check_before_attack
-from ..evaluation.errors import EvaluationError, EvaluationWarning
 from ..report import write_plots, write_report
 from ..training.disk import disk_errors, read_json, write_whole
 from .context import Context, build_context

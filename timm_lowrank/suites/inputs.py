@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.errors import EvaluationError
+from ..errors import EvaluationError
 from ..training import ImageData, load_images
 from ..training.data import load_data as find_data
 from ..training.drawn import drawn_images

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.errors import EvaluationError
+from ..errors import EvaluationError
 from ..training.disk import disk_errors, write_whole
 
 Unit = tuple[str, str, int]  # key of the measurement, title of the network, number of the chunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from ..evaluation.errors import EvaluationError
+from ..errors import EvaluationError
 from ..evaluation.noise import VARIANCE
 from .measurements.accuracy import PGD, AccuracyByRadius, Clean, IteratedFGSM
 from .measurements.auto import AutoAttack

@@ -13,7 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..evaluation.errors import EvaluationError
+from ..errors import EvaluationError
 from .context import Context
 from .journal import Journal, Unit
 from .measurements.base import Columns, Findings, Measurement

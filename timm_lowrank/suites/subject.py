@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..core.views import View
+from ..errors import EvaluationError
 from ..evaluation import PixelModel
-from ..evaluation.errors import EvaluationError
 from ..layers import create_backbone
 from ..training import Recipe, load_recipe
 from ..training.disk import read_json

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Iterable
 
-from ..core.errors import nearest
+from ..errors import nearest
 from .fields import RecipeFields
 from .images import load_images
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core.spectrum import variance_ratio
+from ..errors import RunError
 from ..evaluation import PixelModel, activations, linear_accuracy, pixel_noise, predictions
 from .data import load_data
 from .disk import read_json
 from .drawn import drawn_images
-from .errors import RunError
 from .recipe import load_recipe
 from .streamed import StreamedData
 

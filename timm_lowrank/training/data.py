@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import StreamError
+from ..errors import StreamError
 from .images import ImageData, load_images
 from .recipe import Recipe
 from .sources import require

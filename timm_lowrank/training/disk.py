@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import RunError
+from ..errors import RunError
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
+from ..errors import RunError
 from .batches import evaluation_batches
 from .data import Data, load_data
 from .disk import read_json
-from .errors import RunError
 from .loop import check_not_at_chance, evaluate, train_epoch
 from .plots import plot_spectrum
 from .recipe import Recipe

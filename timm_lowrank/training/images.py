@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import DataError
+from ..errors import DataError
 from .sources import Columns, Split, read_splits, require
 
 

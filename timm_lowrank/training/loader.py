@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from .augment import Transform
-from .errors import RecipeError
 
 
 class TrainBatches:

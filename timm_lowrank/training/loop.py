@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from .errors import DivergedError
+from ..errors import DivergedError
 from .schedule import learning_rate, penalty_weight
 from .state import Inside, TestBatches, TrainingState
 

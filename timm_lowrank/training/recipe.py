@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..core.errors import nearest
+from ..errors import RecipeError, nearest
 from .checks import problems_of
-from .errors import RecipeError
 from .fields import RecipeFields
 from .typed import typed
 

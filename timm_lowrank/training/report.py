@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..core.model import LowRankModel
 from ..core.spectrum import singular_energies
+from ..errors import DivergedError, RunError
 from .batches import TestBatches
 from .data import Data
 from .disk import read_json
-from .errors import DivergedError, RunError
 from .state import TrainingState
 from .streamed import StreamedData
 

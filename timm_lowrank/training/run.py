@@ -16,8 +16,8 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from ..errors import RunError
 from .disk import disk_errors, read_json, write_whole
-from .errors import RunError
 from .recipe import Recipe, parse_yaml
 
 # What decides how images reach the network, not which: their fingerprint is compared instead.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import DataError, StreamError
+from ..errors import DataError, StreamError
 from .sources import (
     Columns,
     bytes_of,

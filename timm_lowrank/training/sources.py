@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError, TrainingError
+from ..errors import DataError, TrainingError
 
 IMAGE_COLUMNS = ("img", "image")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -20,10 +20,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..core.model import LowRankModel
+from ..errors import DataError, RecipeError, RunError
 from ..wrapping import wrap
 from .batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
 from .data import Data
-from .errors import DataError, RecipeError, RunError
 from .recipe import Recipe
 from .streamed import FINGERPRINT
 

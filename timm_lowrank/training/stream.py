@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..errors import DataError
 from .augment import Transform
-from .errors import DataError
 from .loader import check_batch, mix
 from .order import EpochOrder, Lane
 from .shards import Encoded, ShardSplit

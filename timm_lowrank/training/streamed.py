@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DataError, StreamError
 from .decode import INTERPOLATION, Decoder, open_image
-from .errors import DataError, StreamError
 from .images import per_channel
 from .shards import ShardSplit, find_split
 from .sources import Columns

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from ..pixels import attackable
 from .balls import NORMS
 from .climb import cross_entropy

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from ..pixels import attackable
 from .balls import NORMS, ball
 from .climb import LOSSES, Climb, OnStep, attack, objective_of, towards_least_likely

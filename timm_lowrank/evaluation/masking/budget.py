@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ...errors import EvaluationError
 from ..attacks.inputs import check_choice, check_count
-from ..errors import EvaluationError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...errors import EvaluationError
 from ..attacks.gradient import fgsm, pgd
 from ..attacks.inputs import check_count, check_logits, check_number, checked
-from ..errors import EvaluationError
 from ..pixels import attackable, random_state_kept
 from .blackbox import best_signs, square
 from .budget import Budget, budget_of

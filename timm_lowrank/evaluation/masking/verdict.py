@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import EvaluationError
+from ...errors import EvaluationError
 from . import comparisons, symptoms
 from .budget import Budget
 from .chance import CHANCE

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ...errors import EvaluationError
 from ...evaluation import masking
-from ...evaluation.errors import EvaluationError
 from ..context import Context
 from .base import Columns, Findings, Measurement, chunk_of, column
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...core.spectrum import singular_energies
-from ...evaluation.errors import EvaluationError
+from ...errors import EvaluationError
 from ...evaluation.plane import fit_plane
 from ...evaluation.variance import class_variance_ratio
 from ..context import Context

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from ...errors import EvaluationError
 from ...evaluation import attacks
-from ...evaluation.errors import EvaluationError
 from ...evaluation.hybrid import HybridModel, judge_hybrid, parameters_behind
 from ...evaluation.maxmargin import MaxMarginClassifier, label_transfer, max_margin_classifiers
 from ...evaluation.minimum import classified_right

@@ -1,0 +1,117 @@
+"""Files: whole or not at all, named by what is in them, and one clear error where the disk does not play along."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .errors import CheckpointDamagedError, CheckpointError, RunError
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file that is there whole or not at all, even after a loss of power; text as UTF-8."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(
+    what: str,
+    advice: str = "Choose another folder with --output.",
+    error: type[Exception] = RunError,
+) -> Iterator[None]:
+    """Turns what a full or unwritable disk raises inside into `error`. torch and safetensors have types of their own.
+
+    Args:
+        what: what was being done, for the message.
+        advice: what to do about it.
+        error: the type to raise; one that is raised inside passes as it is.
+    """
+    try:
+        yield
+    except error:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        if isinstance(problem, OSError) and problem.strerror:
+            reason = problem.strerror
+        else:
+            reason = next(iter(str(problem).splitlines()), type(problem).__name__)
+        raise error(f"{what}: {reason}. {advice}") from problem
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path, error: type[Exception] = CheckpointError) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointDamagedError: it is not valid JSON.
+        CheckpointError: it cannot be read, or holds something else. Another type that is given is raised for all.
+    """
+    damaged = CheckpointDamagedError if error is CheckpointError else error
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise damaged(f"{path} is not valid JSON ({problem}): it was damaged; fetch it again") from problem
+    except OSError as problem:
+        raise error(f"cannot read {path}: {problem.strerror}") from problem
+    if not isinstance(content, dict):
+        raise error(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML in which 5e-4 is a number (YAML 1.1, and with it PyYAML, takes it for a string).
+
+    Raises:
+        yaml.YAMLError: it is not valid YAML.
+    """
+    import yaml  # not at the top: reading weights does not need it
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return yaml.load(text, Loader=Loader)
+
+
+# ----------------------------------------------------------------------------------------------------------- hashes
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, shapes, dtypes and bytes of a state dict, 64 hexadecimal digits.
+
+    The same network has the same one, whatever file, format or order its tensors were stored in.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
