@@ -109,6 +109,7 @@ ORDER = (
     "wrapping",
     "evaluation",
     "checkpoint",
+    "data",
     "drawing",
     "integrations",
     "training",

@@ -126,8 +126,8 @@ def test_figures_are_those_of_the_networks(trained, evaluated):
     import timm
 
     import timm_lowrank as tlr
+    from timm_lowrank.data.images import balanced_rows
     from timm_lowrank.training import load_images
-    from timm_lowrank.training.images import balanced_rows
 
     _, content = evaluated
     data = load_images(**RECIPE["data_args"])

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from timm_lowrank.data.augment import Transform, crop, flip
+from timm_lowrank.data.loader import EvalBatches, TrainBatches
+from timm_lowrank.data.sources import Columns, _from_hub
 from timm_lowrank.training import DataError, RecipeError, load_images
-from timm_lowrank.training.augment import Transform, crop, flip
-from timm_lowrank.training.loader import EvalBatches, TrainBatches
-from timm_lowrank.training.sources import Columns, _from_hub
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -21,21 +21,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from timm_lowrank.data import shards as shards_module
+from timm_lowrank.data.augment import Transform
+from timm_lowrank.data.decode import Decoder
+from timm_lowrank.data.drawn import drawn_images
+from timm_lowrank.data.loader import TrainBatches
+from timm_lowrank.data.order import EpochOrder
+from timm_lowrank.data.shards import _hub_files, find_split
+from timm_lowrank.data.sources import Columns
+from timm_lowrank.data.stream import StreamEvalBatches, StreamTrainBatches
+from timm_lowrank.data.streamed import find_data
 from timm_lowrank.errors import EvaluationError, StreamError
 from timm_lowrank.suites.inputs import Options, load_data
 from timm_lowrank.training import DataError, Recipe, RecipeError, RunError, data, load_images, load_recipe, train
-from timm_lowrank.training import shards as shards_module
-from timm_lowrank.training.augment import Transform
 from timm_lowrank.training.compare import measure_run
-from timm_lowrank.training.decode import Decoder
-from timm_lowrank.training.drawn import drawn_images
-from timm_lowrank.training.loader import TrainBatches
-from timm_lowrank.training.order import EpochOrder
 from timm_lowrank.training.run import RunFolder
-from timm_lowrank.training.shards import _hub_files, find_split
-from timm_lowrank.training.sources import Columns
-from timm_lowrank.training.stream import StreamEvalBatches, StreamTrainBatches
-from timm_lowrank.training.streamed import find_data
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

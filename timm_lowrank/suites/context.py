@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..core.views import View
+from ..data.images import balanced_rows
 from ..errors import EvaluationError
 from ..evaluation.activations import activations
 from ..training import ImageData
-from ..training.images import balanced_rows
 from .subject import Subject
 
 T = TypeVar("T")

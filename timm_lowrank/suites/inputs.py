@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.drawn import drawn_images
+from ..data.streamed import StreamedData
 from ..errors import EvaluationError
 from ..training import ImageData, load_images
 from ..training.data import load_data as find_data
-from ..training.drawn import drawn_images
-from ..training.streamed import StreamedData
 from .subject import Subject, load_subject
 
 NO_TWIN = "none"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from .augment import Transform
+from ..data.augment import Transform
+from ..data.images import ImageData
+from ..data.loader import EvalBatches, TrainBatches
+from ..data.stream import StreamEvalBatches, StreamTrainBatches
 from .data import Data
-from .images import ImageData
-from .loader import EvalBatches, TrainBatches
 from .recipe import Recipe
-from .stream import StreamEvalBatches, StreamTrainBatches
 
 TrainingBatches = TrainBatches | StreamTrainBatches
 TestBatches = EvalBatches | StreamEvalBatches

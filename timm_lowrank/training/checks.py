@@ -7,9 +7,9 @@ import inspect
 import math
 from collections.abc import Iterable
 
+from ..data.images import load_images
 from ..errors import nearest
 from .fields import RecipeFields
-from .images import load_images
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),

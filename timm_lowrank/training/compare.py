@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..core.spectrum import variance_ratio
+from ..data.drawn import drawn_images
+from ..data.streamed import StreamedData
 from ..errors import RunError
 from ..evaluation import PixelModel, activations, linear_accuracy, pixel_noise, predictions
 from .data import load_data
 from .disk import read_json
-from .drawn import drawn_images
 from .recipe import load_recipe
-from .streamed import StreamedData
 
 Figures = dict[str, float]  # name of the figure: a share in [0, 1]
 

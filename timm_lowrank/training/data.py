@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from ..data.images import ImageData, load_images
+from ..data.sources import require
+from ..data.streamed import StreamedData, find_data
 from ..errors import StreamError
-from .images import ImageData, load_images
 from .recipe import Recipe
-from .sources import require
-from .streamed import StreamedData, find_data
 
 Data = ImageData | StreamedData
 SHARE_OF_MEMORY = 0.5

@@ -9,6 +9,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
+from ..data.sources import require
+from ..data.streamed import StreamedData
 from ..errors import RunError
 from .batches import evaluation_batches
 from .data import Data, load_data
@@ -18,9 +20,7 @@ from .plots import plot_spectrum
 from .recipe import Recipe
 from .report import layer_energies, read_plain_run, spectrum_content, summarize, table
 from .run import RunFolder
-from .sources import require
 from .state import Progress, TrainingState, build, seeded
-from .streamed import StreamedData
 
 BRANCH_PARTS = ("reconstruction", "norm", "activation_norm", "gradient_share")
 Finished = tuple[dict[str, Any], dict[str, Any]]  # the contents of summary.json and spectrum.json

@@ -7,8 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ..data.sources import require
 from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, percent, write_png
-from .sources import require
 
 
 def plot_spectrum(

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..core.model import LowRankModel
 from ..core.spectrum import singular_energies
+from ..data.streamed import StreamedData
 from ..errors import DivergedError, RunError
 from .batches import TestBatches
 from .data import Data
 from .disk import read_json
 from .state import TrainingState
-from .streamed import StreamedData
 
 DIRECTIONS = (1, 5, 10, 20, 50, 100, 500)
 PACKAGES = ("timm_lowrank", "torch", "timm", "accelerate")

@@ -20,12 +20,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..core.model import LowRankModel
+from ..data.streamed import FINGERPRINT
 from ..errors import DataError, RecipeError, RunError
 from ..wrapping import wrap
 from .batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
 from .data import Data
 from .recipe import Recipe
-from .streamed import FINGERPRINT
 
 
 @dataclasses.dataclass

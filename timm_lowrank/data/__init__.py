@@ -1,0 +1,1 @@
+"""Images and their batches: held in memory, or streamed from parquet shards."""
