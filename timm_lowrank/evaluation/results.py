@@ -1,0 +1,806 @@
+"""What an evaluation found, as types: the one meaning, reader and writer of evaluation.json.
+
+`recipes/evaluate.py` makes an `Evaluation`, and the report, cards, tables and comparisons are made of it:
+
+    evaluation = read_evaluation(run / "evaluation.json")   # every problem of the file in one EvaluationError
+    clean, pgd, autoattack = headline(evaluation)           # the Figures that a reader wants first, or None
+    own, plain = (pgd.values.get(title) for title in evaluation.titles)
+    gap = difference(own, plain)                            # with Newcombe's interval; gap.distinguishable
+    for figure in evaluation.by_kind(Kind.COMPRESSION, layer="layer3", directions=5): ...
+    evaluation.figure("autoattack-linf-8-255")              # by its key, or None
+    figure.protocol.entries()                               # how it was measured, as names and plain values to print
+    write_evaluation(evaluation, run / "evaluation.json")
+
+A `Figure` is one quantity of all networks: `values` maps titles to `Value`s. What it is stands in `kind`, `layer`,
+`directions` and `protocol` (with `protocol.attack` and `protocol.noise`); `key` and `label` are names for people, in
+which nobody searches for words. `Curve` holds a plot, `Strip` pictures, `Verdict` the diagnosis of gradient masking.
+
+Everything is frozen and checked when it is made: an `Evaluation` that exists does not contradict itself. Numbers that
+could not be computed are NaN here and null in JSON; `Value.known` tells them apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import enum
+import functools
+import json
+import math
+import re
+import statistics
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..errors import EvaluationError
+from ..files import read_json, write_whole
+from .intervals import newcombe, wilson
+
+FORMAT = 2
+NORMS = {"linf": "L_inf", "l2": "L2", "l1": "L1"}
+
+Detail = str | int | float | bool
+Unit = Literal["share", "number", "count"]
+Better = Literal["higher", "lower"]
+
+
+class Kind(enum.StrEnum):
+    """What a figure is. Accuracies are shares of the test images, and of these alone there is a headline."""
+
+    CLEAN = "clean"  # accuracy on the images as they are
+    ATTACK = "attack"  # accuracy under an attack on the network itself
+    TRANSFER = "transfer"  # accuracy on adversarial images crafted on another network (black box)
+    BROKEN_BY = "broken by"  # share of the images that one part of AutoAttack broke
+    TARGET_HIT = "target hit"  # share of the images that a targeted attack brought to its target
+    PERTURBATION = "perturbation"  # how large the perturbations of an attack are: length or rho
+    MINIMUM_RADIUS = "minimum radius"  # smallest radius at which an attack fools nearly all
+    NOISE = "noise"  # accuracy under random noise
+    VARIANCE = "variance"  # share of a layer's variance in its `directions` leading directions
+    CLASS_VARIANCE = "class variance"  # of one class in its first direction, median over the classes
+    EFFECTIVE_RANK = "effective rank"  # directions that hold 99 % of a layer's variance
+    COMPRESSION = "compression"  # max-margin accuracy on `directions` leading directions of a layer; None: all features
+    HYBRID = "hybrid"  # accuracy of a network that ends in a max-margin classifier behind a layer
+    OTHER_LABELS = "other labels"  # max-margin accuracy for labels that the network was not trained on
+    STABILITY = "stability"  # shift of a layer's representation over that of the attacked image
+    CUSHION = "cushion"  # layer cushion
+    OTHER = "other"
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A figure of one network.
+
+    Attributes:
+        value: NaN if it could not be computed (infinite counts as that).
+        low, high: ends of its confidence interval, if it has one.
+        hits: of a share, how many images were counted.
+        of: how many images there were.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    hits: int | None = None
+    of: int | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            object.__setattr__(self, "value", math.nan)
+        for end in ("low", "high"):
+            number = getattr(self, end)
+            if number is not None and not math.isfinite(number):
+                object.__setattr__(self, end, None)
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.value)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """(low, high) of a known value that has both."""
+        return (self.low, self.high) if self.known and self.low is not None and self.high is not None else None
+
+    @classmethod
+    def share(cls, hits: int, of: int, confidence: float = 0.95) -> Value:
+        """`hits` of `of` images with Wilson's interval; NaN of no images."""
+        if of == 0:
+            return cls(math.nan, hits=0, of=0)
+        return cls(hits / of, *wilson(hits, of, confidence), hits=hits, of=of)
+
+    @classmethod
+    def median(cls, values: Iterable[float], confidence: float = 0.95) -> Value:
+        """A median of those that are not NaN, with the interval of order statistics, which assumes no distribution."""
+        ordered = sorted(value for value in values if not math.isnan(value))
+        if not ordered:
+            return cls(math.nan, of=0)
+        count = len(ordered)
+        # The number of values below the true median is binomial(n, 1/2): its quantiles, by the normal approximation.
+        reach = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(count) / 2
+        low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
+        return cls(statistics.median(ordered), low=ordered[low], high=ordered[high], of=count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much higher a figure is for one network than for another."""
+
+    value: float
+    low: float | None = None  # Newcombe's interval of the difference; None where the figures have no intervals
+    high: float | None = None
+
+    @property
+    def distinguishable(self) -> bool | None:
+        """Whether the interval leaves out zero; None without an interval."""
+        if self.low is None or self.high is None:
+            return None
+        return not self.low <= 0 <= self.high
+
+
+def difference(one: Value | None, other: Value | None) -> Difference | None:
+    """one - other, with Newcombe's interval for a difference of two independent figures; None unless both are known."""
+    if one is None or other is None or not (one.known and other.known):
+        return None
+    gap = one.value - other.value
+    if one.interval is None or other.interval is None:
+        return Difference(gap)
+    return Difference(gap, *newcombe((one.value, *one.interval), (other.value, *other.interval)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackProtocol:
+    """How adversarial images were made."""
+
+    name: str  # "PGD", "Iter-FGSM", "Iter-LL-FGSM", "DeepFool", "AutoAttack"
+    norm: str = "linf"  # a key of NORMS
+    eps: float | None = None  # radius, in units of the pixel range; None: the attack looks for the smallest
+    steps: int | None = None
+    step_size: float | None = None
+    random_start: bool | None = None
+    restarts: int | None = None
+    setting: str | None = None  # where steps and starts are from: "Madry", "paper"
+    version: str | None = None  # of AutoAttack: "standard", "plus", "rand"
+    targeted: bool = False
+    stops_at_success: bool | None = None
+    notes: tuple[str, ...] = ()  # "cross-entropy", "last iterate"
+    crafted_on: Mapping[str, str] | None = None  # title of a network -> of the one that its images were crafted on
+
+    @property
+    def text(self) -> str:
+        """PGD, L_inf, cross-entropy, last iterate."""
+        name = f"{self.name} {self.version}" if self.version else self.name
+        return ", ".join([name, NORMS.get(self.norm, self.norm), *self.notes])
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseProtocol:
+    """Gaussian noise on pixels."""
+
+    probability: float  # that a pixel is hit
+    reading: str  # of N(0, 128/255), a name in `timm_lowrank.evaluation.NOISE_READINGS`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How something was measured."""
+
+    images: int | None = None
+    seed: int | None = None
+    attack: AttackProtocol | None = None
+    noise: NoiseProtocol | None = None
+    details: Mapping[str, Detail] = dataclasses.field(default_factory=dict)  # whatever else a reader should know
+
+    def entries(self) -> dict[str, Detail]:
+        """All of it flat, in the order in which it is told: {"attack": "PGD, L_inf", "eps": "8/255", "steps": 20, ...}.
+
+        What is not known is left out. For showing alone: programs read the fields.
+        """
+        shown: dict[str, Detail | None] = {}
+        if self.attack:
+            attack, on = self.attack, self.attack.crafted_on
+            shown = {
+                "attack": attack.text, "setting": attack.setting, "eps": _radius(attack.eps), "steps": attack.steps,
+                "step_size": _radius(attack.step_size), "random_start": attack.random_start,
+                "restarts": attack.restarts, "targeted": attack.targeted or None,
+                "stops_at_success": attack.stops_at_success,
+                "crafted_on": "; ".join(f"{source} for {title}" for title, source in on.items()) if on else None,
+            }  # fmt: skip
+        if self.noise:
+            shown["noise"] = f"Gaussian, {self.noise.reading}, clipped to [0, 1]"
+            shown["probability"] = self.noise.probability
+        shown |= {**self.details, "images": self.images, "seed": self.seed}
+        return {name: value for name, value in shown.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One quantity, of every network that it was measured on."""
+
+    key: str  # no other figure of the evaluation has the same
+    kind: Kind
+    group: str  # heading under which it is shown
+    label: str
+    values: Mapping[str, Value]  # title of the network -> its value; empty: measured nowhere
+    protocol: Protocol
+    unit: Unit = "share"
+    better: Better | None = "higher"
+    layer: str | None = None
+    directions: int | None = None
+
+
+# ------------------------------------------------------------------------------------------------- curves and pictures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Series:
+    """A line, a cloud or a histogram of one network."""
+
+    network: str
+    name: str = ""  # what tells it from others of the same network
+    x: tuple[float, ...]  # of a histogram the edges, one more than bins
+    y: tuple[float, ...]  # of a histogram the counts
+    labels: tuple[int, ...] = ()  # of a scatter plot, the class of each point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One plot."""
+
+    key: str
+    group: str
+    title: str
+    kind: Literal["line", "scatter", "histogram"]
+    x_label: str
+    y_label: str
+    lines: tuple[Series, ...]
+    x_log: bool = False
+    y_share: bool = False  # y is a share of images, shown in per cent
+    protocol: Protocol = Protocol()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StripRow:
+    """Small images of one network side by side."""
+
+    network: str
+    name: str  # "original", "adversarial", "difference x10"
+    pixels: bytes  # uint8 of the shape of the strip; base64 in JSON
+    captions: tuple[str, ...]  # one an image, may be empty strings
+    notes: tuple[str, ...] = ()  # one an image, or none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strip:
+    """Adversarial images beside the originals."""
+
+    key: str
+    title: str
+    shape: tuple[int, int, int, int]  # (images, channels, height, width), of every row
+    rows: tuple[StripRow, ...]
+    protocol: Protocol = Protocol()
+
+
+# ------------------------------------------------------------------------------------------- gradient masking, settings
+
+SOUND, SUSPECT, MASKED = "no sign of gradient masking", "suspect", "gradient masking"
+VERDICTS = (SOUND, SUSPECT, MASKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One check for gradient masking.
+
+    Attributes:
+        passed: False if the value lies beyond the limit by more than chance. None if the check could not be made; then
+            there is no value. None also, with a value, if it lies beyond the limit but the images are too few to tell.
+        limit: the largest value that passes.
+        says: a sentence with the numbers.
+        decisive: whether failing it shows that the gradient misleads attacks, rather than that it may.
+    """
+
+    name: str
+    passed: bool | None
+    value: float | None
+    limit: float | None
+    says: str
+    decisive: bool = True
+
+    @property
+    def undecided(self) -> bool:
+        return self.passed is None and self.value is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a network only looks robust, with the evidence.
+
+    Attributes:
+        verdict: one of VERDICTS.
+        summary: the strongest reason, what failed, and how small a difference the images can show.
+        checks: every check, with its numbers.
+    """
+
+    verdict: str
+    summary: str
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(check.name for check in self.checks if check.passed is False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkInfo:
+    """A network that was evaluated."""
+
+    title: str
+    path: str | None = None
+    model: str | None = None  # architecture
+    parameters: int | None = None
+    branches: Mapping[str, int] = dataclasses.field(default_factory=dict)  # layer -> target rank; empty for a plain one
+    weights: str | None = None  # `timm_lowrank.files.weights_sha256` of its state dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """The images that it was evaluated on."""
+
+    source: str
+    split: str
+    images: int
+    image_size: tuple[int, ...]  # (channels, height, width)
+    class_names: tuple[str, ...]
+    train_images: int | None = None  # that PCA and linear classifiers were fitted on
+    fingerprint: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What must be the same for two evaluations to be one and the same: for one that was interrupted to be continued,
+    and for one that is complete to be left as it is."""
+
+    seed: int
+    chunk: int
+    images: int
+    train_images: int
+    data: str  # fingerprint
+    networks: Mapping[str, str]  # title -> hash of the weights
+    layers: tuple[str, ...]
+    torch: str
+    measurements: tuple[str, ...]  # each with all its settings
+    format: int = FORMAT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All of evaluation.json. `networks[0]` is the one that the evaluation is about.
+
+    Raises:
+        EvaluationError: parts contradict each other; all of it in one message.
+    """
+
+    suite: str
+    seed: int
+    chunk: int
+    confidence: float
+    device: str
+    created: str  # ISO 8601
+    seconds: float
+    versions: Mapping[str, str]
+    data: DataInfo
+    networks: tuple[NetworkInfo, ...]
+    figures: tuple[Figure, ...]
+    curves: tuple[Curve, ...]
+    strips: tuple[Strip, ...]
+    verdicts: Mapping[str, Verdict]  # title -> verdict
+    warnings: tuple[str, ...]
+    processes: int = 1
+    command: str | None = None  # that gives the same again
+    settings: Settings | None = None  # None: the file is of an older format
+
+    def __post_init__(self) -> None:
+        _refuse(_contradictions(self.networks, self.figures, self.curves, self.strips, self.verdicts))
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Of the networks, in order."""
+        return tuple(network.title for network in self.networks)
+
+    def figure(self, key: str) -> Figure | None:
+        """The figure with this key; None if there is none."""
+        return next((figure for figure in self.figures if figure.key == key), None)
+
+    def by_kind(self, *kinds: Kind, layer: str | None = None, directions: int | None = None) -> tuple[Figure, ...]:
+        """The figures of these kinds, in order; of one layer or number of directions if they are given."""
+        return tuple(
+            figure
+            for figure in self.figures
+            if figure.kind in kinds and layer in (None, figure.layer) and directions in (None, figure.directions)
+        )
+
+    def groups(self) -> dict[str, list[Figure]]:
+        """Figures by group, groups and figures in the order of the file; those measured nowhere are left out."""
+        groups: dict[str, list[Figure]] = {}
+        for figure in self.figures:
+            if figure.values:
+                groups.setdefault(figure.group, []).append(figure)
+        return groups
+
+    def all_warnings(self) -> tuple[str, ...]:
+        """`warnings`, and one for every value that could not be computed."""
+        unknown = (
+            f"{title}, {figure.label}: not a number (of {value.of} images)"
+            if value.of is not None
+            else f"{title}, {figure.label}: not a number"
+            for figure in self.figures
+            for title, value in figure.values.items()
+            if not value.known
+        )
+        return tuple(dict.fromkeys([*self.warnings, *unknown]))
+
+
+class Headline(NamedTuple):
+    """The figures that a reader wants first; None for what was not measured."""
+
+    clean: Figure | None
+    pgd: Figure | None
+    autoattack: Figure | None
+
+
+def headline(evaluation: Evaluation) -> Headline:
+    """Clean accuracy, PGD and AutoAttack.
+
+    PGD is the untargeted white-box one in L_inf with most steps among those measured on most networks, 20 if there are
+    20, at the largest radius up to 8/255. AutoAttack is the L_inf one at that radius, otherwise the nearest to it.
+    """
+    clean = next((figure for figure in evaluation.by_kind(Kind.CLEAN) if figure.values), None)
+    in_linf = [
+        (figure, figure.protocol.attack, figure.protocol.attack.eps)
+        for figure in evaluation.by_kind(Kind.ATTACK)
+        if figure.values
+        and figure.protocol.attack
+        and figure.protocol.attack.eps is not None
+        and figure.protocol.attack.norm == "linf"
+        and not figure.protocol.attack.targeted
+    ]
+    limit = 8 / 255
+
+    def order(candidate: tuple[Figure, AttackProtocol, float]) -> tuple[float, ...]:
+        figure, attack, eps = candidate
+        measured = sum(value.known for value in figure.values.values())
+        small = eps <= limit + 1e-6
+        return (-measured, not small, -eps if small else eps, attack.steps != 20, -(attack.steps or 0))
+
+    pgd = min((candidate for candidate in in_linf if candidate[1].name == "PGD"), key=order, default=None)
+    reference = pgd[2] if pgd else limit
+    auto = [candidate for candidate in in_linf if candidate[1].name == "AutoAttack"]
+    nearest = min(auto, key=lambda candidate: abs(candidate[2] - reference), default=None)
+    return Headline(clean, pgd and pgd[0], nearest and nearest[0])
+
+
+def radius_text(eps: float) -> str:
+    """A radius as the literature writes it: 8/255, but 0.5 where that is short or it is no half grey level."""
+    short, halves = f"{eps:g}", eps * 510
+    if len(short) <= 4 or halves < 0.5 or abs(halves - round(halves)) > 1e-6:
+        return short
+    return f"{round(halves) / 2:g}/255"
+
+
+def _radius(eps: float | None) -> str | None:
+    return None if eps is None else radius_text(eps)
+
+
+# ----------------------------------------------------------------------------------------------------- files and checks
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Reads evaluation.json of this format or of format 1.
+
+    Raises:
+        EvaluationError: it cannot be read, is of another format, or is not complete: every problem in one message.
+    """
+    return evaluation_from_json(read_json(path, EvaluationError))
+
+
+def write_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Writes evaluation.json, whole or not at all; the same evaluation gives the same bytes."""
+    write_whole(path, evaluation_to_json(evaluation))
+
+
+def evaluation_to_json(evaluation: Evaluation) -> str:
+    """The text of evaluation.json: `format` and the fields, without those that have their default; NaN is null."""
+    content = {"format": FORMAT, **_encoded(evaluation)}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def evaluation_from_json(content: Mapping[str, Any]) -> Evaluation:
+    """An evaluation from the parsed content of evaluation.json.
+
+    Raises:
+        EvaluationError: as `read_evaluation`.
+    """
+    version = content.get("format")
+    if version == 1:
+        content = _from_format_1(content)
+    elif version != FORMAT:
+        raise EvaluationError(
+            f"this version reads evaluation.json of formats 1 and {FORMAT}, not {version!r}: evaluate again with "
+            "recipes/evaluate.py, or make the report with the version that wrote the file"
+        )
+    problems: list[str] = []
+    fields = _fields(Evaluation, content, "", problems)
+    parts = [fields.get(name) for name in ("networks", "figures", "curves", "strips", "verdicts")]
+    if problems and None not in parts:
+        problems += _contradictions(*parts)  # type: ignore[arg-type]
+    _refuse(problems)
+    return Evaluation(**fields)
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    problems = list(problems)
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise EvaluationError(
+            f"evaluation.json is not complete: {'; '.join(problems[:8])}{more}. Evaluate again with recipes/evaluate.py"
+        )
+
+
+def _contradictions(
+    networks: Sequence[NetworkInfo],
+    figures: Sequence[Figure],
+    curves: Sequence[Curve],
+    strips: Sequence[Strip],
+    verdicts: Mapping[str, Verdict],
+) -> Iterator[str]:
+    titles = [network.title for network in networks]
+    if not titles or len(set(titles)) < len(titles) or not all(titles):
+        yield f"networks need titles, each another one, not {titles}"
+    keys = [figure.key for figure in figures]
+    yield from (f"there are two figures {key!r}" for key in dict.fromkeys(keys) if keys.count(key) > 1)
+
+    def unknown(names: Iterable[str], where: str) -> Iterator[str]:
+        for name in names:
+            if name not in titles:
+                yield f"{where} speaks of the network {name!r}, which is not among {', '.join(map(repr, titles))}"
+
+    for figure in figures:
+        yield from unknown(figure.values, f"figure {figure.key!r}")
+    for curve in curves:
+        where, more = f"curve {curve.key!r}", 1 if curve.kind == "histogram" else 0
+        for line in curve.lines:
+            labels = len(line.labels) != len(line.x) if curve.kind == "scatter" else bool(line.labels)
+            if len(line.x) != len(line.y) + more or labels:
+                columns = {"line": "x, y", "scatter": "x, y, labels", "histogram": "x (edges), y (counts)"}[curve.kind]
+                yield f"{where} needs {columns} of fitting lengths"
+        yield from unknown((line.network for line in curve.lines), where)
+    for strip in strips:
+        where = f"strip {strip.key!r}"
+        for row in strip.rows:
+            yield from unknown([row.network], where)
+            if len(row.pixels) != math.prod(strip.shape):
+                yield f"the row {row.name!r} of {where} does not hold images of the shape {list(strip.shape)}"
+            elif len(row.captions) != strip.shape[0]:
+                yield f"the row {row.name!r} of {where} needs a caption for each of its {strip.shape[0]} images"
+    yield from unknown(verdicts, "verdicts")
+    for title, verdict in verdicts.items():
+        if verdict.verdict not in VERDICTS:
+            yield f"verdicts[{title!r}] is {verdict.verdict!r}, not one of {', '.join(VERDICTS)}"
+
+
+# ------------------------------------------------------------------------------------------------ dataclasses and JSON
+
+UNIONS = (types.UnionType, typing.Union)  # str | None, and what typing makes of Literal["a"] | None
+_BAD: Any = object()  # stands for what could not be decoded
+
+
+def _encoded(value: Any) -> Any:
+    """Dataclasses as objects without what has its default value, NaN as null, bytes as base64."""
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _encoded(entry)
+            for field in dataclasses.fields(value)
+            if (entry := getattr(value, field.name)) != _default(field)
+        }
+    if isinstance(value, Mapping):
+        return {key: _encoded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(entry) for entry in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _fields(kind: Any, content: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+    """The arguments of a dataclass, without what is missing or wrong; `problems` gets what that is."""
+    absent = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in content and _default(field) is dataclasses.MISSING
+    ]
+    if absent:
+        problems.append(f"{where or 'evaluation.json'} lacks {', '.join(absent)}")
+    hints = _hints(kind)
+    decoded = {
+        field.name: _decoded(hints[field.name], content[field.name], f"{where}.{field.name}".lstrip("."), problems)
+        for field in dataclasses.fields(kind)
+        if field.name in content
+    }
+    return {name: value for name, value in decoded.items() if value is not _BAD}
+
+
+def _decoded(kind: Any, content: Any, where: str, problems: list[str]) -> Any:
+    """A value of the type `kind` from JSON, or _BAD with an entry in `problems`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        before = len(problems)
+        if not isinstance(content, Mapping):
+            problems.append(f"{where} is no object")
+            return _BAD
+        fields = _fields(kind, content, where, problems)
+        return kind(**fields) if len(problems) == before else _BAD  # type: ignore[operator]
+    if origin is tuple and isinstance(content, list | tuple):
+        if arguments[-1] is not Ellipsis and len(content) != len(arguments):
+            problems.append(f"{where} has {len(content)} entries, not {len(arguments)}")
+            return _BAD
+        entries = [_decoded(arguments[0], entry, f"{where}[{row}]", problems) for row, entry in enumerate(content)]
+        return tuple(entry for entry in entries if entry is not _BAD)
+    if origin is Mapping and isinstance(content, Mapping):
+        items = {key: _decoded(arguments[1], entry, f"{where}[{key!r}]", problems) for key, entry in content.items()}
+        return {key: entry for key, entry in items.items() if entry is not _BAD}
+    if origin in UNIONS:
+        if content is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        if len(options) == 1:
+            return _decoded(options[0], content, where, problems)
+        if isinstance(content, tuple(options)):
+            return content
+    elif origin is Literal and content in arguments:
+        return content
+    elif isinstance(kind, type) and issubclass(kind, enum.Enum) and content in list(kind):
+        return kind(content)
+    elif kind is float and content is None:
+        return math.nan
+    elif kind is float and isinstance(content, int | float) and not isinstance(content, bool):
+        return float(content)
+    elif kind is bytes and isinstance(content, str):
+        try:
+            return base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError):
+            return b""  # of no shape
+    elif kind in (str, bool, int) and type(content) is kind:
+        return content
+    problems.append(f"{where} is {_short(content)}, not {_expected(kind)}")
+    return _BAD
+
+
+def _expected(kind: Any) -> str:
+    """A type in words, for an error."""
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(kind)}"
+    if typing.get_origin(kind) in UNIONS:
+        return "text or a number"
+    names = {str: "text", float: "a number", int: "a whole number", bool: "true or false", bytes: "base64"}
+    return names.get(kind) or {tuple: "a list", Mapping: "an object"}.get(typing.get_origin(kind), str(kind))
+
+
+def _short(content: Any) -> str:
+    text = repr(content)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ----------------------------------------------------------------------------------------------------- the older format
+
+_KEYS_OF_FORMAT_1 = (
+    (r"clean", Kind.CLEAN),
+    (r"noise-.*", Kind.NOISE),
+    (r"variance-(?P<layer>.+)-(?P<directions>\d+)", Kind.VARIANCE),
+    (r"class-variance-(?P<layer>.+)", Kind.CLASS_VARIANCE),
+    (r"effective-rank-(?P<layer>.+)", Kind.EFFECTIVE_RANK),
+    (r"compression-(?P<layer>.+)-((?P<directions>\d+)|all)", Kind.COMPRESSION),
+    (r"hybrid-(?P<layer>.+)-(clean|fooled|attacked)", Kind.HYBRID),
+    (r"other-labels-(?P<layer>.+)", Kind.OTHER_LABELS),
+    (r"stability-(?P<layer>.+)", Kind.STABILITY),
+    (r"cushion-(?P<layer>.+)", Kind.CUSHION),
+    (r"(deepfool|minimum|(transfer-)?iter)-.*(rho|length)", Kind.PERTURBATION),
+    (r"minimum-.*", Kind.MINIMUM_RADIUS),
+    (r"(transfer-)?iter-ll-fgsm-.*-hit", Kind.TARGET_HIT),
+    (r"autoattack-.*-(apgd-.*|fab.*|square)", Kind.BROKEN_BY),
+    (r"transfer-.*|deepfool-transfer-accuracy", Kind.TRANSFER),
+    (r"(pgd|iter|autoattack|deepfool)-.*", Kind.ATTACK),
+)  # fmt: skip
+
+
+def _from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures had no kind, layer or directions, which their keys tell; protocols were flat, with radii as text."""
+    titles = [network.get("title") for network in _objects(content.get("networks"))]
+    converted = {name: value for name, value in content.items() if name != "settings"}
+    for name in ("figures", "curves", "strips"):
+        if isinstance(content.get(name), list):
+            converted[name] = [_part_of_format_1(part, titles) for part in content[name]]
+    for figure in _objects(converted.get("figures")):
+        for pattern, kind in _KEYS_OF_FORMAT_1:
+            if match := re.fullmatch(pattern, str(figure.get("key"))):
+                known = {name: text for name, text in match.groupdict().items() if text is not None}
+                figure |= {"kind": kind.value, **known}
+                break
+        figure.setdefault("kind", Kind.OTHER.value)
+        if "directions" in figure:
+            figure["directions"] = int(figure["directions"])
+    for curve in _objects(converted.get("curves")):
+        for line in _objects(curve.get("lines")):
+            for old, new in (("edges", "x"), ("counts", "y"), ("label", "labels")):
+                if old in line:
+                    line[new] = line.pop(old)
+    return converted
+
+
+def _objects(parts: Any) -> list[dict[str, Any]]:
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+
+
+def _part_of_format_1(part: Any, titles: Sequence[Any]) -> Any:
+    if not isinstance(part, dict):
+        return part
+    part = {
+        name: [dict(line) for line in _objects(value)] if name == "lines" else value for name, value in part.items()
+    }
+    if isinstance(part.get("protocol"), dict):
+        part["protocol"] = _protocol_of_format_1(part["protocol"], titles)
+    return part
+
+
+def _protocol_of_format_1(flat: Mapping[str, Any], titles: Sequence[Any]) -> dict[str, Any]:
+    left = {name: value for name, value in flat.items() if value is not None}
+    protocol: dict[str, Any] = {name: left.pop(name) for name in ("images", "seed") if name in left}
+    if "attack" in left:
+        words = str(left.pop("attack")).split(", ")
+        name, _, version = words[0].partition(" ")
+        norms = {shown: norm for norm, shown in NORMS.items()}
+        norm = next((norms[word] for word in [*words, left.pop("norm", None)] if word in norms), "linf")
+        attack: dict[str, Any] = {"name": name, "norm": norm, **({"version": version} if version else {})}
+        attack["notes"] = [word for word in words[1:] if word not in norms and word != "stops at success"]
+        if "stops at success" in words:
+            attack["stops_at_success"] = True
+        for length in ("eps", "step_size"):
+            try:
+                attack[length] = float(Fraction(str(left[length])))
+            except (KeyError, ValueError, ZeroDivisionError):
+                continue
+            del left[length]
+        for setting in ("steps", "random_start", "restarts", "setting", "stops_at_success"):
+            if setting in left:
+                attack[setting] = left.pop(setting)
+        if "crafted_on" in left:
+            pairs = str(left.pop("crafted_on")).split("; ")
+            attack["crafted_on"] = {
+                title: pair.removesuffix(f" for {title}")
+                for pair in pairs
+                for title in titles
+                if pair.endswith(f" for {title}")
+            }
+        protocol["attack"] = attack
+    if "noise" in left and "probability" in left:
+        reading = str(left.pop("noise")).removeprefix("Gaussian, ").removesuffix(", clipped to [0, 1]")
+        protocol["noise"] = {"probability": left.pop("probability"), "reading": reading}
+    protocol["details"] = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in left.items()
+    }
+    return protocol
