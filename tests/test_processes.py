@@ -248,6 +248,7 @@ def test_a_normalized_step_with_few_rows_keeps_its_direction(rows):
         ("loaded_by_one_later", "differ in their number of updates.*load the same checkpoint on every process"),
         ("loaded_from_different_files", "differ in W or b.*load the same checkpoint on every process"),
         ("configured_differently", "differ in their configuration.*Wrap the same configuration"),
+        ("viewed_differently", "differ in their configuration.*Wrap the same configuration"),
         ("nothing_anywhere", "RuntimeError: .*without a penalty"),
     ],
 )

@@ -211,6 +211,18 @@ def test_a_channel_dimension_that_is_not_there():
         tlr.wrap(Transposed(), config, example_input=torch.zeros(3, 3, 16, 16))
 
 
+def test_a_state_dict_is_refused_by_a_branch_of_another_view():
+    def build(view):
+        options = {"rank": 3, "view": view}
+        return tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": options}), img_size=32)
+
+    saved, other = build("token").state_dict(), build("pool")
+    with pytest.raises(RuntimeError, match=r"kind='token', channel_dim=-1.* do not fit .*kind='pool', channel_dim=-1"):
+        other.load_state_dict(saved)
+    saved["branches.blocks/1.counters"] = saved["branches.blocks/1.counters"][:2]  # as before there were views
+    assert not other.load_state_dict(saved).missing_keys
+
+
 @pytest.mark.parametrize("view", ["flatten", "token", "pool", None])
 def test_a_checkpoint_keeps_the_view(tmp_path, view):
     options = {"rank": 3} if view is None else {"rank": 3, "view": view}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import timm_lowrank as tlr
+from timm_lowrank.core.views import View
 
 from . import scenarios
 
@@ -114,6 +115,13 @@ def configured_differently(data, *, rank, world):
     return {"error": "", "told": told(lambda: step(model, data[0][:12]))}
 
 
+def viewed_differently(data, *, rank, world):
+    """The branch of one process takes tokens for samples, that of the other means over tokens of the same width."""
+    branch = tlr.LowRankBranch(64, 2).train()
+    branch.name, branch.view = "blocks.1", View(("token", "pool")[rank], -1)
+    return {"error": "", "told": told(lambda: branch.penalty(data[0][:12].flatten(1)))}
+
+
 def nothing_anywhere(data, *, rank, world):
     """An update without any batch on any process, after a good one."""
     model = marker(64, step_size=0.001)
@@ -141,5 +149,5 @@ def copied(data, *, rank, world):
 JOBS = {
     job.__name__: job
     for job in (draws, unequal_numbers_of_batches, nothing_anywhere, copied, loaded_by_one, loaded_by_one_later,
-                loaded_from_different_files, configured_differently)
+                loaded_from_different_files, configured_differently, viewed_differently)
 }  # fmt: skip

@@ -87,7 +87,7 @@ class LowRankModel(nn.Module):
         self.branches = BranchDict()
         for tap in self.taps:
             branch = LowRankBranch(widths[tap.layer], ranks[tap.layer], config.for_branch(tap.layer), device)
-            branch.name = tap.layer
+            branch.name, branch.view = tap.layer, tap.view
             self.branches[tap.layer] = branch
         self.register_state_dict_post_hook(pack_where_sharded)
 

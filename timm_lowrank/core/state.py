@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from typing import Any
@@ -15,6 +16,7 @@ from .factored import FactoredWeight
 from .moments import Moments
 from .processes import Processes, fingerprint
 from .sharding import pack, unpack_into
+from .views import FLATTEN, VIEWS, View
 from .window import Window
 
 
@@ -39,6 +41,7 @@ class BranchState(nn.Module):
         self.num_features, self.rank = num_features, rank
         self.config = config = (config or LowRankConfig()).for_branch("")
         self.name = ""
+        self.view = FLATTEN  # what the rows are that it is given; W and b belong to that view of the layer
         self.processes = Processes()
         kind = FactoredWeight if config.storage == "factored" else DenseWeight
         place = torch.empty(0, device=device).device
@@ -89,7 +92,8 @@ class BranchState(nn.Module):
         alike |= {"whether they have begun": int(self._started), "when their states were loaded": int(self._fresh)}
         if self._fresh:  # later, reading them would make the host wait for the device
             alike["W or b"] = fingerprint(self.bias, self.reference_norm, *self.weight.state().values())
-            alike["their configuration"] = zlib.crc32(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+            configuration = [self.config.to_dict(), dataclasses.asdict(self.view)]
+            alike["their configuration"] = zlib.crc32(json.dumps(configuration, sort_keys=True).encode())
         return alike
 
     # ------------------------------------------------------------------------------------------------------ state
@@ -106,7 +110,9 @@ class BranchState(nn.Module):
         return super()._apply(fn, recurse)
 
     def _state(self) -> dict[str, Tensor]:
-        counters = torch.tensor([self.updates, int(self._started)])
+        # The view rides along: earlier versions read the first two numbers, and would refuse a tensor of a new name.
+        view = [VIEWS.index(self.view.kind), self.view.channel_dim]
+        counters = torch.tensor([self.updates, int(self._started), *view])
         own = {"bias": self.bias.clone(), "reference_norm": self.reference_norm.clone(), "counters": counters}
         return {**own, **self.weight.state()}
 
@@ -139,6 +145,7 @@ class BranchState(nn.Module):
                 raise ValueError(
                     f"a bias of shape {tuple(found['bias'].shape)} does not fit {self.num_features} features"
                 )
+            self._check_view(*found["counters"][2:].tolist())
             self.weight.load_state(found)
         except ValueError as problem:
             error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")
@@ -148,3 +155,11 @@ class BranchState(nn.Module):
         self.updates, self._started = int(found["counters"][0]), bool(found["counters"][1])
         self._begun, self._fresh = self._started, True
         self._forget_batches()
+
+    def _check_view(self, kind: int = -1, channel_dim: int = 0) -> None:
+        """Raises ValueError if W and b were trained on another view of the layer; states from before views say none."""
+        if kind < 0:
+            return
+        saved = View(VIEWS[kind] if kind < len(VIEWS) else "unknown", channel_dim)
+        if not saved.agrees(self.view):
+            raise ValueError(f"W and b of the view {saved} do not fit a branch of the view {self.view}")

@@ -36,6 +36,10 @@ class View:
         positions = activations.movedim(self.channel_dim, -1).flatten(1, -2)  # (batch, positions, channels)
         return positions.mean(dim=1) if self.kind == "pool" else positions.flatten(0, 1)
 
+    def agrees(self, other: View) -> bool:
+        """Whether both make the same rows of every output: the channels' dimension has no meaning for "flatten"."""
+        return self.kind == other.kind and (self.kind == "flatten" or self.channel_dim == other.channel_dim)
+
     def width(self, activations: Tensor) -> int:
         """m, the number of features of a row of these activations (batch, ...)."""
         if self.kind == "flatten" or activations.dim() == 2:
