@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loopback_hub.fixtures import hub, waits, xet_hub  # noqa: F401
+from loopback_hub.clients import hub, waits, xet_hub  # noqa: F401
 from torch import nn
 
 torch.set_num_threads(1)

@@ -268,7 +268,7 @@ def test_the_snippets_of_the_card_load_it_in_fresh_processes(hub, tmp_path):
     subprocess.run(arguments, input=json.dumps(snippets), text=True, check=True, env=os.environ, cwd=tmp_path)
     for name, logits in expected.items():
         found = json.loads((tmp_path / name).read_text())
-        assert found["logits"] == logits, name
+        torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(logits), rtol=1e-5, atol=1e-6, msg=name)
         assert found["ours"] is (name not in ("timms-timm", "timms-transformers")), name
 
 
@@ -287,7 +287,8 @@ def test_pulled_and_verified(hub, run, tmp_path, capsys):
     names = {}
     for block in ("import timm\n    network", "import timm_lowrank\n    model"):
         exec(re.sub(r"^ +", "", out[out.index(block) :].split("\nor,")[0], flags=re.MULTILINE), names)
-    assert torch.equal(names["network"](images()), names["model"].eval()(images()))
+    state = names["network"].state_dict()
+    assert all(torch.equal(state[key], value) for key, value in names["model"].unwrap().state_dict().items())
     refused("exists and is not empty: choose a new folder", pull, REPO, tmp_path / "copy")
 
     done(pull, REPO)

@@ -1,4 +1,4 @@
-"""The real clients turned towards a loopback hub, and every other address closed to them.
+"""The real clients turned towards a loopback hub, every other address closed to them, and the pytest fixtures.
 
 huggingface_hub reads HF_ENDPOINT, HF_HOME and its switches once, when it is imported, and what imports it copies them
 again. A process that has imported it needs every copy changed, and changed back; one that has not needs the
@@ -19,10 +19,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, file_download
 from huggingface_hub.utils import _http
 
-from loopback_hub.state import LoopbackHub
+from loopback_hub import LoopbackHub
 
 PACKAGES = ("accelerate", "datasets", "huggingface_hub", "timm", "transformers")
 OVERRIDES = """
@@ -82,19 +82,6 @@ def pointed_at(hub: LoopbackHub, home: Path) -> Iterator[None]:
             _rebind(dict(zip(there, here, strict=True)))
 
 
-@contextmanager
-def without_waiting() -> Iterator[list[float]]:
-    """Let the client retry at once; yields the seconds that it would have waited."""
-    from huggingface_hub import file_download
-
-    waits: list[float] = []
-    clock = types.SimpleNamespace(**{**vars(time), "sleep": waits.append})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_http, "time", clock)
-        patch.setattr(file_download, "time", clock)
-        yield waits
-
-
 def _client_modules() -> list[types.ModuleType]:
     return [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in PACKAGES]
 
@@ -144,3 +131,41 @@ def _only_loopback(patch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
     patch.setattr(socket.socket, "connect", checked(connect))
     patch.setattr(socket.socket, "connect_ex", checked(connect_ex))
     patch.setattr(socket, "getaddrinfo", lookup)
+
+
+# ---------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A new, empty hub to which this process and its children speak as alice, without Xet; see `loopback_hub`.
+
+    The test fails at its end if a client asked for something that is not there, or if a `hub.fail` never struck.
+    """
+    yield from _serve(tmp_path_factory.mktemp("hub"), LoopbackHub())
+
+
+@pytest.fixture
+def xet_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """The same with Xet, as clients that have hf_xet use it by default: large files never touch HTTP."""
+    pytest.importorskip("hf_xet")
+    folder = tmp_path_factory.mktemp("hub")
+    yield from _serve(folder, LoopbackHub(xet_folder=folder / "xet"))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds for which the client would have waited before its retries; it retries at once instead."""
+    seconds: list[float] = []
+    clock = types.SimpleNamespace(**{**vars(time), "sleep": seconds.append})
+    monkeypatch.setattr(_http, "time", clock)
+    monkeypatch.setattr(file_download, "time", clock)
+    return seconds
+
+
+def _serve(folder: Path, hub: LoopbackHub) -> Iterator[LoopbackHub]:
+    with hub, pointed_at(hub, folder / "home"):
+        yield hub
+    assert not hub.unexpected, "the loopback hub was asked for what it does not have:\n" + "\n".join(hub.unexpected)
+    idle = [fault for fault in hub.faults if not fault.hits]
+    assert not idle, f"these failures were asked for and never happened: {idle}"
