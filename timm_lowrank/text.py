@@ -2,23 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+
+TIMES = "\u00d7"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+NOT_A_NUMBER = "not a number"
+COUNTED = {"restarts": ("restart", "restarts"), "images": ("image", "images"), "queries": ("query", "queries")}
 
 
 def percent(share: float, decimals: int = 1) -> str:
     """A share as per cent without the sign: 96.1.
 
-    With more decimals, up to 4, where rounding would turn a share into none or all of the images, which it is not.
+    With more decimals where rounding would turn a share into none or all of the images, which it is not.
 
     >>> percent(0.961), percent(0.0004), percent(0.99999), percent(1.0)
     ('96.1', '0.04', '99.999', '100.0')
     """
-    number = 100 * share
+    value = 100 * share
     for places in range(decimals, 5):
-        text = f"{number:.{places}f}"
-        if abs(float(text)) not in (0, 100) or abs(float(text) - number) < 1e-12:
-            break
-    return text.removeprefix("-") if float(text) == 0 else text
+        text = f"{value:.{places}f}"
+        if abs(float(text)) not in (0, 100) or abs(float(text) - value) < 1e-12:
+            return text.removeprefix("-") if float(text) == 0 else text
+    return number(value) if abs(value) < 1 else f"{value:.10g}"
+
+
+def number(value: float) -> str:
+    """A number with its leading digits, however small or large it is: powers of ten beyond 0.001 and a million.
+
+    >>> number(0.0523), number(20.0), number(12345.6), number(math.nan)
+    ('0.0523', '20', '12,346', 'not a number')
+    """
+    if not math.isfinite(value):
+        return NOT_A_NUMBER
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e7):
+        return f"{int(value):,}"
+    if 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} {TIMES} 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+
+
+def quantity(value: float, unit: str, *, bare: bool = False, plus: bool = False) -> str:
+    """A share in per cent, 41.1 %, anything else as a number.
+
+    Args:
+        unit: "share", or another one.
+        bare: without the sign of per cent, as in an interval or a difference in percentage points.
+        plus: with a sign before positive ones.
+    """
+    if not math.isfinite(value):
+        return NOT_A_NUMBER
+    text = percent(value) if unit == "share" else number(value)
+    sign = "+" if plus and value > 0 and text != "0.0" else ""
+    return f"{sign}{text}{' %' if unit == 'share' and not bare else ''}"
+
+
+def phrases(entries: Mapping[str, str | int | float | bool]) -> list[str]:
+    """How something was measured, from names and values.
+
+    >>> phrases({"attack": "PGD, L_inf", "eps": "8/255", "steps": 20, "step_size": "2/255", "random_start": False})
+    ['PGD, L_inf', 'radius 8/255', '20 steps of 2/255', 'no random start']
+    """
+    left = dict(entries)
+    words = [str(left.pop("attack"))] if "attack" in left else []
+    if "eps" in left:
+        words.append(f"radius {left.pop('eps')}")
+    if "steps" in left:
+        steps = left.pop("steps")
+        step = f" of {left.pop('step_size')}" if "step_size" in left else ""
+        words.append((counted(steps, "step") if isinstance(steps, int) else f"{steps} steps") + step)
+    for key, value in left.items():
+        name = key.replace("_", " ")
+        if isinstance(value, bool):
+            words.append(name if value else f"no {name}")
+        elif key in COUNTED and isinstance(value, int):
+            words.append(counted(value, *COUNTED[key]))
+        else:
+            words.append(f"{name} {value}")
+    return words
 
 
 def listing(words: Sequence[str]) -> str:
