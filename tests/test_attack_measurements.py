@@ -7,19 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from timm_lowrank.evaluation import (
-    EvaluationError,
-    EvaluationWarning,
+from timm_lowrank.evaluation import EvaluationError, EvaluationWarning, attacks, classified_right, rho
+from timm_lowrank.evaluation.attacks import until_fooled
+from timm_lowrank.evaluation.robustness import (
     SmallestRadii,
-    attacks,
-    classified_right,
     deepfool_rho,
     minimum_perturbation,
-    rho,
     smallest_radii,
     step_accuracies,
     trajectory,
-    until_fooled,
 )
 
 

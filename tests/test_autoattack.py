@@ -11,8 +11,7 @@ from attacked import trained
 from torch import nn
 
 from timm_lowrank.errors import EvaluationError
-from timm_lowrank.evaluation import attacks
-from timm_lowrank.evaluation.attacks import autoattack, run_autoattack, upstream
+from timm_lowrank.evaluation.attacks import auto, autoattack, run_autoattack
 
 pyautoattack = pytest.importorskip("pyautoattack")
 
@@ -120,7 +119,7 @@ def test_the_original_package_is_used_where_only_that_is_installed(net, batch, m
 
 
 def test_without_either_package_the_error_says_what_to_install(net, batch, monkeypatch):
-    monkeypatch.setattr(upstream, "PACKAGES", ("pyautoattack_that_is_not_there",))
+    monkeypatch.setattr(auto, "PACKAGES", ("pyautoattack_that_is_not_there",))
     with pytest.raises(ImportError, match=r"pip install 'timm_lowrank\[evaluate\]'"):
         autoattack(net, *batch, eps=EPS)
 
@@ -407,5 +406,5 @@ def test_wrong_images_labels_and_networks_are_errors(net, batch, small_net):
 
 
 def test_the_settings_of_the_versions_are_those_of_the_package():
-    for version, names in attacks.auto.VERSIONS.items():
+    for version, names in auto.VERSIONS.items():
         assert list(names) == upstream_attacks(version)

@@ -1,13 +1,11 @@
-"""Pixels, noise and linear probes."""
+"""Pixels and noise."""
 
 import pytest
 import timm
 import torch
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
 import timm_lowrank as tlr
-from timm_lowrank.evaluation import PixelModel, linear_accuracy, pixel_noise, predictions
+from timm_lowrank.evaluation import PixelModel, pixel_noise, predictions
 
 
 @pytest.fixture(scope="module")
@@ -85,52 +83,3 @@ def test_pixel_noise_stays_in_the_box_and_repeats():
 def test_pixel_noise_refuses_impossible_settings(options):
     with pytest.raises(ValueError, match="probability"):
         pixel_noise(torch.rand(1, 1, 2, 2), **options)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    images, labels = load_digits(return_X_y=True)
-    return (
-        torch.tensor(images[:900]),
-        torch.tensor(labels[:900]),
-        torch.tensor(images[900:]),
-        torch.tensor(labels[900:]),
-    )
-
-
-def test_linear_accuracy_on_all_directions_is_that_of_the_whole_layer(digits):
-    train, train_labels, test, test_labels = digits
-    rank = int(torch.linalg.matrix_rank(train - train.mean(0)))
-    (accuracy,) = linear_accuracy(train, train_labels, test, test_labels, [rank])
-    whole = (
-        LogisticRegression(max_iter=2000)
-        .fit(train.numpy(), train_labels.numpy())
-        .score(test.numpy(), test_labels.numpy())
-    )
-    assert accuracy == pytest.approx(whole, abs=0.04)
-
-
-def test_linear_accuracy_sees_only_the_leading_directions(digits):
-    train, train_labels, test, test_labels = digits
-    few, more = linear_accuracy(train, train_labels, test, test_labels, [2, 10])
-    assert few < more - 0.2
-    loud = torch.randn(900, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e4
-    drowned = torch.cat([train, loud], 1)
-    new = torch.cat([test, torch.zeros(len(test), 2)], 1)
-    (blind,) = linear_accuracy(drowned, train_labels, new, test_labels, [2])
-    assert blind < 0.2
-
-
-def test_linear_accuracy_is_the_same_from_either_gram_matrix(digits):
-    train, train_labels, test, test_labels = digits
-    wide = linear_accuracy(train[:60], train_labels[:60], test, test_labels, [5])  # fewer rows than columns
-    padded = torch.cat([train[:60], train[:60]]), torch.cat([train_labels[:60]] * 2)
-    assert linear_accuracy(*padded, test, test_labels, [5]) == pytest.approx(wide, abs=0.03)
-
-
-def test_linear_accuracy_names_what_is_wrong(digits):
-    train, labels, test, test_labels = digits
-    with pytest.raises(ValueError, match="between 1 and 64"):
-        linear_accuracy(train, labels, test, test_labels, [65])
-    with pytest.raises(ValueError, match="two classes"):
-        linear_accuracy(train, torch.zeros_like(labels), test, test_labels, [5])

@@ -1,6 +1,5 @@
 """The diagnosis of gradient masking, on networks of which the answer is known."""
 
-import json
 import math
 import sys
 
@@ -10,12 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 from timm_lowrank.errors import EvaluationError
-from timm_lowrank.evaluation.attacks.gradient import pgd
-from timm_lowrank.evaluation.masking import BUDGETS, Budget, Diagnosis, diagnose, judge, observe
-from timm_lowrank.evaluation.masking.blackbox import best_signs, square
-from timm_lowrank.evaluation.masking.chance import CHANCE, at_least, at_most, paired
-from timm_lowrank.evaluation.masking.networks import margins
-from timm_lowrank.evaluation.masking.verdict import FEWEST, MASKED, SOUND, SUSPECT
+from timm_lowrank.evaluation.attacks.gradient import margins, pgd
+from timm_lowrank.evaluation.masking import BUDGETS, Budget, diagnose, judge, observe
+from timm_lowrank.evaluation.masking.observations import best_signs, square
+from timm_lowrank.evaluation.masking.verdict import CHANCE, FEWEST, at_least, at_most, paired
+from timm_lowrank.evaluation.results import MASKED, SOUND, SUSPECT, Verdict
 
 SHORT = Budget(steps=12, more_steps=30, restarts=2, signs=10, queries=120, draws=8)
 COUNT = 200
@@ -163,13 +161,10 @@ def named(found, name):
 
 def test_every_check_keeps_its_numbers_and_a_sentence(trained, unseen):
     found = diagnose(Around(trained[0][0]["plain"], logits=lambda x: 1e4 * x), *unseen, eps=8 / 255, budget=SHORT)
-    content = json.loads(json.dumps(found.to_dict()))
-    assert list(content) == ["verdict", "summary", "checks"]
-    assert len({check["name"] for check in content["checks"]}) == len(content["checks"]) == 14
-    for check in content["checks"]:
-        assert list(check) == ["name", "passed", "value", "limit", "says"]
-        assert check["says"].endswith(".")
-        assert (check["passed"] is True) == (check["value"] is not None and check["value"] <= check["limit"])
+    assert len({check.name for check in found.checks}) == len(found.checks) == 14
+    for check in found.checks:
+        assert check.says.endswith(".")
+        assert (check.passed is True) == (check.value is not None and check.value <= check.limit)
     assert named(found, "black box").passed is None  # there was no second network
     assert named(found, "black box").value is None
     assert "PGD-12 at 8/255" in named(found, "saturated logits").says
@@ -444,4 +439,4 @@ def test_judge_names_what_is_wrong():
         judge(mixed)
     with pytest.raises(EvaluationError, match="right on 6 of 1000 images"):
         judge(columns_of(clean=0.006))
-    assert isinstance(judge(columns_of(clean=0.007, pgd=0.007)), Diagnosis)
+    assert isinstance(judge(columns_of(clean=0.007, pgd=0.007)), Verdict)

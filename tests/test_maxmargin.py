@@ -15,18 +15,17 @@ from torch import nn
 
 import timm_lowrank  # noqa: F401  registers resnet10_cifar
 from timm_lowrank.evaluation import (
-    CompressionRow,
     EvaluationError,
     HybridModel,
     PixelModel,
     activations,
     attacks,
-    compression,
-    judge_hybrid,
     label_transfer,
+    linear_accuracy,
     max_margin_classifiers,
     parameters_behind,
 )
+from timm_lowrank.evaluation.maxmargin import judge_hybrid
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +105,28 @@ def test_a_classifier_counts_what_it_stores():
     assert wide.parameters == whole.parameters == 50 * 10 + 10  # one affine map is less than projection and classifier
 
 
-def test_the_compression_table(rows):
+def test_linear_accuracy_is_that_of_the_classifiers(rows):
     train, labels = rows
-    classifiers = max_margin_classifiers(train[:160], labels[:160], [1, 8, None])
-    table = compression(classifiers, train[160:], labels[160:], replaced=5000)
-    assert [row.dimensions for row in table] == [1, 8, None]
-    for row, classifier in zip(table, classifiers, strict=True):
-        hits = sum(int(classifier.predict(train[160:])[i]) == int(labels[160:][i]) for i in range(80))
-        assert row == CompressionRow(classifier.dimensions, hits, 80, classifier.parameters, 5000)
-        assert row.accuracy == hits / 80
-    assert table[0].accuracy < table[1].accuracy - 0.2
-    with pytest.raises(EvaluationError, match="at least one"):
-        compression(classifiers, train[:0], labels[:0], 1)
+    found = linear_accuracy(train[:160], labels[:160], train[160:], labels[160:], [1, 8, None], seed=3)
+    for count, accuracy in zip([1, 8, None], found, strict=True):
+        (classifier,) = max_margin_classifiers(train[:160], labels[:160], [count], seed=3)
+        predicted = [classifier.predict(one[None]).item() for one in train[160:]]
+        assert accuracy == sum(map(int.__eq__, predicted, labels[160:].tolist())) / 80
+    assert found[0] < found[1] - 0.2
+    for test, wanted in ((train[:0], labels[:0]), (train, labels[1:])):
+        with pytest.raises(EvaluationError, match="at least one"):
+            linear_accuracy(train, labels, test, wanted, [1])
+
+
+def test_linear_accuracy_sees_only_the_leading_directions(digits):
+    images, labels = digits[0].flatten(1), digits[1]
+    loud = 3 * torch.randn(len(images), 1, generator=torch.Generator().manual_seed(0))
+    # Forty copies of one noise: scaled as all features are, they still are the direction of largest variance.
+    drowned = torch.cat([images, loud.repeat(1, 40)], 1)
+    parts = drowned[:900], labels[:900], drowned[900:], labels[900:]
+    blind, seeing = linear_accuracy(*parts, [1, 11])
+    assert blind < 0.25
+    assert seeing > 0.7
 
 
 def test_one_representation_serves_several_sets_of_labels(rows):

@@ -10,26 +10,18 @@ from scipy.stats import binomtest
 from torch import nn
 
 import timm_lowrank
-from timm_lowrank.evaluation import (
-    NOISE_READINGS,
-    STANDARD_DEVIATION,
-    VARIANCE,
-    EvaluationError,
-    EvaluationWarning,
-    PixelModel,
+from timm_lowrank.evaluation import EvaluationError, EvaluationWarning, PixelModel
+from timm_lowrank.evaluation.cushion import histograms, layer_cushion, operator_norm, weight_layers
+from timm_lowrank.evaluation.intervals import wilson
+from timm_lowrank.evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION, VARIANCE, pixel_noise
+from timm_lowrank.evaluation.representations import (
     activation_batches,
     activations,
     class_variance_ratio,
     fit_plane,
-    histograms,
-    layer_cushion,
     mean_where_defined,
-    operator_norm,
-    pixel_noise,
     rho,
     stability,
-    weight_layers,
-    wilson,
 )
 
 

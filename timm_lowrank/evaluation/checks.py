@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..core.model import LowRankModel
 from ..errors import EvaluationError, EvaluationWarning
+from .arguments import check_labels, check_logits, checked
 from .attacks.auto import CLASSES_NEEDED, TARGETS
-from .attacks.inputs import check_logits, checked
 from .pixels import PixelModel, attackable, bare, random_state_kept
 
 LOOKED_AT = 32  # images that are run through the network
@@ -49,33 +49,25 @@ def check_before_attack(
     _check_normalisation(model)
     with attackable(model) as logits_of, random_state_kept(), torch.no_grad():
         few, wanted = images[:LOOKED_AT], labels[:LOOKED_AT]
-        logits = logits_of(few)
-        check_logits(logits, wanted)
+        logits = check_logits(logits_of(few), len(few))
         _check_logit_values(logits)
-        _check_label_range(labels, logits.shape[1], classes)
-        found = [
+        _check_classes(labels, logits.shape[1], classes)
+        suspicions = [
             *_image_range(images),
             *_stability(logits_of, few, logits),
             *_class_count(logits.shape[1]),
             *_precision(model),
             *_accuracy(logits, wanted),
         ]
-    for text in found:
+    for text in suspicions:
         warnings.warn(text, EvaluationWarning, stacklevel=2)
-    return found
+    return suspicions
 
 
-def _check_label_range(labels: Tensor, given: int, classes: int | None) -> None:
-    """All labels are among the `given` classes of the model, which are as many as the data has.
-
-    Raises:
-        EvaluationError: they are not.
-    """
+def _check_classes(labels: Tensor, given: int, classes: int | None) -> None:
     if classes is not None and classes != given:
         raise EvaluationError(f"the data has {classes} classes, the model gives {given}: was it trained on this data?")
-    low, high = labels.aminmax()
-    if low < 0 or high >= given:
-        raise EvaluationError(f"labels must lie in 0..{given - 1}, the model's classes, not in {low}..{high}")
+    check_labels(labels, given)
 
 
 def _check_mode(model: nn.Module) -> None:

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from ..core.capture import evaluating
 from ..errors import EvaluationError, nearest
-from .activations import check_batch_size, check_images, network_of
+from .arguments import check_count, check_images
 from .pixels import bare
+from .representations import network_of
 
 NORMS = ("operator", "kernel")
 
@@ -63,7 +64,7 @@ def layer_cushion(
     chosen = weight_layers(model) if layers is None else list(dict.fromkeys(layers))
     modules = {layer: _linear_map(model, layer) for layer in chosen}
     parts: dict[str, list[Tensor]] = {layer: [] for layer in modules}
-    for batch in images.split(check_batch_size(batch_size)):
+    for batch in images.split(check_count(batch_size, "batch_size")):
         with evaluating(model), _measuring(modules, norm) as found:
             bare(model)(batch)
         for layer, seen in found.items():

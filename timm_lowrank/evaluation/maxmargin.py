@@ -1,16 +1,22 @@
-"""Max-margin classifiers on representations (paper, Section 3.3, Appendices C.1 and C.2, Tables 5, 7c and 8)."""
+"""Max-margin classifiers on representations (paper, Section 3.3, Appendices C.1 and C.2, Tables 5 to 8), and the hybrid
+models made of a network up to a layer and such a classifier."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..core.capture import Tap, evaluating
+from ..environment import require
 from ..errors import EvaluationError
-from .principal import principal
+from .arguments import check_images
+from .pixels import bare, classified_right
+from .representations import captured, network_of, principal, taps_of
 
 L2 = 0.01  # paper, Appendix C
 
@@ -54,21 +60,6 @@ class MaxMarginClassifier:
         return min(folded, width * self.dimensions + self.dimensions + self.dimensions * classes + classes)
 
 
-@dataclasses.dataclass(frozen=True)
-class CompressionRow:
-    """One line of Tables 5 and 8."""
-
-    dimensions: int | None  # None: all of the representation
-    hits: int
-    of: int
-    parameters: int  # of projection and classifier
-    replaced: int  # parameters of the layers whose place they take
-
-    @property
-    def accuracy(self) -> float:
-        return self.hits / self.of
-
-
 def max_margin_classifiers(
     train: Tensor,  # (n, m) or (n, ...), any float dtype: activations of training images
     labels: Tensor,  # (n,) int64, of every class 0 ... K - 1 at least one
@@ -97,7 +88,6 @@ def max_margin_classifiers(
         ImportError: scikit-learn is not installed.
     """
     rows = _checked(train, labels, dimensions)
-    fit = _fitter(labels, l2, seed, epochs)
     mean = rows.mean(dim=0)
     scale = rows.std(dim=0, correction=0)
     scale = torch.where(scale > 1e-12 * mean.abs(), scale, 1.0)  # round-off: the feature is constant
@@ -106,36 +96,42 @@ def max_margin_classifiers(
     few = min(scaled.shape)
     wanted = [few if count is None and rows.shape[1] > few else count for count in dimensions]
     seen, basis = principal(scaled, max(count or 0 for count in wanted)) if any(wanted) else (scaled, scaled)
-    found = []
+    classifiers = []
     for count, asked in zip(wanted, dimensions, strict=True):
-        coefficients, bias = fit(scaled if count is None else seen[:, :count])
+        coefficients, bias = _fit(scaled if count is None else seen[:, :count], labels, l2, seed, epochs)
         weight = coefficients if count is None else basis[:, :count] @ coefficients
         weight = weight / scale[:, None]
-        found.append(MaxMarginClassifier(weight, bias - mean @ weight, asked))
-    return found
+        classifiers.append(MaxMarginClassifier(weight, bias - mean @ weight, asked))
+    return classifiers
 
 
-def compression(
-    classifiers: Sequence[MaxMarginClassifier],
-    test: Tensor,  # (n, m) activations of test images
-    labels: Tensor,  # (n,) int64
-    replaced: int,
-) -> list[CompressionRow]:
-    """The compression table: accuracy of each classifier, and its parameters beside those that it replaces.
+def linear_accuracy(
+    train: Tensor,  # (n, m) activations of training images, any float dtype
+    train_labels: Tensor,  # (n,) int64
+    test: Tensor,  # (k, m) activations of test images
+    test_labels: Tensor,  # (k,) int64
+    directions: Sequence[int | None],
+    *,
+    seed: int = 0,
+) -> list[float]:
+    """Test accuracy of a linear classifier that sees only the first d principal directions (Tables 5 and 8).
+
+    The one way in which this package measures what a few directions are worth: `max_margin_classifiers`, with the
+    paper's settings, fitted on all of `train`.
 
     Args:
-        replaced: of the layers behind the representation, see `parameters_behind`.
+        directions: d of each accuracy; None is the whole representation.
+        seed: of the order of the images.
 
     Raises:
-        EvaluationError: no test images, or activations and labels that do not fit.
+        EvaluationError: no test images, activations and labels that do not fit, or as `max_margin_classifiers`.
+        ImportError: scikit-learn is not installed.
     """
-    if not len(test) or labels.shape != test.shape[:1]:
-        raise EvaluationError(f"{len(test)} activations and {tuple(labels.shape)} labels: give as many, at least one")
-    hits = [int((classifier.predict(test) == labels).sum()) for classifier in classifiers]
-    return [
-        CompressionRow(classifier.dimensions, hit, len(test), classifier.parameters, replaced)
-        for classifier, hit in zip(classifiers, hits, strict=True)
-    ]
+    if not len(test) or test_labels.shape != test.shape[:1]:
+        shape = tuple(test_labels.shape)
+        raise EvaluationError(f"{len(test)} activations and {shape} labels: give as many, at least one")
+    classifiers = max_margin_classifiers(train, train_labels, directions, seed=seed)
+    return [float((each.predict(test) == test_labels).double().mean()) for each in classifiers]
 
 
 def label_transfer(
@@ -153,13 +149,13 @@ def label_transfer(
     Raises:
         EvaluationError, ImportError: as `max_margin_classifiers`.
     """
-    found = {}
+    right = {}
     for name, (seen, new) in labels.items():
         if new.shape != test.shape[:1]:
             raise EvaluationError(f"labels {name!r}: {len(test)} test images need as many, not {tuple(new.shape)}")
         (classifier,) = max_margin_classifiers(train, seen, [dimensions], seed=seed)
-        found[name] = classifier.predict(test) == new
-    return found
+        right[name] = classifier.predict(test) == new
+    return right
 
 
 def _checked(train: Tensor, labels: Tensor, dimensions: Sequence[int | None]) -> Tensor:
@@ -180,20 +176,122 @@ def _checked(train: Tensor, labels: Tensor, dimensions: Sequence[int | None]) ->
     return rows
 
 
-def _fitter(labels: Tensor, l2: float, seed: int, epochs: int) -> Any:
-    """A function from features (n, d) float64 to coefficients (d, classes) and bias (classes,), both float64."""
+def _fit(features: Tensor, labels: Tensor, l2: float, seed: int, epochs: int) -> tuple[Tensor, Tensor]:
+    """Coefficients (d, classes) and bias (classes,) of features (n, d), all float64."""
+    machine = require("sklearn.linear_model", "scikit-learn", "evaluate").SGDClassifier(
+        loss="hinge", penalty="l2", alpha=l2, max_iter=epochs, random_state=seed
+    )
+    machine.fit(features.cpu().numpy(), labels.cpu().numpy())
+    weight, bias = torch.from_numpy(machine.coef_), torch.from_numpy(machine.intercept_)
+    if len(weight) == 1:  # two classes share one machine: its margin speaks for the second
+        weight, bias = torch.cat([-weight, weight]), torch.cat([-bias, bias])
+    return weight.T.to(features), bias.to(features)
+
+
+# ---- hybrid models ----
+
+
+class HybridVerdict(NamedTuple):
+    """Per image, so that chunks can be concatenated."""
+
+    right: Tensor  # (n,) bool: the hybrid classifies the adversarial image as its label
+    counted: Tensor  # (n,) bool: the network classifies the clean image as its label and the adversarial one not
+
+
+class HybridModel(nn.Module):
+    """Takes pixels in [0, 1] and gives the float32 scores of a max-margin classifier on a layer of a network.
+
+    Differentiable, so every attack runs on it as on the network. The network is shared, not copied.
+
+    Args:
+        model: a `PixelModel`, or any module that takes pixels.
+        layer: whose activations the classifier was fitted on, named as in `activations`.
+        classifier: one of `max_margin_classifiers`.
+        example: one image or more (n, channels, height, width), to find the layer.
+
+    Raises:
+        EvaluationError: a layer that does not exist, or is not as wide as the classifier.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, model: nn.Module, layer: str, classifier: MaxMarginClassifier, example: Tensor) -> None:
+        super().__init__()
+        self.model = bare(model)
+        self.taps = taps_of(model, example, [layer])
+        with evaluating(model):
+            activations = captured(model, self.taps, example[:1])[layer]
+        classifier.scores(activations)  # raises if the widths differ
+        self.register_buffer("weight", classifier.weight.to(activations.device, torch.float32), persistent=False)
+        self.register_buffer("bias", classifier.bias.to(activations.device, torch.float32), persistent=False)
+        self.train(model.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (batch, classes) float32 of images (batch, channels, height, width) float in [0, 1]."""
+        (activations,) = captured(self.model, self.taps, images).values()
+        return activations.float() @ self.weight + self.bias
+
+
+def judge_hybrid(
+    network: nn.Module,
+    hybrid: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float in [0, 1]
+    adversarial: Tensor,  # of the same shape, crafted on the network or on another
+    labels: Tensor,  # (n,) int64
+    *,
+    batch_size: int = 500,
+) -> HybridVerdict:
+    """What the hybrid makes of the images that fooled its network (Appendix D.5, Table 6).
+
+    Raises:
+        EvaluationError: no images, or images and labels that do not fit.
+    """
+    check_images(images)
+    clean = classified_right(network, images, labels, batch_size)
+    fooled = ~classified_right(network, adversarial, labels, batch_size)
+    return HybridVerdict(classified_right(hybrid, adversarial, labels, batch_size), clean & fooled)
+
+
+def parameters_behind(
+    model: nn.Module,
+    layer: str,
+    images: Tensor,  # (n, channels, height, width) float in [0, 1]; one will do
+) -> int:
+    """How many parameters a classifier on `layer` replaces: those with which its activations become logits.
+
+    A parameter counts if the logits depend on it while the activations of `layer` are held fixed; those in front of
+    the layer only act through it, so they do not. Statistics of normalisation layers are no parameters.
+
+    Raises:
+        EvaluationError: no images, or a layer as in `activations`.
+    """
+    (tap,) = taps_of(model, images, [layer])
+    model = bare(model)
+    free = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    with evaluating(model), _cut(network_of(model), tap), torch.enable_grad():
+        logits: Tensor = torch.func.functional_call(model, free, (images[:1].detach(),))
+    if not logits.requires_grad:
+        return 0
+    gradients = torch.autograd.grad(logits.sum(), list(free.values()), allow_unused=True)
+    return sum(value.numel() for value, gradient in zip(free.values(), gradients, strict=True) if gradient is not None)
+
+
+@contextlib.contextmanager
+def _cut(network: nn.Module, tap: Tap) -> Iterator[None]:
+    """Detach what `tap` sees from everything in front of it, for as long as the block lasts."""
+    module = network.get_submodule(tap.path)
+
+    def cut_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].detach(), *args[1:])
+
+    def cut_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.detach()
+
+    handle = (
+        module.register_forward_pre_hook(cut_input) if tap.takes_input else module.register_forward_hook(cut_output)
+    )
     try:
-        from sklearn.linear_model import SGDClassifier
-    except ImportError as error:
-        raise ImportError("max-margin classifiers need scikit-learn: pip install 'timm_lowrank[evaluate]'") from error
-    classes = labels.cpu().numpy()
-
-    def fit(features: Tensor) -> tuple[Tensor, Tensor]:
-        machine = SGDClassifier(loss="hinge", penalty="l2", alpha=l2, max_iter=epochs, random_state=seed)
-        machine.fit(features.cpu().numpy(), classes)
-        weight, bias = torch.from_numpy(machine.coef_), torch.from_numpy(machine.intercept_)
-        if len(weight) == 1:  # two classes share one machine: its margin speaks for the second
-            weight, bias = torch.cat([-weight, weight]), torch.cat([-bias, bias])
-        return weight.T.to(features), bias.to(features)
-
-    return fit
+        yield
+    finally:
+        handle.remove()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaluationError
-from .activations import check_images
+from .arguments import check_images
 
 
 class NoiseArguments(TypedDict):

@@ -1,4 +1,4 @@
-"""`PixelModel`: a network that takes pixels."""
+"""Networks that take pixels: `PixelModel`, the state in which a network is attacked, and what it says of images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.model import LowRankModel
+from ..errors import EvaluationError
+from .arguments import check_labels, check_logits
 
 
 class PixelModel(nn.Module):
@@ -59,19 +61,50 @@ class PixelModel(nn.Module):
         return logits.float()
 
 
-@torch.no_grad()
 def predictions(
-    model: PixelModel,
+    model: nn.Module,
     images: Tensor,  # (n, channels, height, width) float in [0, 1]
     batch_size: int = 500,
 ) -> Tensor:
-    """The most likely class of each image, (n,) int64, in eval mode."""
-    mode = model.training
-    model.eval()
-    try:
-        return torch.cat([model(batch).argmax(dim=1) for batch in images.split(batch_size)])
-    finally:
-        model.train(mode)
+    """The most likely class of each image, (n,) int64, of the network in the state in which it is attacked.
+
+    Args:
+        model: a `PixelModel`, or any module that takes pixels and gives logits.
+
+    Raises:
+        EvaluationError: the model gives no logits.
+    """
+    return classify(model, images, batch_size)[0]
+
+
+def classified_right(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float in [0, 1]
+    labels: Tensor,  # (n,) int64
+    batch_size: int = 500,
+) -> Tensor:
+    """Whether each image is classified as its label, (n,) bool; see `predictions`.
+
+    Raises:
+        EvaluationError: labels that do not fit or are no classes of the model.
+    """
+    if labels.shape != images.shape[:1]:
+        raise EvaluationError(f"{len(images)} images need as many labels, not {tuple(labels.shape)}")
+    predicted, classes = classify(model, images, batch_size)
+    if len(labels):
+        check_labels(labels, classes)
+    return predicted == labels
+
+
+def classify(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, int]:
+    """The class of each image, and the number of classes, 0 if there is no image."""
+    found, classes = [images.new_zeros(0, dtype=torch.int64)], 0
+    with attackable(model) as logits_of, torch.no_grad():
+        for batch in images.split(batch_size) if len(images) else ():
+            logits = logits_of(batch)
+            found.append(check_logits(logits, len(batch)).argmax(dim=1))
+            classes = logits.shape[1]
+    return torch.cat(found), classes
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.views import View
 from ..data.images import balanced_rows
 from ..errors import EvaluationError
-from ..evaluation.activations import activations
+from ..evaluation.representations import activations
 from ..training import ImageData
 from .subject import Subject
 

@@ -2,17 +2,8 @@
 
 from .auto import AutoAttackResult, autoattack, run_autoattack
 from .deepfool import deepfool
-from .gradient import (
-    MADRY,
-    PAPER,
-    PGDSetting,
-    fgsm,
-    iterative_fgsm,
-    iterative_least_likely,
-    least_likely,
-    pgd,
-)
-from .transfer import TransferResult, transfer
+from .gradient import MADRY, PAPER, PGDSetting, fgsm, iterative_fgsm, iterative_least_likely, least_likely, pgd
+from .transfer import TransferResult, transfer, until_fooled
 
 __all__ = [
     "MADRY",
@@ -29,4 +20,5 @@ __all__ = [
     "pgd",
     "run_autoattack",
     "transfer",
+    "until_fooled",
 ]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -11,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import EvaluationError
-from ..pixels import attackable
+from ..arguments import check_choice, check_count, check_labels, check_number, checked
+from ..pixels import attackable, classify, random_state_kept
 from .balls import NORMS
-from .climb import cross_entropy
-from .inputs import check_choice, check_count, check_logits, check_number, checked, input_gradient
-from .upstream import Flags, find_package, restored
+from .gradient import cross_entropy, input_gradient
 
+PACKAGES = ("pyautoattack", "autoattack")  # the same algorithms and the same bits; their drivers are called differently
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -107,7 +111,9 @@ def run_autoattack(
     if (iterations, queries) != (ITERATIONS, QUERIES):
         flags.add(f"shortened to {iterations} iterations and {queries} queries: weaker than what is called AutoAttack")
     with attackable(model) as logits_of, restored(checks):
-        right, classes = _clean(logits_of, images, labels, batch_size)
+        predicted, classes = classify(model, images, batch_size)
+        check_labels(labels, classes)
+        right = predicted == labels
         plan = _plan(version, attacks, classes, flags)
         if set(plan) != {"square"}:
             _flag_dead_gradients(logits_of, images, labels, right, batch_size, flags)
@@ -199,20 +205,6 @@ def _plan(version: str, chosen: Sequence[str] | None, classes: int, flags: Flags
     return tuple(plan)
 
 
-def _clean(
-    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int
-) -> tuple[Tensor, int]:
-    """Which images are classified correctly at first, (n,) bool, and the number of classes."""
-    right, classes = [], 0
-    with torch.no_grad():
-        for pixels, wanted in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits = logits_of(pixels)
-            check_logits(logits, wanted)
-            right.append(logits.argmax(dim=1) == wanted)
-            classes = logits.shape[1]
-    return torch.cat(right), classes
-
-
 def _flag_dead_gradients(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -229,3 +221,59 @@ def _flag_dead_gradients(
         dead += int((gradient.flatten(1) == 0).all(dim=1).sum())
     if dead:
         flags.add(f"the gradient of the cross-entropy is zero for {dead} of {int(right.sum())} images")
+
+
+def find_package() -> tuple[ModuleType, ModuleType, str]:
+    """The installed package, its module of checks, and its name with version."""
+    for name in PACKAGES:
+        try:
+            package, checks = importlib.import_module(name), importlib.import_module(f"{name}.checks")
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != name:
+                raise
+            continue
+        try:
+            return package, checks, f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            return package, checks, name
+    raise ImportError("AutoAttack needs pyautoattack: pip install 'timm_lowrank[evaluate]'")
+
+
+@contextmanager
+def restored(checks: ModuleType) -> Iterator[None]:
+    """The package seeds the global generators, switches tracing off, and counts calls from one run to the next."""
+    tracer = sys.gettrace()
+    counts = dict(checks.funcs)
+    try:
+        checks.funcs.update(dict.fromkeys(counts, 0))
+        with random_state_kept():
+            yield
+    finally:
+        checks.funcs.update(counts)
+        sys.settrace(tracer)
+
+
+class Flags:
+    """In the place of the package's logger: keeps its warnings, each once, and drops its progress."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+
+    def add(self, text: str) -> None:
+        text = text.removesuffix(" See flags_doc.md for details.").strip()
+        self._texts.setdefault(re.sub(r"\d+", "#", text), text)  # the same of another batch has other counts
+
+    def texts(self) -> tuple[str, ...]:
+        return tuple(self._texts.values())
+
+    def warning(self, text: str) -> None:  # pyautoattack
+        self.add(text)
+
+    def log(self, text: str) -> None:  # autoattack, which logs progress in the same way
+        if text.startswith("Warning: "):
+            self.add(text.removeprefix("Warning: "))
+
+    def debug(self, text: str) -> None:
+        pass
+
+    info = debug

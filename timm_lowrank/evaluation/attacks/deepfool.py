@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_count, check_labels, check_logits, check_number, checked
 from ..pixels import attackable
-from .inputs import check_count, check_logits, check_number, checked, input_gradient
+from .gradient import input_gradient
 
 
 def deepfool(
@@ -43,8 +44,8 @@ def deepfool(
     with attackable(model) as logits_of:
         found = images.clone()
         with torch.no_grad():
-            clean = logits_of(images)
-        check_logits(clean, labels)
+            clean = check_logits(logits_of(images), len(images))
+        check_labels(labels, clean.shape[1])
         ranking = clean.argsort(dim=1).flip(1)[:, :candidates]
         going, total = torch.arange(len(images), device=images.device), torch.zeros_like(images)
         for _ in range(steps):

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...errors import EvaluationError
+from ..arguments import check_choice, check_count, check_labels, check_logits, check_number, checked
 from ..pixels import attackable
-from .balls import NORMS, ball
-from .climb import LOSSES, Climb, OnStep, attack, objective_of, towards_least_likely
-from .inputs import check_choice, check_count, check_logits, check_number, checked
+from .balls import NORMS, Ball, ball, seeds_of
 
+LOSSES = ("cross_entropy", "margin")
 KEEP = ("last", "first_hit")
+
+OnStep = Callable[[int, Tensor, Tensor], None]  # step, images, logits
+Objective = Callable[[Tensor, Tensor], Tensor]  # of logits (m, classes) and targets (m,): a sum that is to grow
+
+
+class PGDArguments(TypedDict):
+    """Keywords of `pgd`."""
+
+    eps: float
+    steps: int
+    step_size: float
+    random_start: bool
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class PGDSetting:
     random_start: bool
     step_size: float | None  # in units of the pixel range; None: a quarter of the radius
 
-    def arguments(self, eps: float, steps: int) -> dict[str, Any]:
+    def arguments(self, eps: float, steps: int) -> PGDArguments:
         """Keyword arguments of `pgd`."""
         step_size = eps / 4 if self.step_size is None else self.step_size
         return {"eps": eps, "steps": steps, "step_size": step_size, "random_start": self.random_start}
@@ -85,7 +99,6 @@ def pgd(
             that equal the label, or a model that cannot be differentiated.
     """
     step_size = eps / 4 if step_size is None else step_size
-    _check(eps, steps, step_size)
     check_count(restarts, "restarts")
     check_choice(loss, LOSSES, "loss")
     check_choice(norm, NORMS, "norm")
@@ -98,9 +111,10 @@ def pgd(
         if (targets == labels).any():
             raise EvaluationError("targets must differ from the labels: an image cannot be led to where it is")
     reach = targets is not None
-    climb = Climb(steps, step_size, objective_of(loss, reach), keep == "first_hit", reach)
-    return attack(
-        model, pixels, labels, climb, ball(pixels, eps, norm),
+    objective = margin if loss == "margin" else cross_entropy
+    ascent = Ascent(eps, steps, step_size, towards(objective) if reach else objective, keep == "first_hit", reach)
+    return _attack(
+        model, pixels, labels, ascent, norm=norm,
         targets=targets, random_start=random_start, restarts=restarts, generator=generator, on_step=on_step,
     )  # fmt: skip
 
@@ -164,12 +178,11 @@ def iterative_least_likely(
             Kurakin et al. (2017).
         on_step: as of `pgd`.
     """
-    _check(eps, steps, step_size)
     pixels, labels = checked(images, labels)
     targets = None if retarget else least_likely(model, pixels)
-    objective = towards_least_likely if retarget else objective_of("cross_entropy", targeted=True)
-    climb = Climb(steps, step_size, objective, stop_at_success)
-    return attack(model, pixels, labels, climb, ball(pixels, eps, "linf"), targets=targets, on_step=on_step)
+    objective = towards_least_likely if retarget else towards(cross_entropy)
+    ascent = Ascent(eps, steps, step_size, objective, stop_at_success)
+    return _attack(model, pixels, labels, ascent, targets=targets, on_step=on_step)
 
 
 def least_likely(
@@ -181,12 +194,162 @@ def least_likely(
     if not len(pixels):
         return none
     with attackable(model) as logits_of, torch.no_grad():
-        logits = logits_of(pixels)
-    check_logits(logits, none)
-    return logits.argmin(dim=1)
+        return check_logits(logits_of(pixels), len(pixels)).argmin(dim=1)
 
 
-def _check(eps: float, steps: int, step_size: float) -> None:
-    check_number(eps, "eps")
-    check_number(step_size, "step_size")
-    check_count(steps, "steps")
+# ---- losses ----
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def margins(
+    logits: Tensor,  # (n, classes)
+    labels: Tensor,  # (n,) int64
+) -> Tensor:
+    """The largest other logit minus that of the label, (n,): above zero where the network errs."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return (others.max(dim=1, keepdim=True).values - logits.gather(1, labels[:, None]))[:, 0]
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    return margins(logits, labels).sum()
+
+
+def towards(objective: Objective) -> Objective:
+    """What grows on the way towards the targets, where `objective` grows on the way away from them."""
+    return lambda logits, targets: -objective(logits, targets)
+
+
+def towards_least_likely(logits: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 6: minus the cross-entropy of the class that these very logits make least likely."""
+    return -cross_entropy(logits, logits.detach().argmin(dim=1))
+
+
+def input_gradient(
+    total: Tensor,  # scalar
+    points: Tensor,  # (m, channels, height, width), requires grad
+    *,
+    retain_graph: bool = False,
+) -> Tensor:
+    """Gradient of `total` by the pixels, (m, channels, height, width); what is not finite in it counts as zero.
+
+    Raises:
+        EvaluationError: the model is not differentiable.
+    """
+    gradient = None
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, points, retain_graph=retain_graph, allow_unused=True)
+    if gradient is None:
+        raise EvaluationError(
+            "the logits do not depend on the pixels through operations that torch can differentiate (no_grad, detach, "
+            "argmax, numpy?): gradient attacks cannot be run; craft on another model and use transfer()"
+        )
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+# ---- the loop ----
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """What the relatives of PGD differ in, beside the norm and the start.
+
+    Raises:
+        EvaluationError: a radius, a step or a number of steps that is none.
+    """
+
+    eps: float
+    steps: int
+    step_size: float
+    objective: Objective
+    stop_when_fooled: bool = False
+    reach: bool = False  # fooled are those classified as their target, not those that are no longer as their label
+
+    def __post_init__(self) -> None:
+        check_number(self.eps, "eps")
+        check_number(self.step_size, "step_size")
+        check_count(self.steps, "steps")
+
+    def fooled(self, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        """(m,) bool."""
+        predicted = logits.argmax(dim=1)
+        return predicted == targets if self.reach else predicted != labels
+
+
+def _attack(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float32, checked
+    labels: Tensor,  # (n,) int64
+    ascent: Ascent,
+    *,
+    norm: str = "linf",
+    targets: Tensor | None = None,  # (n,) int64; the labels where there are none
+    random_start: bool = False,
+    restarts: int = 1,
+    generator: torch.Generator | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The adversarial images of `pgd`, after its checks."""
+    targets = labels if targets is None else targets
+    if not len(images):
+        return images.clone()
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    stream = int(torch.randint(2**62, (), generator=generator, device=generator.device)) if random_start else 0
+    with attackable(model) as logits_of:
+        adversarial, waiting = images.clone(), torch.arange(len(images), device=images.device)
+        around = ball(images, ascent.eps, norm)
+        for restart in range(restarts):
+            balls, start = around.rows(waiting), images[waiting]
+            if random_start:
+                start = balls.random_points(seeds_of(start, stream, restart))
+            judged = restart + 1 < restarts
+            points, fooled = _climb(logits_of, start, labels[waiting], targets[waiting], ascent, balls, judged, on_step)
+            adversarial[waiting] = points
+            waiting = waiting[~fooled]
+            if not len(waiting):
+                break
+    return adversarial
+
+
+def _climb(
+    logits_of: Callable[[Tensor], Tensor],
+    start: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    ascent: Ascent,
+    ball: Ball,
+    judged: bool,
+    on_step: OnStep | None,
+) -> tuple[Tensor, Tensor]:
+    """The last points, and which of them fool; the second is of use only if `judged`.
+
+    The last points are looked at only for `judged` or `on_step`. Under `stop_when_fooled` the points that fool leave
+    the batch, and the logits that `on_step` is given of them are those they left with.
+    """
+    points, going = start, torch.arange(len(start), device=start.device)
+    fooled = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    seen = torch.empty(0)
+    for step in range(ascent.steps + 1):
+        last = step == ascent.steps
+        if on_step is None and (not len(going) or (last and not judged)):
+            break
+        if len(going):
+            here = points[going].requires_grad_(not last)
+            logits = check_logits(logits_of(here), len(here))
+            if step == 0:
+                check_labels(labels, logits.shape[1])
+                check_labels(targets, logits.shape[1], "targets")
+            seen = logits.detach() if len(going) == len(points) else seen.index_copy(0, going, logits.detach())
+            fooled[going] = ascent.fooled(logits.detach(), labels[going], targets[going])
+        if on_step is not None:
+            on_step(step, points, seen)
+        rows = ~fooled[going] if ascent.stop_when_fooled else slice(None)
+        moving = going[rows]
+        if len(moving) and not last:
+            gradient = input_gradient(ascent.objective(logits[rows], targets[moving]), here)[rows]
+            moved = ball.rows(moving).step(here.detach()[rows], gradient, ascent.step_size)
+            points = points.index_copy(0, moving, moved)
+        going = moving
+    return points, fooled

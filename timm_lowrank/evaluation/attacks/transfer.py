@@ -1,4 +1,4 @@
-"""Black-box transfer: crafted on one network, judged on another."""
+"""Black-box attacks: crafted on one network, judged on another (paper, Section 3.1 and Appendix D.5)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..pixels import attackable
-from .inputs import check_logits, checked
+from ..arguments import checked
+from ..pixels import classified_right
+
+SteppingAttack = Callable[..., Tensor]  # (model, images, labels, *, on_step), as the attacks that take steps
+RadiusAttack = Callable[[Tensor, Tensor, float], Tensor]  # (images, labels, eps) to adversarial images
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,32 @@ def transfer(
         EvaluationError: pixels outside [0, 1], or labels that are no classes.
     """
     images, labels = checked(images, labels)
-    counted = _right(source, images, labels, batch_size) & _right(target, images, labels, batch_size)
+    counted = classified_right(source, images, labels, batch_size)
+    counted &= classified_right(target, images, labels, batch_size)
     adversarial = attack(source, images, labels)
-    return TransferResult(adversarial, _right(target, adversarial, labels, batch_size), counted)
+    return TransferResult(adversarial, classified_right(target, adversarial, labels, batch_size), counted)
 
 
-def _right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-    """(n,) bool: classified as the label."""
-    found = [torch.zeros(0, dtype=torch.bool, device=images.device)]
-    with attackable(model) as logits_of, torch.no_grad():
-        for pixels, wanted in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            if len(pixels):
-                logits = logits_of(pixels)
-                check_logits(logits, wanted)
-                found.append(logits.argmax(dim=1) == wanted)
-    return torch.cat(found)
+def until_fooled(source: nn.Module, judge: nn.Module, attack: SteppingAttack) -> RadiusAttack:
+    """An attack that is crafted on `source` and stops, for each image, as soon as it fools `judge` (Appendix D.5).
+
+    The black-box attack of Tables 3, 6 and 10. Images that never fool `judge` come back after the last step, those
+    that it misclassifies from the start unchanged.
+
+    Args:
+        attack: as of `trajectory`, with the radius left open: `functools.partial(iterative_fgsm, steps=50)`.
+    """
+
+    def stopped(images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        adversarial, standing = images.clone(), torch.ones_like(labels, dtype=torch.bool)
+
+        def note(step: int, here: Tensor, logits: Tensor) -> None:
+            going = standing.nonzero().flatten()
+            if len(going):
+                adversarial[going] = here[going].detach()
+                standing[going] = classified_right(judge, here[going], labels[going])
+
+        attack(source, images, labels, eps=eps, on_step=note)
+        return adversarial
+
+    return stopped

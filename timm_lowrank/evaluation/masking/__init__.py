@@ -22,12 +22,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .budget import BUDGETS, Budget
-from .check import Check
-from .observations import observe
-from .verdict import Diagnosis, judge
+from ..results import Verdict
+from .observations import BUDGETS, Budget, observe
+from .verdict import judge
 
-__all__ = ["BUDGETS", "Budget", "Check", "Diagnosis", "diagnose", "judge", "observe"]
+__all__ = ["BUDGETS", "Budget", "diagnose", "judge", "observe"]
 
 
 def diagnose(
@@ -37,7 +36,7 @@ def diagnose(
     *,
     eps: float,
     **options: Any,
-) -> Diagnosis:
+) -> Verdict:
     """`judge(observe(...))`: the verdict on a network at the radius eps (L_inf, in units of the pixel range).
 
     Args:

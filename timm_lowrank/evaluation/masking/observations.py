@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import EvaluationError
-from ..attacks.gradient import fgsm, pgd
-from ..attacks.inputs import check_count, check_logits, check_number, checked
-from ..pixels import attackable, random_state_kept
-from .blackbox import best_signs, square
-from .budget import Budget, budget_of
-from .networks import Averaged, Differentiable, margins
+from ..arguments import check_choice, check_count, check_labels, check_logits, check_number, checked
+from ..attacks.auto import find_package
+from ..attacks.balls import seeds_of
+from ..attacks.gradient import cross_entropy, fgsm, margins, pgd
+from ..pixels import attackable, bare, predictions, random_state_kept
 
 SETTING = "setting."
 """Prefix of the constant columns that say how the others were made."""
@@ -24,6 +24,40 @@ SMALL_STEPS = (1 / 4, 1 / 6, 1 / 10)
 """In radii. The first is PGD's own step. Several, as a ripple of just that period would look smooth."""
 
 REPEATS = 1e-3  # of the largest logit: kernels of some devices add in an order of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to look for gradient masking: the lengths of the attacks.
+
+    Attributes:
+        steps: of every PGD but one.
+        more_steps: of that one.
+        restarts: further random starts, of `steps` steps each, for images that still stand.
+        signs: random sign perturbations of each image.
+        queries: of the Square attack; 0 leaves it out, and with it the need for pyautoattack.
+        draws: forwards over which the gradient of a randomised network is averaged.
+
+    Raises:
+        EvaluationError: a length below 1 (of restarts: 2), or no more `more_steps` than `steps`.
+    """
+
+    steps: int = 20
+    more_steps: int = 100
+    restarts: int = 4
+    signs: int = 20
+    queries: int = 200
+    draws: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check_count(value, f"budget.{name}", {"queries": 0, "restarts": 2}.get(name, 1))
+        if self.more_steps <= self.steps:
+            raise EvaluationError(f"budget.more_steps must exceed budget.steps={self.steps}, not {self.more_steps}")
+
+
+BUDGETS = {"quick": Budget(), "full": Budget(restarts=10, signs=100, queries=2000, draws=20)}
+"""By name. "quick" costs some 300 forwards and backwards of an image that withstands everything."""
 
 
 def observe(
@@ -59,7 +93,9 @@ def observe(
             logits that are not a number.
         ImportError: pyautoattack is not installed and `budget.queries` is not 0.
     """
-    spent = budget_of(budget)
+    if isinstance(budget, str):
+        check_choice(budget, tuple(BUDGETS), "budget")
+        budget = BUDGETS[budget]
     check_number(eps, "eps")
     check_count(seed, "seed", 0)
     check_count(batch_size, "batch_size")
@@ -74,11 +110,11 @@ def observe(
     for batch, aim in zip(pixels.split(batch_size), aims.split(batch_size), strict=True):
         with random_state_kept():
             _seed_global(batch.device, seed)
-            parts.append(_observe_batch(Differentiable(model), batch, aim, eps, seed, source, spent))
+            parts.append(_observe_batch(Differentiable(model), batch, aim, eps, seed, source, budget))
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     if autoattack is not None:
         columns["autoattack"] = columns["clean"] & autoattack.cpu()
-    for name, value in {"eps": eps, **asdict(spent)}.items():
+    for name, value in {"eps": eps, **asdict(budget)}.items():
         columns[SETTING + name] = torch.full((len(pixels),), float(value), dtype=torch.float64)
     return columns
 
@@ -100,10 +136,10 @@ def _observe_batch(
     def attacked(attack: Callable[..., Tensor], among: Tensor = right, by: nn.Module = model) -> Tensor:
         """Which of the images withstand; the others are not attacked."""
         chosen = among.nonzero()[:, 0]
-        found = images.clone()
+        points = images.clone()
         if len(chosen):
-            found[chosen] = attack(by, images[chosen], labels[chosen])
-        return among & _withstands(model, found, labels)
+            points[chosen] = attack(by, images[chosen], labels[chosen])
+        return among & (predictions(model, points, len(points)) == labels)
 
     def climb(by: nn.Module, points: Tensor, aims: Tensor, stream: int = seed, **changed: object) -> Tensor:
         settings = {"eps": eps, "steps": budget.steps, **changed}
@@ -150,12 +186,11 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[
     """What needs no attack: two forwards, the gradients of both losses, small steps along the second."""
     with attackable(model) as logits_of:
         points = images.clone().requires_grad_(True)
-        logits = logits_of(points)
-        check_logits(logits, labels)
+        logits = check_logits(logits_of(points), len(points))
+        check_labels(labels, logits.shape[1])
         if logits.isnan().any():
             raise EvaluationError("the model gives logits that are not a number: there is nothing to attack")
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        (steepest,) = torch.autograd.grad(loss, points, retain_graph=True)
+        (steepest,) = torch.autograd.grad(cross_entropy(logits, labels), points, retain_graph=True)
         reached = margins(logits, labels)
         (slope,) = torch.autograd.grad(reached.sum(), points)
         kept = _kept_promise(logits_of, images, labels, reached.detach(), slope.nan_to_num(0.0, 0.0, 0.0), eps)
@@ -190,11 +225,6 @@ def _kept_promise(
     return torch.stack(ratios).amin(dim=0).float()
 
 
-def _withstands(model: nn.Module, found: Tensor, labels: Tensor) -> Tensor:
-    with attackable(model) as logits_of, torch.no_grad():
-        return logits_of(found).argmax(dim=1) == labels
-
-
 def _restarts(
     attacked: Callable[..., Tensor], climb: Callable[..., Tensor], standing: Tensor, seed: int, restarts: int
 ) -> Tensor:
@@ -204,8 +234,102 @@ def _restarts(
     """
     withstood = standing.float() - 1
     for restart in range(1, restarts + 1):
-        standing = attacked(
-            partial(climb, stream=seed + 1_000_003 * restart), among=standing
-        )  # no nearby seed's stream
+        stream = seed + 1_000_003 * restart  # no nearby seed's
+        standing = attacked(partial(climb, stream=stream), among=standing)
         withstood += standing
     return withstood
+
+
+# ---- what is put around a network before it is looked at ----
+
+
+class Differentiable(nn.Module):
+    """The same logits, always with a graph to the pixels: where there is none, with a gradient of zero.
+
+    Attacks refuse a network without one (a threshold or an argmax on the way); here it is a finding.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.network = bare(model)
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, classes) float32 of images (n, channels, height, width) in [0, 1]."""
+        logits: Tensor = self.network(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            return logits  # refused by `check_logits`, which names the shape
+        return logits.float() + 0.0 * images.flatten(1).sum(dim=1, keepdim=True)
+
+
+class Averaged(nn.Module):
+    """The mean logits of several forwards of a randomised network: the expectation over its randomness."""
+
+    def __init__(self, model: nn.Module, draws: int) -> None:
+        super().__init__()
+        self.network, self.draws = model, draws
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, classes) of images (n, channels, height, width) in [0, 1]."""
+        return torch.stack([self.network(images) for _ in range(self.draws)]).mean(dim=0)
+
+
+# ---- attacks that see the logits and no gradient ----
+
+
+def square(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float32 in [0, 1]
+    labels: Tensor,  # (n,) int64
+    *,
+    eps: float,
+    queries: int,
+    seed: int,
+) -> Tensor:
+    """The Square attack (Andriushchenko et al., 2020), L_inf: adversarial images like `pgd`'s.
+
+    Its schedule is shortened to so many queries. AutoAttack's own Square is not: cut short it would still be trying
+    its largest squares. All images of a call are tried with the same squares.
+
+    Raises:
+        ImportError: no package with AutoAttack is installed.
+    """
+    package, *_ = find_package()
+    attack_class = import_module(f"{package.__name__}.square").SquareAttack
+    with attackable(model) as logits_of, torch.no_grad(), random_state_kept():
+        classes = logits_of(images[:1]).shape[1]
+
+        def predict(points: Tensor) -> Tensor:
+            # It writes into the logits it gets, and asks about no image at all where all margins are exactly 0.
+            return logits_of(points).clone() if len(points) else points.new_zeros(0, classes)
+
+        attack = attack_class(predict, norm="Linf", n_queries=queries, eps=eps, seed=seed, device=images.device)
+        adversarial: Tensor = attack.perturb(images, labels)
+    return adversarial
+
+
+def best_signs(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float32 in [0, 1]
+    labels: Tensor,  # (n,) int64
+    *,
+    eps: float,
+    count: int,
+    seed: int,
+) -> Tensor:
+    """Of `count` perturbations of +-eps, each pixel's sign drawn by itself, the one with the largest margin.
+
+    Judged by another forward, it does not give a randomised network a chance to err with every draw.
+    """
+    best, chosen = torch.full(labels.shape, -torch.inf, device=images.device), images
+    with attackable(model) as logits_of, torch.no_grad():
+        for draw in range(count):
+            generators = (torch.Generator().manual_seed(each) for each in seeds_of(images, seed, draw))
+            drawn = torch.stack([torch.rand(images.shape[1:], generator=generator) for generator in generators])
+            points = (images + eps * (drawn.to(images.device) - 0.5).sign()).clamp(0, 1)
+            reached = margins(logits_of(points), labels)
+            better = reached > best
+            best = torch.where(better, reached, best)
+            chosen = torch.where(better.view(-1, 1, 1, 1), points, chosen)
+    return chosen

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...evaluation import attacks, predictions
-from ...evaluation.perturbation import rho
+from ...evaluation.representations import rho
 from ..context import Context
 from .base import (
     NO_OTHER,

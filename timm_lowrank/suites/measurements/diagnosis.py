@@ -43,4 +43,6 @@ class Diagnosis(Measurement):
             except EvaluationError as error:  # too few images, or none that is right: what was measured still counts
                 findings.warnings.append(f"{title}: there is no verdict on gradient masking: {error}")
             else:
-                findings.verdicts[title] = diagnosis.to_dict()
+                findings.verdicts[title] = dataclasses.asdict(diagnosis) | {
+                    "checks": [dataclasses.asdict(check) for check in diagnosis.checks]
+                }

@@ -10,8 +10,7 @@ import torch
 
 from ...core.spectrum import singular_energies
 from ...errors import EvaluationError
-from ...evaluation.plane import fit_plane
-from ...evaluation.variance import class_variance_ratio
+from ...evaluation.representations import class_variance_ratio, fit_plane
 from ..context import Context
 from .base import Columns, Findings, Measurement, column, median, number, protocol
 

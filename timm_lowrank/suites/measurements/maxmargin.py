@@ -7,9 +7,15 @@ from collections.abc import Mapping
 
 from ...errors import EvaluationError
 from ...evaluation import attacks
-from ...evaluation.hybrid import HybridModel, judge_hybrid, parameters_behind
-from ...evaluation.maxmargin import MaxMarginClassifier, label_transfer, max_margin_classifiers
-from ...evaluation.minimum import classified_right
+from ...evaluation.maxmargin import (
+    HybridModel,
+    MaxMarginClassifier,
+    judge_hybrid,
+    label_transfer,
+    max_margin_classifiers,
+    parameters_behind,
+)
+from ...evaluation.pixels import classified_right
 from ..context import Context
 from .base import Columns, Findings, Measurement, chunk_of, column, protocol, radius_text, share
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ...evaluation import attacks, pixel_noise, predictions
 from ...evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION
-from ...evaluation.perturbation import stability
+from ...evaluation.representations import stability
 from ..context import Context
 from .base import Columns, Findings, Measurement, chunk_of, column, median, protocol, radius_text, share
 

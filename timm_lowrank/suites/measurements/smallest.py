@@ -12,8 +12,14 @@ from typing import Any
 import torch
 
 from ...evaluation import attacks
-from ...evaluation.minimum import SmallestRadii, deepfool_rho, minimum_perturbation, smallest_radii
-from ...evaluation.trajectory import step_accuracies, trajectory, until_fooled
+from ...evaluation.robustness import (
+    SmallestRadii,
+    deepfool_rho,
+    minimum_perturbation,
+    smallest_radii,
+    step_accuracies,
+    trajectory,
+)
 from ..context import Context
 from .accuracy import BLACK, WHITE
 from .base import (
@@ -110,7 +116,7 @@ class MinimumPerturbation(Measurement):
         model = context.subjects[title].model
         source = context.other(title) if self.black_box else None
         if source:
-            crafted = until_fooled(source.model, model, functools.partial(attack, steps=self.steps))
+            crafted = attacks.until_fooled(source.model, model, functools.partial(attack, steps=self.steps))
         else:
             settled = functools.partial(attack, model, steps=self.steps, stop_at_success=True)
             crafted = lambda clean, wanted, eps: settled(clean, wanted, eps=eps)  # noqa: E731

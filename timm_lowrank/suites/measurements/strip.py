@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...evaluation import attacks, predictions
-from ...evaluation.perturbation import rho
+from ...evaluation.representations import rho
 from ..context import Context
 from .base import Columns, Findings, Measurement, chunk_of, column, protocol
 

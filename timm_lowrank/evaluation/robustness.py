@@ -1,4 +1,5 @@
-"""The smallest perturbation that fools 99 % of the images (paper, Section 3.1, Appendix D.3, Tables 3 and 10)."""
+"""How robust a network is, image by image: the smallest radius that fools (paper, Section 3.1, Appendix D.3, Tables 3
+and 10), and what an attack does step by step (Appendix D.4, Fig. 11)."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.capture import evaluating
 from ..errors import EvaluationError
-from .activations import check_images
+from .arguments import check_images
 from .attacks import deepfool
-from .perturbation import mean_where_defined, rho
-from .trajectory import RadiusAttack
+from .attacks.transfer import RadiusAttack, SteppingAttack
+from .pixels import classified_right, predictions
+from .representations import mean_where_defined, rho
 
 
 class SmallestRadii(NamedTuple):
@@ -57,6 +58,7 @@ def smallest_radii(
         EvaluationError: no images, labels that do not fit, or radii that are not positive.
     """
     grid = _checked_radii(radii)
+    check_images(images)
     right = classified_right(judge, images, labels, batch_size)
     radius = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     distance = torch.zeros_like(radius)
@@ -76,12 +78,12 @@ def smallest_radii(
 
 
 def minimum_perturbation(
-    found: SmallestRadii, share: float = 0.99, *, count_misclassified: bool = False
+    radii: SmallestRadii, share: float = 0.99, *, count_misclassified: bool = False
 ) -> MinimumPerturbation:
     """The smallest radius at which at least `share` of the images fool the network, and the mean rho there.
 
     Args:
-        found: of all images; chunks concatenated.
+        radii: of all images; chunks concatenated.
         count_misclassified: whether images that were misclassified from the start count, as fooled with rho 0. The
             paper does not say. Without them the figure does not improve with a worse network.
 
@@ -90,17 +92,17 @@ def minimum_perturbation(
     """
     if not 0 < share <= 1:
         raise EvaluationError(f"share must lie in (0, 1], for example 0.99, not {share}")
-    counted = torch.ones_like(found.radius, dtype=torch.bool) if count_misclassified else found.radius > 0
-    radii = found.radius[counted]
-    if not len(radii):
+    counted = torch.ones_like(radii.radius, dtype=torch.bool) if count_misclassified else radii.radius > 0
+    radius, distance = radii.radius[counted], radii.rho[counted]
+    if not len(radius):
         raise EvaluationError("no image was classified correctly from the start, so there is none to be fooled")
-    needed = math.ceil(share * len(radii) - 1e-9)  # 0.99 * 100 is a little more than 99 in some products
-    eps = float(radii.sort().values[needed - 1])
-    within = found.radius[counted] <= (eps if eps < math.inf else torch.finfo(torch.float64).max)
+    needed = math.ceil(share * len(radius) - 1e-9)  # 0.99 * 100 is a little more than 99 in some products
+    eps = float(radius.sort().values[needed - 1])
     if eps == math.inf:
-        return MinimumPerturbation(None, None, int(within.sum()), len(radii))
-    mean = mean_where_defined(found.rho[counted][within])
-    return MinimumPerturbation(eps, mean.mean if mean.images else None, int(within.sum()), len(radii))
+        return MinimumPerturbation(None, None, int(radius.isfinite().sum()), len(radius))
+    within = radius <= eps
+    mean = mean_where_defined(distance[within])
+    return MinimumPerturbation(eps, mean.mean if mean.images else None, int(within.sum()), len(radius))
 
 
 def deepfool_rho(
@@ -125,6 +127,7 @@ def deepfool_rho(
     Raises:
         EvaluationError: no images, or labels that do not fit.
     """
+    check_images(images)
     judge = model if judge is None else judge
     right = classified_right(judge, images, labels, batch_size)
     adversarial = deepfool(model, images, labels, **arguments)
@@ -144,15 +147,62 @@ def _checked_radii(radii: Sequence[float]) -> list[float]:
     return grid
 
 
-def classified_right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
-    """Whether each image is classified as its label, (n,) bool, in eval mode.
+class StepAccuracies(NamedTuple):
+    """The two curves of Fig. 11, from step 0 on."""
+
+    instantaneous: list[float]
+    cumulative: list[float]
+
+
+def trajectory(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float in [0, 1]
+    labels: Tensor,  # (n,) int64
+    attack: SteppingAttack,
+    *,
+    judge: nn.Module | None = None,
+) -> Tensor:
+    """The class that each image is given at the start of an attack and after each step, (n, steps + 1) int64.
+
+    Args:
+        attack: with everything but the images given, and without a random start, so that step 0 is the clean image:
+            `functools.partial(iterative_fgsm, eps=0.1, steps=20, step_size=0.01)`.
+        judge: who classifies; None is `model`, on which the attack is crafted.
 
     Raises:
-        EvaluationError: no images, or labels that do not fit.
+        EvaluationError: no images, and what the attack raises.
     """
     check_images(images)
-    if labels.shape != images.shape[:1]:
-        raise EvaluationError(f"{len(images)} images need as many labels, not {tuple(labels.shape)}")
-    with evaluating(model):
-        found = torch.cat([model(batch).argmax(dim=1) for batch in images.split(batch_size)])
-    return found == labels
+    columns: list[Tensor] = []
+
+    def note(step: int, here: Tensor, logits: Tensor) -> None:
+        columns.append((logits.argmax(dim=1) if judge is None else predictions(judge, here)).clone())
+
+    attack(model, images, labels, on_step=note)
+    if not columns:
+        raise EvaluationError("the attack never called on_step, so there is nothing to follow: take one with steps")
+    return torch.stack(columns, dim=1)
+
+
+def step_accuracies(
+    predicted: Tensor,  # (n, steps + 1) int64, of `trajectory`; chunks may be concatenated
+    labels: Tensor | None = None,  # (n,) int64
+) -> StepAccuracies:
+    """Instantaneous and cumulative accuracy after k = 0, 1, ... steps (Appendix D.4).
+
+    With y(x; k) the class after k steps, a_I(k) is the share of images with y(x; k) = y(x; 0), and a_C(k) of those for
+    which this held after every one of the steps 1 ... k; both begin at 1.
+
+    Args:
+        labels: the true classes, to be compared with instead of y(x; 0); then both begin at the clean accuracy.
+
+    Raises:
+        EvaluationError: no images, or labels of another number.
+    """
+    if predicted.dim() != 2 or not predicted.numel():
+        raise EvaluationError(f"predicted must be (n, steps + 1) with n >= 1, not {tuple(predicted.shape)}")
+    reference = predicted[:, 0] if labels is None else labels
+    if reference.shape != predicted.shape[:1]:
+        raise EvaluationError(f"{len(predicted)} images need as many labels, not {tuple(reference.shape)}")
+    same = (predicted == reference[:, None]).double()
+    return StepAccuracies(same.mean(dim=0).tolist(), same.cummin(dim=1).values.mean(dim=0).tolist())
