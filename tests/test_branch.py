@@ -327,7 +327,7 @@ def test_the_normalized_rule_is_stable_at_any_norm(monkeypatch, scale, projectio
 def test_the_normalized_step_is_nearly_the_largest_that_is_stable(rows):
     """The first step from W = 0 gives 2 s C with s below 1 / lambda_max(C), but above 1 / (p^(1/8) lambda_max(C))."""
     branch = build(scale="paper", step_size=1.0)
-    branch.reference_norm, branch._started = torch.ones((), dtype=DOUBLE), True  # with b at zero
+    branch.reference_norm, branch._initialized = torch.ones((), dtype=DOUBLE), True  # with b at zero
     (batch,) = batches(1, rows=rows)
     train(branch, batch)
     largest = float(eigenvalues(branch).max())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import timm_lowrank as tlr
-from timm_lowrank.core.refusals import refuse_deepspeed, refuse_deepspeed_optimizer
+from timm_lowrank.core.distributed import refuse_deepspeed, refuse_deepspeed_optimizer
 
 ENGINE = """
 class DeepSpeedEngine:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import timm_lowrank as tlr
 from timm_lowrank import LossHook, LowRankConfig, LowRankWarning, attach
-from timm_lowrank.core.watch import PATIENCE
+from timm_lowrank.core.model import STEPS_BEFORE_WARNING
 
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1])
@@ -37,24 +37,24 @@ def told(action):
 
 
 def test_a_penalty_that_is_never_used(model):
-    assert told(lambda: loop(model, PATIENCE - 1, penalty=False, update=False)) == []
+    assert told(lambda: loop(model, STEPS_BEFORE_WARNING - 1, penalty=False, update=False)) == []
     (message,) = told(lambda: loop(model, 1, penalty=False, update=False))
-    assert f"{PATIENCE} training forwards passed, but penalty() was never called" in message
+    assert f"{STEPS_BEFORE_WARNING} training forwards passed, but penalty() was never called" in message
     assert "no effect" in message
     assert "add model.penalty() to the loss" in message
     assert "LossHook" in message
-    assert told(lambda: loop(model, 2 * PATIENCE, penalty=False, update=False)) == [], "once is enough"
+    assert told(lambda: loop(model, 2 * STEPS_BEFORE_WARNING, penalty=False, update=False)) == [], "once is enough"
 
 
 def test_an_update_that_is_never_called(model):
-    (message,) = told(lambda: loop(model, 3 * PATIENCE, update=False))
-    assert f"penalty() was called {PATIENCE} times, but update() never" in message
+    (message,) = told(lambda: loop(model, 3 * STEPS_BEFORE_WARNING, update=False))
+    assert f"penalty() was called {STEPS_BEFORE_WARNING} times, but update() never" in message
     assert "call model.update() after optimizer.step()" in message
     assert "attach(optimizer, model)" in message
 
 
 def test_a_loop_that_does_both_hears_nothing(model):
-    assert told(lambda: loop(model, 2 * PATIENCE)) == []
+    assert told(lambda: loop(model, 2 * STEPS_BEFORE_WARNING)) == []
 
 
 def test_so_does_one_with_a_loss_hook_and_an_attached_optimizer(model):
@@ -63,7 +63,7 @@ def test_so_does_one_with_a_loss_hook_and_an_attached_optimizer(model):
     criterion = LossHook(functional.cross_entropy, model)
 
     def train():
-        for _ in range(2 * PATIENCE):
+        for _ in range(2 * STEPS_BEFORE_WARNING):
             criterion(model(IMAGES), LABELS).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -75,13 +75,13 @@ def test_so_does_one_with_a_loss_hook_and_an_attached_optimizer(model):
 def test_forwards_that_no_branch_watches_do_not_count(model):
     def others():
         model.enable(False)
-        loop(model, 2 * PATIENCE, penalty=False, update=False)
+        loop(model, 2 * STEPS_BEFORE_WARNING, penalty=False, update=False)
         model.enable().eval()
-        loop(model, 2 * PATIENCE, penalty=False, update=False)
+        loop(model, 2 * STEPS_BEFORE_WARNING, penalty=False, update=False)
         model.train()
 
     assert told(others) == []
-    assert len(told(lambda: loop(model, PATIENCE, penalty=False, update=False))) == 1
+    assert len(told(lambda: loop(model, STEPS_BEFORE_WARNING, penalty=False, update=False))) == 1
 
 
 def test_a_few_forwards_before_an_evaluation_are_no_training(model):
@@ -96,7 +96,7 @@ def test_a_compiled_network_is_told_when_training_pauses(model):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
 
     def train():
-        for _ in range(2 * PATIENCE):
+        for _ in range(2 * STEPS_BEFORE_WARNING):
             compiled(IMAGES)
         model.eval()
 

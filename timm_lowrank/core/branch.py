@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import zlib
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CollapseError
-from .moments import Moments
-from .precision import full_precision
+from .buffer import ActivationBuffer, Moments, SampledRows
+from .config import LowRankConfig
+from .dense import DenseWeight
+from .distributed import Processes, fingerprint, pack, unpack_into
+from .factored import FactoredWeight, full_precision
 from .scaling import SCALINGS
-from .state import BranchState
-from .window import Drawn
+from .views import FLATTEN, VIEWS, View
 
 
-class LowRankBranch(BranchState):
+class LowRankBranch(nn.Module):
     """The low-rank branch of one layer: W of rank r and the bias b, with their losses and their Update Step.
 
     Per training step, `penalty` gives the branch's loss for a batch of activations and remembers the batch;
     after the optimizer's step, `update` moves W and b and, every `config.project_every` updates, projects W to
-    rank r. W and b are neither parameters nor buffers: no optimizer steps on them and DistributedDataParallel
-    does not broadcast them. They follow `.to(device)`, keep their own dtype, and travel in `state_dict()`.
+    rank r. W and b are neither parameters nor buffers: no optimizer steps on them, DistributedDataParallel does not
+    broadcast them, and the number of rows of B may change from step to step. They follow `.to(device)`, keep their own
+    dtype, and travel in `state_dict()`.
 
     Where several processes train one model, each has a W and a b of its own, and all are the same to the bit: `update`
     takes the rows that enter W, and the mean that b follows, from the batches of all processes. The penalty is the mean
@@ -36,6 +43,41 @@ class LowRankBranch(BranchState):
     Raises:
         ValueError: a rank that does not fit the width.
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        rank: int,
+        config: LowRankConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        if not 1 <= rank <= num_features:
+            raise ValueError(f"rank {rank} must lie between 1 and the width of the layer, {num_features}")
+        self.num_features, self.rank = num_features, rank
+        self.config = config = (config or LowRankConfig()).for_branch("")
+        self.name = ""
+        self.view = FLATTEN  # what the rows are that it is given; W and b belong to that view of the layer
+        self.processes = Processes()
+        kind = FactoredWeight if config.storage == "factored" else DenseWeight
+        self.bias = torch.zeros(num_features, device=device, dtype=dtype)
+        self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, self.bias.device, dtype)
+        self.reference_norm = self.bias.new_zeros(())  # root mean square of ||a - mean|| at switch-on
+        self.updates = 0
+        self._initialized = False  # whether b and the reference norm were taken from the batches of a first update
+        self._provisional = False  # whether they were taken from the first of these batches, until then
+        self._fresh = True  # whether W and b have not moved since they were made or loaded
+        self._losses: dict[str, Tensor] = {}
+        self._forget_batches()
+
+    def _forget_batches(self) -> None:
+        self._moments = Moments(self.bias)
+        self._buffer = ActivationBuffer(self.config.update_rows, self._seed(1))
+
+    def _seed(self, salt: int) -> int:
+        """Depends on the configuration, the update and `salt` alone: nothing to save, alike on every process."""
+        return ((self.config.seed * 1_000_003 + self.updates) * 1_009 + salt) % 2**63
 
     # --------------------------------------------------------------------------------------------------- the loss
 
@@ -55,9 +97,9 @@ class LowRankBranch(BranchState):
         with full_precision(activations.device):
             values = activations.to(self.bias.dtype)
             if remember and not (self.processes.alone or self.processes.agreed):
-                self.processes.agree(self.name, self._alike)  # before one of them waits below for the others
-            if remember and not (self._started or self._begun):
-                self._begin(values.detach())
+                self.processes.agree(self.name, self._common)  # before one of them waits below for the others
+            if remember and not (self._initialized or self._provisional):
+                self._initialize_provisionally(values.detach())
             centred = values + self.bias
             norms = torch.linalg.vector_norm(centred, dim=1)
             factors = SCALINGS[self.config.scale](norms, self.reference_norm)
@@ -65,13 +107,13 @@ class LowRankBranch(BranchState):
             reconstruction = (factors.square() * errors).mean()  # L_c
             if remember:
                 self._moments.add(values.detach(), norms.detach())
-                self._window.add(activations.detach(), factors.detach(), products, alone=self.processes.alone)
+                self._buffer.add(activations.detach(), factors.detach(), products, alone=self.processes.alone)
             sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
             total = self.reconstruction_weight * reconstruction
             if self.config.norm_weight:  # else a NaN gradient of L_n would not be multiplied away
                 total = total + self.config.norm_weight * norm
-            total = total * self._warmth()
+            total = total * self._warmup_factor()
         spread = norms.detach().square().mean().sqrt()
         self._losses = {"reconstruction": reconstruction.detach(), "norm": norm.detach(), "activation_norm": spread}
         return total
@@ -82,7 +124,7 @@ class LowRankBranch(BranchState):
         assert self.config.reconstruction_weight is not None  # see LowRankConfig.for_branch
         return self.config.reconstruction_weight
 
-    def _warmth(self) -> float:
+    def _warmup_factor(self) -> float:
         """The share of its weight that the penalty has by now, see `LowRankConfig.warmup_updates`."""
         warmup = self.config.warmup_updates
         return min(1.0, max(0.0, self.updates / warmup - 1.0)) if warmup else 1.0
@@ -99,25 +141,25 @@ class LowRankBranch(BranchState):
         if activations.shape[0] == 0:
             raise ValueError(f"{where}an empty batch has no penalty")
 
-    def _begin(self, values: Tensor) -> None:
+    def _initialize_provisionally(self, values: Tensor) -> None:
         """b and the reference norm of the first penalty, from its batch on all processes.
 
         Until the first update: then they are taken from all batches that it is made of.
         """
         moments = Moments(self.bias)
         moments.add(values, torch.linalg.vector_norm(values, dim=1))
-        moments.join(self.processes)
+        moments.sum_over(self.processes)
         if moments.empty():  # an overflow: the next batch will do
             return
         mean = moments.mean()
         about_mean = Moments(-mean)  # two passes: where the mean is large, the squares of the first say nothing
         about_mean.add(values, torch.linalg.vector_norm(values - mean, dim=1))
-        about_mean.join(self.processes)
-        self._take(mean, about_mean.variance())
+        about_mean.sum_over(self.processes)
+        self._set_reference(mean, about_mean.variance())
         self._moments = Moments(self.bias)
-        self._begun = True
+        self._provisional = True
 
-    def _take(self, mean: Tensor, variance: Tensor) -> None:
+    def _set_reference(self, mean: Tensor, variance: Tensor) -> None:
         """b and the reference norm from the mean (m,) and the total variance of some rows."""
         if self.config.step_rule == "normalized":  # else b moves exactly as printed, from zero
             self.bias = -mean
@@ -129,7 +171,7 @@ class LowRankBranch(BranchState):
     @property
     def waiting(self) -> bool:
         """Whether a batch of this process waits for the next update."""
-        return bool(self._window.sizes)
+        return bool(self._buffer.sizes)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -139,27 +181,27 @@ class LowRankBranch(BranchState):
             RuntimeError: no batch was seen since the last update.
             CollapseError: at a projection, if the layer died or turned NaN.
         """
-        sizes = self.processes.agree(self.name, self._alike, self._window.sizes)
+        sizes = self.processes.agree(self.name, self._common, self._buffer.sizes)
         if not any(map(sum, sizes)):
             raise RuntimeError(f"update() of the branch on {self.name!r} without a penalty() since the last one")
-        drawn = self._window.draw(sizes, self.processes.rank)
+        sampled = self._buffer.sample(sizes, self.processes.rank)
         with full_precision(self.bias.device):
-            self._moments.join(self.processes)
-            if not self._started:
-                self._start(drawn)
-            self.weight.append(*drawn.join(self.bias, self.weight.size, self.processes))
+            self._moments.sum_over(self.processes)
+            if not self._initialized:
+                self._initialize(sampled)
+            self.weight.append(*sampled.gather(self.bias, self.weight.size, self.processes))
             self._step()
         self._fresh = False
         self._forget_batches()
 
-    def _start(self, drawn: Drawn) -> None:
+    def _initialize(self, sampled: SampledRows) -> None:
         """b and the reference norm from all rows of the first update, whatever batches and processes they came in."""
         if self._moments.empty():
             return
-        self._take(self._moments.mean(), self._moments.variance())
-        self._started = True
+        self._set_reference(self._moments.mean(), self._moments.variance())
+        self._initialized = True
         if self.config.scale != "batch":  # whose factors are those of whole batches
-            for rows in drawn.parts:
+            for rows in sampled.parts:
                 norms = torch.linalg.vector_norm(rows.values.to(self.bias.dtype) + self.bias, dim=1)
                 rows.factors = SCALINGS[self.config.scale](norms, self.reference_norm)
 
@@ -199,12 +241,35 @@ class LowRankBranch(BranchState):
             self.bias = self.bias - seen * self.config.bias_momentum * (mean + self.bias)
 
     def _raise_if_collapsed(self) -> None:
-        """The one place of a training step that waits for the device, at projections, which do so anyway."""
-        count = float(self._moments.count)
+        """The one point of a training step that waits for the device, at projections, which do so anyway."""
+        count, reference = float(self._moments.count), float(self.reference_norm)
         # b follows the mean late. A single row has no spread; its length must do.
         squares = self._moments.variance() if count > 1 else self._moments.squares
         spread = float(squares.sqrt()) if count else math.nan
-        _raise_if_collapsed(self.name, spread, float(self.reference_norm), self.updates)
+        advice = (
+            "Lower reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
+            "warmup_updates; the loss as printed (scale='paper') kills most wide layers."
+        )
+        if not spread < math.inf:
+            raise CollapseError(
+                f"the activations of layer {self.name!r} are not finite after {self.updates} updates. {advice}"
+            )
+        if not _DEAD * reference < spread < _BLOWN_UP * reference:
+            raise CollapseError(
+                f"layer {self.name!r} {'collapsed' if spread <= reference else 'blew up'}: after {self.updates} "
+                f"updates the root mean square norm of its centred activations is {spread:.3g}, and it was "
+                f"{reference:.3g} when the branch was switched on. {advice}"
+            )
+
+    def _common(self) -> dict[str, int]:
+        """What must be the same on all processes, by what to call it; W and b themselves where they are fresh."""
+        common = {"their number of updates": self.updates, "the size of their factors": self.weight.size}
+        common |= {"whether they have begun": int(self._initialized), "when their states were loaded": int(self._fresh)}
+        if self._fresh:  # later, reading them would make the host wait for the device
+            common["W or b"] = fingerprint(self.bias, self.reference_norm, *self.weight.state().values())
+            configuration = [self.config.to_dict(), dataclasses.asdict(self.view)]
+            common["their configuration"] = zlib.crc32(json.dumps(configuration, sort_keys=True).encode())
+        return common
 
     # ------------------------------------------------------------------------------------------------- inspection
 
@@ -213,30 +278,94 @@ class LowRankBranch(BranchState):
         "activation_norm" (root mean square of ||a + b||)."""
         return dict(self._losses)
 
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """W (num_features, num_features): for tests and narrow layers."""
+        return self.weight.dense()
+
+    @torch.no_grad()
+    def factor(self) -> Tensor:
+        """F (num_features, rank or less); after a projection W = F F^T if W is positive semidefinite."""
+        return self.weight.factor()
+
+    @torch.no_grad()
+    def effective_rank(self, share: float = 0.99) -> int:
+        """How many of the eigenvalues of W hold `share` of the sum of their magnitudes; 0 while W is zero."""
+        cumulative = self.weight.eigenvalues().abs().cumsum(dim=0)
+        return int((cumulative < share * cumulative[-1]).sum()) + 1 if cumulative.numel() else 0
+
+    def extra_repr(self) -> str:
+        return f"num_features={self.num_features}, rank={self.rank}, scale={self.config.scale!r}"
+
+    # ------------------------------------------------------------------------------------------ devices and states
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def, override]
+        """Follow the module to another device, never to another dtype: W must not become half precision."""
+        device = fn(torch.empty_like(self.bias)).device
+        self.weight.to(device)
+        self._buffer.to(device)
+        self._moments.to(device)
+        self.bias, self.reference_norm = self.bias.to(device), self.reference_norm.to(device)
+        self._losses = {name: value.to(device) for name, value in self._losses.items()}
+        return super()._apply(fn, recurse)
+
+    def _state(self) -> dict[str, Tensor]:
+        # The view rides along: earlier versions read the first two numbers, and would refuse a tensor of a new name.
+        view = [VIEWS.index(self.view.kind), self.view.channel_dim]
+        counters = torch.tensor([self.updates, int(self._initialized), *view])
+        own = {"bias": self.bias.clone(), "reference_norm": self.reference_norm.clone(), "counters": counters}
+        return {**own, **self.weight.state()}
+
+    def get_extra_state(self) -> bytes:
+        """The whole state in one piece, as a model with sharded parameters saves it; see `distributed.pack`."""
+        return pack(self._state())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination.update({prefix + name: value for name, value in self._state().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        unpack_into(state_dict, prefix)
+        names = self._state().keys()
+        state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        missing = [prefix + name for name in names if name not in state]
+        missing_keys += missing
+        unexpected_keys += [prefix + name for name in state if name not in names]
+        if missing:
+            return
+        try:
+            if state["bias"].shape != self.bias.shape:
+                raise ValueError(
+                    f"a bias of shape {tuple(state['bias'].shape)} does not fit {self.num_features} features"
+                )
+            self._check_view(*state["counters"][2:].tolist())
+            self.weight.load_state(state)
+        except ValueError as problem:
+            error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")
+            return
+        self.bias = state["bias"].to(self.bias, copy=True)
+        self.reference_norm = state["reference_norm"].to(self.reference_norm, copy=True)
+        self.updates, self._initialized = int(state["counters"][0]), bool(state["counters"][1])
+        self._provisional, self._fresh = self._initialized, True
+        self._forget_batches()
+
+    def _check_view(self, kind: int = -1, channel_dim: int = 0) -> None:
+        """Raises ValueError if W and b were trained on another view of the layer; states from before views say none."""
+        if kind < 0:
+            return
+        saved = View(VIEWS[kind] if kind < len(VIEWS) else "unknown", channel_dim)
+        if not saved.agrees(self.view):
+            raise ValueError(f"W and b of the view {saved} do not fit a branch of the view {self.view}")
+
 
 # Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
 # a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
 _DEAD, _BLOWN_UP = 1e-3, 1e4
-
-
-def _raise_if_collapsed(layer: str, spread: float, reference: float, updates: int) -> None:
-    """Raise CollapseError if a layer is past saving.
-
-    Args:
-        layer: its name.
-        spread: root mean square norm of its activations about their mean; NaN if none were finite.
-        reference: the same when the branch was switched on.
-        updates: of the branch so far.
-    """
-    advice = (
-        "Lower reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
-        "warmup_updates; the loss as printed (scale='paper') kills most wide layers."
-    )
-    if not spread < float("inf"):
-        raise CollapseError(f"the activations of layer {layer!r} are not finite after {updates} updates. {advice}")
-    if not _DEAD * reference < spread < _BLOWN_UP * reference:
-        what = "collapsed" if spread <= reference else "blew up"
-        raise CollapseError(
-            f"layer {layer!r} {what}: after {updates} updates the root mean square norm of its centred activations is "
-            f"{spread:.3g}, and it was {reference:.3g} when the branch was switched on. {advice}"
-        )

@@ -20,15 +20,23 @@ and the Update Step with p rows X, W <- W - s (1/p) (X^T R + R^T X), R = X W - X
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import projection
 from .config import LowRankConfig
-from .precision import full_precision
 
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A block in which autocast is off for `device`: branches compute in their own dtype, whatever the network does."""
+    if device.type == "meta":  # which has no autocast: networks that are only looked at, not computed
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class _ReconstructionError(torch.autograd.Function):
@@ -194,8 +202,8 @@ class FactoredWeight:
 
     def factor(self) -> Tensor:
         """F (m, r) with F F^T the positive part of W; W itself if it is positive semidefinite."""
-        found = projection.exact_factored(self.core.double(), self.gram.double(), self.rank)
-        scaled = found.vectors * found.eigenvalues.clamp_min(0).sqrt()
+        result = projection.exact_factored(self.core.double(), self.gram.double(), self.rank)
+        scaled = result.vectors * result.eigenvalues.clamp_min(0).sqrt()
         return self.basis.T @ scaled.to(self.basis.dtype)
 
     def dense(self) -> Tensor:

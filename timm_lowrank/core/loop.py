@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import refuse_deepspeed_optimizer
 from .model import LowRankModel
-from .refusals import refuse_deepspeed_optimizer
 
 _WRAPPED = ("optimizer", "_base_optimizer")  # where wrappers keep the optimizer that they are around
 
@@ -71,7 +71,7 @@ def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         TypeError: `optimizer` is no torch optimizer and holds none.
     """
     raw = optimizer
-    while inner := next((found for name in _WRAPPED if (found := getattr(raw, name, None)) is not None), None):
+    while inner := next((held for name in _WRAPPED if (held := getattr(raw, name, None)) is not None), None):
         raw = inner
     if not isinstance(raw, torch.optim.Optimizer):
         raise TypeError(f"attach() needs a torch optimizer, not a {type(optimizer).__name__}")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, LowRankWarning
 from .branch import LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
-from .processes import Processes
-from .refusals import refuse_deepspeed
-from .sharding import pack_where_sharded
-from .watch import Watch
+from .distributed import Processes, pack_where_sharded, refuse_deepspeed
+
+STEPS_BEFORE_WARNING = 50  # training forwards of a loop that leaves out penalty() or update()
 
 
 class BranchDict(nn.ModuleDict):
@@ -82,7 +82,7 @@ class LowRankModel(nn.Module):
         self.taps = tuple(taps)
         self.enabled = True
         self._recording: Recording | None = None
-        self._watch = Watch()
+        self._usage = UsageCheck()
         device = next((p.device for p in backbone.parameters()), None)
         self.branches = BranchDict()
         for tap in self.taps:
@@ -105,7 +105,7 @@ class LowRankModel(nn.Module):
         """What the next `penalty` is of: for a loop that records the forward of a larger model around the backbone."""
         self._recording = record
         if not torch.compiler.is_compiling():  # a count would be compiled in, and compiled anew whenever it changes
-            self._watch.forward()
+            self._usage.forward()
 
     def penalty(self) -> Tensor:
         """The summed penalty of all branches for the last training forward, a scalar with a graph (Alg. 2, line 8).
@@ -124,7 +124,7 @@ class LowRankModel(nn.Module):
                 "it was called without one, or twice for the same one"
             )
         record, self._recording = self._recording, None
-        self._watch.penalty()
+        self._usage.penalty()
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
         return torch.stack([self.branches[layer].penalty(value) for layer, value in activations.items()]).sum()
 
@@ -150,7 +150,7 @@ class LowRankModel(nn.Module):
             LowRankError: the branches of the processes are not alike.
         """
         if self.enabled:
-            self._watch.update()
+            self._usage.update()
             for branch in self.branches.values():
                 branch.update()
 
@@ -166,7 +166,7 @@ class LowRankModel(nn.Module):
     def train(self, mode: bool = True) -> LowRankModel:
         """As of any module."""
         if not mode and self.training:
-            self._watch.end(unused=self._recording is not None)
+            self._usage.end(unused=self._recording is not None)
         return super().train(mode)
 
     def train_within(self, group: torch.distributed.ProcessGroup) -> LowRankModel:
@@ -208,3 +208,54 @@ class LowRankModel(nn.Module):
             "nn.DataParallel would give each replica activations that the branches never see; use "
             "DistributedDataParallel, for example through `accelerate launch`"
         )
+
+
+class UsageCheck:
+    """Warns, once and loudly, of a training loop that forgot half of the branch.
+
+    Counts what the loop calls, from switch-on to the first `update`.
+    """
+
+    def __init__(self) -> None:
+        self.forwards = 0  # since switch-on; those of a compiled network are not seen
+        self.penalties = 0
+        self._done = False
+
+    def forward(self) -> None:
+        """A training forward happened."""
+        if self._done:
+            return
+        self.forwards += 1
+        if self.forwards >= STEPS_BEFORE_WARNING and not self.penalties:
+            self._warn(f"{self.forwards} training forwards passed, but penalty() was never called")
+
+    def penalty(self) -> None:
+        """The penalty of a forward was asked for."""
+        if self._done:
+            return
+        self.penalties += 1
+        if self.penalties >= STEPS_BEFORE_WARNING:
+            self._warn(
+                f"penalty() was called {self.penalties} times, but update() never, so W and b stay what they were",
+                "call model.update() after optimizer.step(), or timm_lowrank.attach(optimizer, model) once",
+            )
+
+    def update(self) -> None:
+        """The Update Step was made: the loop is right."""
+        self._done = True
+
+    def end(self, unused: bool) -> None:
+        """Training pauses; `unused` says whether the last forward's activations were never asked for.
+
+        The forwards of a compiled network can only be noticed here.
+        """
+        if unused and not self._done and not self.forwards and not self.penalties:
+            self._warn("a compiled network was trained, but penalty() was never called")
+
+    def _warn(self, what: str, advice: str | None = None) -> None:
+        self._done = True
+        advice = advice or (
+            "add model.penalty() to the loss, or use timm_lowrank.LossHook(criterion, model) as the criterion. "
+            "To train without the branches, model.enable(False)"
+        )
+        warnings.warn(f"the low-rank branches have no effect: {what}; {advice}", LowRankWarning, stacklevel=5)
