@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timm_lowrank as tlr
@@ -97,7 +97,12 @@ def test_transformers_load_it_as_well(model, tmp_path):
     transformers = pytest.importorskip("transformers")
     save_pretrained(model, tmp_path)
     network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(network(images()).logits, model(images()))
+    expected = model.unwrap().state_dict()
+    assert {key.removeprefix("timm_model."): key for key in network.state_dict()}.keys() == expected.keys()
+    assert all(
+        torch.equal(value, expected[key.removeprefix("timm_model.")]) for key, value in network.state_dict().items()
+    )
+    torch.testing.assert_close(network(images()).logits, model(images()), rtol=1e-5, atol=1e-6)
 
 
 def test_labels_and_images_are_described(model, tmp_path):
@@ -189,9 +194,9 @@ def test_a_folder_that_cannot_be(model, tmp_path):
 @pytest.mark.parametrize(
     "where",
     [
-        "timm_lowrank.checkpoint.saving.save_file",
+        "timm_lowrank.checkpoint.branches.save_file",
         "timm.models.save_for_hf",
-        "timm_lowrank.checkpoint.saving._write_branches",
+        "os.replace",
     ],
 )
 def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monkeypatch, where):
@@ -516,7 +521,7 @@ def test_branches_on_layers_that_are_not_there(model, folder):
     tensors = {
         key.replace("layer3", "layer9"): value for key, value in load_file(folder / "lowrank.safetensors").items()
     }
-    checkpoint.saving.save_file(tensors, folder / "lowrank.safetensors")
+    save_file(tensors, folder / "lowrank.safetensors")
     layers = {layer.replace("layer3", "layer9"): size for layer, size in description["layers"].items()}
     rewrite(folder / "lowrank.json", layers=layers, sha256={})
     refused(folder, r"branches on layers that ResNet does not have: layer9\. Did you mean: .*layer3")
@@ -558,7 +563,7 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 import timm, torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 torch.set_num_threads(1)
@@ -597,7 +602,7 @@ def test_cifar_sized_networks_load_where_this_package_is_not(tmp_path):
             save_pretrained(model, folders[-1])
             with torch.no_grad():
                 data = {"images": images(), "logits": model.eval()(images())}
-            checkpoint.saving.save_file(data, f"{folders[-1]}.safetensors")
+            save_file(data, f"{folders[-1]}.safetensors")
             assert torch.equal(from_pretrained(folders[-1])(images()), data["logits"])
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, *map(str, folders)],

@@ -324,7 +324,9 @@ def test_a_checkpoint_of_plain_training_is_a_start_with_new_branches(batches, ca
 def test_a_checkpoint_with_other_branches_is_refused(batches):
     state = make_task().get_task_state()
     other = make_task(config=LowRankConfig(branches={"pre_logits": 5}))
-    with pytest.raises(ValueError, match=r"layer3 \(rank 8 of \d+\), pre_logits \(rank 6 of \d+\), those of this task"):
+    with pytest.raises(
+        ValueError, match=r"layer3 \(rank 8 of \d+\), pre_logits \(rank 6 of \d+\), and those of this model"
+    ):
         other.load_task_state(state)
 
 

@@ -14,8 +14,14 @@ import torch
 
 from timm_lowrank import LowRankConfig
 from timm_lowrank.integrations import timm_train
-from timm_lowrank.integrations.timm_script import Joint, ScriptError, check_script, loaded_script
-from timm_lowrank.integrations.timm_train import read_config, split_arguments
+from timm_lowrank.integrations.timm_train import (
+    ScriptError,
+    ScriptPatch,
+    check_script,
+    loaded_script,
+    read_config,
+    split_arguments,
+)
 
 SCRIPT = Path(__file__).with_name("timm_standin.py")
 BRANCHES = ["branches.layer3=8", "branches.pre_logits=6", "warmup_updates=1", "project_every=2", "scale=unit"]
@@ -223,10 +229,10 @@ def test_the_start_epoch_needs_a_script_that_has_epochs(tmp_path):
         loaded_script(tmp_path / "other.py", []) as script,
         pytest.raises(ScriptError, match="no train_one_epoch"),
     ):
-        Joint(LowRankConfig(), start_epoch=3).install(script)
+        ScriptPatch(LowRankConfig(), start_epoch=3).install(script)
 
 
-def test_every_seam_that_the_launcher_uses_is_one_of_timms():
+def test_every_name_that_the_launcher_exchanges_is_one_of_timms():
     """The names that the stand-in shares with timm's own script are still where that script takes them from."""
     for module, name in [("timm.data", "resolve_data_config"), ("timm.optim", "create_optimizer_v2")]:
         assert callable(getattr(importlib.import_module(module), name))

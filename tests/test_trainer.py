@@ -16,12 +16,12 @@ import torch
 
 import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LowRankConfig, LowRankError, LowRankModel, LowRankWarning
+from timm_lowrank.checkpoint import load_branches, write_branches
 
 transformers = pytest.importorskip("transformers")
 
 from timm_lowrank.integrations.trainer import LowRankCallback, LowRankMixin, LowRankTrainer  # noqa: E402
-from timm_lowrank.integrations.trainer_files import read_branches, write_branches  # noqa: E402
-from timm_lowrank.integrations.trainer_networks import Seam, last_stage_input  # noqa: E402
+from timm_lowrank.integrations.transformers_models import RecordingForward, last_stage_input  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +167,7 @@ def test_both_presets_train_and_leave_a_plain_model(kind, build, data, tmp_path)
         assert torch.equal(again(images).logits, trainer.model.eval()(images).logits)
     other = build(kind, lowrank=config(kind, branches="2-LR"), example_input=images)
     assert other.lowrank.branches["pre_logits"].updates == 0
-    read_branches(other.lowrank, tmp_path / "model")
+    load_branches(other.lowrank, tmp_path / "model")
     assert same(other.lowrank.branches.state_dict(), trainer.lowrank.branches.state_dict())
 
     one = build(kind, lowrank=config(kind, branches="1-LR"), example_input=images)
@@ -314,7 +314,7 @@ def test_a_skipped_optimizer_step_is_no_update(build, data):
     batch = {"pixel_values": torch.stack([one["pixel_values"] for one in data[:8]]), "labels": torch.arange(8)}
     trainer.compute_loss(trainer.model, batch)
     for skipped, updates in ((True, 0), (False, 1)):
-        trainer._updates.on_optimizer_step(None, None, None, optimizer=types.SimpleNamespace(step_was_skipped=skipped))
+        trainer._callback.on_optimizer_step(None, None, None, optimizer=types.SimpleNamespace(step_was_skipped=skipped))
         assert trainer.lowrank.branches["pre_logits"].updates == updates
 
 
@@ -382,13 +382,13 @@ def test_damaged_branches_are_refused(build, data, tmp_path):
     weights = tmp_path / "lowrank.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(tlr.CheckpointError, match="damaged or exchanged"):
-        read_branches(lowrank, tmp_path)
+        load_branches(lowrank, tmp_path)
     (tmp_path / "lowrank.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(tlr.CheckpointError, match="cannot be read"):
-        read_branches(lowrank, tmp_path)
+    with pytest.raises(tlr.CheckpointError, match="must hold config and layers"):
+        load_branches(lowrank, tmp_path)
     weights.unlink()
     with pytest.raises(tlr.CheckpointError, match=r"holds no lowrank\.json"):
-        read_branches(lowrank, tmp_path)
+        load_branches(lowrank, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- mixin and callback alone
@@ -461,11 +461,11 @@ def test_the_callback_keeps_branches_that_are_held_aside(build, data, tmp_path):
         callback.on_train_begin(args, state, None, model=None)
 
 
-def test_the_seam_gives_the_model_its_forward_back(build, data):
+def test_the_recording_forward_gives_the_model_its_forward_back(build, data):
     trainer = build("vit", example_input=torch.stack([one["pixel_values"] for one in data[:2]]))
     model, lowrank = trainer.model.train(), trainer.lowrank
     images = torch.stack([one["pixel_values"] for one in data[:2]])
-    seam = Seam(model, lowrank)
+    replaced = RecordingForward(model, lowrank)
     copy.deepcopy(model)(images)  # such as an average of weights
     with pytest.raises(CaptureError, match="needs a forward pass"):
         lowrank.penalty()
@@ -473,7 +473,7 @@ def test_the_seam_gives_the_model_its_forward_back(build, data):
     assert lowrank.penalty().requires_grad
     below = model.forward
     model.forward = lambda *args, **kwargs: below(*args, **kwargs)
-    seam.remove()
+    replaced.remove()
     model(images)
     with pytest.raises(CaptureError, match="needs a forward pass"):
         lowrank.penalty()

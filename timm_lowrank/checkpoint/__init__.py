@@ -9,10 +9,10 @@ README.md                             on the Hub: the model card
 """
 
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
+from .branches import FORMAT, BranchDescription, has_branches, load_branches, read_description, write_branches
 from .card import minimal_card
 from .files import (
     CHECKPOINT_FILES,
-    FORMAT,
     LOWRANK_CONFIG,
     LOWRANK_WEIGHTS,
     NETWORK_CONFIG,
@@ -20,9 +20,8 @@ from .files import (
     checked_name,
     module_to_import,
     sha256_of,
-    verify,
 )
-from .loading import from_pretrained
+from .loading import from_pretrained, verify
 from .publishing import Published, push_to_hub
 from .remote import download
 from .saving import save_pretrained
@@ -34,6 +33,7 @@ __all__ = [
     "LOWRANK_WEIGHTS",
     "NETWORK_CONFIG",
     "NETWORK_WEIGHTS",
+    "BranchDescription",
     "CheckpointDamagedError",
     "CheckpointError",
     "CheckpointWriteError",
@@ -41,10 +41,14 @@ __all__ = [
     "checked_name",
     "download",
     "from_pretrained",
+    "has_branches",
+    "load_branches",
     "minimal_card",
     "module_to_import",
     "push_to_hub",
+    "read_description",
     "save_pretrained",
     "sha256_of",
     "verify",
+    "write_branches",
 ]

@@ -14,29 +14,27 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from torch import nn
 
-from ..core.config import LowRankConfig
 from ..core.model import LowRankModel
-from ..core.views import FLATTEN, VIEWS, View
-from ..errors import CheckpointDamagedError, CheckpointError, nearest
-from ..layers import tap_on
+from ..errors import CheckpointDamagedError, CheckpointError
+from ..files import read_json
+from .branches import has_branches, read_description, recorded_sha256, restore_branches
 from .files import (
-    FORMAT,
     LOWRANK_CONFIG,
     LOWRANK_WEIGHTS,
     NETWORK_CONFIG,
     NETWORK_WEIGHTS,
     check_safetensors,
+    check_sha256,
+    checked_name,
     known_architecture,
-    read_json,
-    verify,
+    require_checkpoint,
 )
 from .remote import checked_repo_id, download
-
-_DESCRIBED = ("format", "config", "enabled", "layers", "sha256")  # the keys of lowrank.json
 
 
 def from_pretrained(
@@ -124,19 +122,70 @@ def _repository(source: str, revision: str | None) -> tuple[str, str | None]:
     return checked_repo_id(name, hint=f"there is no folder {name!r} either"), (written if at else revision)
 
 
+def verify(folder: str | os.PathLike[str], *, sha256: str | None = None) -> None:
+    """Checks the files of a checkpoint without building the network: complete, not pickled, undamaged.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        sha256: what `model.safetensors` must have, 64 hexadecimal digits, from a list of published checkpoints
+            for example; None checks what lowrank.json records.
+
+    Raises:
+        CheckpointDamagedError: a file whose sha256 is another one, or that is no whole safetensors file.
+        CheckpointError: everything else that is wrong.
+    """
+    folder = Path(folder)
+    require_checkpoint(folder)
+    recorded = recorded_sha256(folder)
+    if sha256 is not None:
+        recorded = {**recorded, NETWORK_WEIGHTS: sha256.lower()}
+    for name, digest in recorded.items():
+        path = folder / checked_name(name)
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is not complete: {name} is missing; fetch or copy it again")
+        check_sha256(path, digest)
+    for name in (NETWORK_WEIGHTS, LOWRANK_WEIGHTS):
+        if (folder / name).exists():
+            check_safetensors(folder / name)
+
+
 def load_folder(folder: Path, *, lowrank: bool = True, sha256: str | None = None) -> LowRankModel | nn.Module:
     """The model of a checkpoint folder on the CPU, in eval mode; see `from_pretrained`."""
     verify(folder, sha256=sha256)
     config = read_json(folder / NETWORK_CONFIG)
-    description = read_json(folder / LOWRANK_CONFIG) if (folder / LOWRANK_CONFIG).is_file() else None
-    if lowrank and description is not None:
-        _check_description(description, folder)  # before the network is built
+    _refuse_transformers(folder, config)
+    description = read_description(folder) if lowrank else None  # before the network is built
+    if description is not None and not has_branches(folder):
+        raise CheckpointError(
+            f"{folder} is not complete: {LOWRANK_WEIGHTS} is missing; fetch it again, or load the plain network with "
+            "lowrank=False"
+        )
     network = _load_network(folder, config)
-    if description is not None:
+    if (folder / LOWRANK_CONFIG).is_file():
         _take_over_exactly(network, folder)
-    if not lowrank or description is None:
-        return network.eval()
-    return _with_branches(network, description, folder).eval()
+    return (network if description is None else restore_branches(network, description, folder)).eval()
+
+
+def _refuse_transformers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a model of transformers, whose weights do not stand under the names of timm's."""
+    if "model_type" not in config:
+        return
+    with safe_open(folder / NETWORK_WEIGHTS, framework="pt") as file:
+        names = file.keys()
+    wrapped = any(name.startswith("timm_model.") for name in names)
+    if not wrapped and {"architecture", "pretrained_cfg"} <= config.keys():  # timm and transformers read it alike
+        return
+    kind = next(iter(config.get("architectures") or ()), config["model_type"])
+    branches = (
+        " Its branches: tlr.wrap(network, config, example_input=images), then timm_lowrank.checkpoint.load_branches("
+        "model, folder); a LowRankTrainer takes them up with train(resume_from_checkpoint=folder)."
+    )
+    raise CheckpointError(
+        f"{folder} is in the layout of transformers (a {kind}), as LowRankTrainer.save_model and the Trainer's "
+        "checkpoints are, not in timm's: load the network with "
+        f"transformers.AutoModelForImageClassification.from_pretrained.{branches * has_branches(folder)} In timm's "
+        "layout, which from_pretrained reads, trainer.export(folder) writes the network of a TimmWrapper"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the network
@@ -195,75 +244,3 @@ def _take_over_exactly(network: nn.Module, folder: Path) -> None:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise _misfit(folder, str(error)) from error
-
-
-# ------------------------------------------------------------------------------------------------------ the branches
-
-
-def _check_description(description: Mapping[str, Any], folder: Path) -> None:
-    """Raises CheckpointError for a lowrank.json that this version cannot make sense of; warns of unknown keys."""
-    path = folder / LOWRANK_CONFIG
-    written = description.get("format")
-    if not isinstance(written, int) or isinstance(written, bool):
-        raise CheckpointError(f"{path} names no format, so it was not written by save_pretrained")
-    if written > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {written}, and this version of timm_lowrank reads up to {FORMAT}: pip install -U "
-            "timm_lowrank, or load the plain network with lowrank=False"
-        )
-    layers = description.get("layers")
-    if not isinstance(description.get("config"), Mapping) or not isinstance(layers, Mapping) or not layers:
-        raise CheckpointError(f"{path} must hold config and layers: it was damaged; fetch it again")
-    for layer, size in layers.items():
-        numbers = [size.get(key) for key in ("rank", "num_features")] if isinstance(size, Mapping) else [None]
-        if not all(isinstance(number, int) for number in numbers):
-            raise CheckpointError(f"{path}: layer {layer!r} must have rank and num_features, both integers")
-        if _view(size).kind not in VIEWS or not isinstance(_view(size).channel_dim, int):
-            raise CheckpointError(f"{path}: layer {layer!r} has a view that is none of {', '.join(VIEWS)}")
-    if not (folder / LOWRANK_WEIGHTS).is_file():
-        raise CheckpointError(
-            f"{folder} is not complete: {LOWRANK_WEIGHTS} is missing; fetch it again, or load the plain network with "
-            "lowrank=False"
-        )
-    if unknown := sorted(description.keys() - set(_DESCRIBED)):
-        warnings.warn(
-            f"{path} has fields that this version does not know: {', '.join(unknown)}. Left out.", stacklevel=4
-        )
-
-
-def _view(description: Mapping[str, Any]) -> View:
-    return View(description.get("view", FLATTEN.kind), description.get("channel_dim", FLATTEN.channel_dim))
-
-
-def _with_branches(network: nn.Module, description: Mapping[str, Any], folder: Path) -> LowRankModel:
-    layers = description["layers"]
-    path = folder / LOWRANK_WEIGHTS
-    check_safetensors(path)
-    tensors = load_file(path)
-    for layer, size in layers.items():
-        # Before anything of that size is allocated.
-        bias = tensors.get(layer.replace(".", "/") + ".bias")
-        if bias is None or bias.shape != (size["num_features"],):
-            raise CheckpointError(f"{path} does not fit {LOWRANK_CONFIG} at layer {layer!r}: fetch both again")
-    try:
-        config = LowRankConfig.from_dict(description["config"], strict=False)
-        model = LowRankModel(
-            network,
-            config,
-            [dataclasses.replace(tap_on(network, layer), view=_view(size)) for layer, size in layers.items()],
-            {layer: size["num_features"] for layer, size in layers.items()},
-            {layer: size["rank"] for layer, size in layers.items()},
-        )
-        model.branches.load_state_dict(tensors)
-    except AttributeError as error:  # of get_submodule
-        known = [name for name, _ in network.named_modules() if name]
-        wrong = [layer for layer in layers if layer not in (*known, "pre_logits")]
-        raise CheckpointError(
-            f"{folder / LOWRANK_CONFIG} has branches on layers that {type(network).__name__} does not have: "
-            f"{', '.join(wrong)}. {nearest(wrong[0], known)} lowrank=False loads the plain network"
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the branches in {folder} cannot be restored: {error}. lowrank=False loads the plain network"
-        ) from error
-    return model.enable(bool(description.get("enabled", True)))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm.models
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from ..core.model import LowRankModel
-from ..errors import CheckpointError, CheckpointWriteError
-from .files import FORMAT, LOWRANK_CONFIG, LOWRANK_WEIGHTS, NETWORK_CONFIG, NETWORK_WEIGHTS, sha256_of
+from ..errors import CheckpointError
+from ..files import staged
+from .branches import write_errors, write_into
+from .files import LOWRANK_CONFIG, LOWRANK_WEIGHTS, NETWORK_CONFIG, NETWORK_WEIGHTS
 
 
 def save_pretrained(
@@ -58,33 +55,15 @@ def save_pretrained(
     if label_names is not None and len(label_names) != backbone.num_classes:
         raise CheckpointError(f"{len(label_names)} label names for {backbone.num_classes} classes")
     folder = Path(folder)
-    with _disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-        try:
+    with write_errors(folder):
+        with staged(folder) as staging:
             _write_backbone(backbone, staging, label_names, data_config)
             if isinstance(model, LowRankModel):
-                _write_branches(model, staging)
-            for file in sorted(staging.iterdir()):
-                os.replace(file, folder / file.name)
-            if not isinstance(model, LowRankModel):  # branches of another model that was there would not belong here
-                for name in (LOWRANK_CONFIG, LOWRANK_WEIGHTS):
-                    (folder / name).unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+                write_into(staging, model, belong_to=[NETWORK_WEIGHTS])
+        if not isinstance(model, LowRankModel):  # branches of another model that was there would not belong here
+            for name in (LOWRANK_CONFIG, LOWRANK_WEIGHTS):
+                (folder / name).unlink(missing_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a type of its own
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointWriteError(
-            f"could not write the checkpoint to {folder}: {reason}. What was there is unchanged; free some space or "
-            "choose another folder"
-        ) from error
 
 
 def _write_backbone(
@@ -111,24 +90,3 @@ def _write_backbone(
     if "label_names" in config:  # and not twice: those that the network was loaded with may be older
         config["pretrained_cfg"].pop("label_names", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _write_branches(model: LowRankModel, folder: Path) -> None:
-    tensors = {key: value.contiguous().cpu() for key, value in model.branches.state_dict().items()}
-    save_file(tensors, folder / LOWRANK_WEIGHTS, metadata={"format": "pt"})
-    description = {
-        "format": FORMAT,
-        "config": model.lowrank_config.to_dict(),
-        "enabled": model.enabled,
-        "layers": {
-            tap.layer: {
-                "rank": model.branches[tap.layer].rank,
-                "num_features": model.branches[tap.layer].num_features,
-                "view": tap.view.kind,
-                "channel_dim": tap.view.channel_dim,
-            }
-            for tap in model.taps
-        },
-        "sha256": {name: sha256_of(folder / name) for name in (NETWORK_WEIGHTS, LOWRANK_WEIGHTS)},
-    }
-    (folder / LOWRANK_CONFIG).write_text(json.dumps(description, indent=2) + "\n")

@@ -23,11 +23,12 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..checkpoint.branches import FORMAT, BranchDescription
 from ..core.config import LowRankConfig
 from ..core.loop import hooked_optimizer
 from ..core.model import LowRankModel
 from ..errors import LowRankWarning
-from .timm_parts import described, load_branches, saved_branches, wrapped_once
+from ..wrapping import wrap
 
 _logger = logging.getLogger(__name__)
 
@@ -80,7 +81,16 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
     ):
         if start_epoch < 0 or start_update < 0:
             raise ValueError(f"start_epoch={start_epoch} and start_update={start_update} must not be negative")
-        wrapped = wrapped_once(model, lowrank, example_input)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ValueError("the layers of a scripted network cannot be read: train without torchscript")
+        if not isinstance(model, LowRankModel):
+            wrapped = wrap(model, lowrank, example_input=example_input)
+        elif lowrank is None and example_input is None:
+            wrapped = model
+        else:
+            raise TypeError(
+                "the network is wrapped already: leave out lowrank and example_input, or pass model.unwrap()"
+            )
         super().__init__(
             wrapped,
             criterion,
@@ -99,7 +109,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         self._attached = False
         self._due = True
         if verbose:
-            _logger.info(f"{type(self).__name__}: branches {described(wrapped)}")
+            _logger.info(f"{type(self).__name__}: branches {BranchDescription.of(wrapped)}")
         self._switch()
 
     @property
@@ -224,8 +234,8 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         """The plain network, compiled if the task is: for validation, checkpoints and export."""
         if module is None and not ema and not hasattr(self, "eval_model"):
             return self.backbone
-        found: nn.Module | None = super().get_eval_model(module, ema)
-        return found
+        evaluated: nn.Module | None = super().get_eval_model(module, ema)
+        return evaluated
 
     def setup_ema(
         self,
@@ -259,7 +269,8 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         """W, b and the counters, as plain values and tensors; nothing for the EMA, which has no branches."""
         if ema:
             return {}
-        return {**saved_branches(self.lowrank), "updates": self.updates}
+        description = BranchDescription.of(self.lowrank).to_dict()
+        return {**description, "branches": dict(self.lowrank.branches.state_dict()), "updates": self.updates}
 
     def load_task_state(
         self,
@@ -271,14 +282,20 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         """The inverse of `get_task_state`. A checkpoint of plain training has none: the branches begin anew.
 
         Raises:
-            ValueError: the checkpoint's branches sit on other layers, or have other widths or ranks.
+            CheckpointError: the checkpoint's branches sit on other layers, or have other widths, ranks or views.
         """
         if ema:
             return
         if not state:
             _logger.warning("The checkpoint holds no low-rank branches: W and b begin at zero.")
             return
-        load_branches(self.lowrank, state, strict)
+        saved = {key: value for key, value in state.items() if key not in ("branches", "sizes", "updates")}
+        if "sizes" in state:  # earlier versions wrote features and rank of each layer, and no view
+            sizes = state["sizes"].items()
+            saved["layers"] = {layer: {"num_features": width, "rank": rank} for layer, (width, rank) in sizes}
+            saved["format"] = FORMAT
+        BranchDescription.from_dict(saved, "the checkpoint").require_fit(self.lowrank, "the checkpoint")
+        self.lowrank.branches.load_state_dict(state["branches"], strict=strict)
         self.updates = int(state["updates"])
         self._forwards, self._penalized = 0, False
         self._switch()

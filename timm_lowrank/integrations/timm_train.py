@@ -1,26 +1,45 @@
 """`python -m timm_lowrank.integrations.timm_train PATH/train.py --lowrank CONFIG ...`: timm's train script, low rank.
 
 The script is timm's own, unmodified, and takes all of its arguments: resume, EMA, accumulation, clipping, AMP, compile
-and several processes work as they do without branches. What it saves is the plain network, with W and b beside it.
+and several processes work as they do without branches. It is found, checked before it runs and imported, and its task
+class exchanged. What it saves is the plain network, with W and b beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import ast
+import contextlib
+import functools
+import importlib.util
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import timm
+import torch
 import yaml  # timm needs it too
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
+from torch import nn
 
 from ..core.config import PRESETS, LowRankConfig
-from ..errors import nearest
-from .timm_script import Joint, ScriptError, loaded_script
+from ..core.model import LowRankModel
+from ..errors import CaptureError, nearest
+from ..files import parse_yaml
+from ..wrapping import wrap
+from .timm_task import LowRankMultiLabelTask, LowRankTask
 
 _PROG = "python -m timm_lowrank.integrations.timm_train"
 _OWN = "--lowrank"  # no argument of timm's begins so
+_MODULE = "timm_train_script"  # not the file's own name: "train" may be a module of the user's
+_ADVICE = f"take train.py from the source of timm {timm.__version__}, which is installed"
+
+
+class ScriptError(ValueError):
+    """The script, or what it was told to train, cannot have low-rank branches."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.lowrank is None and not helps:
             raise ScriptError(f"--lowrank is missing: {', '.join(PRESETS)}, or a YAML file with LowRankConfig's fields")
         config = read_config(options.lowrank or PRESETS[0], options.lowrank_set)
-        joint = Joint(config, options.lowrank_start_epoch)
+        patch = ScriptPatch(config, options.lowrank_start_epoch)
         with loaded_script(Path(options.script), others) as script:
             if helps:
                 parser.print_help()
                 print("\nThe script's own arguments:\n")
-            joint.install(script)
+            patch.install(script)
             script.main()
     except ScriptError as problem:
         parser.exit(2, f"{_PROG}: error: {problem}\n")
@@ -103,6 +122,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
+# ------------------------------------------------------------------------------------------------- the configuration
+
+
 def read_config(source: str, overrides: Sequence[str] = ()) -> LowRankConfig:
     """The configuration of a preset or a file, with `overrides` of the form KEY=VALUE, the value in YAML.
 
@@ -143,18 +165,164 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return parse_yaml(text)
     except yaml.YAMLError as problem:
         raise ScriptError(f"{where} is not valid YAML: {problem}") from problem
 
 
-class _Loader(yaml.SafeLoader):
-    """In which 5e-4 is a number; YAML 1.1 takes it for a string."""
+# ------------------------------------------------------------------------------------------------------- the script
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def check_script(path: Path) -> None:
+    """See from its source that `path` is a train script of timm's that works through tasks; nothing of it runs.
+
+    Raises:
+        ScriptError: it is missing, no Python, no such script, or older than timm 1.0.27.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as problem:
+        hint = "; timm's train script is not part of its wheel" if path.name == "train.py" else ""
+        raise ScriptError(f"{path} cannot be read ({problem.strerror}){hint}: {_ADVICE}") from problem
+    except (SyntaxError, ValueError) as problem:
+        raise ScriptError(f"{path} is no Python script: {problem}") from problem
+    nodes = list(ast.walk(tree))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    tasks = {name.asname or name.name for node in imports if node.module == "timm.task" for name in node.names}
+    uses_timm = any((node.module or "").split(".")[0] == "timm" for node in imports)
+    main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    if not (uses_timm and main):
+        raise ScriptError(f"{path} is not timm's train script: it has no main() or imports nothing of timm; {_ADVICE}")
+    updates = any(isinstance(node, ast.Attribute) and node.attr == "update_ema" for node in nodes)
+    if "ClassificationTask" not in tasks or not updates:
+        missing = "timm.task.ClassificationTask" if "ClassificationTask" not in tasks else "task.update_ema()"
+        raise ScriptError(
+            f"{path} does not use {missing}: timm's train script does from 1.0.27 on, and validate.py and others "
+            f"never do; {_ADVICE}"
+        )
+
+
+@contextlib.contextmanager
+def loaded_script(path: Path, arguments: Sequence[str]) -> Iterator[ModuleType]:
+    """The script as a module, as if `python PATH arguments` ran it but for its call of main().
+
+    `sys.argv` and `sys.path` are the script's inside the block and what they were after it.
+
+    Raises:
+        ScriptError: see `check_script`.
+    """
+    check_script(path)
+    argv, search = sys.argv, sys.path
+    sys.argv, sys.path = [str(path), *arguments], [str(path.resolve().parent), *sys.path]
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    assert spec is not None  # the file was read a moment ago
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.argv, sys.path = argv, search
+        sys.modules.pop(_MODULE, None)
+
+
+class ScriptPatch:
+    """Puts low-rank branches into a loaded train script, by exchanging names of the script's module.
+
+    Its `ClassificationTask` becomes a `LowRankTask`. Two further names give the task what it cannot see from inside:
+    `resolve_data_config` the size of the images, on which the widths of the layers depend, and `create_optimizer_v2`
+    the optimizer, so that steps which a gradient scaler skips do not count. A script without these gets the size of
+    the network's `pretrained_cfg` and the Update Step in `update_ema`.
+
+    Args:
+        config: the branches.
+        start_epoch: epochs of plain training; the script must then have `train_one_epoch(epoch, ...)`.
+    """
+
+    def __init__(self, config: LowRankConfig, start_epoch: int = 0):
+        self.config, self.start_epoch = config, start_epoch
+        self.input_size: tuple[int, ...] | None = None
+        self.task: LowRankTask | None = None
+
+    def install(self, script: ModuleType) -> None:
+        """Exchange the names.
+
+        Raises:
+            ScriptError: `start_epoch` with a script that has no `train_one_epoch(epoch, ...)`.
+        """
+        names = vars(script)
+        for name, value in list(names.items()):
+            if isinstance(value, type) and issubclass(value, TrainingTask) and value is not TrainingTask:
+                names[name] = self._task_class(value)
+        if "resolve_data_config" in names:
+            names["resolve_data_config"] = self._notes_size(names["resolve_data_config"])
+        if "create_optimizer_v2" in names:
+            names["create_optimizer_v2"] = self._attaches_optimizer(names["create_optimizer_v2"])
+        if self.start_epoch:
+            names["train_one_epoch"] = self._sets_epoch(names.get("train_one_epoch"))
+
+    def _task_class(self, kind: type[TrainingTask]) -> type[TrainingTask]:
+        if kind is ClassificationTask:
+            base = LowRankTask
+        elif kind is MultiLabelClassificationTask:
+            base = LowRankMultiLabelTask
+        else:
+            return type(kind.__name__, (kind,), {"__init__": _refuse})
+
+        def init(task: LowRankTask, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+            base.__init__(task, self._wrapped(model), *args, start_epoch=self.start_epoch, **kwargs)
+            self.task = task
+
+        return type(base.__name__, (base,), {"__init__": init})
+
+    def _wrapped(self, model: nn.Module) -> LowRankModel:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ScriptError("the layers of a scripted network cannot be read: leave out --torchscript")
+        images = None if self.input_size is None else next(model.parameters()).new_zeros(1, *self.input_size)
+        try:
+            return wrap(model, self.config, example_input=images)
+        except (ValueError, CaptureError) as problem:
+            raise ScriptError(str(problem)) from problem
+
+    def _notes_size(self, resolve: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        @functools.wraps(resolve)
+        def exchanged(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            data_config = resolve(*args, **kwargs)
+            self.input_size = tuple(data_config["input_size"])
+            return data_config
+
+        return exchanged
+
+    def _attaches_optimizer(self, create: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+        @functools.wraps(create)
+        def exchanged(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            optimizer = create(*args, **kwargs)
+            if self.task is not None:
+                self.task.attach(optimizer)
+            return optimizer
+
+        return exchanged
+
+    def _sets_epoch(self, train: Callable[..., Any] | None) -> Callable[..., Any]:
+        signature = inspect.signature(train) if train is not None else None
+        if train is None or signature is None or "epoch" not in signature.parameters:
+            raise ScriptError("the script has no train_one_epoch(epoch, ...), so its epochs cannot be told apart")
+
+        @functools.wraps(train)
+        def exchanged(*args: Any, **kwargs: Any) -> Any:
+            if self.task is not None:
+                self.task.set_epoch(signature.bind(*args, **kwargs).arguments["epoch"])
+            return train(*args, **kwargs)
+
+        return exchanged
+
+
+def _refuse(task: TrainingTask, *args: Any, **kwargs: Any) -> None:
+    raise ScriptError(
+        f"the script chose timm's {type(task).__name__}, and low-rank branches go with ClassificationTask and "
+        "MultiLabelClassificationTask alone: leave out --kd-model-name, or run the script without this launcher"
+    )
 
 
 if __name__ == "__main__":

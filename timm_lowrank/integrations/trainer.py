@@ -2,7 +2,7 @@
 
     trainer = LowRankTrainer(model=model, args=args, lowrank=LowRankConfig(branches="2-LR"), train_dataset=data)
     trainer.train(resume_from_checkpoint=True)
-    trainer.save_model("model")  # the plain model, for from_pretrained, and the branches beside it
+    trainer.save_model("model")  # the plain model, for transformers' from_pretrained, and the branches beside it
     trainer.export("network")    # of a TimmWrapper: the plain timm network, for timm.create_model("local-dir:network")
 
 The model stays the Trainer's own, so that saving, publishing, DistributedDataParallel, torch.compile and gradient
@@ -12,34 +12,105 @@ checkpointing work as ever; `trainer.lowrank`, the `LowRankModel` on it, is held
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 try:
     import accelerate  # noqa: F401 - the Trainer asks for it only when it is built
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
         "timm_lowrank.integrations.trainer needs transformers and accelerate: pip install transformers accelerate"
     ) from error
 
+from ..checkpoint.branches import has_branches, load_branches, write_branches
+from ..checkpoint.files import LOWRANK_CONFIG, LOWRANK_WEIGHTS
+from ..checkpoint.saving import save_pretrained
+from ..core.capture import evaluating
 from ..core.config import LowRankConfig
 from ..core.model import LowRankModel
-from ..errors import LowRankError, LowRankWarning
-from .trainer_callback import LowRankCallback
-from .trainer_checkpoints import CheckpointMixin
-from .trainer_files import read_branches
-from .trainer_loss import Means, ignores_items
-from .trainer_networks import Seam, as_transformers, is_timm, wrap_network
+from ..errors import CheckpointError, LowRankError, LowRankWarning
+from .transformers_models import RecordingForward, as_transformers, is_timm, wrap_network
 
 __all__ = ["LowRankCallback", "LowRankMixin", "LowRankTrainer"]
 
+_Base = Trainer if TYPE_CHECKING else object
 
-class LowRankMixin(CheckpointMixin):
+
+class LowRankCallback(TrainerCallback):  # type: ignore[misc]
+    """Switches the branches on, makes the Update Step after each real optimizer step, keeps W and b in checkpoints.
+
+    Alone it is for a Trainer whose loss includes `lowrank.penalty()` already; `LowRankMixin` brings its own.
+
+    Args:
+        lowrank: the wrapped model. None does nothing until it is set.
+        start_epoch, start_step: train plainly until so many epochs (a fraction is possible) and optimizer steps are
+            over. With both 0 the callback leaves the switch alone.
+        checkpoints: whether to write the branches into checkpoint-N and to read them on resuming and at
+            `load_best_model_at_end`. Not done where the Trainer's model is `lowrank` itself, whose state holds them.
+    """
+
+    def __init__(
+        self,
+        lowrank: LowRankModel | None = None,
+        *,
+        start_epoch: float = 0.0,
+        start_step: int = 0,
+        checkpoints: bool = True,
+    ) -> None:
+        if start_epoch < 0 or start_step < 0:
+            raise ValueError(f"start_epoch={start_epoch} and start_step={start_step} must not be negative")
+        self.lowrank = lowrank
+        self.start_epoch, self.start_step, self.checkpoints = start_epoch, start_step, checkpoints
+
+    def switch(self, state: Any) -> None:
+        """On or off, by the epochs and optimizer steps of a TrainerState."""
+        if self.lowrank is None or not (self.start_epoch or self.start_step):
+            return
+        on = (state.epoch or 0.0) >= self.start_epoch and state.global_step >= self.start_step
+        if on != self.lowrank.enabled:
+            self.lowrank.enable(on)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.switch(state)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        # With fp16 it comes after a step that the gradient scaler left out, too.
+        if self.lowrank is not None and not getattr(optimizer, "step_was_skipped", False):
+            self.lowrank.update()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and (lowrank := self._aside(kwargs)) is not None:
+            load_branches(lowrank, self._folder(args, state))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save and (lowrank := self._aside(kwargs)) is not None:
+            write_branches(lowrank, self._folder(args, state))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and (lowrank := self._aside(kwargs)) is not None:
+            load_branches(lowrank, best)
+
+    def _aside(self, kwargs: Mapping[str, Any]) -> LowRankModel | None:
+        """The branches, if the Trainer does not keep them."""
+        return self.lowrank if self.checkpoints and kwargs.get("model") is not self.lowrank else None
+
+    @staticmethod
+    def _folder(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
     """Low-rank branches for any subclass of transformers.Trainer: `class Mine(LowRankMixin, MyTrainer)`.
 
     The branches are made at the first training batch, whose images say how wide the layers are; until then `lowrank`
@@ -65,6 +136,10 @@ class LowRankMixin(CheckpointMixin):
     """
 
     model_accepts_loss_kwargs: bool  # the Trainer's
+    lowrank: LowRankModel | None  # None until the first training batch
+    _pending: str | None  # folder of branches that wait to be built
+    _image_shape: tuple[int, ...] | None  # of the images that the branches were built for
+    _misnamed: bool  # whether the last checkpoint holds the model's weights under other names
 
     def __init__(
         self,
@@ -79,16 +154,16 @@ class LowRankMixin(CheckpointMixin):
     ) -> None:
         self.lowrank = None
         self._config = lowrank
-        self._seam: Seam | None = None
+        self._forward: RecordingForward | None = None
         self._pending = self._image_shape = None
         self._loss_checked = False
-        self._means = Means()
-        self._updates = LowRankCallback(start_epoch=start_epoch, start_step=start_step, checkpoints=False)
+        self._means = _Means()
+        self._callback = LowRankCallback(start_epoch=start_epoch, start_step=start_step, checkpoints=False)
         if model is not None:
             model = self._adopted(model)
         super().__init__(model, args, *others, **keywords)
         self._refuse()
-        self.add_callback(self._updates)
+        self.add_callback(self._callback)
         if example_input is not None:
             self._build(example_input.to(self.args.device))
 
@@ -107,11 +182,11 @@ class LowRankMixin(CheckpointMixin):
 
     def _adopted(self, model: nn.Module) -> Any:
         """The model of transformers that the Trainer gets; branches that are on it already are taken over."""
-        self.lowrank = self._updates.lowrank = self._image_shape = None
+        self.lowrank = self._callback.lowrank = self._image_shape = None
         if isinstance(model, LowRankModel):
             if self._config is not None:
                 raise ValueError("the model is wrapped already, so `lowrank` would have no effect; give one of the two")
-            self.lowrank = self._updates.lowrank = model
+            self.lowrank = self._callback.lowrank = model
             model = model.unwrap()
         return as_transformers(model) if is_timm(model) else model
 
@@ -123,12 +198,12 @@ class LowRankMixin(CheckpointMixin):
         self._image_shape = tuple(images.shape[1:])
         if self.lowrank is None:
             self.lowrank = wrap_network(self.model, self._config or LowRankConfig(), images[:2])
-        self._updates.lowrank = lowrank = self.lowrank
+        self._callback.lowrank = lowrank = self.lowrank
         lowrank.branches.to(self.args.device)
         if self._pending is not None:
-            read_branches(lowrank, self._pending)
+            load_branches(lowrank, self._pending)
             self._pending = None
-        self._updates.switch(self.state)
+        self._callback.switch(self.state)
         return lowrank
 
     def _ready(self, inputs: Mapping[str, Any]) -> LowRankModel:
@@ -137,17 +212,17 @@ class LowRankMixin(CheckpointMixin):
         if lowrank is None or self._image_shape is None:
             name = getattr(self.model, "main_input_name", "pixel_values")
             lowrank = self._build(inputs[name] if name in inputs else next(_tensors(inputs)))
-        if self._seam is None or self._seam.model is not self.model:
-            self._remove_seam()
-            self._seam = Seam(self.model, lowrank)
+        if self._forward is None or self._forward.model is not self.model:
+            self._restore_forward()
+            self._forward = RecordingForward(self.model, lowrank)
         lowrank.training = True  # not lowrank.train(): the network's mode is the Trainer's business
         lowrank.branches.train()
         return lowrank
 
-    def _remove_seam(self) -> None:
-        if self._seam is not None:
-            self._seam.remove()
-            self._seam = None
+    def _restore_forward(self) -> None:
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -156,7 +231,7 @@ class LowRankMixin(CheckpointMixin):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._remove_seam()
+            self._restore_forward()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -197,7 +272,7 @@ class LowRankMixin(CheckpointMixin):
         if self._loss_checked or num_items_in_batch is None or not (self.model_accepts_loss_kwargs and own_loss):
             return
         self._loss_checked = True
-        if ignores_items(self.model, inputs):
+        if _ignores_items(self.model, inputs):
             self.model_accepts_loss_kwargs = False
             if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
                 warnings.warn(
@@ -215,6 +290,94 @@ class LowRankMixin(CheckpointMixin):
             logs.update(self._means.take())
         super().log(logs, *args, **kwargs)
 
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if self._pending is not None:  # resumed, but no batch came: they are what they were
+            for name in (LOWRANK_CONFIG, LOWRANK_WEIGHTS):
+                with contextlib.suppress(shutil.SameFileError):
+                    shutil.copyfile(Path(self._pending) / name, folder / name)
+        elif self.lowrank is not None:
+            write_branches(self.lowrank, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._misnamed = False
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._take_checkpoint(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._misnamed = False
+        super()._load_best_model()
+        self._take_checkpoint(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As of the Trainer; but weights that a checkpoint holds under older names are not missing.
+
+        transformers saves some models, ViT among them, under the names of its earlier versions, and its Trainer then
+        goes on with the weights that were there before, after a warning.
+        """
+        if isinstance(self.model, PreTrainedModel) and load_result.missing_keys and load_result.unexpected_keys:
+            self._misnamed = True
+        else:
+            super()._issue_warnings_after_load(load_result)
+
+    def _take_checkpoint(self, folder: str) -> None:
+        if self._misnamed:
+            _load_network(self.model, folder)
+        self._take_branches(folder)
+
+    def _take_branches(self, folder: str) -> None:
+        if not has_branches(folder):
+            warnings.warn(f"{folder} holds no branches: they start anew", LowRankWarning, stacklevel=2)
+        elif self.lowrank is not None:
+            load_branches(self.lowrank, folder)
+        else:
+            self._pending = folder
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        label_names: list[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the timm network of a TimmWrapper as `timm_lowrank.save_pretrained` does, with the branches beside it.
+
+        `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package. Only the process that
+        saves checkpoints writes.
+
+        Args:
+            folder: is made if it does not exist.
+            label_names: one per class; None takes those of the model's configuration.
+            data_config: mean, std and so on of the images, over the network's `pretrained_cfg`. The input size is
+                that of the images trained on unless it is given here.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the model holds no timm network, or nothing was trained yet.
+        """
+        lowrank = self.lowrank
+        if lowrank is None:
+            raise CheckpointError("there are no branches to export before the first training batch, or example_input")
+        if not is_timm(lowrank.backbone):
+            raise CheckpointError(
+                f"{type(self.model).__name__} holds no timm network; save_model(folder) writes it for transformers' "
+                "from_pretrained"
+            )
+        if label_names is None:
+            names = list((getattr(self.model.config, "id2label", None) or {}).values())
+            label_names = None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+        size = {} if self._image_shape is None else {"input_size": self._image_shape}
+        if self.args.should_save:
+            save_pretrained(lowrank, folder, label_names=label_names, data_config={**size, **(data_config or {})})
+        return Path(folder)
+
 
 def _tensors(inputs: Mapping[str, Any]) -> Iterator[Tensor]:
     return (value for value in inputs.values() if isinstance(value, Tensor))
@@ -225,3 +388,51 @@ class LowRankTrainer(LowRankMixin, Trainer):  # type: ignore[misc]
 
     trainer = LowRankTrainer(model=model, args=args, lowrank=LowRankConfig(branches={"layer3": 20}), train_dataset=data)
     """
+
+
+class _Means:
+    """Means of the penalty and its parts over some batches, on this process. Nothing waits for the device to add."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, penalty: Tensor, lowrank: LowRankModel) -> None:
+        """Counts the penalty of one batch, a scalar, and the losses of the branches."""
+        values = {"penalty": penalty.detach()}
+        for layer, parts in lowrank.losses().items():
+            values.update({f"{layer}.{part}": value for part, value in parts.items()})
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call; empty if there was no batch."""
+        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
+def _ignores_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model that takes `num_items_in_batch` gives the same loss for any number: then it is a plain mean.
+
+    Args:
+        inputs: keyword arguments of the forward, labels among them; two images are enough.
+    """
+    few = {key: value[:2] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    with evaluating(model):
+        first, second = (_loss_of(model(**few, num_items_in_batch=count)) for count in (1, 2))
+    return torch.equal(first, second)
+
+
+def _loss_of(output: Any) -> Tensor:
+    """The loss in what a model of transformers returns."""
+    loss: Tensor = output["loss"] if isinstance(output, dict) else output[0]
+    return loss
+
+
+def _load_network(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Load the weights of a `PreTrainedModel` as `from_pretrained` does, which knows the names of earlier versions."""
+    with torch.random.fork_rng(devices=[]):
+        saved = type(model).from_pretrained(folder, config=copy.deepcopy(model.config))
+    model.load_state_dict(saved.state_dict())

@@ -109,16 +109,16 @@ def last_stage_input(model: nn.Module) -> str:
     }
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outermost) != 1:
-        found = f"has {', '.join(outermost)}" if outermost else "has none"
+        which = f"has {', '.join(outermost)}" if outermost else "has none"
         raise ValueError(
-            f'"2-LR" needs one list of stages or blocks, and {type(model).__name__} {found}; name the layers instead, '
+            f'"2-LR" needs one list of stages or blocks, and {type(model).__name__} {which}; name the layers instead, '
             f'for example branches={{"{next(iter(outermost), "encoder")}.1": 500, "pre_logits": 100}}'
         )
     return f"{outermost[0]}.{len(lists[outermost[0]]) - 2}"
 
 
-class Seam:
-    """A forward that records, in the place of a model's own, until `remove`.
+class RecordingForward:
+    """A forward that records, instead of a model's own, until `remove`.
 
     It sits inside DistributedDataParallel, autocast and torch.compile, all of which call the model itself, and hooks
     on layers exist only while it runs. A copy of the model does not record.
