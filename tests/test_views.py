@@ -8,7 +8,7 @@ from torch import nn
 import timm_lowrank as tlr
 from timm_lowrank import LowRankBranch, LowRankConfig, list_layers
 from timm_lowrank.core.views import View
-from timm_lowrank.views import view_of
+from timm_lowrank.layers import natural_view
 
 SMALL_SWIN = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}
 
@@ -66,7 +66,7 @@ class Formatted(nn.Module):
     ],
 )
 def test_the_natural_view(network, shape, expected):
-    assert view_of(network, torch.empty(shape, device="meta"), {}) == expected
+    assert natural_view(network, torch.empty(shape, device="meta")) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Layers by name: what a branch can sit on, and what "pre_logits" means for a network."""
+"""Layers by name: what a branch can sit on, its samples there, and what "pre_logits" means for a network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .core.capture import Recording, Tap, evaluating, recording
 from .core.config import PRE_LOGITS
+from .core.views import View
 from .errors import CaptureError, nearest
-from .views import view_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LayerInfo:
     kind: str  # class of the module
     shape: tuple[int, ...]  # of its output for one image, without the batch dimension
     width: int  # m, the number of features of one sample
-    view: str = "flatten"  # what counts as one sample by default, see `timm_lowrank.views.view_of`
+    view: str = "flatten"  # what counts as one sample by default, see `natural_view`
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
@@ -43,7 +43,7 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def example_input(backbone: nn.Module, **create_kwargs: Any) -> Tensor:
+def default_input(backbone: nn.Module, **create_kwargs: Any) -> Tensor:
     """One image of zeros, (1, channels, height, width) float32, of the size that a timm network was configured for.
 
     Args:
@@ -61,10 +61,8 @@ def example_input(backbone: nn.Module, **create_kwargs: Any) -> Tensor:
     channels, height, width = size
     if image_size := create_kwargs.get("img_size"):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    place = next(backbone.parameters(), torch.empty(0))
-    return torch.zeros(
-        1, create_kwargs.get("in_chans", channels), height, width, device=place.device, dtype=place.dtype
-    )
+    parameter = next(backbone.parameters(), torch.empty(0))
+    return torch.zeros(1, create_kwargs.get("in_chans", channels), height, width).to(parameter)
 
 
 def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **create_kwargs: Any) -> list[LayerInfo]:
@@ -76,28 +74,70 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
         create_kwargs: for `timm.create_model`.
     """
     backbone = create_backbone(model, **create_kwargs) if isinstance(model, str) else model
-    images = example_input(backbone, **create_kwargs) if images is None else images
-    names = [name for name, _ in backbone.named_modules() if name]
+    images = default_input(backbone, **create_kwargs) if images is None else images
     # On the modules themselves, not inside Sequentials: every name gets a row of its own.
-    record = example_forward(backbone, [Tap(name, name) for name in names], images)
-    found = []
+    taps = [Tap(name, name) for name, _ in backbone.named_modules() if name]
+    record = example_forward(backbone, taps, images)
+    layers = []
     for name, value in list(record.values.items()):
-        item = settled(backbone, Tap(name, name), value, len(images)).item
+        item = pick_item(backbone, Tap(name, name), value, len(images)).item
         record.values[name] = value if item is None else value[item]  # type: ignore[index]
         with contextlib.suppress(CaptureError):  # then no branch can sit there
             activations = record.activation(Tap(name, name))
             if activations.shape[0] == images.shape[0]:
-                found.append(_info(backbone, name, type(backbone.get_submodule(name)).__name__, activations))
+                layers.append(_info(backbone, name, type(backbone.get_submodule(name)).__name__, activations))
     with contextlib.suppress(ValueError):  # no classifier
         tap = _pre_logits_tap(backbone, images)
         activations = example_forward(backbone, [tap], images).activation(tap)
-        found.append(_info(backbone, PRE_LOGITS, f"input of {tap.path}", activations))
-    return found
+        layers.append(_info(backbone, PRE_LOGITS, f"input of {tap.path}", activations))
+    return layers
 
 
-def _info(backbone: nn.Module, name: str, kind: str, value: Tensor) -> LayerInfo:
-    view = view_of(backbone, value, {})
-    return LayerInfo(name, kind, tuple(value.shape[1:]), view.width(value), view.kind)
+def _info(backbone: nn.Module, name: str, kind: str, activations: Tensor) -> LayerInfo:
+    view = natural_view(backbone, activations)
+    return LayerInfo(name, kind, tuple(activations.shape[1:]), view.width(activations), view.kind)
+
+
+def natural_view(
+    backbone: nn.Module, activations: Tensor, kind: str | None = None, channel_dim: int | None = None
+) -> View:
+    """What counts as one sample of a layer: what a branch there takes for one unless it is told otherwise.
+
+    "flatten" for feature maps, (batch, channels, height, width) or (batch, height, width, channels): convolutional
+    networks (ResNet, EfficientNet, ConvNeXt, ...), pyramids of windows (Swin, ...) and hybrids (CoAtNet, MaxViT,
+    MobileViT, ...). It is the paper's, and before the last stage such a map has few positions left, each with a place
+    of its own in the image.
+
+    "token" for sequences, (batch, tokens, channels): ViT and its relatives, MLP-Mixer, gMLP. All tokens live in one
+    space, which every block adds to and the last one still mixes; to flatten them would tie the branch to the number of
+    tokens, which changes with the size of the image, and make W as wide as 151,296 features for ViT-B/16.
+
+    Outputs (batch, features), such as the input of most classifiers, are the same in every view.
+
+    Args:
+        backbone: the network; timm's `output_fmt` of it settles where the channels are if the shape does not.
+        activations: the layer's output for an example, (batch, ...).
+        kind, channel_dim: of the view, where they are not left to what is said above.
+
+    Raises:
+        ValueError: the activations have no dimension `channel_dim`.
+    """
+    shape = activations.shape
+    kind = kind or ("token" if activations.dim() == 3 else "flatten")
+    if channel_dim is None:
+        channel_dim = _channel_dim(shape, str(getattr(backbone, "output_fmt", "NCHW")))
+    if not -len(shape) <= channel_dim < len(shape):
+        raise ValueError(f"channel_dim={channel_dim} is outside the {len(shape)} dimensions of {tuple(shape)}")
+    return View(kind, channel_dim)
+
+
+def _channel_dim(shape: Sequence[int], output_format: str) -> int:
+    if len(shape) != 4:
+        return -1
+    _, one, two, three = shape
+    if (one == two) != (two == three):  # height and width are the two that are alike
+        return -1 if one == two else 1
+    return -1 if output_format == "NHWC" else 1
 
 
 def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap:
@@ -134,14 +174,14 @@ def _pre_logits_tap(backbone: nn.Module, images: Tensor | None) -> Tap:
 
 def _classifier(backbone: nn.Module) -> Any:
     """timm's classifier, or the part of it that turns features into logits; None if there is none."""
-    found: Any = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None  # type: ignore[operator]
-    if isinstance(found, tuple | list):  # labels first, then the teacher of a distilled network
-        found = found[0]
-    if isinstance(found, nn.ModuleList):  # one for each of several features: the last sees the deepest
-        found = found[-1]
-    while hasattr(found, "global_pool") and hasattr(found, "fc"):  # a head that pools: its input is no classifier's
-        found = found.fc
-    return found
+    classifier: Any = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None  # type: ignore[operator]
+    if isinstance(classifier, tuple | list):  # labels first, then the teacher of a distilled network
+        classifier = classifier[0]
+    if isinstance(classifier, nn.ModuleList):  # one for each of several features: the last sees the deepest
+        classifier = classifier[-1]
+    while hasattr(classifier, "global_pool") and hasattr(classifier, "fc"):  # a head that pools; only its fc classifies
+        classifier = classifier.fc
+    return classifier
 
 
 def _example(backbone: nn.Module) -> str:
@@ -172,7 +212,7 @@ def _last_of_list(name: str, module: nn.Module) -> str:
     return f"{name}.{len(module) - 1}" if isinstance(module, nn.ModuleList) and len(module) else name
 
 
-def settled(backbone: nn.Module, tap: Tap, value: object, batch: int) -> Tap:
+def pick_item(backbone: nn.Module, tap: Tap, value: object, batch: int) -> Tap:
     """`tap` itself, or on one of the tensors that a stage of timm's gives: its features may come with their size or
     with class tokens. The first that has a row for each image is meant.
 

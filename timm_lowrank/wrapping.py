@@ -1,16 +1,22 @@
-"""`wrap`: from a timm name or any network to a `LowRankModel`."""
+"""`wrap`: from a timm name or any network to a `LowRankModel`, with what "1-LR" and "2-LR" mean for it."""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from .core.config import LowRankConfig
+from .core.capture import Tap
+from .core.config import PRE_LOGITS, LowRankConfig
 from .core.model import LowRankModel
-from .errors import LowRankError
-from .layers import create_backbone, example_input
-from .placement import find_taps
+from .core.views import View
+from .errors import CaptureError, LowRankError, nearest
+from .layers import create_backbone, default_input, example_forward, natural_view, pick_item, stage_names, tap_on
+
+PRE_LOGITS_RANK, STAGE_RANK = 100, 500  # paper, Section 3
 
 
 def wrap(
@@ -50,7 +56,7 @@ def wrap(
         backbone = model
     else:
         raise TypeError(f"a timm name or an nn.Module is needed, not a {type(model).__name__}")
-    images = _default_input(backbone, create_kwargs) if example_input is None else example_input
+    images = default_input(backbone, **create_kwargs) if example_input is None else example_input
     try:
         taps, widths, ranks = find_taps(backbone, config, images)
     except (AssertionError, RuntimeError) as problem:  # timm's networks refuse images of a wrong size with either
@@ -64,5 +70,90 @@ def wrap(
     return wrapped.train(backbone.training)
 
 
-def _default_input(backbone: nn.Module, create_kwargs: dict[str, Any]) -> Tensor:
-    return example_input(backbone, **create_kwargs)
+def find_taps(
+    backbone: nn.Module, config: LowRankConfig, images: Tensor
+) -> tuple[list[Tap], dict[str, int], dict[str, int]]:
+    """Taps, widths and target ranks of the branches that `config` asks for.
+
+    The ranks of the presets are capped by the width of the layer, with a warning. For a stage of tokens they are a
+    quarter of the channels at most: the paper's 500 are a thirtieth of the features that it has before the last stage,
+    and in a network with 384 or 768 channels it would be no constraint at all.
+
+    Raises:
+        ValueError: layers that do not exist (all named in one message, with the nearest ones), or ranks larger
+            than the width of their layer.
+        CaptureError: a layer that one forward of `images` does not run exactly once, or without float activations.
+    """
+    wanted = _wanted_ranks(backbone, config)
+    _raise_if_unknown(backbone, wanted)
+    taps = [tap_on(backbone, layer, images) for layer in wanted]
+    record = example_forward(backbone, taps, images)
+    whole, taps = taps, [pick_item(backbone, tap, record.values.get(tap.layer), len(images)) for tap in taps]
+    if taps != whole:
+        record = example_forward(backbone, taps, images)
+    viewed, widths = [], {}
+    for tap in taps:
+        value, options = record.activation(tap), config.options(tap.layer)
+        view = natural_view(backbone, value, options.view, options.channel_dim)
+        _raise_if_no_samples(tap.layer, value, view, len(images))
+        viewed.append(dataclasses.replace(tap, view=view))
+        widths[tap.layer] = view.width(value)
+        if isinstance(config.branches, str) and view.kind == "token" and value.dim() > 2:
+            wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
+    return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
+
+
+def _raise_if_no_samples(layer: str, value: Tensor, view: View, images: int) -> None:
+    if value.shape[0] != images and view.kind != "token":
+        raise CaptureError(
+            f"layer {layer!r} gives a tensor of shape {tuple(value.shape)} for {images} images; its first dimension is "
+            'not the batch, so its rows are not images: choose another layer, or the view "token"'
+        )
+
+
+def _wanted_ranks(backbone: nn.Module, config: LowRankConfig) -> dict[str, int]:
+    if isinstance(config.branches, Mapping):
+        return config.ranks()
+    if config.branches == "1-LR":
+        return {PRE_LOGITS: PRE_LOGITS_RANK}
+    return {_last_stage_input(backbone): STAGE_RANK, PRE_LOGITS: PRE_LOGITS_RANK}
+
+
+def _last_stage_input(backbone: nn.Module) -> str:
+    """The name of the layer whose output enters the last stage, from timm's `feature_info`."""
+    if hasattr(backbone, "lowrank_stage"):  # a network that knows better, such as a VGG
+        return str(backbone.lowrank_stage)
+    stages = stage_names(backbone)
+    if len(stages) < 2:
+        raise ValueError(
+            f'"2-LR" needs timm\'s feature_info with at least two stages, which {type(backbone).__name__} does '
+            'not have; name the layers instead, for example branches={"layer3": 500, "pre_logits": 100}'
+        )
+    return stages[-2]
+
+
+def _raise_if_unknown(backbone: nn.Module, wanted: Mapping[str, int]) -> None:
+    known = [name for name, _ in backbone.named_modules() if name]
+    unknown = [layer for layer in wanted if layer != PRE_LOGITS and layer not in known]
+    if unknown:
+        raise ValueError(
+            "; ".join(
+                f"{type(backbone).__name__} has no layer {layer!r}. " + nearest(layer, [*known, PRE_LOGITS], count=5)
+                for layer in unknown
+            )
+        )
+
+
+def _fitting_ranks(wanted: Mapping[str, int], widths: Mapping[str, int], *, capped: bool) -> dict[str, int]:
+    too_large = {layer: rank for layer, rank in wanted.items() if rank > widths[layer]}
+    text = "; ".join(
+        f"rank {rank} is larger than the {widths[layer]} features of layer {layer!r}"
+        for layer, rank in too_large.items()
+    )
+    if too_large and not capped:
+        raise ValueError(f"{text}; a branch needs a rank well below the width to have an effect")
+    if too_large:
+        warnings.warn(
+            f"{text}; capped there, where the branch has no effect: name the layers and smaller ranks", stacklevel=3
+        )
+    return {layer: min(rank, widths[layer]) for layer, rank in wanted.items()}

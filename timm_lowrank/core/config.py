@@ -20,7 +20,18 @@ PRESETS = ("1-LR", "2-LR")
 PRE_LOGITS = "pre_logits"  # as a layer name: the input of the classifier
 INSIDE_WEIGHT, CLASSIFIER_WEIGHT = 5.0, 0.3
 
-BRANCH_KEYS = ("rank", "reconstruction_weight", "norm_weight", "view", "channel_dim")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchOptions:
+    """What `LowRankConfig.branches` says of one layer beside its rank; None where it says nothing."""
+
+    reconstruction_weight: float | None = None
+    norm_weight: float | None = None
+    view: str | None = None
+    channel_dim: int | None = None
+
+
+BRANCH_KEYS = ("rank", *(field.name for field in dataclasses.fields(BranchOptions)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,7 @@ class LowRankConfig:
             adds the input of the last stage with target rank 500 (paper, Section 3). Or a mapping from layer
             name to target rank, or to a mapping with "rank" and, for that branch alone, "reconstruction_weight",
             "norm_weight", "view" ("flatten", "token" or "pool": what counts as one sample; by default what suits the
-            layer's output, see `timm_lowrank.views.view_of`) or "channel_dim" (which dimension of the output
+            layer's output, see `timm_lowrank.layers.natural_view`) or "channel_dim" (which dimension of the output
             holds the channels, where that is not plain from its shape).
         reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6). None is 5 for a layer inside the
             network and 0.3 for the input of the classifier, where the same weight pulls much harder
@@ -134,11 +145,8 @@ class LowRankConfig:
         problems = []
         for layer, spec in self.branches.items():
             options = spec if isinstance(spec, Mapping) else {"rank": spec}
-            problems += [
-                f"branches[{layer!r}] has no option {k!r}; {nearest(k, BRANCH_KEYS)}"
-                for k in options
-                if k not in BRANCH_KEYS
-            ]
+            unknown = [key for key in options if key not in BRANCH_KEYS]
+            problems += [f"branches[{layer!r}] has no option {key!r}; {nearest(key, BRANCH_KEYS)}" for key in unknown]
             rank = options.get("rank")
             if not _is_count(rank):
                 problems.append(f"the rank of branch {layer!r} is {rank!r}; it must be an integer >= 1")
@@ -154,19 +162,31 @@ class LowRankConfig:
                 problems.append(f"the channel_dim of branch {layer!r} is {channel_dim!r}; it must be an integer, not 0")
         return problems
 
-    def options(self, layer: str) -> dict[str, Any]:
-        """What `branches` says of one layer, "rank" at least; empty for a preset, which names no layer."""
-        spec = None if isinstance(self.branches, str) else self.branches.get(layer)
-        return dict(spec) if isinstance(spec, Mapping) else {} if spec is None else {"rank": spec}
+    def ranks(self) -> dict[str, int]:
+        """The target rank of each layer that `branches` names; empty for a preset, which names none."""
+        if isinstance(self.branches, str):
+            return {}
+        return {layer: spec["rank"] if isinstance(spec, Mapping) else spec for layer, spec in self.branches.items()}
+
+    def options(self, layer: str) -> BranchOptions:
+        """What `branches` says of one layer beside its rank."""
+        spec = {} if isinstance(self.branches, str) else self.branches.get(layer)
+        return BranchOptions(**{k: v for k, v in spec.items() if k != "rank"} if isinstance(spec, Mapping) else {})
 
     def for_branch(self, layer: str) -> LowRankConfig:
         """This configuration for one branch: its own options in force, and a reconstruction weight in any case."""
-        options = {name: value for name, value in self.options(layer).items() if name != "rank"}
-        branches = {layer: self.options(layer)["rank"]} if options else self.branches
-        weights = {name: value for name, value in options.items() if name.endswith("_weight")}
-        default = CLASSIFIER_WEIGHT if layer == PRE_LOGITS else INSIDE_WEIGHT
-        weight = default if self.reconstruction_weight is None else self.reconstruction_weight
-        return dataclasses.replace(self, branches=branches, **{"reconstruction_weight": weight, **weights})
+        options = self.options(layer)
+        weight, norm_weight = options.reconstruction_weight, options.norm_weight
+        if weight is None:
+            weight = self.reconstruction_weight
+        if weight is None:
+            weight = CLASSIFIER_WEIGHT if layer == PRE_LOGITS else INSIDE_WEIGHT
+        return dataclasses.replace(
+            self,
+            branches=self.branches if options == BranchOptions() else {layer: self.ranks()[layer]},
+            reconstruction_weight=weight,
+            norm_weight=self.norm_weight if norm_weight is None else norm_weight,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of plain values that JSON and YAML can hold."""

@@ -17,7 +17,7 @@ from ..core.model import LowRankModel
 from ..core.spectrum import variance_ratio
 from ..core.views import FLATTEN, View
 from ..errors import CaptureError, EvaluationError, EvaluationWarning
-from ..placement import find_taps
+from ..wrapping import find_taps
 from .arguments import check_count, check_images
 from .pixels import PixelModel, bare
 

@@ -1,4 +1,8 @@
-"""ResNets and a VGG with the stems that 32 x 32 images need, on timm's own classes.
+"""ResNets and a VGG with the stems that 32 x 32 images need, on timm's own classes, registered with timm on import.
+
+>>> import timm, timm_lowrank.networks
+>>> timm.list_models("*_cifar")
+['resnet10_cifar', 'resnet18_cifar', 'resnet50_cifar', 'vgg19_bn_cifar']
 
 timm's ResNets begin with a 7 x 7 stride-2 convolution and a pooling, its VGGs end in a 7 x 7 fully connected
 layer of 4,096 units: both are made for 224 pixels. The networks here keep timm's blocks, parameter names and
@@ -20,7 +24,7 @@ from timm.models.vgg import VGG, ConvMlp
 from timm.models.vgg import cfgs as vgg_layouts
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet", "CifarVGG"]  # register_model adds the entry points
+__all__ = ["CifarResNet", "CifarVGG", "resnet10_cifar", "resnet18_cifar", "resnet50_cifar", "vgg19_bn_cifar"]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
