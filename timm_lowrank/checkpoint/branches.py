@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core.branch import LowRankBranch
 from ..core.capture import Tap
-from ..core.config import PRE_LOGITS, LowRankConfig
+from ..core.config import PRE_LOGITS, BranchOptions, LowRankConfig
 from ..core.model import LowRankModel
 from ..core.views import FLATTEN, VIEWS, View
 from ..errors import CheckpointError, CheckpointWriteError, nearest
@@ -57,7 +57,7 @@ class LayerDescription:
         )
 
     @classmethod
-    def from_dict(cls, values: object, options: Mapping[str, Any], where: str) -> LayerDescription:
+    def from_dict(cls, values: object, options: BranchOptions, where: str) -> LayerDescription:
         """The inverse of `to_dict`.
 
         Args:
@@ -68,7 +68,7 @@ class LayerDescription:
         Raises:
             CheckpointError: rank and width are no integers, or there is no such view.
         """
-        named = {key: options.get(key) for key in ("view", "channel_dim")}
+        named = {"view": options.view, "channel_dim": options.channel_dim}
         known: dict[str, Any] = {**named, **values} if isinstance(values, Mapping) else {}
         if not _are_integers(known, "rank", "num_features"):
             raise CheckpointError(f"{where} must have rank and num_features, both integers")
