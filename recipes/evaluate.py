@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from timm_lowrank.errors import EvaluationError, LowRankError
+from timm_lowrank.evaluation.results import evaluation_from_json
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes
 from timm_lowrank.training import TrainingError
@@ -73,7 +74,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command continues")
     if state.is_main_process:
-        print(text_table(content))
+        print(text_table(evaluation_from_json(content)))
     if state.num_processes > 1:
         state.destroy_process_group()
 

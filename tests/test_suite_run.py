@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
 from timm_lowrank.errors import EvaluationError
+from timm_lowrank.evaluation.results import evaluation_from_json
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean
@@ -116,7 +117,7 @@ def test_an_evaluation_leaves_report_plots_and_figures(evaluated):
     assert attack["steps"] == 20
     assert attack["restarts"] == 1
     assert found["transfer-madry-20-8-255"]["protocol"]["crafted_on"] == "plain for 2-LR; 2-LR for plain"
-    table = text_table(content)
+    table = text_table(evaluation_from_json(content))
     assert "PGD-20, 8/255" in table
     assert all(len(line) <= 100 for line in table.splitlines())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from pathlib import Path
 from typing import Any
+
+from .environment import require
+from .files import write_whole
 
 PLAIN, LOWRANK, INK = "#8a8f98", "#1f5fbf", "#30343b"
 GRID, AXIS, PAPER = "#e3e6ea", "#c5cad1", "#ffffff"
@@ -19,13 +21,7 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        importlib.import_module("matplotlib.backends.backend_agg")
-        module = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is needed to draw: pip install 'timm_lowrank[evaluate]' or 'timm_lowrank[train]'"
-        ) from error
+    module = require("matplotlib.figure", "matplotlib")
     return module.Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
 
 
@@ -44,8 +40,8 @@ def percent(value: float, _: int | None = None) -> str:
 
 
 def write_png(figure: Any, path: Path) -> None:
-    """Draws in memory first, so that a failure leaves no half-written file; makes the folder."""
+    """Draws a figure into a file; makes its folder."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    write_whole(path, buffer.getvalue())

@@ -1,135 +1,222 @@
-"""`write_report`: report.html, one file that needs nothing else; `text_table`: the same figures for a terminal."""
+"""`write_report`: report.html, one file that needs nothing else, made from the template report.html.jinja."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import resources
+import base64
+import functools
+import io
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..training.disk import write_whole
-from . import about, sections
-from .content import check_content, headline, titles
-from .markup import Markup, join, tag
-from .tables import figure_table, figure_tables
-from .terminal import text_table
-from .wording import figure_text, known, listing
+import jinja2
+import numpy as np
+from PIL import Image
 
-__all__ = ["text_table", "write_report"]
+from .. import text
+from ..evaluation.results import SOUND, Curve, Detail, Evaluation, Figure, Headline, Value, difference, headline
+from ..files import write_whole
+from .plots import CLASSES, colour_index, draw, has_classes, inline_svg, panels_of
+
+THIN, MINUS, DASH = "\u202f", "\u2212", "\u2013"  # a narrow space at which no line is broken, and printers' signs
+ENLARGED = 96  # pixels of an image's longer side that are not exceeded
+SHORT = 8  # rows of a table that is kept on one page
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
 
 
-def write_report(evaluation: Mapping[str, Any], folder: Path) -> Path:
-    """Writes `folder`/report.html, with styles, plots and images inside; the same content gives the same bytes.
+def write_report(evaluation: Evaluation, folder: Path) -> Path:
+    """Writes `folder`/report.html, with styles, plots and images inside; the same evaluation gives the same bytes.
 
     Args:
-        evaluation: the content of evaluation.json.
+        evaluation: what evaluation.json holds.
         folder: of the evaluation; it is made.
 
     Returns:
         The file.
 
     Raises:
-        EvaluationError: the content is of another format or not complete.
         ImportError: matplotlib is not installed.
     """
-    check_content(evaluation)
-    path = folder / "report.html"
-    page = _page(evaluation)
+    page = _environment().get_template("report.html.jinja").render(_content(evaluation))
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
     write_whole(path, page)
     return path
 
 
-def _page(evaluation: Mapping[str, Any]) -> str:
-    name = listing(titles(evaluation))
-    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
-    parts = {
-        "summary": ("In short", _summary(evaluation)),
-        "figures": ("Figures", join([figure_tables(evaluation), about.differences_note(evaluation)])),
-        "plots": ("Plots", sections.plots(evaluation)),
-        "images": ("Adversarial images", sections.strips(evaluation)),
-        "masking": ("Evidence on gradient masking", sections.evidence(evaluation)),
-        "warnings": ("Warnings", sections.warnings(evaluation)),
-        "measured": ("How it was measured", about.how_measured(evaluation)),
-        "reading": ("How to read this", about.how_to_read(evaluation)),
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("timm_lowrank", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "counts": counts,
+        "day": day,
+        "duration": text.duration,
+        "has_classes": has_classes,
+        "interval": interval,
+        "listing": text.listing,
+        "moment": moment,
+        "phrases": lambda entries: [typographic(phrase) for phrase in text.phrases(entries)],
+        "quantity": lambda *args, **options: typographic(text.quantity(*args, **options)),
+        "row_length": row_length,
+        "shared_entries": shared_entries,
+        "short_number": short_number,
+        "thumbnails": thumbnails,
+        "typographic": typographic,
+        "usual_direction": usual_direction,
     }
-    links = [tag("li", tag("a", title, href=f"#{key}")) for key, (title, _) in parts.items() if key != "summary"]
-    body = [
-        _header(evaluation, name),
-        *(tag("section", tag("h2", title), content, id=key) for key, (title, content) in parts.items()),
+    return environment
+
+
+def _content(evaluation: Evaluation) -> dict[str, Any]:
+    """What the template speaks of beside the evaluation itself."""
+    titles, first_figures = evaluation.titles, headline(evaluation)
+    gaps = [
+        difference(figure.values.get(titles[0]), figure.values.get(other))
+        for figure in evaluation.figures
+        for other in titles[1:]
     ]
-    body.insert(2, tag("nav", tag("ul", *links), aria_label="Contents"))
-    head = [
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"Evaluation: {name}"),
-        tag("style", Markup(style)),
+    return {
+        "CLASSES": CLASSES,
+        "SHORT": SHORT,
+        "colour": lambda title: f"network-{colour_index(title, titles)}",
+        "command": evaluation.command or _command(evaluation),
+        "confidence": typographic(f"{100 * evaluation.confidence:g} %"),
+        "difference": difference,
+        "doubted": [title for title, verdict in evaluation.verdicts.items() if verdict.verdict != SOUND],
+        "evaluation": evaluation,
+        "headline": first_figures,
+        "pictures": functools.partial(_pictures, evaluation),
+        "sentence": functools.partial(_sentence, first_figures),
+        "tested": sum(gap is not None and gap.low is not None for gap in gaps),
+        "titles": titles,
+    }
+
+
+def _pictures(evaluation: Evaluation, curve: Curve, number: int) -> list[str]:
+    """The panels of a curve, which is the `number`-th of the page, as <svg> elements."""
+    return [
+        inline_svg(draw([panel]), f"plot-{number}-{index}", typographic(panel.description()))
+        for index, panel in enumerate(panels_of(curve, evaluation))
     ]
-    page = tag("html", "\n", tag("head", *head), "\n", tag("body", tag("main", *body)), "\n", lang="en")
-    return f"<!DOCTYPE html>\n{page}\n"
 
 
-def _header(evaluation: Mapping[str, Any], name: str) -> Markup:
-    data = evaluation["data"]
-    facts = [
-        f"{data['source']}, {data['split']} split",
-        f"{data['images']:,} images",
-        f"suite {evaluation['suite']}",
-        f"seed {evaluation['seed']}",
-        about.day(evaluation["created"]),
-    ]
-    line = join([tag("span", fact) for fact in facts], " ")
-    return tag("header", tag("p", "Evaluation", class_="kicker"), tag("h1", name), tag("p", line, class_="facts-line"))
-
-
-def _summary(evaluation: Mapping[str, Any]) -> Markup:
-    networks, verdicts = titles(evaluation), evaluation["verdicts"]
-    found = headline(evaluation)
-    lines = [
-        sections.verdict_block(title, verdicts.get(title), networks, _sentence(title, found)) for title in networks
-    ]
-    figures = [figure for figure in found.values() if figure]
-    parts = [tag("div", *lines, class_="verdicts")]
-    if figures:
-        parts += [figure_table(figures, evaluation, "Share of images recognised correctly.")]
-    parts += [tag("p", text, class_="prose note") for text in _caveats(evaluation, found)]
-    return join(parts)
-
-
-def _sentence(title: str, found: Mapping[str, Mapping[str, Any] | None]) -> str:
-    """Recognises 96.1 % of the images as they are, 41.1 % under PGD-20, 8/255."""
+def _sentence(figures: Headline, title: str) -> str:
+    """Recognises 96.1 % of the images as they are and 41.1 % under PGD-20 (8/255)."""
     words = []
-    for key, figure in found.items():
-        value = figure["values"].get(title) if figure else None
-        if figure and known(value) is not None and value:
-            where = "of the images as they are" if key == "clean" else f"under {_in_a_sentence(figure['label'])}"
-            words.append(f"{figure_text(value['value'], 'share')} {where}")
-    return f"Recognises {listing(words)}." if words else ""
+    for figure in figures:
+        value = figure.values.get(title) if figure else None
+        if figure and value and value.known:
+            head, comma, rest = figure.label.partition(", ")
+            label = f"{head} ({rest})" if comma and not any(sign in figure.label for sign in "()") else figure.label
+            where = "of the images as they are" if figure is figures.clean else f"under {label}"
+            words.append(f"{text.quantity(value.value, 'share')} {where}")
+    return f"Recognises {text.listing(words)}." if words else ""
 
 
-def _in_a_sentence(label: str) -> str:
-    """PGD-20 (8/255) instead of PGD-20, 8/255."""
-    head, comma, rest = label.partition(", ")
-    return f"{head} ({rest})" if comma and not any(sign in label for sign in "()") else label
+def _command(evaluation: Evaluation) -> str | None:
+    """What gives the same figures again; None where paths are not known or there are more than two networks."""
+    paths = [network.path for network in evaluation.networks if network.path]
+    if len(paths) != len(evaluation.networks) or len(paths) > 2:
+        return None
+    words = ["accelerate", "launch", "recipes/evaluate.py", paths[0], *(["--against", paths[1]] if paths[1:] else [])]
+    return shlex.join([*words, "--suite", evaluation.suite, "--limit", str(evaluation.data.images)])
 
 
-def _caveats(evaluation: Mapping[str, Any], found: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    doubted = [
-        title for title, one in evaluation["verdicts"].items() if one["verdict"] in ("suspect", "gradient masking")
-    ]
-    texts: list[str] = []
-    if doubted:
-        texts.append(
-            f"Accuracy of {listing(doubted)} under PGD is no evidence of robustness: the attack may have failed."
-        )
-    if found["PGD"] and not found["AutoAttack"]:
-        texts.append(
-            "AutoAttack was not measured. What is left after PGD is an upper bound of robustness: a stronger attack "
-            "finds more, often all of it."
-        )
-    number = len(sections.all_warnings(evaluation))
-    if number:
-        link = tag("a", "one warning" if number == 1 else f"{number} warnings", href="#warnings")
-        texts.append(join(["There is " if number == 1 else "There are ", link, " below."]))
-    return texts
+# ------------------------------------------------------------------------------------------------ filters of the page
+
+
+def typographic(words: str) -> str:
+    """The same with printers' signs, and with no line break between a number and its sign of per cent."""
+    words = re.sub(rf"(?<=\d) (?=[%{text.TIMES}])|(?<={text.TIMES}) (?=\d)", THIN, words)
+    return re.sub(r"(?<!\S)-(?=\d)", MINUS, words).replace("L_inf", "L∞")
+
+
+def short_number(value: float) -> str:
+    """A number without trailing zeros."""
+    number = text.number(value)
+    return typographic(number.rstrip("0").rstrip(".") if "." in number and number[-1].isdecimal() else number)
+
+
+def interval(value: Value, unit: str) -> str:
+    """36.1 - 46.2 without the sign of per cent, or nothing."""
+    ends = [text.quantity(end, unit, bare=True) for end in value.interval or ()]
+    return typographic(f"{THIN}{DASH}{THIN}".join(ends))
+
+
+def counts(value: Value) -> str:
+    """148 of 360, 360 images, or nothing."""
+    if value.of is None:
+        return ""
+    return text.counted(value.of, "image") if value.hits is None else f"{value.hits:,} of {value.of:,}"
+
+
+def usual_direction(figures: Sequence[Figure]) -> str | None:
+    """What is better in most rows of a table, so that only exceptions have to say so."""
+    directions = [figure.better for figure in figures]
+    return "higher" if "higher" in directions else "lower" if "lower" in directions else None
+
+
+def shared_entries(figures: Sequence[Figure]) -> dict[str, Detail]:
+    """What is the same in the protocols of at least two figures, so that it has to be said once."""
+    if len(figures) < 2:
+        return {}
+    first, *others = (figure.protocol.entries() for figure in figures)
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def row_length(images: int, most: int) -> int:
+    """Columns that put images into as few rows as `most` of them allow, all rows of the same length."""
+    return math.ceil(images / math.ceil(images / most))
+
+
+def thumbnails(pixels: bytes, shape: Sequence[int]) -> list[str]:
+    """A data URL with a PNG for each image; small ones are enlarged, for on paper they would be smoothed.
+
+    Args:
+        pixels: uint8, (n, channels, height, width) in row-major order.
+        shape: (n, channels, height, width); with other than 1 or 3 channels, their mean is shown.
+    """
+    images = np.frombuffer(pixels, np.uint8).reshape(shape)
+    if shape[1] not in (1, 3):
+        images = images.mean(axis=1, keepdims=True).astype(np.uint8)
+    times = max(1, ENLARGED // max(shape[2:]))
+    urls = []
+    for image in images:
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        buffer = io.BytesIO()
+        size = times * picture.width, times * picture.height
+        picture.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
+        urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return urls
+
+
+def day(created: str) -> str:
+    """22 November 2026, whatever the language of the machine; a time that cannot be read stays as it is."""
+    try:
+        time = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    return f"{time.day} {MONTHS[time.month - 1]} {time.year}"
+
+
+def moment(created: str) -> str:
+    """22 November 2026, 17:00 UTC; a time that cannot be read stays as it is."""
+    try:
+        time = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    return f"{day(created)}, {time.astimezone(UTC):%H:%M} UTC" if time.tzinfo else f"{day(created)}, {time:%H:%M}"

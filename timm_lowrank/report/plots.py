@@ -1,16 +1,20 @@
-"""Plots of an evaluation: a PNG for each curve, and the same panels one by one for the report."""
+"""Plots of an evaluation: a PNG for each curve, and the same panels one by one as SVG for the report."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..drawing import INK, NETWORKS, PAPER, PLAIN, dress, new_figure, percent, write_png
-from .content import check_content, titles
+from .. import text
+from ..drawing import AXIS, GRID, INK, NETWORKS, PAPER, PLAIN, dress, new_figure, percent, write_png
+from ..evaluation.results import Curve, Evaluation, Series
 
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 3.5, 2.6  # of one panel, inches: as wide as a phone, so that its letters stay legible there
@@ -18,6 +22,15 @@ CLASSES = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", 
 NAMED_CLASSES = 20
 LEGEND_LETTERS = 34
 FEW = 7  # values on an axis that can all be written there
+KINDS = {"line": "Line plot", "histogram": "Histogram", "scatter": "Scatter plot"}
+ROLES = {  # colours of the drawings -> CSS variables of the page
+    INK: "--ink",
+    AXIS: "--axis",
+    GRID: "--grid",
+    PAPER: "--paper",
+    **{colour: f"--network-{index}" for index, colour in enumerate(NETWORKS)},
+}
+REFERENCE = re.compile(r"#([A-Za-z_][\w.-]*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,55 +38,72 @@ class Panel:
     """One set of axes: what is drawn in it, and what is said above it where a curve has several."""
 
     title: str
-    curve: Mapping[str, Any]
-    lines: Sequence[Mapping[str, Any]]
-    networks: Sequence[str]
+    curve: Curve
+    lines: Sequence[Series]
+    titles: Sequence[str]  # of all networks
     class_names: Sequence[str]
     limits: tuple[tuple[float, float], tuple[float, float]] | None = None  # of x and y; None: as the data have them
 
+    @property
+    def names(self) -> list[str]:
+        """What tells lines of the same network apart."""
+        return list(dict.fromkeys(line.name for line in self.lines))
 
-def write_plots(evaluation: Mapping[str, Any], folder: Path) -> list[Path]:
+    def colour(self, line: Series) -> str:
+        return NETWORKS[colour_index(line.network, self.titles)]
+
+    def description(self) -> str:
+        """What the plot shows, for those who cannot see it."""
+        title = f"{self.curve.title}, {self.title}" if self.title else self.curve.title
+        about = f"{KINDS[self.curve.kind]}: {title}; {self.curve.y_label} against {self.curve.x_label}."
+        if self.curve.kind != "line":
+            return f"{about} Networks: {', '.join(dict.fromkeys(line.network for line in self.lines))}."
+        unit = "share" if self.curve.y_share else "number"
+        ends = [
+            f"{' '.join(filter(None, (line.network, line.name)))} from {text.quantity(line.y[0], unit)} at "
+            f"{text.number(line.x[0])} to {text.quantity(line.y[-1], unit)} at {text.number(line.x[-1])}"
+            for line in self.lines
+        ]
+        return f"{about} {'; '.join(ends)}."
+
+
+def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
     """Draws every curve that has any data.
 
     Args:
-        evaluation: the content of evaluation.json.
+        evaluation: what evaluation.json holds.
         folder: of the pictures; it is made, and gets a file KEY.png for each curve.
 
     Returns:
         The files, in the order of the curves.
 
     Raises:
-        EvaluationError: the content is of another format or not complete.
         ImportError: matplotlib is not installed.
     """
-    check_content(evaluation)
     paths = []
-    for curve in evaluation["curves"]:
+    for curve in evaluation.curves:
         panels = panels_of(curve, evaluation)
-        if not panels:
-            continue
-        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', curve['key'])}.png"
-        write_png(draw(panels), path)
-        paths.append(path)
+        if panels:
+            path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', curve.key)}.png"
+            write_png(draw(panels), path)
+            paths.append(path)
     return paths
 
 
-def panels_of(curve: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[Panel]:
+def panels_of(curve: Curve, evaluation: Evaluation) -> list[Panel]:
     """Small multiples instead of crowded axes: clouds get a panel for each network, histograms one for each name."""
-    lines = [line for line in curve["lines"] if len(line["edges" if curve["kind"] == "histogram" else "x"])]
-    networks, limits = titles(evaluation), None
-    names = list(dict.fromkeys(line.get("name") or "" for line in lines))
-    if curve["kind"] == "scatter":
-        lines.sort(key=lambda line: networks.index(line["network"]))
-        named = len(names) > 1 and any(line.get("name") != line["network"] for line in lines)
-        parts = {" · ".join([line["network"], *([line.get("name") or ""] if named else [])]): [line] for line in lines}
+    lines, titles, limits = [line for line in curve.lines if line.x], evaluation.titles, None
+    names = list(dict.fromkeys(line.name for line in lines))
+    if curve.kind == "scatter":
+        lines.sort(key=lambda line: titles.index(line.network))
+        named = len(names) > 1 and any(line.name != line.network for line in lines)
+        parts = {" · ".join([line.network, *([line.name] if named else [])]): [line] for line in lines}
         limits = None if has_classes(lines) else _common_limits(lines)
-    elif len(names) > (1 if curve["kind"] == "histogram" else len(DASHES)):
-        parts = {name: [line for line in lines if (line.get("name") or "") == name] for name in names}
+    elif len(names) > (1 if curve.kind == "histogram" else len(DASHES)):
+        parts = {name: [line for line in lines if line.name == name] for name in names}
     else:
         parts = {"": lines} if lines else {}
-    names_of_classes = evaluation["data"]["class_names"]
-    return [Panel(title, curve, part, networks, names_of_classes, limits) for title, part in parts.items()]
+    return [Panel(title, curve, part, titles, evaluation.data.class_names, limits) for title, part in parts.items()]
 
 
 def draw(panels: Sequence[Panel]) -> Any:
@@ -82,9 +112,9 @@ def draw(panels: Sequence[Panel]) -> Any:
     down = math.ceil(len(panels) / across)
     figure = new_figure(WIDTH * across, HEIGHT * down)
     cells = figure.subplots(down, across, squeeze=False).flatten()
-    for place, (axes, panel) in enumerate(zip(cells, panels, strict=False)):
-        {"line": _draw_lines, "histogram": _draw_histograms, "scatter": _draw_cloud}[panel.curve["kind"]](axes, panel)
-        _label(axes, panel, y_label=place % across == 0)
+    for index, (axes, panel) in enumerate(zip(cells, panels, strict=False)):
+        {"line": _draw_lines, "histogram": _draw_histograms, "scatter": _draw_cloud}[panel.curve.kind](axes, panel)
+        _label(axes, panel, y_label=index % across == 0)
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     handles: dict[str, Any] = {}
@@ -99,93 +129,133 @@ def draw(panels: Sequence[Panel]) -> Any:
     return figure
 
 
-def network_place(title: str, networks: Sequence[str]) -> int:
+def inline_svg(figure: Any, prefix: str, description: str) -> str:
+    """A matplotlib Figure as an <svg> element that belongs to the page.
+
+    Colours of `drawing` become CSS variables, so that the plot follows light and dark; letters stay letters, in the
+    page's font; ids get `prefix`, for there are several plots in a page. The same figure gives the same text.
+
+    Args:
+        figure: drawn with the colours of `drawing`.
+        prefix: another one for each plot of the page; letters, digits and hyphens.
+        description: what a screen reader says.
+    """
+    buffer = io.BytesIO()
+    matplotlib = importlib.import_module("matplotlib")  # reads these two from its global settings alone
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    ids = {element.attrib["id"] for element in root.iter() if "id" in element.attrib}
+    values = [value for element in root.iter() for value in element.attrib.values()]
+    used = ids & {name for value in values for name in REFERENCE.findall(value)}  # the rest are colours
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {
+            _local(key): _adapted(value, used, prefix) if _local(key) != "id" else f"{prefix}-{value}"
+            for key, value in element.attrib.items()
+            if _local(key) != "id" or value in used
+        }
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description, "class": "plot"}
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.tag in ("metadata", "style")]:  # a style would be the page's
+            parent.remove(child)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def colour_index(title: str, titles: Sequence[str]) -> int:
     """Where in `drawing.NETWORKS` the colour of a network stands: in order, but "plain" is grey in every report."""
     grey = NETWORKS.index(PLAIN)
     if title == "plain":
         return grey
-    places = [place for place in range(len(NETWORKS)) if place != grey or "plain" not in networks]
-    return places[[name for name in networks if name != "plain"].index(title) % len(places)]
+    free = [index for index in range(len(NETWORKS)) if index != grey or "plain" not in titles]
+    return free[[name for name in titles if name != "plain"].index(title) % len(free)]
 
 
-def has_classes(lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the points of a cloud are told apart by class."""
-    return len({label for line in lines for label in line["label"]}) > 1
+def has_classes(lines: Iterable[Series]) -> bool:
+    """Whether the points of clouds are told apart by class."""
+    return len({label for line in lines for label in line.labels}) > 1
 
 
-def _common_limits(lines: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], tuple[float, float]] | None:
+def _common_limits(lines: Sequence[Series]) -> tuple[tuple[float, float], tuple[float, float]] | None:
     """Axes on which clouds of the same two quantities can be compared between networks, with some air around them."""
     ends = []
-    for column in ("x", "y"):
-        numbers = [value for line in lines for value in _numbers(line[column]) if math.isfinite(value)]
-        if not numbers or min(numbers) == max(numbers):
+    for numbers in ([x for line in lines for x in line.x], [y for line in lines for y in line.y]):
+        finite = [number for number in numbers if math.isfinite(number)]
+        if not finite or min(finite) == max(finite):
             return None
-        air = 0.04 * (max(numbers) - min(numbers))
-        ends.append((min(numbers) - air, max(numbers) + air))
+        air = 0.04 * (max(finite) - min(finite))
+        ends.append((min(finite) - air, max(finite) + air))
     return ends[0], ends[1]
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _adapted(value: str, used: set[str], prefix: str) -> str:
+    value = REFERENCE.sub(lambda match: f"#{prefix}-{match[1]}" if match[1] in used else match[0], value)
+    for colour, role in ROLES.items():
+        value = value.replace(colour, f"var({role})")
+    # the page's own font; sizes stay
+    value = re.sub(r"font-family: [^;]*", "font-family: inherit", value)
+    return re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1; font-family: inherit", value)
 
 
 def _label(axes: Any, panel: Panel, y_label: bool) -> None:
     curve = panel.curve
     dress(axes)
-    axes.set_xlabel(curve["x_label"], fontsize=8.5, color=INK)
+    axes.set_xlabel(curve.x_label, fontsize=8.5, color=INK)
     if y_label:
-        axes.set_ylabel(curve["y_label"], fontsize=8.5, color=INK)
+        axes.set_ylabel(curve.y_label, fontsize=8.5, color=INK)
     if panel.title:
         axes.set_title(_short(panel.title), fontsize=9, color=INK, loc="left")
-    if curve.get("x_log") and any(x is not None and x > 0 for line in panel.lines for x in line.get("x", [])):
+    positions = sorted({x for line in panel.lines for x in line.x if x > 0})
+    if curve.x_log and positions:
         axes.set_xscale("log")
-        places = sorted({x for line in panel.lines for x in line["x"] if x is not None and x > 0})
-        if len(places) <= FEW:
-            axes.set_xticks(places)
+        if len(positions) <= FEW:
+            axes.set_xticks(positions)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda *_: "")
-    if curve.get("y_share"):
+    if curve.y_share:
         axes.yaxis.set_major_formatter(percent)
-        if curve["kind"] == "line":
+        if curve.kind == "line":
             axes.set_ylim(-0.02, 1.02)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
 
 
 def _draw_lines(axes: Any, panel: Panel) -> None:
-    names = list(dict.fromkeys(line.get("name") or "" for line in panel.lines))
-    for place, line in enumerate(panel.lines):
-        named = line.get("name") if len(names) > 1 else ""
-        dashes = DASHES[names.index(line.get("name") or "")]
+    names = panel.names
+    for index, line in enumerate(panel.lines):
+        label = ", ".join(filter(None, (line.network, line.name if len(names) > 1 else "")))
         axes.plot(
-            _numbers(line["x"]), _numbers(line["y"]), label=_short(", ".join(filter(None, (line["network"], named)))),
-            color=NETWORKS[network_place(line["network"], panel.networks)], linestyle=dashes,
-            linewidth=1.7, marker="o" if len(line["x"]) <= 2 * FEW else None, markersize=3.2,
-            zorder=3 - place / len(panel.lines),  # the network that the report is about lies on top
+            line.x, line.y, label=_short(label), color=panel.colour(line), linestyle=DASHES[names.index(line.name)],
+            linewidth=1.7, marker="o" if len(line.x) <= 2 * FEW else None, markersize=3.2,
+            zorder=3 - index / len(panel.lines),  # the network that the report is about lies on top
         )  # fmt: skip
 
 
 def _draw_histograms(axes: Any, panel: Panel) -> None:
     for line in panel.lines:
-        counts = _numbers(line["counts"])
-        whole = sum(counts) if panel.curve.get("y_share") else 1
-        colour = NETWORKS[network_place(line["network"], panel.networks)]
-        shares = [count / (whole or 1) for count in counts]
-        axes.stairs(shares, line["edges"], fill=True, color=colour, alpha=0.18, linewidth=0)
-        axes.stairs(shares, line["edges"], color=colour, linewidth=1.4, label=_short(line["network"]))
+        whole = sum(line.y) if panel.curve.y_share else 1
+        shares = [count / (whole or 1) for count in line.y]
+        axes.stairs(shares, line.x, fill=True, color=panel.colour(line), alpha=0.18, linewidth=0)
+        axes.stairs(shares, line.x, color=panel.colour(line), linewidth=1.4, label=_short(line.network))
     axes.set_ylim(bottom=0)
 
 
 def _draw_cloud(axes: Any, panel: Panel) -> None:
     """Points of one network by class; each class is named at its median, as long as that can be read."""
     line = panel.lines[0]
-    xs, ys, labels = _numbers(line["x"]), _numbers(line["y"]), [int(label) for label in line["label"]]
-    told = has_classes(panel.lines)
-    own = NETWORKS[network_place(line["network"], panel.networks)]
-    colours = [f"tab:{CLASSES[label % len(CLASSES)]}" if told else own for label in labels]
-    axes.scatter(xs, ys, c=colours, s=5, alpha=0.75, linewidths=0, rasterized=True)
+    by_class = has_classes(panel.lines)
+    colours = [f"tab:{CLASSES[label % len(CLASSES)]}" if by_class else panel.colour(line) for label in line.labels]
+    axes.scatter(line.x, line.y, c=colours, s=5, alpha=0.75, linewidths=0, rasterized=True)
     if panel.limits:
         axes.set_xlim(panel.limits[0])
         axes.set_ylim(panel.limits[1])
-    classes = sorted(set(labels))
-    for label in classes if told and len(classes) <= NAMED_CLASSES else ():
-        rows = [row for row, one in enumerate(labels) if one == label]
-        middle = sorted(xs[row] for row in rows)[len(rows) // 2], sorted(ys[row] for row in rows)[len(rows) // 2]
+    classes = sorted(set(line.labels))
+    for label in classes if by_class and len(classes) <= NAMED_CLASSES else ():
+        rows = [row for row, one in enumerate(line.labels) if one == label]
+        middle = [sorted(axis[row] for row in rows)[len(rows) // 2] for axis in (line.x, line.y)]
         name = panel.class_names[label] if 0 <= label < len(panel.class_names) else str(label)
         axes.annotate(
             _short(name, 12), middle, ha="center", va="center", fontsize=7.5, color=INK,
@@ -193,12 +263,8 @@ def _draw_cloud(axes: Any, panel: Panel) -> None:
         )  # fmt: skip
 
 
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else float(value) for value in values]
-
-
-def _short(text: str, letters: int = LEGEND_LETTERS) -> str:
+def _short(title: str, letters: int = LEGEND_LETTERS) -> str:
     """Cut in the middle: titles often differ at their ends. Dollar signs are no formulas here."""
-    if len(text) > letters:
-        text = f"{text[: letters // 2]}…{text[-(letters - letters // 2 - 1) :]}"
-    return text.replace("$", r"\$")
+    if len(title) > letters:
+        title = f"{title[: letters // 2]}…{title[-(letters - letters // 2 - 1) :]}"
+    return title.replace("$", r"\$")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from .content import check_content, groups, titles
-from .wording import difference, difference_text, figure_text, interval_text, plain
+from ..evaluation.results import Evaluation, Figure, Value, difference
+from ..text import columns, quantity
 
 WIDTH = 100
 LABEL, GAP = 24, 12  # columns for labels at the least, and for differences
@@ -14,62 +13,54 @@ TOGETHER = 4  # networks in one table
 UNMEASURED = "-"
 
 
-def text_table(evaluation: Mapping[str, Any]) -> str:
+def text_table(evaluation: Evaluation) -> str:
     """The verdicts and all figures, at most 100 columns wide: networks side by side, with intervals where they fit.
 
     Of two networks the difference is shown; `*` marks what its interval tells from zero.
-
-    Raises:
-        EvaluationError: the content is of another format or not complete.
     """
-    check_content(evaluation)
-    networks, verdicts = titles(evaluation), evaluation["verdicts"]
-    lines = [_cut(f"{title}: {one['verdict']}. {one['summary']}", WIDTH) for title, one in verdicts.items()]
-    for start in range(0, len(networks), TOGETHER):
-        lines += _tables(evaluation, networks[start : start + TOGETHER])
-    if any(line.endswith("*") for line in lines):
-        lines += ["", f"* the {100 * evaluation['confidence']:g} % interval of the difference leaves out zero"]
-    return "\n".join(lines).lstrip("\n")
-
-
-def _tables(evaluation: Mapping[str, Any], networks: Sequence[str]) -> list[str]:
-    compared = len(networks) == 2
-    room = (WIDTH - LABEL - (GAP + 2 if compared else 0)) // len(networks) - 2
-    tables = {name: [_row(one, networks, room) for one in figures] for name, figures in groups(evaluation).items()}
-    rows = [row for table in tables.values() for row in table]
-    heads = [*networks, "difference"] if compared else list(networks)
-    limits = [*[room] * len(networks), GAP]
-    widths = [
-        min(limits[place], max([len(head), *(len(row[place + 1]) for row in rows)])) for place, head in enumerate(heads)
+    titles = evaluation.titles
+    lines = [_cut(f"{title}: {one.verdict}. {one.summary}", WIDTH) for title, one in evaluation.verdicts.items()]
+    lines += [
+        _table(evaluation, titles[start : start + TOGETHER], compared=len(titles) == 2)
+        for start in range(0, len(titles), TOGETHER)
     ]
-    left = WIDTH - sum(widths) - 2 * len(widths)
-    labels = min(left, max([LABEL, *(len(row[0]) for row in rows), *map(len, tables)]))
-
-    def line(label: str, *cells: str) -> str:
-        shown = [_cut(text, width).rjust(width) for text, width in zip(cells, widths, strict=True)]
-        return "  ".join([_cut(label, labels).ljust(labels), *shown]).rstrip()
-
-    return [text for name, table in tables.items() for text in ("", line(name, *heads), *(line(*row) for row in table))]
+    table = "\n".join(lines).strip("\n")
+    if "*\n" in f"{table}\n":
+        table += f"\n\n* the {100 * evaluation.confidence:g} % interval of the difference leaves out zero"
+    return table
 
 
-def _row(figure: Mapping[str, Any], networks: Sequence[str], room: int) -> list[str]:
-    """Label, a cell for each network and, of two networks, the difference."""
-    values = [figure["values"].get(title) for title in networks]
-    row = [figure["label"], *(_value(value, figure["unit"], room) for value in values)]
-    if len(networks) == 2:
-        gap = difference(*values)
-        sign = "*" if gap and gap.distinguishable else " "
-        row.append(plain(difference_text(gap, figure["unit"])) + sign if gap else "")
-    return row
+def _table(evaluation: Evaluation, titles: Sequence[str], compared: bool) -> str:
+    """A part for each group of figures, all with the same columns."""
+    width = (WIDTH - LABEL - (GAP + 2 if compared else 0)) // len(titles) - 2
+    rows: list[list[str]] = []
+    for group, figures in evaluation.groups().items():
+        heads = [_cut(title, width) for title in titles]
+        rows += [[], [group.ljust(LABEL), *heads, *(["difference"] if compared else [])]]
+        for figure in figures:
+            values = [figure.values.get(title) for title in titles]
+            rows.append([figure.label, *(_value(value, figure.unit, width) for value in values)])
+            if compared:
+                rows[-1].append(_difference(figure, *titles))
+    taken = sum(max(len(row[column]) for row in rows if row) + 2 for column in range(1, len(rows[1]))) if rows else 0
+    rows = [[_cut(row[0], WIDTH - taken), *row[1:]] if row else row for row in rows]
+    return columns(rows, right=range(1, len(titles) + 2))
 
 
-def _value(value: Mapping[str, Any] | None, unit: str, room: int) -> str:
+def _value(value: Value | None, unit: str, width: int) -> str:
     if value is None:
         return UNMEASURED
-    text = plain(figure_text(value["value"], unit))
-    interval = plain(interval_text(value, unit)).replace(" ", "")
-    longer = f"{text} ({interval})"
-    return longer if interval and len(longer) <= room else text
+    text = quantity(value.value, unit)
+    ends = "-".join(quantity(end, unit, bare=True) for end in value.interval or ())
+    longer = f"{text} ({ends})"
+    return _cut(longer if ends and len(longer) <= width else text, width)
+
+
+def _difference(figure: Figure, one: str, other: str) -> str:
+    gap = difference(figure.values.get(one), figure.values.get(other))
+    if gap is None:
+        return ""
+    return _cut(quantity(gap.value, figure.unit, bare=True, plus=True), GAP - 1) + ("*" if gap.distinguishable else " ")
 
 
 def _cut(text: str, width: int) -> str:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from ..errors import EvaluationError, EvaluationWarning
 from ..evaluation.checks import check_before_attack
+from ..evaluation.results import evaluation_from_json
 from ..report import write_plots, write_report
 from ..training.disk import disk_errors, read_json, write_whole
 from .context import Context, build_context
@@ -95,8 +96,9 @@ def write_evaluation(content: dict[str, Any], folder: Path) -> None:
     """
     with disk_errors(f"could not write to {folder}", ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
-        write_plots(content, folder / "plots")
-        write_report(content, folder)
+        evaluation = evaluation_from_json(content)
+        write_plots(evaluation, folder / "plots")
+        write_report(evaluation, folder)
         write_whole(folder / "evaluation.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
