@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import nearest
@@ -29,9 +29,6 @@ class BranchOptions:
     norm_weight: float | None = None
     view: str | None = None
     channel_dim: int | None = None
-
-
-BRANCH_KEYS = ("rank", *(field.name for field in dataclasses.fields(BranchOptions)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,29 +106,27 @@ class LowRankConfig:
         ]
 
     def _wrong_numbers(self) -> list[str]:
-        problems = [
-            f"{name}={getattr(self, name)!r} must be a finite number >= 0"
-            for name in ("reconstruction_weight", "norm_weight")
-            if not (name == "reconstruction_weight" and self.reconstruction_weight is None)
-            and not _is_weight(getattr(self, name))
-        ]
         top = 1.0 if self.step_rule == "normalized" else math.inf
-        if not (_is_number(self.step_size) and 0 < self.step_size <= top):
-            problems.append(f"step_size={self.step_size!r} must lie in (0, {top}] with step_rule={self.step_rule!r}")
-        if not (_is_number(self.bias_momentum) and 0 <= self.bias_momentum <= 1):
-            problems.append(f"bias_momentum={self.bias_momentum!r} must lie in [0, 1]")
-        for name in ("project_every", "nystrom_runs", "nystrom_columns", "update_rows"):
-            value = getattr(self, name)
-            optional = name in ("nystrom_columns", "update_rows")
-            if not (optional and value is None) and not _is_count(value):
-                problems.append(f"{name}={value!r} must be an integer >= 1" + " or None" * optional)
-        for name in ("oversampling", "warmup_updates"):
-            value = getattr(self, name)
-            if not (_is_int(value) and value >= 0):
-                problems.append(f"{name}={value!r} must be an integer >= 0")
-        if not _is_int(self.seed):
-            problems.append(f"seed={self.seed!r} must be an integer")
-        return problems
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "reconstruction_weight": (lambda v: v is None or _is_weight(v), "be a finite number >= 0"),
+            "norm_weight": (_is_weight, "be a finite number >= 0"),
+            "step_size": (
+                lambda v: _is_number(v) and 0 < v <= top,
+                f"lie in (0, {top}] with step_rule={self.step_rule!r}",
+            ),
+            "bias_momentum": (lambda v: _is_number(v) and 0 <= v <= 1, "lie in [0, 1]"),
+            "project_every": (_is_count, "be an integer >= 1"),
+            "nystrom_runs": (_is_count, "be an integer >= 1"),
+            "nystrom_columns": (lambda v: v is None or _is_count(v), "be an integer >= 1 or None"),
+            "update_rows": (lambda v: v is None or _is_count(v), "be an integer >= 1 or None"),
+            "oversampling": (lambda v: _is_int(v) and v >= 0, "be an integer >= 0"),
+            "warmup_updates": (lambda v: _is_int(v) and v >= 0, "be an integer >= 0"),
+            "seed": (_is_int, "be an integer"),
+        }
+        values = {name: getattr(self, name) for name in rules}
+        return [
+            f"{name}={values[name]!r} must {text}" for name, (good, text) in rules.items() if not good(values[name])
+        ]
 
     def _wrong_branches(self) -> list[str]:
         if isinstance(self.branches, str):
@@ -142,24 +137,21 @@ class LowRankConfig:
             ]
         if not isinstance(self.branches, Mapping) or not self.branches:
             return [f"branches={self.branches!r} must name at least one layer"]
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "rank": (_is_count, "an integer >= 1"),
+            "reconstruction_weight": (_is_weight, "a finite number >= 0"),
+            "norm_weight": (_is_weight, "a finite number >= 0"),
+            "view": (lambda v: v is None or v in VIEWS, f"one of {', '.join(VIEWS)}"),
+            "channel_dim": (lambda v: v is None or (_is_int(v) and v != 0), "an integer, not 0"),
+        }
         problems = []
         for layer, spec in self.branches.items():
-            options = spec if isinstance(spec, Mapping) else {"rank": spec}
-            unknown = [key for key in options if key not in BRANCH_KEYS]
-            problems += [f"branches[{layer!r}] has no option {key!r}; {nearest(key, BRANCH_KEYS)}" for key in unknown]
-            rank = options.get("rank")
-            if not _is_count(rank):
-                problems.append(f"the rank of branch {layer!r} is {rank!r}; it must be an integer >= 1")
-            problems += [
-                f"{k} of branch {layer!r} is {v!r}; it must be a finite number >= 0"
-                for k, v in options.items()
-                if k.endswith("_weight") and not _is_weight(v)
-            ]
-            view, channel_dim = options.get("view"), options.get("channel_dim")
-            if view is not None and view not in VIEWS:
-                problems.append(f"the view of branch {layer!r} is {view!r}; it must be one of {', '.join(VIEWS)}")
-            if channel_dim is not None and not (_is_int(channel_dim) and channel_dim != 0):
-                problems.append(f"the channel_dim of branch {layer!r} is {channel_dim!r}; it must be an integer, not 0")
+            options = {"rank": None, **spec} if isinstance(spec, Mapping) else {"rank": spec}
+            for key, value in options.items():
+                if key not in rules:
+                    problems.append(f"branches[{layer!r}] has no option {key!r}; {nearest(key, rules)}")
+                elif not rules[key][0](value):
+                    problems.append(f"the {key} of branch {layer!r} is {value!r}; it must be {rules[key][1]}")
         return problems
 
     def ranks(self) -> dict[str, int]:
@@ -220,12 +212,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_weight(value: object) -> bool:
-    return _is_number(value) and value >= 0  # type: ignore[operator]
+def _is_weight(value: Any) -> bool:
+    return _is_number(value) and value >= 0
 
 
-def _is_count(value: object) -> bool:
-    return _is_int(value) and value >= 1  # type: ignore[operator]
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value >= 1
 
 
 def _is_int(value: object) -> bool:

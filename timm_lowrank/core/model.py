@@ -223,16 +223,12 @@ class UsageCheck:
 
     def forward(self) -> None:
         """A training forward happened."""
-        if self._done:
-            return
         self.forwards += 1
         if self.forwards >= STEPS_BEFORE_WARNING and not self.penalties:
             self._warn(f"{self.forwards} training forwards passed, but penalty() was never called")
 
     def penalty(self) -> None:
         """The penalty of a forward was asked for."""
-        if self._done:
-            return
         self.penalties += 1
         if self.penalties >= STEPS_BEFORE_WARNING:
             self._warn(
@@ -249,10 +245,12 @@ class UsageCheck:
 
         The forwards of a compiled network can only be noticed here.
         """
-        if unused and not self._done and not self.forwards and not self.penalties:
+        if unused and not self.forwards and not self.penalties:
             self._warn("a compiled network was trained, but penalty() was never called")
 
     def _warn(self, what: str, advice: str | None = None) -> None:
+        if self._done:
+            return
         self._done = True
         advice = advice or (
             "add model.penalty() to the loss, or use timm_lowrank.LossHook(criterion, model) as the criterion. "
