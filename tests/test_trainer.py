@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import json
 import os
 import socket
 import subprocess
@@ -16,7 +15,7 @@ import torch
 
 import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LowRankConfig, LowRankError, LowRankModel, LowRankWarning
-from timm_lowrank.checkpoint import load_branches, write_branches
+from timm_lowrank.checkpoint import load_branches
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,6 +40,12 @@ def data(digits):
     return [{"pixel_values": image, "labels": int(label)} for image, label in zip(images[:64], labels, strict=False)]
 
 
+@pytest.fixture(scope="session")
+def images(data):
+    """Eight of them, (8, 1, 8, 8)."""
+    return torch.stack([one["pixel_values"] for one in data[:8]])
+
+
 def small_vit(dropout=0.0):
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     shape = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
@@ -50,16 +55,8 @@ def small_vit(dropout=0.0):
 
 
 def small_resnet():
-    return transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(
-            num_channels=1,
-            embedding_size=8,
-            hidden_sizes=[8, 8, 16],
-            depths=[1, 1, 1],
-            layer_type="basic",
-            num_labels=10,
-        )
-    )
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "layer_type": "basic"}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_channels=1, num_labels=10))
 
 
 TIMM_ARGS = {"in_chans": 1, "img_size": 8, "patch_size": 4, "depth": 3}
@@ -80,6 +77,12 @@ def config(kind="timm", **values):
     return LowRankConfig(**{"branches": branches, **small, **values})
 
 
+ARGUMENTS = {
+    "use_cpu": True, "max_steps": 4, "learning_rate": 0.02, "optim": "sgd", "lr_scheduler_type": "constant",
+    "save_strategy": "no", "logging_steps": 2, "report_to": [], "disable_tqdm": True, "log_level": "error",
+}  # fmt: skip
+
+
 @pytest.fixture
 def build(data, tmp_path):
     """A function that makes a LowRankTrainer around one of MODELS, always with the same weights."""
@@ -92,26 +95,12 @@ def build(data, tmp_path):
             model = MODELS[kind]()
         if trainer is not transformers.Trainer and not isinstance(model, LowRankModel):
             keywords["lowrank"] = lowrank or config(kind)
-        arguments = {
-            "output_dir": tmp_path / "run",
-            "use_cpu": True,
-            "max_steps": 4,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 0.02,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "save_strategy": "no",
-            "logging_steps": 2,
-            "report_to": [],
-            "disable_tqdm": True,
-            "log_level": "error",
-            **options,
-        }
+        arguments = {**ARGUMENTS, "output_dir": tmp_path / "run", "per_device_train_batch_size": 16, **options}
         arguments["output_dir"] = str(arguments["output_dir"])
         args = transformers.TrainingArguments(**arguments)
-        found = trainer(model=model, args=args, train_dataset=data, eval_dataset=data[:16], **keywords)
-        found.remove_callback(transformers.PrinterCallback)
-        return found
+        made = trainer(model=model, args=args, train_dataset=data, eval_dataset=data[:16], **keywords)
+        made.remove_callback(transformers.PrinterCallback)
+        return made
 
     return make
 
@@ -147,7 +136,7 @@ def relative_difference(first, second):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.filterwarnings("ignore:.*capped there")
-def test_both_presets_train_and_leave_a_plain_model(kind, build, data, tmp_path):
+def test_both_presets_train_and_leave_a_plain_model(kind, build, images, tmp_path):
     keys = list(MODELS[kind]().state_dict())
     trainer = run(build(kind, lowrank=config(kind, branches="2-LR"), max_steps=3, logging_steps=1))
     assert list(trainer.lowrank.branches) == [LAYERS[kind], "pre_logits"]
@@ -162,21 +151,34 @@ def test_both_presets_train_and_leave_a_plain_model(kind, build, data, tmp_path)
 
     trainer.save_model(tmp_path / "model")
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
-    images = torch.stack([one["pixel_values"] for one in data[:8]])
     with torch.no_grad():
         assert torch.equal(again(images).logits, trainer.model.eval()(images).logits)
     other = build(kind, lowrank=config(kind, branches="2-LR"), example_input=images)
     assert other.lowrank.branches["pre_logits"].updates == 0
     load_branches(other.lowrank, tmp_path / "model")
+    assert other.lowrank.taps == trainer.lowrank.taps
     assert same(other.lowrank.branches.state_dict(), trainer.lowrank.branches.state_dict())
+    # This package's own from_pretrained says what it is.
+    name = type(trainer.model).__name__
+    with pytest.raises(tlr.CheckpointError, match=rf"layout of transformers \(a {name}\).*load_branches.*export"):
+        tlr.from_pretrained(tmp_path / "model")
 
     one = build(kind, lowrank=config(kind, branches="1-LR"), example_input=images)
     assert list(one.lowrank.branches) == ["pre_logits"]
     assert one.lowrank.branches["pre_logits"].num_features == trainer.lowrank.branches["pre_logits"].num_features
 
 
-def test_layers_of_a_timm_wrapper_go_by_either_name(build, data):
-    images = torch.stack([one["pixel_values"] for one in data[:2]])
+def test_other_folders_of_transformers_are_told_from_damaged_ones(build, tmp_path):
+    build("vit").model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(tlr.CheckpointError, match=r"a ViTForImageClassification\), .*from_pretrained\. In timm's"):
+        tlr.from_pretrained(tmp_path / "plain", lowrank=False)
+    network = build(model=timm.create_model("test_vit", num_classes=10, **TIMM_ARGS)).model  # has a pretrained_cfg
+    network.save_pretrained(tmp_path / "timm")
+    with pytest.raises(tlr.CheckpointError, match="layout of transformers"):
+        tlr.from_pretrained(tmp_path / "timm")
+
+
+def test_layers_of_a_timm_wrapper_go_by_either_name(build, images):
     trainer = build(lowrank=config(branches={"timm_model.blocks.1": 4}), example_input=images)
     assert list(trainer.lowrank.branches) == ["blocks.1"]
     with pytest.raises(ValueError, match=r"no layer 'block.1'. Did you mean: .*blocks\.1"):
@@ -201,15 +203,15 @@ def test_a_model_without_one_list_of_stages_has_no_two_lr():
     assert last_stage_input(two) == "first.1"
 
 
-def test_a_timm_network_and_a_wrapped_one(build, data, tmp_path):
-    images = torch.stack([one["pixel_values"] for one in data[:8]])
+def test_a_timm_network_and_a_wrapped_one(build, images, tmp_path):
     network = timm.create_model("test_vit", num_classes=10, **TIMM_ARGS)
     trainer = run(build(model=network, max_steps=2))
     assert trainer.lowrank.unwrap() is network
     trainer.save_model(tmp_path / "model")
     again = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
-        assert torch.equal(again(images).logits, network.eval()(images))
+        torch.testing.assert_close(again(images).logits, network.eval()(images), rtol=1e-5, atol=1e-6)
+    assert same({key.removeprefix("timm_model."): v for key, v in again.state_dict().items()}, network.state_dict())
 
     lowrank = tlr.wrap("test_vit", config(), num_classes=10, example_input=images, **TIMM_ARGS)
     trainer = run(build(model=lowrank, max_steps=2))
@@ -219,7 +221,7 @@ def test_a_timm_network_and_a_wrapped_one(build, data, tmp_path):
         LowRankTrainer(model=lowrank, args=trainer.args, lowrank=config())
 
 
-def test_export_of_the_timm_network(build, data, tmp_path):
+def test_export_of_the_timm_network(build, images, tmp_path):
     trainer = build(max_steps=2)
     with pytest.raises(tlr.CheckpointError, match="before the first training batch"):
         trainer.export(tmp_path / "network")
@@ -228,9 +230,9 @@ def test_export_of_the_timm_network(build, data, tmp_path):
     )
     network = timm.create_model(f"local-dir:{tmp_path / 'network'}", pretrained=True).eval()
     assert (network.pretrained_cfg["input_size"], list(network.pretrained_cfg["mean"])) == ((1, 8, 8), [0.5])
-    images = torch.stack([one["pixel_values"] for one in data[:8]])
+    assert same(network.state_dict(), trainer.lowrank.unwrap().state_dict())
     with torch.no_grad():
-        assert torch.equal(network(images), trainer.model.eval()(images).logits)
+        torch.testing.assert_close(network(images), trainer.model.eval()(images).logits, rtol=1e-5, atol=1e-6)
     again = tlr.from_pretrained(tmp_path / "network")
     assert same(again.branches.state_dict(), trainer.lowrank.branches.state_dict())
     with pytest.raises(tlr.CheckpointError, match="ViTForImageClassification holds no timm network"):
@@ -308,11 +310,10 @@ def test_bfloat16(build):
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
 
 
-def test_a_skipped_optimizer_step_is_no_update(build, data):
-    trainer = build(example_input=torch.stack([one["pixel_values"] for one in data[:8]]))
+def test_a_skipped_optimizer_step_is_no_update(build, images):
+    trainer = build(example_input=images)
     trainer.model.train()
-    batch = {"pixel_values": torch.stack([one["pixel_values"] for one in data[:8]]), "labels": torch.arange(8)}
-    trainer.compute_loss(trainer.model, batch)
+    trainer.compute_loss(trainer.model, {"pixel_values": images, "labels": torch.arange(8)})
     for skipped, updates in ((True, 0), (False, 1)):
         trainer._callback.on_optimizer_step(None, None, None, optimizer=types.SimpleNamespace(step_was_skipped=skipped))
         assert trainer.lowrank.branches["pre_logits"].updates == updates
@@ -321,26 +322,35 @@ def test_a_skipped_optimizer_step_is_no_update(build, data):
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(build, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+@pytest.mark.parametrize(("kind", "view"), [("vit", None), ("timm", "token"), ("timm", "pool"), ("timm", "flatten")])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(build, tmp_path, kind, view):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, "start_step": 1}
+    options["model_init"] = (lambda: small_vit(dropout=0.1)) if kind == "vit" else small_timm
+    viewed = {LAYERS[kind]: {"rank": 4, **({"view": view} if view else {})}, "pre_logits": 4}
 
-    def trainer(**more):
-        return build("vit", **{**options, **more, "model_init": lambda: small_vit(dropout=0.1)})
+    def trainer(branches=viewed, **more):
+        return build(kind, lowrank=config(kind, branches=branches), **{**options, **more})
 
-    whole = run(trainer(output_dir=tmp_path / "whole", start_step=1))
-    run(trainer(output_dir=tmp_path / "parts", start_step=1, max_steps=3))
-    resumed = run(trainer(output_dir=tmp_path / "parts", start_step=1), resume_from_checkpoint=True)
+    whole = run(trainer(output_dir=tmp_path / "whole"))
+    run(trainer(output_dir=tmp_path / "parts", max_steps=3))
+    resumed = run(trainer(output_dir=tmp_path / "parts"), resume_from_checkpoint=True)
     assert resumed.lowrank.branches["pre_logits"].updates == 6
+    assert resumed.lowrank.taps[0].view.kind == view or view is None
     assert same(state_of(whole), state_of(resumed))
 
     folder = tmp_path / "parts" / "checkpoint-6"
-    with pytest.raises(tlr.CheckpointError, match=r"pre_logits \(rank 4 of 16\), and those of this model pre_l"):
-        run(trainer(lowrank=config("vit", branches={"pre_logits": 3})), resume_from_checkpoint=str(folder))
-    for name in ("lowrank.json", "lowrank.safetensors"):
-        (folder / name).unlink()
-    with pytest.warns(LowRankWarning, match="holds no branches: they start anew"):
-        anew = run(trainer(), resume_from_checkpoint=str(folder))
-    assert anew.lowrank.branches["pre_logits"].updates == 1
+    if view == "token":
+        other = {**viewed, LAYERS[kind]: {"rank": 4, "view": "pool"}}
+        with pytest.raises(tlr.CheckpointError, match=r"blocks.1 \(rank 4 of 64, view token.* this .* view pool"):
+            run(trainer(other), resume_from_checkpoint=str(folder))
+    if kind == "vit":
+        with pytest.raises(tlr.CheckpointError, match=r"pre_logits \(rank 4 of 16\), and those of this model pre_l"):
+            run(trainer({"pre_logits": 3}), resume_from_checkpoint=str(folder))
+        for name in ("lowrank.json", "lowrank.safetensors"):
+            (folder / name).unlink()
+        with pytest.warns(LowRankWarning, match="holds no branches: they start anew"):
+            anew = run(trainer(start_step=0), resume_from_checkpoint=str(folder))
+        assert anew.lowrank.branches["pre_logits"].updates == 1
 
 
 def test_a_finished_run_is_resumed_and_saved_with_its_branches(build, tmp_path):
@@ -354,41 +364,15 @@ def test_a_finished_run_is_resumed_and_saved_with_its_branches(build, tmp_path):
 
 def test_the_best_model_comes_with_its_branches(build):
     calls = iter([0.1, 0.9, 0.8])
-    trainer = build(
-        "vit",
-        max_steps=3,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        metric_for_best_model="q",
-        load_best_model_at_end=True,
-        greater_is_better=True,
-    )
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"metric_for_best_model": "q", "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = build("vit", max_steps=3, **every, **best)
     trainer.compute_metrics = lambda prediction: {"q": next(calls)}
     run(trainer)
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name == "checkpoint-2"
     assert trainer.lowrank.branches["pre_logits"].updates == 2
-    again = type(trainer.model).from_pretrained(best)
-    assert same(again.state_dict(), trainer.model.state_dict())
-
-
-def test_damaged_branches_are_refused(build, data, tmp_path):
-    lowrank = build(example_input=torch.stack([one["pixel_values"] for one in data[:2]])).lowrank
-    tmp_path = tmp_path / "saved"
-    write_branches(lowrank, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lowrank.json", "lowrank.safetensors"]
-    weights = tmp_path / "lowrank.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(tlr.CheckpointError, match="damaged or exchanged"):
-        load_branches(lowrank, tmp_path)
-    (tmp_path / "lowrank.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(tlr.CheckpointError, match="must hold config and layers"):
-        load_branches(lowrank, tmp_path)
-    weights.unlink()
-    with pytest.raises(tlr.CheckpointError, match=r"holds no lowrank\.json"):
-        load_branches(lowrank, tmp_path)
+    assert same(type(trainer.model).from_pretrained(best).state_dict(), trainer.model.state_dict())
 
 
 # ------------------------------------------------------------------------------------------- mixin and callback alone
@@ -423,15 +407,12 @@ class PenaltyTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def test_the_callback_alone(build, data, tmp_path):
-    images = torch.stack([one["pixel_values"] for one in data[:2]])
-
+def test_the_callback_alone(build, images, tmp_path):
     def trainer(**options):
         torch.manual_seed(0)
         model = tlr.wrap(small_vit(), config("vit"), example_input=images)
-        found = transformers.Trainer if options.pop("plain", False) else PenaltyTrainer
         options = {"remove_unused_columns": False, "label_names": ["labels"], **options}
-        return build(model=model, trainer=found, callbacks=[LowRankCallback(model, start_step=1)], **options)
+        return build(model=model, trainer=PenaltyTrainer, callbacks=[LowRankCallback(model, start_step=1)], **options)
 
     trained = run(trainer(output_dir=tmp_path / "a", save_strategy="steps", save_steps=3))
     assert trained.model.branches["pre_logits"].updates == 3
@@ -442,12 +423,10 @@ def test_the_callback_alone(build, data, tmp_path):
         build(callbacks=[LowRankCallback(None)])
 
 
-def test_the_callback_keeps_branches_that_are_held_aside(build, data, tmp_path):
-    lowrank = build(example_input=torch.stack([one["pixel_values"] for one in data[:2]])).lowrank
-    callback, args = (
-        LowRankCallback(lowrank),
-        types.SimpleNamespace(output_dir=str(tmp_path), should_save=True, load_best_model_at_end=True),
-    )
+def test_the_callback_keeps_branches_that_are_held_aside(build, images, tmp_path):
+    lowrank = build(example_input=images).lowrank
+    callback = LowRankCallback(lowrank)
+    args = types.SimpleNamespace(output_dir=str(tmp_path), should_save=True, load_best_model_at_end=True)
     state = types.SimpleNamespace(global_step=5, best_model_checkpoint=str(tmp_path / "checkpoint-5"))
     lowrank.branches["pre_logits"].bias += 1
     before = copy.deepcopy(lowrank.branches.state_dict())
@@ -461,10 +440,9 @@ def test_the_callback_keeps_branches_that_are_held_aside(build, data, tmp_path):
         callback.on_train_begin(args, state, None, model=None)
 
 
-def test_the_recording_forward_gives_the_model_its_forward_back(build, data):
-    trainer = build("vit", example_input=torch.stack([one["pixel_values"] for one in data[:2]]))
+def test_the_recording_forward_gives_the_model_its_forward_back(build, images):
+    trainer = build("vit", example_input=images)
     model, lowrank = trainer.model.train(), trainer.lowrank
-    images = torch.stack([one["pixel_values"] for one in data[:2]])
     replaced = RecordingForward(model, lowrank)
     copy.deepcopy(model)(images)  # such as an average of weights
     with pytest.raises(CaptureError, match="needs a forward pass"):
@@ -510,10 +488,9 @@ def train(rank):
     images = torch.from_numpy(digits.images).float()[:64, None] / 16
     data = [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, digits.target)]
     torch.manual_seed(0)
+    options = {**here.ARGUMENTS, "max_steps": 6, "save_strategy": "steps", "save_steps": 6, "ddp_backend": "gloo"}
     args = transformers.TrainingArguments(
-        sys.argv[2], use_cpu=True, ddp_backend="gloo", max_steps=6, per_device_train_batch_size=4,
-        gradient_accumulation_steps=2, learning_rate=0.02, optim="sgd", lr_scheduler_type="constant", save_steps=6,
-        report_to=[], disable_tqdm=True, log_level="error")
+        sys.argv[2], per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
     trainer = here.LowRankTrainer(model=here.small_vit(), args=args, lowrank=here.config("vit"), train_dataset=data)
     trainer.train()
     torch.save(here.state_of(trainer), f"{sys.argv[2]}/rank{rank}.pt")
