@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"Recipes in recipes/configs: {known}. Their keys: timm_lowrank.training.fields.RecipeFields.",
+        epilog=f"Recipes in recipes/configs: {known}. Their keys: timm_lowrank.training.Recipe.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

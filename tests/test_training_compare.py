@@ -79,5 +79,5 @@ def test_the_script_puts_twins_side_by_side(run, tmp_path):
 
 
 def test_an_unfinished_run_is_named(tmp_path):
-    with pytest.raises(RunError, match=r"no summary.json"):
+    with pytest.raises(RunError, match=r"it is no run"):
         measure_run(tmp_path, (5,), noise=0.4, limit=10)

@@ -9,7 +9,7 @@ import timm
 
 import timm_lowrank  # noqa: F401 - registers the CIFAR networks
 from timm_lowrank.training import Recipe, RecipeError, load_recipe
-from timm_lowrank.training.schedule import learning_rate, penalty_weight
+from timm_lowrank.training.recipe import learning_rate, penalty_weight
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
 PAPER = {"epochs": 350, "milestones": [150, 250], "pretrain_epochs": 50}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -97,18 +98,18 @@ def test_a_run_leaves_what_it_promises(finished):
     ):
         assert (output / path).is_file()
         assert (output / "twin" / path).is_file()
-    assert json.loads((output / "summary.json").read_text()) == summary
+    assert json.loads((output / "summary.json").read_text()) == summary.to_dict()
     assert Recipe.from_dict(yaml.safe_load((output / "config.yaml").read_text())).lowrank == SMALL["lowrank"]
     assert (output / "plots" / "spectrum.png").read_bytes()[1:4] == b"PNG"
     assert [path.name for path in sorted((output / "checkpoints").iterdir())] == [f"epoch_000{n}" for n in range(1, 6)]
-    assert summary["optimizer_steps"] == 35
-    assert summary["epochs"] == 5
-    assert summary["weights"] == "averaged"
-    assert summary["seconds"] > 0
-    assert summary["images_per_second"] > 0
-    assert summary["seed"] == 0
-    assert summary["data"]["fingerprint"] == load_images(**SMALL["data_args"]).fingerprint
-    assert summary["versions"]["torch"] == torch.__version__
+    assert summary.optimizer_steps == 35
+    assert summary.epochs == 5
+    assert summary.weights == "averaged"
+    assert summary.seconds > 0
+    assert summary.images_per_second > 0
+    assert summary.seed == 0
+    assert summary.data.fingerprint == load_images(**SMALL["data_args"]).fingerprint
+    assert summary.versions["torch"] == torch.__version__
     assert not list(output.rglob("*.partial"))
 
 
@@ -121,17 +122,17 @@ def test_the_summary_measures_the_exported_network(finished):
     model = timm_lowrank.wrap(network, recipe().lowrank_config(), example_input=images[:2])
     with torch.no_grad(), model.capture() as activations:
         accuracy = (model(images).argmax(1) == data.test_labels).float().mean().item()
-    assert summary["clean_accuracy"] == pytest.approx(accuracy, abs=1e-6)
-    for layer, branch in summary["branches"].items():
+    assert summary.clean_accuracy == pytest.approx(accuracy, abs=1e-6)
+    for layer, branch in summary.branches.items():
         values = activations[layer].flatten(1).double()
         held = torch.linalg.svdvals(values - values.mean(0)).square().cumsum(0)
         held = held / held[-1]
         for count in (1, 5, 10):
-            assert branch["variance_ratio"][str(count)] == pytest.approx(held[count - 1].item(), abs=1e-5)
-        assert branch["variance_ratio"]["500"] == 1.0
-        assert branch["effective_rank"] == int((held < 0.99).sum()) + 1
-        assert branch["features"] == values.shape[1]
-        assert branch["target_rank"] == SMALL["lowrank"]["branches"][layer]
+            assert branch.variance_ratio[count] == pytest.approx(held[count - 1].item(), abs=1e-5)
+        assert branch.variance_ratio[500] == 1.0
+        assert branch.effective_rank == int((held < 0.99).sum()) + 1
+        assert branch.features == values.shape[1]
+        assert branch.target_rank == SMALL["lowrank"]["branches"][layer]
 
 
 def read(model: Path) -> dict[str, object]:
@@ -152,7 +153,7 @@ def test_metrics_have_a_row_an_epoch_and_empty_cells_while_the_branch_is_off(fin
         assert bool(row["layer3.reconstruction"]) is on
         assert row["penalty_weight"] == ("1" if on else "0")
         assert float(row["ema_test_accuracy"]) >= 0
-    summary = finished[1]["branches"]["layer3"]["losses"]
+    summary = finished[1].branches["layer3"].losses
     assert summary.keys() >= {"reconstruction", "gradient_share"}
     assert summary == {part: float(rows[-1][f"layer3.{part}"]) for part in summary}
 
@@ -166,12 +167,12 @@ def test_the_twin_starts_alike_and_has_no_branch(finished):
     assert both[0][2]["train_loss"] != both[1][2]["train_loss"]
     assert "penalty" not in both[1][0]
     assert not (output / "twin" / "model" / "lowrank.json").exists()
-    twin = summary["twin"]
-    assert twin["lowrank"] is False
-    assert twin["branches"]["layer3"]["target_rank"] is None
-    assert twin["branches"].keys() == summary["branches"].keys()
-    gained = [summary["branches"][layer]["variance_ratio"]["5"] - twin["branches"][layer]["variance_ratio"]["5"]
-              for layer in twin["branches"]]  # fmt: skip
+    twin = summary.twin
+    assert twin.lowrank is False
+    assert twin.branches["layer3"].target_rank is None
+    assert twin.branches.keys() == summary.branches.keys()
+    gained = [summary.branches[layer].variance_ratio[5] - twin.branches[layer].variance_ratio[5]
+              for layer in twin.branches]  # fmt: skip
     assert min(gained) > 0
 
 
@@ -179,11 +180,11 @@ def test_an_existing_plain_run_serves_as_twin(finished, tmp_path, capsys):
     output, _ = finished
     plain = str(output / "twin")
     summary = train(recipe(twin=plain, ema_decay=0.9), tmp_path / "run")
-    assert summary["twin"]["clean_accuracy"] == finished[1]["twin"]["clean_accuracy"]
+    assert summary.twin.clean_accuracy == finished[1].twin.clean_accuracy
     assert_same_run(tmp_path / "run", output)
     printed = capsys.readouterr().out.splitlines()
     heading = printed.index(next(line for line in printed if line.split() == ["plain", "low", "rank"]))
-    shown = [f"{run['clean_accuracy']:.1%}".replace("%", "") for run in (finished[1]["twin"], summary)]
+    shown = [f"{run.clean_accuracy:.1%}".replace("%", "") for run in (finished[1].twin, summary)]
     assert printed[heading + 1].split() == ["test", "accuracy", shown[0], "%", shown[1], "%"]
     with pytest.raises(RunError, match="was trained on other data"):
         train(recipe(twin=plain, data_args={"train_limit": 400}), tmp_path / "other")
@@ -316,7 +317,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
 def test_a_full_disk_is_one_error_and_loses_nothing(finished, tmp_path):
     folder = RunFolder(tmp_path / "run", recipe())
     folder.create()
-    state = build(recipe(), load_images(**SMALL["data_args"]), folder.path)
+    state = build(recipe(), load_images(**SMALL["data_args"]), folder.folder)
     folder.save(state.accelerator, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # the kernel refuses to let any file grow beyond
@@ -324,12 +325,12 @@ def test_a_full_disk_is_one_error_and_loses_nothing(finished, tmp_path):
         with pytest.raises(RunError, match=r"could not write the checkpoint of epoch 2 .*the checkpoint of epoch 1 is"):
             folder.save(state.accelerator, 2)
         with pytest.raises(RunError, match=r"could not write .*summary.json: File too large"):
-            folder.write_json("summary.json", {"long": "x" * 4000})
+            folder.write_summary(dataclasses.replace(finished[1], name="x" * 4000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in folder._checkpoints.iterdir()] == ["epoch_0001"]
-    assert not (folder.path / "summary.json").exists()
-    assert not list(folder.path.glob(".*"))
+    assert [path.name for path in folder.checkpoint_folder.iterdir()] == ["epoch_0001"]
+    assert not (folder.folder / "summary.json").exists()
+    assert not list(folder.folder.glob(".*"))
     assert folder.load_newest(state.accelerator) == 1
 
 
@@ -398,10 +399,10 @@ def test_an_accuracy_that_falls_back_to_chance_stops_the_run(tmp_path):
 def test_options_train_and_update_once_a_step(options, tmp_path):
     values = {**SMALL, "epochs": 3, "pretrain_epochs": 1, **options}
     summary = train(Recipe.from_dict(values), tmp_path / "run")
-    assert summary["optimizer_steps"] == 21
+    assert summary.optimizer_steps == 21
     saved = load_file(tmp_path / "run" / "model" / "lowrank.safetensors")
     counters = [value for name, value in saved.items() if name.endswith("counters")]
-    assert [int(counter[0]) for counter in counters] == [14] * len(summary["branches"])
+    assert [int(counter[0]) for counter in counters] == [14] * len(summary.branches)
     first, *_, last = metrics(tmp_path / "run")
     assert float(last["train_loss"]) < float(first["train_loss"])
 

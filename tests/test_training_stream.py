@@ -384,7 +384,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 def test_the_same_images_in_the_same_order_give_the_same_weights(folder, tmp_path, monkeypatch):
     streamed = recipe(folder, augment="none", workers=1)
     summary = train(streamed, tmp_path / "streamed")
-    assert summary["data"] == {
+    assert summary.to_dict()["data"] == {
         "source": str(folder), "fingerprint": found(folder).fingerprint, "train_images": 230, "test_images": 55,
         "streamed": True, "image_size": [1, 8, 8], "classes": 10,
     }  # fmt: skip
@@ -445,8 +445,8 @@ def test_options_work_with_a_stream(folder, tmp_path):
     options = {"precision": "bf16", "channels_last": True, "ema_decay": 0.9, "optimizer": "adamw", "clip_norm": 1.0}
     small = {"learning_rate": 0.01, "weight_decay": 0.05, "augment": "none", "epochs": 5}
     summary = train(recipe(folder, **options, **small, image_size=12, gradient_accumulation=2), tmp_path / "run")
-    assert summary["optimizer_steps"] == 35
-    assert summary["data"]["image_size"] == [1, 12, 12]
+    assert summary.optimizer_steps == 35
+    assert summary.data.image_size == (1, 12, 12)
     config = yaml.safe_load((tmp_path / "run" / "model" / "config.json").read_text())["pretrained_cfg"]
     assert (config["crop_pct"], config["interpolation"], config["mean"]) == (0.875, "bicubic", STATISTICS["mean"])
     rows = figures(tmp_path / "run")

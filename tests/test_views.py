@@ -259,17 +259,18 @@ def test_a_checkpoint_from_before_there_were_views_is_flattened(tmp_path):
 
 def test_a_run_reports_the_spectrum_of_the_samples_of_the_view():
     pytest.importorskip("accelerate")
-    from timm_lowrank.training.report import layer_energies
+    from timm_lowrank.training.report import layer_spectra
 
     model = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3, "pre_logits": 3}), img_size=32)
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    energies = layer_energies(model, [(images, torch.zeros(6))], None)
+    spectra = layer_spectra(model, [(images, torch.zeros(6))], None)
     with torch.no_grad(), model.capture() as seen:
         model.eval()(images)
     tokens = seen["blocks.1"].double().reshape(-1, 64)
-    assert len(energies["blocks.1"]) == len(tokens) == 6 * 5
-    assert energies["blocks.1"].sum().item() == pytest.approx((tokens - tokens.mean(0)).square().sum().item(), rel=1e-5)
-    assert len(energies["pre_logits"]) == 6
+    energies = torch.linalg.svdvals(tokens - tokens.mean(0)).square()
+    assert len(spectra["blocks.1"].shares) == len(tokens) == 6 * 5
+    assert spectra["blocks.1"].shares[0] == pytest.approx(float(energies[0] / energies.sum()), rel=1e-5)
+    assert len(spectra["pre_logits"].shares) == 6
 
 
 def test_an_evaluation_measures_the_samples_of_the_branch(tmp_path):

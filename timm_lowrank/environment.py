@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,14 +31,13 @@ def require(module: str, package: str, extra: str = "train") -> Any:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The version of Python and of those of the packages that are installed."""
-    found = {"python": platform.python_version()}
+    """The version of Python and of those of the packages that are installed or imported."""
+    numbers = {"python": platform.python_version()}
     for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        said = getattr(sys.modules.get(name), "__version__", None)  # knows the build ("+cu130"), and a clone as well
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            numbers[name] = str(said or importlib.metadata.version(name))
+    return numbers
 
 
 def device_name(device: torch.device) -> str:

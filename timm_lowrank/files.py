@@ -19,6 +19,9 @@ from torch import Tensor
 
 from .errors import CheckpointDamagedError, CheckpointError, RunError
 
+# In the folder of a training run: its recipe, and the folder of the network (see timm_lowrank.training.run).
+RUN_CONFIG, RUN_MODEL = "config.yaml", "model"
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 

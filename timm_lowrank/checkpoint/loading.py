@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.model import LowRankModel
 from ..errors import CheckpointDamagedError, CheckpointError
-from ..files import read_json
+from ..files import RUN_CONFIG, RUN_MODEL, read_json
 from .branches import has_branches, read_description, recorded_sha256, restore_branches
 from .files import (
     LOWRANK_CONFIG,
@@ -99,8 +99,8 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
         return None
     path = Path(text.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
-        within = path / "model"  # of a run folder
-        if (path / NETWORK_CONFIG).exists() or not (path / "config.yaml").exists():
+        within = path / RUN_MODEL
+        if (path / NETWORK_CONFIG).exists() or not (path / RUN_CONFIG).exists():
             return path
         if not (within / NETWORK_CONFIG).exists():
             raise CheckpointError(

@@ -20,7 +20,7 @@ from ..errors import EvaluationError, EvaluationWarning
 from ..evaluation.checks import check_before_attack
 from ..evaluation.results import evaluation_from_json
 from ..report import write_plots, write_report
-from ..training.disk import disk_errors, read_json, write_whole
+from ..files import disk_errors, read_json, write_whole
 from .context import Context, build_context
 from .inputs import Options, layers_of, load_data, load_other_labels, load_subjects, output_of
 from .journal import ADVICE, Journal
@@ -121,7 +121,7 @@ def _finished(folder: Path, same: dict[str, Any], overwrite: bool) -> dict[str, 
     path = folder / "evaluation.json"
     if not path.exists() or overwrite:
         return None
-    content = read_json(path)
+    content = read_json(path, EvaluationError)
     if content.get("settings") == same:
         print(f"{path} is complete", flush=True)
         return content

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from ..training.disk import disk_errors, write_whole
+from ..files import disk_errors, write_whole
 
 Unit = tuple[str, str, int]  # key of the measurement, title of the network, number of the chunk
 ADVICE = "Free some space and give the same command again: it goes on with what is there."

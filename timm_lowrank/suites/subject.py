@@ -14,9 +14,9 @@ from torch import nn
 from ..core.views import View
 from ..errors import EvaluationError
 from ..evaluation import PixelModel
+from ..files import read_json
 from ..layers import create_backbone
 from ..training import Recipe, load_recipe
-from ..training.disk import read_json
 
 
 @dataclasses.dataclass(frozen=True)

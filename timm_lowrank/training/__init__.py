@@ -1,7 +1,7 @@
-"""Training recipes: data, augmentation, the loop, run folders and reports behind recipes/train.py.
+"""Training recipes: the recipe, the loop, run folders and reports behind recipes/train.py.
 
 >>> from timm_lowrank.training import load_recipe, train
->>> recipe = load_recipe("recipes/configs/digits.yaml", ["epochs=3", "pretrain_epochs=1"])
+>>> recipe = load_recipe("digits", ["epochs=3", "pretrain_epochs=1"])
 >>> summary = train(recipe, "runs/short")  # doctest: +SKIP
 """
 
@@ -14,7 +14,8 @@ if _missing:
 from ..data.images import ImageData, load_images  # noqa: E402
 from ..errors import DataError, DivergedError, RecipeError, RunError, TrainingError  # noqa: E402
 from .experiment import train  # noqa: E402
-from .recipe import Recipe, load_recipe  # noqa: E402
+from .recipe import Recipe, load_recipe, recipe_names  # noqa: E402
+from .run import Run  # noqa: E402
 
 __all__ = [
     "DataError",
@@ -22,9 +23,11 @@ __all__ = [
     "ImageData",
     "Recipe",
     "RecipeError",
+    "Run",
     "RunError",
     "TrainingError",
     "load_images",
     "load_recipe",
+    "recipe_names",
     "train",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,9 @@ from torch import Tensor
 from ..core.spectrum import variance_ratio
 from ..data.drawn import drawn_images
 from ..data.streamed import StreamedData
-from ..errors import RunError
 from ..evaluation import PixelModel, activations, linear_accuracy, pixel_noise, predictions
 from .data import load_data
-from .disk import read_json
-from .recipe import load_recipe
+from .run import Run
 
 Figures = dict[str, float]  # name of the figure: a share in [0, 1]
 
@@ -51,7 +50,8 @@ def measure_run(
         DataError: the images cannot be read.
     """
     measured = list(layers or layers_of(run))
-    recipe = load_recipe(run / "config.yaml", data=data)
+    recipe = Run.open(run).recipe
+    recipe = recipe if data is None else dataclasses.replace(recipe, data=data)
     found = load_data(recipe)
     images = drawn_images(found, limit, limit) if isinstance(found, StreamedData) else found
     model = PixelModel(timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval())
@@ -80,9 +80,7 @@ def layers_of(run: Path) -> list[str]:
     Raises:
         RunError: not a finished run.
     """
-    if not (run / "summary.json").exists():
-        raise RunError(f"{run} is not a finished run: it has no summary.json")
-    return list(read_json(run / "summary.json")["branches"])
+    return list(Run.open(run).summary.branches)
 
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections import defaultdict
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..errors import DivergedError
-from .schedule import learning_rate, penalty_weight
-from .state import Inside, TestBatches, TrainingState
+from .batches import TestBatches
+from .recipe import learning_rate, penalty_weight
+from .state import EpochPosition, TrainingState
 
 REPORT_EVERY = 10  # optimizer steps between two looks at the losses: each one waits for the device
 
@@ -68,8 +71,20 @@ class Means:
         return {name: total / weight for name, (total, weight) in sums.items()}
 
 
-def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], None]) -> dict[str, Any]:
-    """Trains for one epoch (numbered from 0), or for the rest of it, and returns its row of metrics.
+@dataclasses.dataclass(frozen=True)
+class TrainedEpoch:
+    """What was seen in an epoch of training, over all processes."""
+
+    learning_rate: float  # of the last step
+    penalty_weight: float  # of the last step
+    means: dict[str, float]  # "train_loss", "train_accuracy", "penalty" and "LAYER.PART" of the branches
+    chance: float  # the share of the most frequent label
+    seconds: float
+    images_per_second: float
+
+
+def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], None]) -> TrainedEpoch:
+    """Trains for one epoch (numbered from 0), or for the rest of it.
 
     Args:
         state: the run; where `state.progress` says that steps of this epoch were taken before, they are not repeated.
@@ -85,7 +100,7 @@ def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], Non
     state.lowrank.enable(regularized)
     state.network.train()
     means = Means(accelerator.device, state.classes)
-    first = state.progress.inside.take_up(means, accelerator) * batches.parts
+    first = _resume(state, means) * batches.parts
     bar = _bar(state, epoch, first)
     began = time.perf_counter() - state.progress.inside.seconds
     for index, (images, labels) in enumerate(batches.epoch(epoch, first), start=first):
@@ -105,16 +120,27 @@ def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], Non
         due = recipe.save_every_steps and (step + 1) % recipe.save_every_steps == 0
         if due and accelerator.sync_gradients and not last:  # after the last step comes the checkpoint of the epoch
             stopped = time.perf_counter()
-            state.progress.inside.note(step + 1, stopped - began, means)
+            sums = gather_object([means.state_dict()])
+            state.progress.inside = EpochPosition(step + 1, stopped - began, sums)
             save(epoch, step + 1)
             began += time.perf_counter() - stopped
     bar.close()
     seconds = time.perf_counter() - began
-    row = {"learning_rate": rate, "penalty_weight": weight, **means.over_processes(accelerator)}
-    row["chance"] = means.most_frequent(accelerator)
     state.progress.epoch, state.progress.seconds = epoch + 1, state.progress.seconds + seconds
-    state.progress.inside = Inside()
-    return {**row, "images_per_second": batches.steps * batches.batch_size / seconds, "seconds": seconds}
+    state.progress.inside = EpochPosition()
+    images_per_second = batches.steps * batches.batch_size / seconds
+    over_all, chance = means.over_processes(accelerator), means.most_frequent(accelerator)
+    return TrainedEpoch(rate, weight, over_all, chance, seconds, images_per_second)
+
+
+def _resume(state: TrainingState, means: Means) -> int:
+    """Gives `means` what was summed before the run was interrupted in this epoch; the steps that were taken then."""
+    accelerator, inside = state.accelerator, state.progress.inside
+    same = len(inside.sums) == accelerator.num_processes
+    for process, sums in enumerate(inside.sums):
+        if (process if same else 0) == accelerator.process_index:  # what counts is the sum over processes
+            means.add_state_dict(sums)
+    return inside.step
 
 
 def _train_step(
@@ -181,8 +207,8 @@ def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches)
             logits = network(images).float()
         means.add("loss", functional.cross_entropy(logits, labels), len(images))
         means.add("accuracy", (logits.argmax(dim=1) == labels).float().mean(), len(images))
-    found = means.over_processes(accelerator)
-    return found["loss"], found["accuracy"]
+    over_all = means.over_processes(accelerator)
+    return over_all["loss"], over_all["accuracy"]
 
 
 def check_not_at_chance(state: TrainingState, accuracy: float, chance: float) -> None:

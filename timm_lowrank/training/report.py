@@ -1,10 +1,10 @@
-"""What a finished run says about itself: measurements, summary.json, spectrum.json and the table on the terminal."""
+"""What a finished run says about itself: the spectra of its layers, its summary, a table and a picture."""
 
 from __future__ import annotations
 
-import importlib
-import platform
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,175 +12,214 @@ import torch
 from torch import Tensor
 
 from ..core.model import LowRankModel
-from ..core.spectrum import singular_energies
+from ..core.spectrum import Sketch, singular_energies
 from ..data.streamed import StreamedData
-from ..errors import DivergedError, RunError
+from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, percent, write_png
+from ..environment import device_name, versions
+from ..errors import DivergedError
 from .batches import TestBatches
 from .data import Data
-from .disk import read_json
+from .run import BranchSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
 from .state import TrainingState
 
 DIRECTIONS = (1, 5, 10, 20, 50, 100, 500)
 PACKAGES = ("timm_lowrank", "torch", "timm", "accelerate")
 EFFECTIVE_SHARE = 0.99
-KEPT_ENERGIES = 1000
+KEPT_SHARES = 1000
+SKETCH_SIZE = 1000  # twice the largest of DIRECTIONS
+HELD_BYTES = 2**30  # of activations, all layers together
+
+
+# ------------------------------------------------------------------------------------------------------------- spectra
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpectrum:
+    """The spectrum of the centred activations of a layer on test images (paper, Section 3)."""
+
+    shares: list[float]  # of the variance, in its first at most 1,000 directions, descending, with six digits
+    variance_ratio: dict[int, float]  # for each of DIRECTIONS
+    effective_rank: int
 
 
 @torch.no_grad()
-def layer_energies(lowrank: LowRankModel, batches: TestBatches, limit: int | None) -> dict[str, Tensor]:
-    """The squared singular values of every regularized layer's centred activations on test images, in float32.
+def layer_spectra(
+    lowrank: LowRankModel,
+    batches: TestBatches,
+    limit: int | None,
+    *,
+    layers: Collection[str] | None = None,
+    held_bytes: int = HELD_BYTES,
+    sketch_size: int = SKETCH_SIZE,
+) -> dict[str, LayerSpectrum]:
+    """The spectrum of every regularized layer on test images, of activations in float32.
+
+    Exact as long as all activations together take at most `held_bytes`. Beyond that, layers with more than
+    2 * sketch_size samples are summarised by a `Sketch`, whose variance ratios are certified lower ends and whose
+    effective rank is a certified upper end; where it certifies none, the layer is read again with a larger one.
 
     Args:
         lowrank: the wrapped network; switched on or off makes no difference.
         batches: of test images.
-        limit: images to take; None takes all. Exact: all activations of these are held at once, in float32.
-
-    Returns:
-        For each layer its energies, (min(samples, features),), float64, descending.
+        limit: images to take; None takes all.
+        layers: which ones; None are all.
+        held_bytes: of activations, held at most before sketches are used.
+        sketch_size: of a `Sketch`.
 
     Raises:
         DivergedError: for a layer whose activations are all equal.
     """
     lowrank.eval()
-    views = {tap.layer: tap.view for tap in lowrank.taps}  # the samples that the branch has seen
-    kept: dict[str, list[Tensor]] = {}
+    views = {tap.layer: tap.view for tap in lowrank.taps if layers is None or tap.layer in layers}
+    held: dict[str, list[Tensor] | Sketch] = {layer: [] for layer in views}
     taken = 0
     for images, _ in batches:
         images = images if limit is None else images[: limit - taken]
         with lowrank.capture() as activations:
             lowrank.unwrap()(images)  # not the wrapper: once compiled, it does not see hooks that come later
-        for layer, value in activations.items():
-            kept.setdefault(layer, []).append(views[layer].rows(value.float()))
+        for layer, view in views.items():  # the samples that the branch has seen
+            _add(held, layer, view.rows(activations[layer].float()))
+        _sketch_the_largest(held, held_bytes, sketch_size)
         taken += len(images)
         if taken == limit:
             break
-    energies = {}
-    for layer in list(kept):
+    spectra, uncertain = {}, []
+    for layer in views:
         try:
-            energies[layer] = singular_energies(torch.cat(kept.pop(layer))).cpu()
+            spectra[layer] = _spectrum(held.pop(layer))
+        except _UncertainError:
+            uncertain.append(layer)
         except ValueError as error:
             raise DivergedError(f"the spectrum of layer {layer!r} cannot be measured: {error}") from error
-    return energies
+    if uncertain:
+        spectra |= layer_spectra(
+            lowrank, batches, limit, layers=uncertain, held_bytes=held_bytes, sketch_size=2 * sketch_size
+        )
+    return {layer: spectra[layer] for layer in views}
 
 
-def layer_summary(energies: Tensor) -> dict[str, Any]:
-    """Effective rank and variance ratios (paper, Section 3) from the energies of a layer, (n,), descending."""
-    held = energies.cumsum(0) / energies.sum()
-    ratios = {str(count): round(float(held[min(count, len(held)) - 1]), 6) for count in DIRECTIONS}
-    return {"effective_rank": 1 + int((held < EFFECTIVE_SHARE - 1e-12).sum()), "variance_ratio": ratios}
+class _UncertainError(Exception):
+    """A sketch is too small to certify the effective rank."""
+
+
+def _add(held: dict[str, list[Tensor] | Sketch], layer: str, rows: Tensor) -> None:
+    kept = held[layer]
+    if isinstance(kept, Sketch):
+        kept.update(rows)
+    else:
+        kept.append(rows)
+
+
+def _sketch_the_largest(held: dict[str, list[Tensor] | Sketch], most: int, size: int) -> None:
+    """Replaces activations by sketches, the largest first, until what is held is at most `most` bytes."""
+    in_full = {layer: kept for layer, kept in held.items() if isinstance(kept, list)}
+    taken = {layer: sum(rows.nbytes for rows in kept) for layer, kept in in_full.items()}
+    for layer, kept in sorted(in_full.items(), key=lambda item: -taken[item[0]]):
+        if sum(taken.values()) <= most:
+            break
+        if sum(map(len, kept)) > 2 * size:  # a sketch of fewer samples would not be smaller than they are
+            held[layer] = Sketch.of(kept, size)
+            del taken[layer]
+
+
+def _spectrum(kept: list[Tensor] | Sketch) -> LayerSpectrum:
+    if isinstance(kept, Sketch):
+        energies = kept.energies().cpu()
+        ratios = dict(zip(DIRECTIONS, (low for low, _ in kept.variance_ratio(DIRECTIONS)), strict=True))
+        total = kept.total
+        try:
+            rank = kept.effective_rank(EFFECTIVE_SHARE)[1]
+        except ValueError as error:
+            raise _UncertainError from error
+    else:
+        energies = singular_energies(torch.cat(kept)).cpu()
+        total = float(energies.sum())
+        reached = energies.cumsum(0) / total
+        ratios = {count: float(reached[min(count, len(reached)) - 1]) for count in DIRECTIONS}
+        rank = 1 + int((reached < EFFECTIVE_SHARE - 1e-12).sum())
+    shares = [float(f"{share:.6g}") for share in (energies[:KEPT_SHARES] / total).tolist()]
+    return LayerSpectrum(shares, ratios, rank)
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
 
 
 def summarize(
     state: TrainingState,
     data: Data,
-    energies: Mapping[str, Tensor],
+    spectra: Mapping[str, LayerSpectrum],
     test: tuple[float, float],
-    last: Mapping[str, float | None],
-) -> dict[str, Any]:
-    """The content of summary.json.
+    last: EpochMetrics,
+    twin: Summary | None = None,
+) -> Summary:
+    """The summary of a run.
 
     Args:
         state: the run.
         data: what it was trained on.
-        energies: from `layer_energies`.
+        spectra: from `layer_spectra`.
         test: loss and accuracy on the test images.
         last: the last row of metrics.csv.
+        twin: the summary of the plain twin.
     """
     recipe, progress = state.recipe, state.progress
-    branches = {}
-    for layer, branch in state.lowrank.branches.items():
-        branches[layer] = {
-            "features": branch.num_features,
-            "target_rank": branch.rank if recipe.lowrank_enabled else None,
-            **layer_summary(energies[layer]),
-            "losses": {key.removeprefix(f"{layer}."): value for key, value in last.items() if _is_part(key, layer)},
-        }
-    return {
-        "name": recipe.name,
-        "model": recipe.model,
-        "lowrank": recipe.lowrank_enabled,
-        "weights": "last" if state.ema is None else "averaged",
-        "clean_accuracy": round(test[1], 6),
-        "losses": {"train": last["train_loss"], "test": round(test[0], 6), "penalty": last.get("penalty")},
-        "train_accuracy": last["train_accuracy"],
-        "branches": branches,
-        "epochs": progress.epoch,
-        "optimizer_steps": progress.step,
-        "seconds": round(progress.seconds, 2),
-        "images_per_second": round(progress.step * recipe.batch_size / progress.seconds, 1),
-        "device": _device(state.accelerator.device),
-        "processes": state.accelerator.num_processes,
-        "precision": recipe.precision,
-        "seed": recipe.seed,
-        "data": _data_summary(data),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: str(importlib.import_module(name).__version__) for name in PACKAGES},
-        },
+    branches = {
+        layer: BranchSummary(
+            features=branch.num_features,
+            target_rank=branch.rank if recipe.lowrank_enabled else None,
+            effective_rank=spectra[layer].effective_rank,
+            variance_ratio={count: round(ratio, 6) for count, ratio in spectra[layer].variance_ratio.items()},
+            losses=last.branches.get(layer, {}),
+        )
+        for layer, branch in state.lowrank.branches.items()
     }
+    return Summary(
+        name=recipe.name,
+        model=recipe.model,
+        lowrank=recipe.lowrank_enabled,
+        weights="last" if state.ema is None else "averaged",
+        clean_accuracy=round(test[1], 6),
+        losses=Losses(train=last.train_loss, test=round(test[0], 6), penalty=last.penalty),
+        train_accuracy=last.train_accuracy,
+        branches=branches,
+        epochs=progress.epoch,
+        optimizer_steps=progress.step,
+        seconds=round(progress.seconds, 2),
+        images_per_second=round(progress.step * recipe.batch_size / progress.seconds, 1),
+        device=device_name(state.accelerator.device),
+        processes=state.accelerator.num_processes,
+        precision=recipe.precision,
+        seed=recipe.seed,
+        data=DataSummary(
+            source=data.name,
+            fingerprint=data.fingerprint,
+            train_images=data.counts[0],
+            test_images=data.counts[1],
+            streamed=isinstance(data, StreamedData),
+            image_size=tuple(data.image_size),
+            classes=len(data.class_names),
+        ),
+        versions=versions(PACKAGES),
+        twin=twin,
+        twin_folder=None if twin is None else "twin" if recipe.twin is True else str(recipe.twin),
+    )
 
 
-def _is_part(key: str, layer: str) -> bool:
-    return key.rpartition(".")[0] == layer
-
-
-def _data_summary(data: Data) -> dict[str, Any]:
-    return {
-        "source": data.name,
-        "fingerprint": data.fingerprint,
-        "train_images": data.counts[0],
-        "test_images": data.counts[1],
-        "streamed": isinstance(data, StreamedData),
-        "image_size": list(data.image_size),
-        "classes": len(data.class_names),
-    }
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-
-
-def spectrum_content(energies: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The content of spectrum.json: of each layer the largest shares of the variance, descending."""
-    shares = {layer: (values / values.sum())[:KEPT_ENERGIES] for layer, values in energies.items()}
-    return {layer: [float(f"{share:.6g}") for share in values.tolist()] for layer, values in shares.items()}
-
-
-def read_plain_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """summary.json and spectrum.json of a finished plain run.
-
-    Raises:
-        RunError: if they are not there, or the run was not a plain one.
-    """
-    if not (folder / "summary.json").exists():
-        raise RunError(f"twin={str(folder)!r} holds no finished run (no summary.json): give another, or twin=true")
-    summary = read_json(folder / "summary.json")
-    if summary.get("lowrank") is not False:
-        raise RunError(f"twin={str(folder)!r} is not a plain run: train one with --set lowrank.enabled=false")
-    return summary, read_json(folder / "spectrum.json")
-
-
-def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Summaries side by side, for the terminal.
-
-    Args:
-        runs: title of a column -> content of summary.json.
-    """
+def table(runs: Mapping[str, Summary]) -> str:
+    """Summaries side by side, title -> summary, for the terminal; the layers are those of the last one."""
     summaries = list(runs.values())
     rows: list[tuple[str, Sequence[str]]] = [
-        ("test accuracy", [_percent(s["clean_accuracy"]) for s in summaries]),
-        ("seconds of training", [f"{s['seconds']:.0f}" for s in summaries]),
-        ("images per second", [f"{s['images_per_second']:,.0f}" for s in summaries]),
+        ("test accuracy", [_percent(s.clean_accuracy) for s in summaries]),
+        ("seconds of training", [f"{s.seconds:.0f}" for s in summaries]),
+        ("images per second", [f"{s.images_per_second:,.0f}" for s in summaries]),
     ]
-    for layer, branch in summaries[-1]["branches"].items():
-        rank = f", target rank {branch['target_rank']}" if branch["target_rank"] else ""
-        rows += [("", []), (f"{layer}: {branch['features']:,} features{rank}", [])]
-        columns = [s["branches"].get(layer) for s in summaries]
-        rows.append(("  effective rank", [str(c["effective_rank"]) if c else "-" for c in columns]))
-        for count in ("5", "10", "20"):
-            cells = [_percent(c["variance_ratio"][count]) if c else "-" for c in columns]
+    for layer, branch in summaries[-1].branches.items():
+        rank = f", target rank {branch.target_rank}" if branch.target_rank else ""
+        rows += [("", []), (f"{layer}: {branch.features:,} features{rank}", [])]
+        same = [s.branches.get(layer) for s in summaries]
+        rows.append(("  effective rank", [str(b.effective_rank) if b else "-" for b in same]))
+        for count in (5, 10, 20):
+            cells = [_percent(b.variance_ratio[count]) if b else "-" for b in same]
             rows.append((f"  variance in {count} directions", cells))
     wide = max(len(name) for name, _ in rows) + 2
     lines = [" " * wide + "".join(f"{title:>12}" for title in runs)]
@@ -189,4 +228,51 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.1%}".replace("%", " %")
+    return f"{100 * share:.1f} %"
+
+
+# ------------------------------------------------------------------------------------------------------------- picture
+
+
+def plot_spectrum(path: Path, runs: Mapping[str, Spectrum], branches: Mapping[str, BranchSummary]) -> None:
+    """Draws a PNG of the variance ratio against the number of directions, a panel for each layer.
+
+    Args:
+        path: of the PNG; its folder is made.
+        runs: title -> spectrum. The last run is the one that the picture is about; those before it are references.
+        branches: the layers of that run.
+    """
+    figure = new_figure(0.8 + 4.2 * len(branches), 3.6)
+    panels = figure.subplots(1, len(branches), squeeze=False, sharey=True)[0]
+    for panel, (layer, branch) in zip(panels, branches.items(), strict=True):
+        _draw(panel, {title: run[layer] for title, run in runs.items() if layer in run}, branch.target_rank)
+        panel.set_title(f"{layer}, {branch.features:,} features", fontsize=10, color=INK, loc="left")
+    panels[0].set_ylabel("share of test variance", fontsize=9, color=INK)
+    panels[0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+    write_png(figure, path)
+
+
+def _draw(panel: Any, runs: Mapping[str, Sequence[float]], rank: int | None) -> None:
+    curves = {title: [min(held, 1.0) for held in accumulate(shares)] for title, shares in runs.items()}
+    longest = max(len(curve) for curve in curves.values())
+    for number, (title, curve) in enumerate(curves.items(), start=1):
+        about = number == len(curves) and title != "plain"
+        style = {"color": LOWRANK, "linewidth": 2.2} if about else {"color": PLAIN, "linewidth": 1.6, "linestyle": "--"}
+        panel.plot(range(1, len(curve) + 1), curve, label=title, **style)
+    if len(curves) == 2:
+        one, two = curves.values()
+        shared = min(len(one), len(two))
+        panel.fill_between(range(1, shared + 1), one[:shared], two[:shared], color=LOWRANK, alpha=0.10, linewidth=0)
+    if rank and rank <= longest:
+        panel.axvline(rank, color=INK, linewidth=0.8, linestyle=":")
+        panel.annotate(
+            f"target rank {rank}", (rank, 0.03), rotation=90, fontsize=7.5,
+            color=INK, ha="right", va="bottom", xytext=(-2, 0), textcoords="offset points",
+        )  # fmt: skip
+    panel.set_xscale("log")
+    panel.set_xlim(1, max(longest, 2))
+    panel.set_ylim(0, 1.02)
+    panel.set_xlabel("directions", fontsize=9, color=INK)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_major_formatter(percent)
+    dress(panel)

@@ -1,4 +1,8 @@
-"""`RunFolder`: what a run leaves on disk, written so that a kill loses what came after the last checkpoint."""
+"""The folder of a run: its files, the one who writes them and the one who reads them.
+
+`RunPaths` names the files, `RunFolder` writes them so that a kill loses what came after the last checkpoint, and
+`Run` reads the folder of a finished run, summary.json as a `Summary`.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,294 @@ import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from ..errors import RunError
-from .disk import disk_errors, read_json, write_whole
-from .recipe import Recipe, parse_yaml
+from ..errors import RecipeError, RunError
+from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, read_json, write_whole
+from .recipe import Recipe, read_recipe, typed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # What decides how images reach the network, not which: their fingerprint is compared instead.
 FREE = ("data", "streaming", "workers")
 
+Spectrum = dict[str, list[float]]  # for each layer the largest shares of its variance, descending
 
-class RunFolder:
-    """A folder with config.yaml, metrics.csv, checkpoints/, and in the end summary.json.
+
+class RunPaths:
+    """Where the files of a run are."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def config(self) -> Path:
+        """The recipe."""
+        return self.folder / RUN_CONFIG
+
+    @property
+    def metrics_csv(self) -> Path:
+        """A row an epoch."""
+        return self.folder / "metrics.csv"
+
+    @property
+    def summary_json(self) -> Path:
+        """Written last of all: a run that has it is finished."""
+        return self.folder / "summary.json"
+
+    @property
+    def spectrum_json(self) -> Path:
+        return self.folder / "spectrum.json"
+
+    @property
+    def model(self) -> Path:
+        """The folder of the network: what `save_pretrained` writes, and `from_pretrained` and timm read."""
+        return self.folder / RUN_MODEL
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """accelerate's checkpoints, to resume from."""
+        return self.folder / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.folder / "plots"
+
+    @property
+    def twin(self) -> Path:
+        """The run of the plain twin."""
+        return self.folder / "twin"
+
+    @property
+    def evaluation_json(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    def is_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.is_file()
+
+    def is_finished(self) -> bool:
+        """Whether a run was begun here and came to its end."""
+        return self.is_run() and self.summary_json.is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """One row of metrics.csv. Losses are means over the images of the epoch, accuracies shares in [0, 1]."""
+
+    epoch: int  # from 1
+    learning_rate: float  # of the last step
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    ema_test_accuracy: float | None = None  # None without an averaged network
+    penalty_weight: float | None = None  # None in a plain run
+    penalty: float | None = None  # None while the branches are off
+    branches: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)  # layer -> part of the loss
+    images_per_second: float
+    seconds: float  # of training
+
+    def to_row(self) -> dict[str, float | None]:
+        """The cells by column: the same columns in every row of a run."""
+        row: dict[str, float | None] = {}
+        for name, value in vars(self).items():
+            if name == "branches":
+                row |= {f"{layer}.{part}": loss for layer, parts in value.items() for part, loss in parts.items()}
+            elif value is not None or (name == "penalty" and self.penalty_weight is not None):
+                row[name] = value
+        return row
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, str]) -> EpochMetrics:
+        """The inverse of `to_row`, from the text of the cells. Raises KeyError, TypeError or ValueError if damaged."""
+        cells: dict[str, Any] = {name: float(cell) if cell else None for name, cell in row.items()}
+        branches: dict[str, dict[str, float | None]] = {}
+        for column in [name for name in cells if "." in name]:
+            layer, _, part = column.rpartition(".")
+            branches.setdefault(layer, {})[part] = cells.pop(column)
+        return cls(**{**cells, "epoch": int(cells["epoch"]), "branches": branches})
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Mean losses: the task's on training images (last epoch) and test images, and the penalty (last epoch)."""
+
+    train: float
+    test: float
+    penalty: float | None = None  # None while the branches were off
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchSummary:
+    """One regularized layer. Spectra are of its centred activations on test images (paper, Section 3)."""
+
+    features: int
+    target_rank: int | None  # None in a plain run
+    effective_rank: int  # directions that hold 99 % of the variance
+    variance_ratio: dict[int, float]  # number of leading directions, 1 to 500 -> share of the variance
+    losses: dict[str, float | None] = dataclasses.field(default_factory=dict)  # parts of the penalty, last epoch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """The images of a run."""
+
+    source: str
+    fingerprint: str
+    train_images: int
+    test_images: int
+    streamed: bool = False
+    image_size: tuple[int, ...]  # (channels, height, width)
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a finished run says of itself: the content of summary.json."""
+
+    name: str
+    model: str
+    lowrank: bool  # False for a plain network
+    weights: str  # "last", or "averaged" by an exponential moving average
+    clean_accuracy: float  # on all test images, in [0, 1]
+    losses: Losses
+    train_accuracy: float
+    branches: dict[str, BranchSummary]
+    epochs: int
+    optimizer_steps: int
+    seconds: float  # of training, evaluation not counted
+    images_per_second: float
+    device: str
+    processes: int
+    precision: str
+    seed: int
+    data: DataSummary
+    versions: dict[str, str]
+    twin: Summary | None = None
+    twin_folder: str | None = None  # relative to that of this run, or what the recipe says
+
+    def to_dict(self) -> dict[str, Any]:
+        """As summary.json has it; `from_dict` is the inverse."""
+        content = dataclasses.asdict(dataclasses.replace(self, twin=None))
+        del content["twin"], content["twin_folder"]
+        content["data"]["image_size"] = list(self.data.image_size)
+        for branch in content["branches"].values():
+            branch["variance_ratio"] = {str(count): ratio for count, ratio in branch["variance_ratio"].items()}
+        if self.twin is not None:
+            content["twin"] = {"folder": self.twin_folder, **self.twin.to_dict()}
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Summary:
+        """Keys that this version does not know are left out.
+
+        Raises:
+            TypeError: a key is missing or of a wrong type.
+        """
+        twin = content.get("twin")
+        folder = twin.get("folder") if isinstance(twin, Mapping) else None
+        summary: Summary = typed({**content, "twin": twin or None, "twin_folder": folder}, cls)
+        return summary
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+class Run(RunPaths):
+    """A finished run, read; see `Run.open`."""
+
+    def __init__(self, folder: str | Path, recipe: Recipe, summary: Summary) -> None:
+        super().__init__(folder)
+        self.recipe, self.summary = recipe, summary
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Reads a run.
+
+        Raises:
+            RunError: there is no run, it is not finished, or its files are damaged.
+        """
+        paths = RunPaths(folder)
+        _require_finished(paths)
+        try:
+            recipe = Recipe.from_dict(read_recipe(paths.config))
+        except RecipeError as error:
+            raise RunError(f"the recipe of the run in {folder} cannot be read: {error}") from error
+        try:
+            summary = Summary.from_dict(read_json(paths.summary_json, RunError))
+        except TypeError as error:
+            raise RunError(f"{paths.summary_json} {error}: run the training again") from error
+        return cls(paths.folder, recipe, summary)
+
+    def spectrum(self) -> Spectrum:
+        """The content of spectrum.json.
+
+        Raises:
+            RunError: it is not there or damaged.
+        """
+        content = read_json(self.spectrum_json, RunError)
+        try:
+            return {layer: list(typed(shares, tuple[float, ...])) for layer, shares in content.items()}
+        except TypeError as error:
+            raise RunError(f"{self.spectrum_json} {error} for each layer: run the training again") from error
+
+    def metrics(self) -> list[EpochMetrics]:
+        """The rows of metrics.csv, an epoch each.
+
+        Raises:
+            RunError: it is not there or damaged.
+        """
+        return _read_metrics(self.metrics_csv)
+
+
+def _require_finished(paths: RunPaths) -> None:
+    folder = paths.folder
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise RunError(f"{folder} {what}: give the folder of a finished run of recipes/train.py")
+    if not paths.is_run():
+        checkpoint = (folder / "config.json").exists()
+        hint = " It is a checkpoint: timm_lowrank.push_to_hub publishes it." if checkpoint else ""
+        raise RunError(
+            f"{folder} holds no {RUN_CONFIG}, so it is no run: give the folder that recipes/train.py wrote.{hint}"
+        )
+    if not paths.is_finished():
+        raise RunError(
+            f"the run in {folder} has not come to its end (there is no summary.json): continue it with "
+            "recipes/train.py --resume auto"
+        )
+    if not (paths.model / "config.json").is_file():
+        raise RunError(f"{folder} holds no {RUN_MODEL}/config.json: the network of this run is gone; train it again")
+
+
+def _read_metrics(path: Path) -> list[EpochMetrics]:
+    with disk_errors(f"cannot read {path}"), path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [EpochMetrics.from_row(row) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class RunFolder(RunPaths):
+    """The folder of a run that is being trained: config.yaml comes first, summary.json last.
 
     Args:
-        path: the folder.
+        folder: the folder.
         recipe: the recipe that it belongs to.
         resume: whether it may hold an earlier part of the same run.
 
@@ -36,61 +309,55 @@ class RunFolder:
         RunError: if the folder holds something already and `resume` is not set, or holds another run.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe, resume: bool = False) -> None:
-        self.path, self.recipe = Path(path), recipe
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"the output {self.path} is a file: choose a folder with --output")
-        with disk_errors(f"cannot read the output folder {self.path}"):
-            held = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+    def __init__(self, folder: str | Path, recipe: Recipe, resume: bool = False) -> None:
+        super().__init__(folder)
+        self.recipe = recipe
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"the output {self.folder} is a file: choose a folder with --output")
+        with disk_errors(f"cannot read the output folder {self.folder}"):
+            held = sorted(entry.name for entry in self.folder.iterdir()) if self.folder.exists() else []
         if not held:
             return
         if not resume:
             raise RunError(
-                f"the output folder {self.path} exists and is not empty: continue that run with --resume auto, "
+                f"the output folder {self.folder} exists and is not empty: continue that run with --resume auto, "
                 "choose another folder with --output, or delete it"
             )
-        if "config.yaml" not in held:
+        if RUN_CONFIG not in held:
             raise RunError(
-                f"{self.path} holds no config.yaml, so it is not a run that could be resumed: choose another folder"
+                f"{self.folder} holds no {RUN_CONFIG}, so it is not a run that could be resumed: choose another folder"
             )
         self._check_same_recipe()
 
     def _check_same_recipe(self) -> None:
         """Compares with config.yaml, all but the keys in FREE."""
-        with disk_errors(f"cannot read {self.path / 'config.yaml'}"):
-            before = parse_yaml((self.path / "config.yaml").read_text())
         now = self.recipe.to_dict()
         # A run that is older than a key was made with its default.
-        before = {**{field.name: field.default for field in dataclasses.fields(Recipe)}, **before}
+        before = {**Recipe.defaults(), **read_recipe(self.config)}
         keys = [key for key in {**before, **now} if key not in FREE and before.get(key) != now.get(key)]
         if keys:
             changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
             raise RunError(
-                f"{self.path} was started with another recipe ({changes}). Resume it with its own "
-                f"(--config {self.path / 'config.yaml'}), or choose another folder with --output."
+                f"{self.folder} was started with another recipe ({changes}). Resume it with its own "
+                f"(--config {self.config}), or choose another folder with --output."
             )
 
     def create(self) -> None:
         """Makes the folder and writes config.yaml; removes what a killed process left half written."""
-        with disk_errors(f"cannot write to the output folder {self.path}"):
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in self._checkpoints.glob(".*"):
+        with disk_errors(f"cannot write to the output folder {self.folder}"):
+            self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.checkpoint_folder.glob(".*"):
                 shutil.rmtree(leftover)
-            if not (self.path / "config.yaml").exists():
-                text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
-                write_whole(self.path / "config.yaml", text)
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+            if not self.config.exists():
+                write_whole(self.config, yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(epochs completed, folder) of every complete checkpoint, oldest first."""
         # epoch_0003 < epoch_0003_step_00000500 < epoch_0004; more than 9,999 epochs still come in order.
-        found = [(int(path.name.split("_")[1]), path) for path in self._checkpoints.glob("epoch_*")]
-        return sorted(found, key=lambda one: (one[0], one[1].name))
+        complete = [(int(path.name.split("_")[1]), path) for path in self.checkpoint_folder.glob("epoch_*")]
+        return sorted(complete, key=lambda one: (one[0], one[1].name))
 
     def save(self, accelerator: Accelerator, epoch: int, step: int = 0) -> None:
         """Writes a checkpoint of all processes after `epoch` epochs and `step` steps, then removes the oldest ones.
@@ -100,10 +367,10 @@ class RunFolder:
         Raises:
             RunError: if the disk is full or not writable; the older checkpoints are then untouched.
         """
-        final = self._checkpoints / (f"epoch_{epoch:04d}" + (f"_step_{step:08d}" if step else ""))
-        partial = self._checkpoints / f".{final.name}.partial"
-        place = f"epoch {epoch}, step {step}" if step else f"epoch {epoch}"
-        what = f"could not write the checkpoint of {place} to {self._checkpoints}"
+        final = self.checkpoint_folder / (f"epoch_{epoch:04d}" + (f"_step_{step:08d}" if step else ""))
+        partial = final.with_name(f".{final.name}.partial")
+        when = f"epoch {epoch}, step {step}" if step else f"epoch {epoch}"
+        what = f"could not write the checkpoint of {when} to {self.checkpoint_folder}"
         try:
             with disk_errors(what, f"Free some space and continue with --resume auto; {self._kept()}."):
                 accelerator.save_state(str(partial))
@@ -114,14 +381,14 @@ class RunFolder:
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
         if accelerator.is_main_process:
-            self._thin()
+            self._remove_old()
         accelerator.wait_for_everyone()
 
     def _kept(self) -> str:
-        found = self.checkpoints()
-        return f"the checkpoint of epoch {found[-1][0]} is untouched" if found else "there is no older checkpoint"
+        complete = self.checkpoints()
+        return f"the checkpoint of epoch {complete[-1][0]} is untouched" if complete else "there is no older checkpoint"
 
-    def _thin(self) -> None:
+    def _remove_old(self) -> None:
         for _, path in self.checkpoints()[: -self.recipe.keep_checkpoints]:
             # Out of sight first: a kill between two deletions must not leave half of one under its name.
             hidden = path.with_name(f".{path.name}.old")
@@ -130,15 +397,15 @@ class RunFolder:
 
     def load_newest(self, accelerator: Accelerator) -> int:
         """Loads the newest complete checkpoint into what `accelerator` prepared; epochs completed, 0 without one."""
-        found = self.checkpoints()
-        if not found:
+        complete = self.checkpoints()
+        if not complete:
             return 0
-        epoch, path = found[-1]
+        epoch, path = complete[-1]
         try:
             accelerator.load_state(str(path))
+        except RunError:
+            raise
         except (OSError, RuntimeError, SafetensorError, KeyError) as error:
-            if isinstance(error, RunError):
-                raise
             raise RunError(
                 f"the checkpoint {path} cannot be loaded ({error}): delete it to resume from an older one"
             ) from error
@@ -148,7 +415,7 @@ class RunFolder:
 
     def keep_metrics(self, epochs: int) -> None:
         """Drops the rows of metrics.csv after `epochs` epochs, and a last one that was cut off."""
-        path = self.path / "metrics.csv"
+        path = self.metrics_csv
         if not path.exists():
             return
         with disk_errors(f"cannot rewrite {path}"):
@@ -156,9 +423,10 @@ class RunFolder:
             kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
             write_whole(path, "".join([header, *kept] if header.endswith("\n") and kept else []))
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Adds one epoch to metrics.csv; the first row names the columns."""
-        path = self.path / "metrics.csv"
+    def append_metrics(self, metrics: EpochMetrics) -> None:
+        """Adds one epoch to metrics.csv, numbers with six digits; the first row names the columns."""
+        path, row = self.metrics_csv, metrics.to_row()
+        cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
         with disk_errors(
             f"could not write {path}", f"Free some space and continue with --resume auto; {self._kept()}."
         ):
@@ -167,19 +435,26 @@ class RunFolder:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
                 if begin:
                     writer.writeheader()
-                writer.writerow(row)
+                writer.writerow(cells)
 
-    # ---------------------------------------------------------------------------------------------------- summary
+    def last_metrics(self) -> EpochMetrics:
+        """The last row of metrics.csv, read back: after a resume it may be from another process."""
+        return _read_metrics(self.metrics_csv)[-1]
 
-    def writing(self, name: str) -> AbstractContextManager[None]:
-        """A block that writes `name`; what a full disk raises inside comes out as a RunError."""
-        return disk_errors(f"could not write {self.path / name}", "Free some space and continue with --resume auto.")
+    # ---------------------------------------------------------------------------------------------------- results
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a JSON file that is there whole or not at all."""
-        with self.writing(name):
-            write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
+    def writing(self, path: Path) -> AbstractContextManager[None]:
+        """A block that writes `path`; what a full disk raises inside comes out as a RunError."""
+        return disk_errors(f"could not write {path}", "Free some space and continue with --resume auto.")
 
-    def summary(self) -> dict[str, Any] | None:
-        """summary.json, or None while the run is not complete."""
-        return read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
+    def write_spectrum(self, spectrum: Spectrum) -> None:
+        """Writes spectrum.json, whole or not at all."""
+        self._write_json(self.spectrum_json, spectrum)
+
+    def write_summary(self, summary: Summary) -> None:
+        """Writes summary.json, whole or not at all: the run is finished."""
+        self._write_json(self.summary_json, summary.to_dict())
+
+    def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        with self.writing(path):
+            write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -25,7 +25,16 @@ from ..errors import DataError, RecipeError, RunError
 from ..wrapping import wrap
 from .batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
 from .data import Data
-from .recipe import Recipe
+from .recipe import Recipe, require_trackers
+
+
+@dataclasses.dataclass
+class EpochPosition:
+    """How far a run is in an epoch; all zero at its beginning."""
+
+    step: int = 0  # optimizer steps taken
+    seconds: float = 0.0
+    sums: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # `Means.state_dict()` of each process
 
 
 @dataclasses.dataclass
@@ -37,7 +46,7 @@ class Progress:
     step: int = 0  # optimizer steps taken
     seconds: float = 0.0  # spent training, evaluation not counted
     best_train_accuracy: float = 0.0
-    inside: Inside = dataclasses.field(default_factory=lambda: Inside())
+    inside: EpochPosition = dataclasses.field(default_factory=EpochPosition)  # the epoch that is being trained
 
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -53,29 +62,7 @@ class Progress:
                     else f"that {'was' if was else 'was not'} streamed, so set streaming={str(was).lower()}"
                 )
             )
-        vars(self).update({**state, "inside": Inside(**state.get("inside", {}))})
-
-
-@dataclasses.dataclass
-class Inside:
-    """How far a run is inside an epoch; empty at its beginning."""
-
-    step: int = 0  # optimizer steps taken
-    seconds: float = 0.0
-    sums: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of `Means`, for each process
-
-    def note(self, step: int, seconds: float, means: Any) -> None:
-        """Takes down where the epoch is; for all processes together."""
-        self.step, self.seconds = step, seconds
-        self.sums = gather_object([means.state_dict()])
-
-    def take_up(self, means: Any, accelerator: Accelerator) -> int:
-        """Gives `means` back what was summed before, and returns the steps that were taken."""
-        same = len(self.sums) == accelerator.num_processes
-        for process, sums in enumerate(self.sums):
-            if (process if same else 0) == accelerator.process_index:  # what counts is the sum over processes
-                means.add_state_dict(sums)
-        return self.step
+        vars(self).update({**state, "inside": EpochPosition(**state.get("inside", {}))})
 
 
 @dataclasses.dataclass
@@ -145,6 +132,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _accelerator(recipe: Recipe, output: Path) -> Accelerator:
+    require_trackers(recipe)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", recipe.precision):
         warnings.warn(
