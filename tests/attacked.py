@@ -1,6 +1,7 @@
 """The network that the tests of the attacks attack, trained once, and the attacks as a textbook would write them."""
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 _weights = {}
@@ -24,6 +25,32 @@ def trained(make_network, digits):
         network = make_network()
     network.load_state_dict(_weights)
     return network.eval()
+
+
+class Around(nn.Module):
+    """Something done to the pixels before a network, or to its logits after it."""
+
+    def __init__(self, network, before=lambda images: images, after=lambda logits: logits):
+        super().__init__()
+        self.network, self.before, self.after = network, before, after
+
+    def forward(self, images):
+        return self.after(self.network(self.before(images)))
+
+
+def quantised(images, levels=15):
+    """Pixels without a gradient."""
+    return (levels * images).round() / levels
+
+
+def noisy(images):
+    return images + 0.1 * torch.randn_like(images)
+
+
+def right(model, images, labels):
+    """Which images are classified as their label."""
+    with torch.no_grad():
+        return model(images).argmax(dim=1) == labels
 
 
 def margin(logits, labels):

@@ -7,8 +7,7 @@ import types
 
 import pytest
 import torch
-from attacked import trained
-from torch import nn
+from attacked import Around, noisy, quantised, right, trained
 
 from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation.attacks import auto, autoattack, run_autoattack
@@ -29,11 +28,6 @@ def batch(digits):
     return digits[0][-24:], digits[1][-24:]
 
 
-def right(model, images, labels):
-    with torch.no_grad():
-        return model(images).argmax(dim=1) == labels
-
-
 def direct(model, images, labels, *, eps, norm, version, seed, batch_size, iterations, queries):
     """The images of the package itself, as its own documentation calls it, with a shorter schedule."""
     with torch.random.fork_rng(devices=[]):
@@ -48,6 +42,10 @@ def direct(model, images, labels, *, eps, norm, version, seed, batch_size, itera
         runner.fab.n_iter, runner.square.n_queries = iterations, queries
         images, _ = runner.run_standard_evaluation(images, labels, batch_size=batch_size)
     return images
+
+
+def upstream_attacks(version):
+    return pyautoattack.AutoAttack(None, version=version).attacks_to_run
 
 
 # ---- the same bits ----
@@ -79,8 +77,7 @@ def test_the_same_call_gives_the_same_bits_and_another_seed_others(net, batch):
 
 
 def test_both_functions_take_the_same_arguments():
-    both = [inspect.signature(function).parameters for function in (autoattack, run_autoattack)]
-    assert both[0] == both[1]
+    assert inspect.signature(autoattack).parameters == inspect.signature(run_autoattack).parameters
 
 
 def as_upstream(monkeypatch):
@@ -135,7 +132,8 @@ def seen(monkeypatch):
     def run(self, images, labels, *, batch_size):
         runs.append(
             {
-                "attacks": self.attacks_to_run, "batch_size": batch_size, "images": len(images), "eps": self.epsilon,
+                "runner": self, "attacks": self.attacks_to_run, "batch_size": batch_size, "images": len(images),
+                "eps": self.epsilon,
                 "norm": self.norm, "seed": self.seed, "eot": self.apgd.eot_iter,
                 "iterations": (self.apgd.n_iter, self.apgd_targeted.n_iter, self.fab.n_iter, self.apgd.n_iter_2),
                 "restarts": (self.apgd.n_restarts, self.apgd_targeted.n_restarts, self.fab.n_restarts),
@@ -174,21 +172,15 @@ def test_the_default_is_the_full_protocol(net, batch, seen, version, names, rest
 
 
 @pytest.mark.parametrize("iterations", [7, 50, 150])
-def test_another_length_is_as_if_the_package_had_been_built_with_it(net, batch, monkeypatch, iterations):
-    runners = []
-
-    def run(self, images, labels, *, batch_size):
-        runners.append(self)
-        return images, labels
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", run)
+def test_another_length_is_as_if_the_package_had_been_built_with_it(net, batch, seen, iterations):
     autoattack(net, *batch, eps=EPS, attacks=["apgd-ce"], iterations=iterations, queries=77)
-    for part in (runners[0].apgd, runners[0].apgd_targeted):
+    runner = seen[0]["runner"]
+    for part in (runner.apgd, runner.apgd_targeted):
         fresh = vars(type(part)(net, n_iter=iterations, eps=EPS))
         names = [name for name in fresh if "n_iter" in name or name == "size_decr"]
         assert len(names) == 5
         assert {name: vars(part)[name] for name in names} == {name: fresh[name] for name in names}
-    assert (runners[0].fab.n_iter, runners[0].square.n_queries) == (iterations, 77)
+    assert (runner.fab.n_iter, runner.square.n_queries) == (iterations, 77)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +200,6 @@ def test_fewer_classes_get_the_attacks_and_targets_that_exist(small_net, batch, 
     assert {run["targets"] for run in seen} == {(classes - 1, classes - 1)}
     every = upstream_attacks(version)
     assert [flag.split()[0] for flag in result.flags] == [name for name in every if name not in names]
-
-
-def upstream_attacks(version):
-    return pyautoattack.AutoAttack(None, version=version).attacks_to_run
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
@@ -280,17 +268,6 @@ def test_nothing_of_the_package_is_left_behind(net, batch, random_stream):
     assert pyautoattack.checks.funcs == counts
 
 
-class Wrapped(nn.Module):
-    """A network with something before it."""
-
-    def __init__(self, network, before):
-        super().__init__()
-        self.network, self.before = network, before
-
-    def forward(self, images):
-        return self.network(self.before(images))
-
-
 def test_one_dynamic_network_does_not_mark_the_next(net, batch, monkeypatch):
     def optimise(images):
         with torch.enable_grad():
@@ -299,7 +276,7 @@ def test_one_dynamic_network_does_not_mark_the_next(net, batch, monkeypatch):
         return images
 
     few = {"eps": EPS, "attacks": ["apgd-ce"], "iterations": 2}
-    assert any("dynamic" in flag for flag in run_autoattack(Wrapped(net, optimise), *batch, **few).flags)
+    assert any("dynamic" in flag for flag in run_autoattack(Around(net, optimise), *batch, **few).flags)
     assert not any("dynamic" in flag for flag in run_autoattack(net, *batch, **few).flags)
     monkeypatch.setitem(pyautoattack.checks.funcs, "grad", 1)  # as a run of the package by itself leaves it
     assert not any("dynamic" in flag for flag in run_autoattack(net, *batch, **few).flags)
@@ -310,10 +287,7 @@ def test_one_dynamic_network_does_not_mark_the_next(net, batch, monkeypatch):
 
 
 def test_the_flags_are_data_and_silent(net, batch, capfd):
-    def noise(images):
-        return images + 0.1 * torch.randn_like(images)
-
-    result = run_autoattack(Wrapped(net, noise), *batch, eps=EPS, attacks=["apgd-ce"], iterations=2)
+    result = run_autoattack(Around(net, noisy), *batch, eps=EPS, attacks=["apgd-ce"], iterations=2)
     assert any("randomized" in flag for flag in result.flags)
     assert any(flag.startswith("shortened to 2 iterations") for flag in result.flags)
     assert len(set(result.flags)) == len(result.flags)
@@ -322,11 +296,9 @@ def test_the_flags_are_data_and_silent(net, batch, capfd):
 
 
 def test_masked_gradients_and_their_discovery_by_square_are_flagged(net, batch):
-    def quantise(images):
-        return (images * 4).round() / 4
-
-    result = run_autoattack(Wrapped(net, quantise), *batch, eps=0.2, batch_size=7, iterations=2, queries=100)
-    count = int(right(Wrapped(net, quantise), *batch).sum())
+    masked = Around(net, lambda images: quantised(images, 4))
+    result = run_autoattack(masked, *batch, eps=0.2, batch_size=7, iterations=2, queries=100)
+    count = int(right(masked, *batch).sum())
     assert f"the gradient of the cross-entropy is zero for {count} of {count} images" in result.flags
     broken = result.broken_by.count("square")
     assert broken > 2
@@ -352,15 +324,7 @@ def test_channels_last_networks_and_images_are_attacked(batch, small_net):
 
 
 def test_half_precision_networks_are_attacked_on_float32_logits(net, batch):
-    class Half(nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = copy.deepcopy(network).bfloat16()
-
-        def forward(self, images):
-            return self.network(images.bfloat16())
-
-    model = Half(net)
+    model = Around(copy.deepcopy(net).bfloat16(), torch.Tensor.bfloat16)
     result = run_autoattack(model, *batch, eps=EPS, **SHORT)
     assert result.images.dtype == torch.float32
     assert right(model, result.images, batch[1]).sum() < right(model, *batch).sum()
@@ -399,7 +363,7 @@ def test_wrong_images_labels_and_networks_are_errors(net, batch, small_net):
         autoattack(small_net(1), images, labels * 0, eps=EPS)
     with pytest.raises(EvaluationError, match="apgd-t needs 4 classes, the model has 3"):
         autoattack(small_net(3), images, labels % 3, eps=EPS, attacks=["apgd-t"])
-    cut = Wrapped(net, torch.Tensor.detach)
+    cut = Around(net, torch.Tensor.detach)
     with pytest.raises(EvaluationError, match="operations that torch can differentiate"):
         autoattack(cut, images, labels, eps=EPS)
     assert autoattack(cut, images, labels, eps=EPS, attacks=["square"], queries=5).shape == images.shape

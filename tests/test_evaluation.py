@@ -1,11 +1,16 @@
 """Pixels and noise."""
 
+import copy
+import math
+
 import pytest
 import timm
 import torch
 
 import timm_lowrank as tlr
-from timm_lowrank.evaluation import PixelModel, pixel_noise, predictions
+from timm_lowrank.errors import EvaluationError
+from timm_lowrank.evaluation import PixelModel, classified_right, predictions
+from timm_lowrank.evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION, VARIANCE, pixel_noise
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +30,7 @@ def test_a_pixel_model_normalises_inside(network):
 
 
 def test_a_pixel_model_returns_float32_logits(network):
-    half = timm.create_model("resnet10_cifar", num_classes=10, channels=(8, 8, 8, 8)).eval().bfloat16()
-    model = PixelModel(half)
-    assert model(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+    assert PixelModel(copy.deepcopy(network).bfloat16())(torch.rand(2, 3, 32, 32)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -48,15 +51,25 @@ def test_a_pixel_model_needs_to_know_the_normalisation():
         PixelModel(torch.nn.Conv2d(3, 2, 3))
 
 
-def test_predictions_do_not_depend_on_the_batch_size(network):
+def test_predictions_are_those_of_eval_mode_in_any_batch(network):
     images = torch.rand(7, 3, 32, 32)
-    model = PixelModel(network).train()
-    assert torch.equal(predictions(model, images, batch_size=3), predictions(model, images, batch_size=7))
-    assert model.training
-    network.eval()
     model = PixelModel(network)
-    predictions(model, images)
-    assert not network.training  # a network in eval mode stays there
+    with torch.no_grad():
+        expected = model(images).argmax(dim=1)
+    model.train()
+    network.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    for batch_size in (3, 7, 500):
+        assert torch.equal(predictions(model, images, batch_size), expected)
+    assert [module.training for module in model.modules()] == modes
+    network.eval()
+    labels = torch.where(torch.arange(7) < 4, expected, (expected + 1) % 10)
+    assert classified_right(model, images, labels, 3).tolist() == [True] * 4 + [False] * 3
+    assert predictions(model, images[:0]).shape == (0,)
+    with pytest.raises(EvaluationError, match="7 images need as many labels"):
+        classified_right(model, images, labels[1:])
+    with pytest.raises(EvaluationError, match=r"labels must lie in 0\.\.9"):
+        classified_right(model, images, labels + 10)
 
 
 def test_pixel_noise_hits_the_share_of_pixels_that_it_is_told_to():
@@ -66,20 +79,42 @@ def test_pixel_noise_hits_the_share_of_pixels_that_it_is_told_to():
     assert hit.float().mean().item() == pytest.approx(0.4, abs=0.01)
     changed = (noisy - images)[hit[:, None].expand_as(images)]
     assert changed.std().item() == pytest.approx(0.05, rel=0.02)  # three channels hit together, each with its own value
-    together = pixel_noise(images, 1.0, sigma=0.05, per_channel=False, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(together[:, 0], together[:, 2])
 
 
-def test_pixel_noise_stays_in_the_box_and_repeats():
-    images = torch.rand(5, 1, 8, 8)
-    first, second = (pixel_noise(images, 1.0, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+def test_the_readings_of_the_noise_are_what_their_names_say():
+    images = torch.full((200, 3, 8, 8), 0.5, dtype=torch.float64)
+    assert set(NOISE_READINGS) >= {STANDARD_DEVIATION.name, VARIANCE.name}
+    assert len(NOISE_READINGS) == 4
+    for name, reading in NOISE_READINGS.items():
+        noisy = pixel_noise(images, 1.0, **reading.arguments(), generator=torch.Generator().manual_seed(0))
+        # Clipping at 0 and 1 hides the spread; the share that reaches neither end gives it away.
+        sigma = 128 / 255 if "standard" in name else (128 / 255) ** 0.5
+        inside = math.erf(0.5 / sigma / 2**0.5)
+        assert ((noisy > 0) & (noisy < 1)).double().mean().item() == pytest.approx(inside, abs=0.01)
+        assert torch.equal(noisy[:, 0], noisy[:, 1]) == ("together" in name)
+
+
+def test_pixel_noise_stays_in_the_box_and_follows_its_generator_alone(random_stream):
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    first, second = (pixel_noise(images, 0.6, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    named = pixel_noise(images, 0.6, **STANDARD_DEVIATION.arguments(), generator=torch.Generator().manual_seed(3))
     assert torch.equal(first, second)
+    assert torch.equal(first, named), "the default is the first reading"
     assert first.min() >= 0
     assert first.max() <= 1
-    assert torch.equal(pixel_noise(images, 0.0), images)
+    assert random_stream()
 
 
-@pytest.mark.parametrize("options", [{"probability": 1.5}, {"probability": 0.5, "sigma": -1.0}])
-def test_pixel_noise_refuses_impossible_settings(options):
-    with pytest.raises(ValueError, match="probability"):
-        pixel_noise(torch.rand(1, 1, 2, 2), **options)
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (1, {"probability": -0.1}, "probability"),
+        (1, {"probability": 1.1}, "probability"),
+        (1, {"probability": 0.5, "sigma": -1.0}, "sigma"),
+        (1, {"probability": 0.5, "sigma": math.nan}, "sigma"),
+        (0, {"probability": 0.5}, "no images"),
+    ],
+)
+def test_pixel_noise_refuses_impossible_settings(count, options, message):
+    with pytest.raises(EvaluationError, match=message):
+        pixel_noise(torch.zeros(count, 1, 2, 2), **options)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from attacked import Around, noisy, quantised, right
 from torch import nn
 from torch.nn import functional
 
@@ -60,17 +61,6 @@ def unseen(digits):
     return tuple(part[1200 : 1200 + COUNT] for part in digits)
 
 
-class Around(nn.Module):
-    """A network with something done to its pixels or its logits."""
-
-    def __init__(self, network, pixels=lambda x: x, logits=lambda x: x):
-        super().__init__()
-        self.network, self.pixels, self.logits = network, pixels, logits
-
-    def forward(self, images):
-        return self.logits(self.network(self.pixels(images)))
-
-
 class Step(nn.Module):
     """A ReLU in stairs, without a straight-through gradient."""
 
@@ -82,14 +72,6 @@ def thermometer(images):
     """How many of 15 marks a pixel has passed; comparisons, so that there is no graph to the pixels at all."""
     marks = (torch.arange(15) + 0.5) / 15
     return (images[..., None] > marks).float().mean(dim=-1)
-
-
-def stepped(network):
-    return nn.Sequential(network[0], Step(), *network[2:]).eval()
-
-
-def not_finite(network):
-    return Around(network, lambda x: x + (x - x.detach()).sqrt())
 
 
 def ripple(images):
@@ -105,19 +87,19 @@ SIGNS = {"random signs"}  # far weaker than the others, so that they need not be
 KNOWN = {  # how it is made of the plain network, the verdict, what has to fail, what may fail besides
     "plain": (lambda plain: plain, SOUND, set(), set()),
     "logits x 1e4": (
-        lambda plain: Around(plain, logits=lambda x: 1e4 * x), MASKED, BLIND | {"saturated logits"}, SIGNS
+        lambda plain: Around(plain, after=lambda x: 1e4 * x), MASKED, BLIND | {"saturated logits"}, SIGNS
     ),
-    "quantised input": (lambda plain: Around(plain, lambda x: (15 * x).round() / 15), MASKED, BLIND, SIGNS),
+    "quantised input": (lambda plain: Around(plain, quantised), MASKED, BLIND, SIGNS),
     "thermometer input": (lambda plain: Around(plain, thermometer), MASKED, BLIND, SIGNS),
     "sign input": (lambda plain: Around(plain, lambda x: (x - 0.45).sign() / 2 + 0.5), MASKED, BLIND, SIGNS),
-    "step activation": (stepped, MASKED, BLIND, SIGNS),
-    "infinite gradient": (not_finite, MASKED, BLIND, SIGNS),
+    "step activation": (lambda plain: nn.Sequential(plain[0], Step(), *plain[2:]).eval(), MASKED, BLIND, SIGNS),
+    "infinite gradient": (lambda plain: Around(plain, lambda x: x + (x - x.detach()).sqrt()), MASKED, BLIND, SIGNS),
     "ripple": (
         lambda plain: Around(plain, ripple), MASKED,
         {"black box", "Square", "smooth loss"}, SIGNS | {"single step", "restarts"},
     ),
     "noisy input": (
-        lambda plain: Around(plain, lambda x: x + 0.1 * torch.randn_like(x)), SUSPECT,
+        lambda plain: Around(plain, noisy), SUSPECT,
         {"deterministic"}, {"smooth loss", "more steps"},
     ),
     "random ripple": (
@@ -160,7 +142,7 @@ def named(found, name):
 
 
 def test_every_check_keeps_its_numbers_and_a_sentence(trained, unseen):
-    found = diagnose(Around(trained[0][0]["plain"], logits=lambda x: 1e4 * x), *unseen, eps=8 / 255, budget=SHORT)
+    found = diagnose(Around(trained[0][0]["plain"], after=lambda x: 1e4 * x), *unseen, eps=8 / 255, budget=SHORT)
     assert len({check.name for check in found.checks}) == len(found.checks) == 14
     for check in found.checks:
         assert check.says.endswith(".")
@@ -207,7 +189,6 @@ def test_columns_of_a_sound_network_pass():
         ("zero gradients", {"zero_gradient": 0.01}, {"zero_gradient": 0.03}, MASKED),
         ("zero gradients", {"finite_gradient": 0.99}, {"finite_gradient": 0.97}, MASKED),
         ("double radius", {"pgd_double": 0.3}, {"pgd_double": 0.45}, SUSPECT),
-        ("double radius", {"pgd_double": 0.3}, {"pgd_double": 0.6}, SUSPECT),
         ("more steps", {"pgd_more_steps": 0.515}, {"pgd_more_steps": 0.53}, SUSPECT),
         ("more steps", {"pgd_more_steps": 0.485}, {"pgd_more_steps": 0.47, "fgsm": 0.6}, SUSPECT),
     ],
@@ -319,19 +300,15 @@ def test_parts_of_the_images_observed_apart_are_the_whole(trained, unseen):
     assert judge(joined).verdict == judge(whole).verdict == SOUND
 
 
-def test_the_shorter_attack_is_the_longer_one_on_its_way(trained, unseen):
+def test_the_shorter_attack_is_the_longer_one_on_its_way_and_restarts_are_new(trained, unseen):
     network = trained[0][0]["PGD-trained"]
     images, labels = unseen
     columns = observe(network, images, labels, eps=0.2, seed=3, budget=SHORT)
     found = pgd(network, images, labels, eps=0.2, steps=SHORT.steps, generator=torch.Generator().manual_seed(3))
-    withstood = (network(found).argmax(dim=1) == labels) & columns["clean"]
+    withstood = right(network, found, labels) & columns["clean"]
     assert torch.equal(columns["pgd"], withstood)
     assert 0 < columns["pgd"].sum() < columns["clean"].sum()
-
-
-def test_restarts_are_new_starts(trained, unseen):
-    columns = observe(trained[0][0]["PGD-trained"], *unseen, eps=0.2, budget=SHORT)
-    withstood = columns["restarts_withstood"]
+    withstood = columns["restarts_withstood"]  # and restarts are new starts
     assert torch.equal(withstood < 0, ~columns["pgd"])
     assert ((withstood >= 0) & (withstood < SHORT.restarts)).any()
     assert (withstood == SHORT.restarts).any()
@@ -372,7 +349,7 @@ def test_attacks_without_gradients_stay_in_the_ball_and_find_the_best_they_tried
 
 
 def test_a_given_autoattack_is_compared(trained, unseen):
-    network = Around(trained[0][0]["plain"], lambda x: (15 * x).round() / 15)
+    network = Around(trained[0][0]["plain"], quantised)
     withstood = torch.arange(COUNT) < 50
     found = diagnose(network, *unseen, eps=0.1, autoattack=withstood, budget=SHORT)
     assert "AutoAttack" in found.failed
@@ -410,14 +387,8 @@ def test_without_pyautoattack_it_says_what_to_install(trained, unseen, monkeypat
 )
 def test_observe_names_what_is_wrong(changed, message, trained):
     arguments = {"images": torch.rand(4, 1, 8, 8), "labels": torch.tensor([0, 1, 2, 3]), "eps": 0.1, "budget": SHORT}
-    model = (
-        changed.pop("model", trained[0][0]["plain"])
-        if "model" in (changed := dict(changed))
-        else trained[0][0]["plain"]
-    )
-    model = model if isinstance(model, nn.Module) else model(trained[0][0]["plain"])
     with pytest.raises(EvaluationError, match=message):
-        observe(model, **(arguments | changed))
+        observe(trained[0][0]["plain"], **(arguments | changed))
 
 
 @pytest.mark.parametrize(

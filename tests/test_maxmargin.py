@@ -39,39 +39,41 @@ def rows():
     return found * torch.linspace(0.1, 10, 24) + 2, labels
 
 
-def pipeline(count, seed=0):
-    """The recipe of the paper, written with scikit-learn alone."""
-    machine = SGDClassifier(loss="hinge", alpha=0.01, random_state=seed)
-    return make_pipeline(StandardScaler(), *([] if count is None else [PCA(count, svd_solver="full")]), machine)
+def scores_of_pipeline(count, train, labels, test):
+    """By the recipe of the paper, written with scikit-learn alone."""
+    machine = SGDClassifier(loss="hinge", alpha=0.01, random_state=0)
+    projection = [] if count is None else [PCA(count, svd_solver="full")]
+    twin = make_pipeline(StandardScaler(), *projection, machine).fit(train.double().numpy(), labels.numpy())
+    return torch.from_numpy(twin.decision_function(test.double().numpy()))
 
 
 @pytest.mark.parametrize("count", [2, 10, None])
 def test_the_classifier_is_that_of_a_scikit_learn_pipeline(rows, count):
     train, labels = rows
     (found,) = max_margin_classifiers(train, labels, [count])
-    twin = pipeline(count).fit(train.double().numpy(), labels.numpy())
-    expected = torch.from_numpy(twin.decision_function(train.double().numpy()))
+    assert found.dimensions == count
+    expected = scores_of_pipeline(count, train, labels, train)
     same = found.predict(train) == expected.argmax(1)
     # The sign of a direction is free, and rounding may move a point across a margin during the fit.
     assert same.double().mean() > 0.98
     if count is None:
         assert torch.allclose(found.scores(train), expected, atol=1e-6)
+    beside, *_ = max_margin_classifiers(train, labels, [count, 7, None])
+    assert torch.allclose(beside.weight, found.weight), "one projection serves all dimensions"
 
 
 def test_more_features_than_images_change_nothing_but_the_time(rows):
     train, labels = rows[0][:40].repeat(1, 3) + torch.randn(40, 72), rows[1][:40]
     (found,) = max_margin_classifiers(train, labels)
-    twin = pipeline(None).fit(train.double().numpy(), labels.numpy())
     new = train + 0.3 * torch.randn(train.shape)
     assert found.weight.shape == (72, 4)
-    assert torch.allclose(found.scores(new), torch.from_numpy(twin.decision_function(new.double().numpy())), atol=1e-4)
+    assert torch.allclose(found.scores(new), scores_of_pipeline(None, train, labels, new), atol=1e-4)
 
 
 def test_two_classes_get_a_score_each(rows):
     train, labels = rows[0], rows[1] % 2
     (found,) = max_margin_classifiers(train, labels)
-    twin = pipeline(None).fit(train.double().numpy(), labels.numpy())
-    margins = torch.from_numpy(twin.decision_function(train.double().numpy()))
+    margins = scores_of_pipeline(None, train, labels, train)
     assert torch.allclose(found.scores(train), torch.stack([-margins, margins], 1), atol=1e-6)
 
 
@@ -87,14 +89,6 @@ def test_the_same_seed_gives_the_same_classifier_and_leaves_the_random_streams_a
         assert not torch.equal(first.weight, third.weight)
     assert random_stream()
     assert numpy.random.get_state()[1].tolist() == before  # noqa: NPY002
-
-
-def test_one_projection_serves_all_dimensions(rows):
-    together = max_margin_classifiers(*rows, [2, 7, None])
-    for count, found in zip([2, 7, None], together, strict=True):
-        (alone,) = max_margin_classifiers(*rows, [count])
-        assert torch.allclose(alone.weight, found.weight)
-        assert found.dimensions == count
 
 
 def test_a_classifier_counts_what_it_stores():

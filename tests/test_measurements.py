@@ -1,4 +1,4 @@
-"""Intervals, captures, noise, variance per class, perturbations, layer cushion, plane: each beside a slow twin."""
+"""Intervals, captures, variance per class, perturbations, layer cushion, plane: each beside a slow twin."""
 
 import copy
 import math
@@ -13,13 +13,11 @@ import timm_lowrank
 from timm_lowrank.evaluation import EvaluationError, EvaluationWarning, PixelModel
 from timm_lowrank.evaluation.cushion import histograms, layer_cushion, operator_norm, weight_layers
 from timm_lowrank.evaluation.intervals import wilson
-from timm_lowrank.evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION, VARIANCE, pixel_noise
 from timm_lowrank.evaluation.representations import (
     activation_batches,
     activations,
     class_variance_ratio,
     fit_plane,
-    mean_where_defined,
     rho,
     stability,
 )
@@ -48,12 +46,9 @@ def images():
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_wilson_is_that_of_scipy(hits, count, confidence):
     expected = binomtest(hits, count).proportion_ci(confidence, method="wilson")
-    assert wilson(hits, count, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_wilson_ends_at_nothing_and_at_all_exactly():
-    assert wilson(0, 123)[0] == 0.0
-    assert wilson(123, 123)[1] == 1.0
+    low, high = wilson(hits, count, confidence)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert (low == 0.0, high == 1.0) == (hits == 0, hits == count), "exact at no and at all hits"
 
 
 @pytest.mark.parametrize("arguments", [(0, 0), (-1, 5), (6, 5), (1, 5, 1.0), (1, 5, 0.0)])
@@ -123,16 +118,19 @@ class Overwriting(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"),
+    ("change", "layers", "options", "message"),
     [
-        (["layer33"], "Did you mean: .*layer3"),
-        ([], "at least one layer"),
-        ("layer3", "must be a list"),
+        (lambda x: x, ["layer33"], {}, "Did you mean: .*layer3"),
+        (lambda x: x, [], {}, "at least one layer"),
+        (lambda x: x, "layer3", {}, "must be a list"),
+        (lambda x: x[:0], ["layer3"], {}, "no images"),
+        (lambda x: (x * 255).byte(), ["layer3"], {}, "floating point"),
+        (lambda x: x, ["layer3"], {"batch_size": 0}, "batch_size"),
     ],
 )
-def test_activations_name_what_is_wrong_with_layers(model, images, layers, message):
+def test_activations_name_what_is_wrong(model, images, change, layers, options, message):
     with pytest.raises(EvaluationError, match=message):
-        activations(model, images, layers)
+        activations(model, change(images), layers, **options)
 
 
 def test_activations_name_a_layer_that_is_not_what_it_was():
@@ -141,47 +139,6 @@ def test_activations_name_a_layer_that_is_not_what_it_was():
         activations(net, torch.rand(2, 1, 2, 2), ["first"])
     with pytest.raises(EvaluationError, match="2 times"):
         activations(net, torch.rand(2, 1, 2, 2), ["twice"])
-
-
-def test_activations_name_what_is_wrong_with_images(model, images):
-    with pytest.raises(EvaluationError, match="no images"):
-        activations(model, images[:0], ["layer3"])
-    with pytest.raises(EvaluationError, match="floating point"):
-        activations(model, (images * 255).byte(), ["layer3"])
-    with pytest.raises(EvaluationError, match="batch_size"):
-        activations(model, images, ["layer3"], batch_size=0)
-
-
-# Noise
-
-
-def test_the_readings_of_the_noise_are_what_their_names_say():
-    images = torch.full((200, 3, 8, 8), 0.5, dtype=torch.float64)
-    assert set(NOISE_READINGS) >= {STANDARD_DEVIATION.name, VARIANCE.name}
-    assert len(NOISE_READINGS) == 4
-    for name, reading in NOISE_READINGS.items():
-        noisy = pixel_noise(images, 1.0, **reading.arguments(), generator=torch.Generator().manual_seed(0))
-        # Clipping at 0 and 1 hides the spread; the share that reaches neither end gives it away.
-        sigma = 128 / 255 if "standard" in name else (128 / 255) ** 0.5
-        inside = math.erf(0.5 / sigma / 2**0.5)
-        assert ((noisy > 0) & (noisy < 1)).double().mean().item() == pytest.approx(inside, abs=0.01)
-        assert torch.equal(noisy[:, 0], noisy[:, 1]) == ("together" in name)
-
-
-def test_the_default_noise_is_the_first_reading():
-    images = torch.rand(3, 3, 4, 4)
-    plain = pixel_noise(images, 0.6, generator=torch.Generator().manual_seed(0))
-    named = pixel_noise(images, 0.6, **STANDARD_DEVIATION.arguments(), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(plain, named)
-
-
-def test_noise_says_what_it_needs(random_stream):
-    with pytest.raises(EvaluationError, match="no images"):
-        pixel_noise(torch.zeros(0, 1, 2, 2), 0.5)
-    with pytest.raises(EvaluationError, match="sigma"):
-        pixel_noise(torch.zeros(1, 1, 2, 2), 0.5, sigma=math.nan)
-    pixel_noise(torch.zeros(1, 1, 2, 2), 1.0, generator=torch.Generator().manual_seed(0))
-    assert random_stream()
 
 
 # Variance per class
@@ -220,15 +177,18 @@ def test_a_class_without_variance_is_nan_and_named():
     assert found[4] == found[1] == [1.0]
 
 
-def test_variance_per_class_refuses_what_does_not_fit():
-    with pytest.raises(EvaluationError, match="as many labels"):
-        class_variance_ratio(torch.rand(3, 2), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(EvaluationError, match="n >= 1"):
-        class_variance_ratio(torch.rand(0, 2), torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(EvaluationError, match=r"class 1: .*NaN"):
-        class_variance_ratio(torch.tensor([[1.0], [math.nan]]).repeat(2, 1), torch.tensor([0, 1, 0, 1]), centred=False)
-    with pytest.raises(EvaluationError, match="ranks"):
-        class_variance_ratio(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), (0,))
+@pytest.mark.parametrize(
+    ("rows", "labels", "options", "message"),
+    [
+        (torch.rand(3, 2), [0, 0], {}, "as many labels"),
+        (torch.rand(0, 2), [], {}, "n >= 1"),
+        (torch.tensor([[1.0], [math.nan]] * 2), [0, 1, 0, 1], {"centred": False}, r"class 1: .*NaN"),
+        (torch.rand(3, 2), [0, 0, 0], {"ranks": (0,)}, "ranks"),
+    ],
+)
+def test_variance_per_class_refuses_what_does_not_fit(rows, labels, options, message):
+    with pytest.raises(EvaluationError, match=message):
+        class_variance_ratio(rows, torch.tensor(labels, dtype=torch.int64), **options)
 
 
 # Perturbations
@@ -249,10 +209,6 @@ def test_rho_of_an_image_of_zeros_is_not_defined():
     with pytest.warns(EvaluationWarning, match="1 of 2 images"):
         found = rho(images, (images + 0.5).clamp(0, 1))
     assert found.isnan().tolist() == [True, False]
-    assert mean_where_defined(found) == (0.0, 1)
-    mean, count = mean_where_defined(found[:1])
-    assert math.isnan(mean)
-    assert count == 0
 
 
 def test_rho_needs_two_batches_of_one_shape():
@@ -319,35 +275,23 @@ CONVOLUTIONS = {
 }
 
 
-def convolution(options):
-    return nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **options})
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_the_norm_of_a_convolution_is_that_of_its_matrix(name):
+def test_norm_and_cushion_of_a_convolution_are_those_of_its_matrix(name):
     options, shape = CONVOLUTIONS[name]
-    module = convolution(options)
-    expected = matrix_of(module, shape).norm().item()
-    assert operator_norm(module, shape) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_the_cushion_of_a_convolution_is_that_of_its_matrix(name):
-    options, shape = CONVOLUTIONS[name]
-    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), convolution(options), nn.Identity())
+    module = nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **options})
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), module, nn.Identity())
     images = torch.rand(3, 1, *shape[1:])
-    found = layer_cushion(net, images, ["2"], batch_size=2)["2"]
+    matrix = matrix_of(module, shape)
+    assert operator_norm(module, shape) == pytest.approx(matrix.norm().item(), rel=1e-12)
     with torch.no_grad():
         inputs = net[1](net[0](images)).flatten(1).double()
-    kernel = net[2].weight.detach().double().norm()
-    by_kernel = layer_cushion(net, images, ["2"], norm="kernel")["2"]
-    matrix = matrix_of(net[2], shape)
     ratio = (inputs @ matrix.T).norm(dim=1) / inputs.norm(dim=1)
+    found = layer_cushion(net, images, ["2"], batch_size=2)["2"]
     assert torch.allclose(found, ratio / matrix.norm(), rtol=1e-5)
-    assert torch.allclose(by_kernel, ratio / kernel, rtol=1e-5)
     assert ((found > 0) & (found <= 1)).all()
+    by_kernel = layer_cushion(net, images, ["2"], norm="kernel")["2"]
+    assert torch.allclose(by_kernel, ratio / module.weight.detach().double().norm(), rtol=1e-5)
 
 
 def test_the_cushion_of_a_linear_layer_by_hand():

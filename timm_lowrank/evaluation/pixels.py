@@ -98,13 +98,13 @@ def classified_right(
 
 def classify(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, int]:
     """The class of each image, and the number of classes, 0 if there is no image."""
-    found, classes = [images.new_zeros(0, dtype=torch.int64)], 0
+    predicted, classes = [images.new_zeros(0, dtype=torch.int64)], 0
     with attackable(model) as logits_of, torch.no_grad():
         for batch in images.split(batch_size) if len(images) else ():
             logits = logits_of(batch)
-            found.append(check_logits(logits, len(batch)).argmax(dim=1))
+            predicted.append(check_logits(logits, len(batch)).argmax(dim=1))
             classes = logits.shape[1]
-    return torch.cat(found), classes
+    return torch.cat(predicted), classes
 
 
 @contextmanager
@@ -121,8 +121,8 @@ def attackable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     frozen = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
 
     def logits(images: Tensor) -> Tensor:
-        found: Tensor = network(images.contiguous())
-        return found.float() if isinstance(found, Tensor) else found
+        given: Tensor = network(images.contiguous())
+        return given.float() if isinstance(given, Tensor) else given  # what is no tensor, `check_logits` refuses
 
     device = next((parameter.device.type for parameter, _ in frozen), "cpu")
     try:

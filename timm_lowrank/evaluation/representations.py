@@ -239,21 +239,14 @@ class Stability(NamedTuple):
     layers: dict[str, Tensor]  # {layer: (n,) float64}, ||f(x + delta) - f(x)||^2 / ||f(x)||^2
 
 
-class DefinedMean(NamedTuple):
-    """The mean over the images for which a quantity is defined."""
-
-    mean: float  # NaN if there are none
-    images: int  # how many these are
-
-
 def rho(
     images: Tensor,  # (n, channels, height, width) clean
     adversarial: Tensor,  # of the same shape
 ) -> Tensor:
     """||x_a - x||_2 / ||x||_2 of each image, (n,) float64; the paper's rho is the mean of it (Section 3.1).
 
-    NaN, with an `EvaluationWarning`, for an image that is zero everywhere: nothing can be said relative to it.
-    `mean_where_defined` leaves such images out.
+    NaN, with an `EvaluationWarning`, for an image that is zero everywhere: nothing can be said relative to it; take
+    `nanmean`.
 
     Raises:
         EvaluationError: no images, or of different shapes.
@@ -262,14 +255,6 @@ def rho(
     distances = _moved(images, adversarial).sqrt()
     _warn_of_zeros(distances, "images are zero everywhere, so rho of them is NaN")
     return distances
-
-
-def mean_where_defined(
-    values: Tensor,  # (n,) float
-) -> DefinedMean:
-    """The mean of the values that are not NaN, and how many these are."""
-    defined = values[~values.isnan()].double()
-    return DefinedMean(float(defined.mean()), len(defined))
 
 
 def stability(

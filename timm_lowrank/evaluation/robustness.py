@@ -15,7 +15,7 @@ from .arguments import check_images
 from .attacks import deepfool
 from .attacks.transfer import RadiusAttack, SteppingAttack
 from .pixels import classified_right, predictions
-from .representations import mean_where_defined, rho
+from .representations import rho
 
 
 class SmallestRadii(NamedTuple):
@@ -57,7 +57,9 @@ def smallest_radii(
     Raises:
         EvaluationError: no images, labels that do not fit, or radii that are not positive.
     """
-    grid = _checked_radii(radii)
+    grid = sorted(set(radii))
+    if not grid or not all(0 < eps < math.inf for eps in grid):
+        raise EvaluationError(f"radii must be positive, in units of the pixel range like 8 / 255, not {list(radii)}")
     check_images(images)
     right = classified_right(judge, images, labels, batch_size)
     radius = torch.zeros(len(images), dtype=torch.float64, device=images.device)
@@ -101,8 +103,9 @@ def minimum_perturbation(
     if eps == math.inf:
         return MinimumPerturbation(None, None, int(radius.isfinite().sum()), len(radius))
     within = radius <= eps
-    mean = mean_where_defined(distance[within])
-    return MinimumPerturbation(eps, mean.mean if mean.images else None, int(within.sum()), len(radius))
+    defined = distance[within & ~distance.isnan()].double()
+    rho_there = float(defined.mean()) if len(defined) else None
+    return MinimumPerturbation(eps, rho_there, int(within.sum()), len(radius))
 
 
 def deepfool_rho(
@@ -138,13 +141,6 @@ def deepfool_rho(
         length.masked_fill(~right, 0.0).masked_fill(right & withstood, torch.inf),
         distance.masked_fill(right & withstood, torch.nan),
     )
-
-
-def _checked_radii(radii: Sequence[float]) -> list[float]:
-    grid = sorted(set(radii))
-    if not grid or not all(0 < eps < math.inf for eps in grid):
-        raise EvaluationError(f"radii must be positive, in units of the pixel range like 8 / 255, not {list(radii)}")
-    return grid
 
 
 class StepAccuracies(NamedTuple):

@@ -107,10 +107,10 @@ def run_autoattack(
     package, checks, name = find_package()
     if not len(images):
         return AutoAttackResult(images.clone(), (), (), name)
-    flags = Flags()
+    flags = _Flags()
     if (iterations, queries) != (ITERATIONS, QUERIES):
         flags.add(f"shortened to {iterations} iterations and {queries} queries: weaker than what is called AutoAttack")
-    with attackable(model) as logits_of, restored(checks):
+    with attackable(model) as logits_of, _restored(checks):
         predicted, classes = classify(model, images, batch_size)
         check_labels(labels, classes)
         right = predicted == labels
@@ -119,15 +119,15 @@ def run_autoattack(
             _flag_dead_gradients(logits_of, images, labels, right, batch_size, flags)
         runner = _runner(package, logits_of, eps, norm, version, seed, images.device)
         _configure(runner, classes, iterations, queries, flags)
-        found, broken_by = _cascade(runner, plan, images, labels, right, batch_size, flags)
-    return AutoAttackResult(found, tuple(broken_by), flags.texts(), name)
+        adversarial, broken_by = _cascade(runner, plan, images, labels, right, batch_size, flags)
+    return AutoAttackResult(adversarial, tuple(broken_by), flags.texts(), name)
 
 
 def _cascade(
-    runner: Any, plan: tuple[str, ...], images: Tensor, labels: Tensor, right: Tensor, batch_size: int, flags: Flags
+    runner: Any, plan: tuple[str, ...], images: Tensor, labels: Tensor, right: Tensor, batch_size: int, flags: _Flags
 ) -> tuple[Tensor, list[str | None]]:
     """The package's own loop over the attacks, run for one attack at a time to learn which of them broke an image."""
-    found = images.clone()
+    result = images.clone()
     broken_by: list[str | None] = [None if ok else "clean" for ok in right.tolist()]
     standing = right.nonzero().flatten()
     for attack in plan:
@@ -136,7 +136,7 @@ def _cascade(
         runner.attacks_to_run = [attack]
         adversarial, classes = _run(runner, images[standing], labels[standing], batch_size)
         broken = classes != labels[standing]
-        found[standing[broken]] = adversarial[broken]
+        result[standing[broken]] = adversarial[broken]
         for index in standing[broken].tolist():
             broken_by[index] = attack
         if attack == "square" and len(plan) > 1 and int(broken.sum()) > 0.002 * len(images):
@@ -145,7 +145,7 @@ def _cascade(
                 f"attacks before it could not: the gradients may mislead"
             )
         standing = standing[~broken]
-    return found, broken_by
+    return result, broken_by
 
 
 def _run(runner: Any, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ def _runner(
     return package.AutoAttack(logits_of, device=device, **settings)
 
 
-def _configure(runner: Any, classes: int, iterations: int, queries: int, flags: Flags) -> None:
+def _configure(runner: Any, classes: int, iterations: int, queries: int, flags: _Flags) -> None:
     """Edits what the version has set: targets that exist, and the length where it is not the standard one."""
     runner.logger = runner.apgd.logger = runner.apgd_targeted.logger = flags
     runner.apgd_targeted.n_target_classes = min(runner.apgd_targeted.n_target_classes, classes - 1)
@@ -185,7 +185,7 @@ def _configure(runner: Any, classes: int, iterations: int, queries: int, flags: 
             attack.size_decr = max(int(0.03 * iterations), 1)
 
 
-def _plan(version: str, chosen: Sequence[str] | None, classes: int, flags: Flags) -> tuple[str, ...]:
+def _plan(version: str, chosen: Sequence[str] | None, classes: int, flags: _Flags) -> tuple[str, ...]:
     """The attacks, in the order of the version, whose loss is defined for so many classes.
 
     Raises:
@@ -211,7 +211,7 @@ def _flag_dead_gradients(
     labels: Tensor,
     right: Tensor,
     batch_size: int,
-    flags: Flags,
+    flags: _Flags,
 ) -> None:
     """The package looks for these with its other losses alone, so that apgd-ce would fail in silence."""
     dead = 0
@@ -240,7 +240,7 @@ def find_package() -> tuple[ModuleType, ModuleType, str]:
 
 
 @contextmanager
-def restored(checks: ModuleType) -> Iterator[None]:
+def _restored(checks: ModuleType) -> Iterator[None]:
     """The package seeds the global generators, switches tracing off, and counts calls from one run to the next."""
     tracer = sys.gettrace()
     counts = dict(checks.funcs)
@@ -253,7 +253,7 @@ def restored(checks: ModuleType) -> Iterator[None]:
         sys.settrace(tracer)
 
 
-class Flags:
+class _Flags:
     """In the place of the package's logger: keeps its warnings, each once, and drops its progress."""
 
     def __init__(self) -> None:

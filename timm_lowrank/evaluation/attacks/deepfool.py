@@ -42,14 +42,14 @@ def deepfool(
     if not len(images):
         return images.clone()
     with attackable(model) as logits_of:
-        found = images.clone()
+        adversarial = images.clone()
         with torch.no_grad():
             clean = check_logits(logits_of(images), len(images))
         check_labels(labels, clean.shape[1])
         ranking = clean.argsort(dim=1).flip(1)[:, :candidates]
         going, total = torch.arange(len(images), device=images.device), torch.zeros_like(images)
         for _ in range(steps):
-            here = found[going].requires_grad_()
+            here = adversarial[going].requires_grad_()
             logits = logits_of(here)
             standing = logits.argmax(dim=1) == labels[going]
             if not standing.any():
@@ -57,8 +57,8 @@ def deepfool(
             step = _to_nearest_boundary(logits, here, ranking[going])[standing]
             going = going[standing]
             total[going] += step
-            found[going] = (images[going] + (1 + overshoot) * total[going]).clamp(0, 1)
-    return found
+            adversarial[going] = (images[going] + (1 + overshoot) * total[going]).clamp(0, 1)
+    return adversarial
 
 
 def _to_nearest_boundary(logits: Tensor, points: Tensor, ranking: Tensor) -> Tensor:
