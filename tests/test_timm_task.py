@@ -114,16 +114,14 @@ def test_one_update_per_optimizer_step(batches, accumulate):
 
 
 def test_an_attached_optimizer_makes_the_update_and_update_ema_no_second_one(batches):
-    plain, attached, silent = make_task(), make_task(), make_task()
+    plain = make_task()
     train(plain, sgd(plain), batches, accumulate=2)
-    optimizer = sgd(attached)
-    assert attached.attach(optimizer) is attached
-    train(attached, optimizer, batches, accumulate=2)
-    optimizer = sgd(silent)
-    silent.attach(optimizer)
-    train(silent, optimizer, batches, accumulate=2, ema=False)
-    assert same(plain.lowrank.state_dict(), attached.lowrank.state_dict())
-    assert same(plain.lowrank.state_dict(), silent.lowrank.state_dict())
+    for ema in (True, False):
+        attached = make_task()
+        optimizer = sgd(attached)
+        assert attached.attach(optimizer) is attached
+        train(attached, optimizer, batches, accumulate=2, ema=ema)
+        assert same(plain.lowrank.state_dict(), attached.lowrank.state_dict())
 
 
 def test_a_step_that_the_gradient_scaler_skips_does_not_count(batches):
@@ -156,17 +154,17 @@ def test_attach_wants_an_optimizer():
 
 
 @pytest.mark.parametrize(
-    ("attached", "heard"), [(True, "optimizer never stepped"), (False, r"update_ema\(\) was never called")]
+    ("attached", "what"), [(True, "optimizer never stepped"), (False, r"update_ema\(\) was never called")]
 )
-def test_a_loop_that_never_updates_is_told_so_once(batches, monkeypatch, attached, heard):
-    monkeypatch.setattr(timm_task, "_PATIENCE", 3)
+def test_a_loop_that_never_updates_is_warned_once(batches, monkeypatch, attached, what):
+    monkeypatch.setattr(timm_task, "_BATCHES_WITHOUT_STEP", 3)
     task = make_task(start_update=2)
     optimizer = sgd(task)
     if attached:
         task.attach(torch.optim.SGD(task.parameters(), 0.1))
-    with pytest.warns(LowRankWarning, match=heard) as told:
+    with pytest.warns(LowRankWarning, match=what) as warned:
         train(task, optimizer, batches[:5], ema=attached)
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 # ----------------------------------------------------------------------------------------------------- switch-on
@@ -321,23 +319,40 @@ def test_a_checkpoint_of_plain_training_is_a_start_with_new_branches(batches, ca
     assert updates(task) == {0}
 
 
-def test_a_checkpoint_with_other_branches_is_refused(batches):
-    state = make_task().get_task_state()
-    other = make_task(config=LowRankConfig(branches={"pre_logits": 5}))
-    with pytest.raises(
-        ValueError, match=r"layer3 \(rank 8 of \d+\), pre_logits \(rank 6 of \d+\), and those of this model"
-    ):
-        other.load_task_state(state)
+@pytest.mark.parametrize(
+    ("branches", "shown"),
+    [
+        ({"pre_logits": 5}, r"pre_logits \(rank 5 of 96\)"),
+        ({"layer3": {"rank": 8, "view": "pool"}, "pre_logits": 6}, r"layer3 \(rank 8 of 192, view pool, "),
+    ],
+)
+def test_a_checkpoint_with_other_branches_is_refused(branches, shown):
+    tokens = {"layer3": {"rank": 8, "view": "token"}, "pre_logits": 6}
+    state = make_task(config=LowRankConfig(branches=tokens)).get_task_state()
+    saved = r"layer3 \(rank 8 of 192, view token, channel_dim 1\), pre_logits \(rank 6 of 96\)"
+    with pytest.raises(ValueError, match=f"in the checkpoint are {saved}, and those of this model {shown}"):
+        make_task(config=LowRankConfig(branches=branches)).load_task_state(state)
 
 
-def test_the_state_of_the_task_needs_no_pickled_code():
-    buffer = io.BytesIO()
+def test_the_state_of_the_task_needs_no_pickled_code_and_may_be_an_older_one(batches):
     task = make_task()
+    train(task, sgd(task), batches[:2])
+    buffer = io.BytesIO()
     torch.save(task.get_task_state(), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
     assert LowRankConfig.from_dict(state["config"]) == CONFIG
     assert task.get_task_state(ema=True) == {}
+    older = {key: state[key] for key in ("branches", "config", "updates")}
+    older["sizes"] = {layer: [size["num_features"], size["rank"]] for layer, size in state["layers"].items()}
+    for saved in (state, older):
+        other = make_task()
+        other.load_task_state(saved)
+        assert same(other.lowrank.branches.state_dict(), task.lowrank.branches.state_dict())
+        assert other.updates == 2
+    older["sizes"]["layer3"] = [12, 8]
+    with pytest.raises(ValueError, match=r"layer3 \(rank 8 of 12\)"):
+        make_task().load_task_state(older)
 
 
 # ------------------------------------------------------------------------------------------- targets and mistakes

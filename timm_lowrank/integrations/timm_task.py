@@ -32,7 +32,7 @@ from ..wrapping import wrap
 
 _logger = logging.getLogger(__name__)
 
-_PATIENCE = 200  # batches without an optimizer step, more than anybody accumulates
+_BATCHES_WITHOUT_STEP = 200  # batches without an optimizer step, more than anybody accumulates
 
 
 class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not typed
@@ -197,11 +197,11 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
 
     def _count_forward(self) -> None:
         self._forwards += 1
-        if self._forwards == _PATIENCE:
-            heard = "the attached optimizer never stepped" if self._attached else "update_ema() was never called"
+        if self._forwards == _BATCHES_WITHOUT_STEP:
+            reason = "the attached optimizer never stepped" if self._attached else "update_ema() was never called"
             warnings.warn(
-                f"{_PATIENCE} batches were trained on, but {heard}, so the low-rank branches stay what they are: call "
-                "task.update_ema() after each optimizer step, or task.attach(optimizer) once",
+                f"{self._forwards} batches were trained on, but {reason}, so the low-rank branches stay what they are: "
+                "call task.update_ema() after each optimizer step, or task.attach(optimizer) once",
                 LowRankWarning,
                 stacklevel=4,
             )
