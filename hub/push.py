@@ -2,7 +2,6 @@
 
     python hub/push.py runs/digits USER/NAME --dry-run preview     # writes what would be pushed, and pushes nothing
     python hub/push.py runs/digits USER/NAME
-    python hub/push.py --all                                       # every row of hub/checkpoints.yaml
 
 RUN is a finished run of recipes/train.py, evaluated or not. Everything goes in one commit; pushing again updates it,
 and keeps what was written into the card by hand. Log in with `hf auth login` or set HF_TOKEN.
@@ -12,24 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from timm_lowrank import CheckpointError
 from timm_lowrank.errors import LowRankError
-from timm_lowrank.hub import Outcome, load_manifest, publish_all, publish_run
-
-HERE = Path(__file__).resolve().parent
+from timm_lowrank.publish.run import publish_run
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("repo_id", nargs="?", metavar="USER/NAME", help="the repository; is made if there is none")
-    parser.add_argument("--all", action="store_true", help="publish every row of the manifest instead")
-    parser.add_argument("--manifest", type=Path, default=HERE / "checkpoints.yaml", metavar="FILE", help="for --all")
-    parser.add_argument("--user", help="for --all: the account, where the manifest names none")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; is made if there is none")
     parser.add_argument(
         "--dry-run", type=Path, metavar="FOLDER",
         help="write exactly what would be pushed to a new folder, and push nothing",
@@ -46,30 +39,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset", metavar="NAME", help="the data set's name on the Hub, if the run had a copy of it in a folder"
     )
     parser.add_argument("--keep-card", action="store_true", help="leave the repository's README.md as it is")
-    given = parser.parse_args(arguments)
-    if given.all and given.run is not None:
-        parser.error("--all takes its runs from the manifest: leave out RUN and USER/NAME")
-    if not given.all and given.repo_id is None:
-        parser.error("RUN and USER/NAME are needed, or --all")
-    return given
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Publishes, says what, and reports a mistake in one message instead of a traceback."""
     given = parse_arguments(arguments)
-    options = {
-        "template": (HERE / "card.md").read_text(encoding="utf-8"), "token": given.token, "private": given.private,
-        "revision": given.revision, "license": given.license, "dataset": given.dataset, "keep_card": given.keep_card,
-        "dry_run": given.dry_run,
-    }  # fmt: skip
     try:
-        outcomes: Iterable[Outcome]
-        if given.all:
-            outcomes = publish_all(load_manifest(given.manifest), user=given.user, **options)
-        else:
-            outcomes = [publish_run(given.run, given.repo_id, **options)]
-        for outcome in outcomes:
-            print("\n".join(outcome.description()), flush=True)
+        outcome = publish_run(
+            given.run, given.repo_id, token=given.token, private=given.private, revision=given.revision,
+            license=given.license, dataset=given.dataset, keep_card=given.keep_card, dry_run=given.dry_run,
+        )  # fmt: skip
+        print("\n".join(outcome.description()), flush=True)
     except (CheckpointError, LowRankError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

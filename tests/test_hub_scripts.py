@@ -1,6 +1,6 @@
 """hub/push.py, hub/pull.py and hub/checkpoints.py with the real huggingface_hub; see loopback_hub."""
 
-import ast
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -14,17 +14,16 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from publishable import REPO, change, images, make_run, share
+from publishable import BLOB, CHECKPOINT, COMMIT, FIGURES, REPO, change, edit, images, in_repo, make_run, share, weights
 
-from timm_lowrank import CheckpointError
-from timm_lowrank import hub as library
-from timm_lowrank.hub import load_manifest, manifest_row, manifest_table, read_run
-from timm_lowrank.hub.merging import mark, section
+from timm_lowrank.publish import run as publishing
+from timm_lowrank.publish.card import run_card
+from timm_lowrank.publish.checkpoints import checkpoints_table, read_checkpoints
+from timm_lowrank.publish.merging import section
+from timm_lowrank.publish.record import read_run
 
 ROOT = Path(__file__).parent.parent
-CHECKPOINT = {"config.json", "model.safetensors", "lowrank.json", "lowrank.safetensors"}
 FILES = {*CHECKPOINT, "README.md", "evaluation.json", "summary.json", "recipe.yaml", "plots/spectrum.png"}
-COMMIT, BLOB = "/commit/", "/blobs/"
 
 
 def script(name):
@@ -43,11 +42,6 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def in_repo(hub, repo=REPO, revision="main"):
-    """The files of the repository without the one that the Hub makes itself."""
-    return {name: data for name, data in hub.repo(repo).files(revision).items() if name != ".gitattributes"}
-
-
 def refused(match, main, *arguments):
     """Runs a script that must end with one message that matches, and no traceback."""
     with pytest.raises(SystemExit) as ended:
@@ -63,10 +57,6 @@ def done(main, *arguments):
 
 def in_folder(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def weights(hub):
-    return BLOB + hashlib.sha256(in_repo(hub)["model.safetensors"]).hexdigest()
 
 
 # Publishing
@@ -110,9 +100,8 @@ def test_pushed_again_it_updates_and_keeps(hub, run, capsys):
     card = card.replace("license: apache-2.0", "license: mit\nlanguage: en")
     card = card.replace("<!-- generated: limits -->", "What I want to say.\n\n<!-- generated: limits -->")
     hub.seed(REPO, {"README.md": card, "plots/mine.png": b"\x89PNG\0", "notes.txt": "mine"})
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["figures"][1]["values"]["2-LR"] = share(100)
-    change(run / "evaluation.json", figures=evaluation["figures"])
+    pgd = dataclasses.replace(FIGURES[1], values={"2-LR": share(100)})
+    edit(run, figures=(FIGURES[0], pgd))
     (run / "plots" / "variance.png").write_bytes(b"\x89PNG\0")
     done(push, run, REPO)
     card = in_repo(hub)["README.md"].decode()
@@ -215,14 +204,14 @@ def test_a_network_that_breaks_off_in_the_middle(hub, run, waits):
 def test_somebody_else_writes_at_the_same_time(hub, run, monkeypatch):
     done(push, run, REPO)
     change(run / "summary.json", clean_accuracy=0.5)
-    ask = library.publishing._ask
+    ask = publishing._ask
 
     def late(*arguments):
         held = ask(*arguments)
         hub.seed(REPO, {"README.md": "written just now"})
         return held
 
-    monkeypatch.setattr(library.publishing, "_ask", late)
+    monkeypatch.setattr(publishing, "_ask", late)
     refused("has changed in the meantime: run it again", push, run, REPO)
     assert in_repo(hub)["README.md"] == b"written just now"
 
@@ -231,7 +220,7 @@ def test_somebody_else_writes_at_the_same_time(hub, run, monkeypatch):
 
 
 RUNNER = """
-import json, os, sys
+import hashlib, json, os, sys
 import huggingface_hub, safetensors.torch, torch, timm
 from transformers import AutoModelForImageClassification
 torch.set_num_threads(1)
@@ -243,7 +232,10 @@ for name, snippet in json.load(sys.stdin):
         images = torch.randn(2, *json.loads(sys.argv[2]), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             logits = network(images)
-        found = {"logits": getattr(logits, "logits", logits).tolist(), "ours": "timm_lowrank" in sys.modules}
+        state = (network.unwrap() if hasattr(network, "unwrap") else network).state_dict()
+        digest = hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
+        found = {"logits": getattr(logits, "logits", logits).tolist(), "weights": digest}
+        found["ours"] = "timm_lowrank" in sys.modules
         with open(os.path.join(sys.argv[1], name), "w") as file:
             json.dump(found, file)
         os._exit(0)
@@ -263,12 +255,15 @@ def test_the_snippets_of_the_card_load_it_in_fresh_processes(hub, tmp_path):
         for library_name, block in zip(("timm", "transformers", "timm_lowrank"), blocks, strict=True):
             snippets.append((f"{kind}-{library_name}", block))
             with torch.no_grad():
-                expected[f"{kind}-{library_name}"] = model(images()).tolist()
+                state = model.unwrap().state_dict()
+                digest = hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
+                expected[f"{kind}-{library_name}"] = model(images()), digest
     arguments = [sys.executable, "-c", RUNNER, str(tmp_path), json.dumps(images().shape[1:])]
     subprocess.run(arguments, input=json.dumps(snippets), text=True, check=True, env=os.environ, cwd=tmp_path)
-    for name, logits in expected.items():
+    for name, (logits, digest) in expected.items():
         found = json.loads((tmp_path / name).read_text())
-        torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(logits), rtol=1e-5, atol=1e-6, msg=name)
+        assert found["weights"] == digest, name
+        torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-5, atol=1e-6, msg=name)
         assert found["ours"] is (name not in ("timms-timm", "timms-transformers")), name
 
 
@@ -340,82 +335,69 @@ def test_a_pull_that_breaks_off_goes_on(hub, run, tmp_path, waits):
 
 def test_names_in_a_repository_cannot_move_the_cursor(hub, run, capsys):
     done(push, run, REPO)
-    summary = json.loads(in_repo(hub)["summary.json"])
-    summary["data"]["source"] = "\x1b[2J\nevil"
     lowrank = json.loads(in_repo(hub)["lowrank.json"])
-    lowrank["layers"] = {"\x1b[31m": {"rank": 4}}
-    hub.seed(REPO, {"summary.json": json.dumps(summary), "lowrank.json": json.dumps(lowrank)})
+    lowrank["layers"] = {"\x1b[31m": {"rank": 4, "num_features": 7}}
+    card = in_repo(hub)["README.md"].decode().replace("name: uoft-cs/cifar10", 'name: "\\e[2J\\nevil"')
+    hub.seed(REPO, {"README.md": card, "lowrank.json": json.dumps(lowrank)})
     capsys.readouterr()
     done(pull, REPO)
-    assert "\x1b" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(rank 4)" in out
+    assert "evil" in out
+    assert "\x1b" not in out
+    hub.seed(REPO, {"README.md": "Mine.", "lowrank.json": json.dumps({**lowrank, "format": 99})})
+    done(pull, REPO)
+    assert "its low-rank branches cannot be loaded: " in capsys.readouterr().out
 
 
-# The manifest
+# The list of checkpoints
 
 
-def manifest(tmp_path, rows, **keys):
-    """A manifest in a project of its own."""
-    path = tmp_path / "hub" / "checkpoints.yaml"
-    path.parent.mkdir(exist_ok=True)
-    (tmp_path / "recipes" / "configs").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "recipes" / "configs" / "tiny.yaml").write_text("model: test_resnet\n")
-    path.write_text(yaml.safe_dump({"format": 1, "checkpoints": rows, **keys}))
-    return path
+def test_the_list_of_this_project_is_sound():
+    listed = read_checkpoints(ROOT / "hub" / "checkpoints.yaml")
+    assert listed, "the README shows some"
+    for checkpoint in listed:
+        assert (ROOT / checkpoint.recipe).is_file(), checkpoint.name
+    shown = section((ROOT / "README.md").read_text(), "checkpoints")
+    assert shown.strip() == checkpoints_table(listed), "python hub/checkpoints.py table --write README.md"
 
 
-def row(run, name="tiny"):
-    root = run.parent
-    manifest(root, [])
-    return yaml.safe_load(manifest_row(read_run(run), name, "recipes/configs/tiny.yaml", root))[0]
+RECIPE = "recipes/configs/digits.yaml"
 
 
-def test_the_manifest_of_this_project_is_sound():
-    found = load_manifest(ROOT / "hub" / "checkpoints.yaml")
-    for entry in found.rows:
-        assert (ROOT / entry.config).is_file(), entry.name
-    text = (ROOT / "README.md").read_text()
-    shown = section(text, "checkpoints")
-    if shown is None:
-        assert not found.rows, "README.md has no place for the table of checkpoints"
-    else:
-        assert shown.strip() == manifest_table(found), "python hub/checkpoints.py table --write README.md"
-
-
-def test_all_of_a_manifest(hub, run, tmp_path, capsys):
-    make_run(tmp_path / "second", evaluated=False)
-    path = manifest(tmp_path, [row(run), row(tmp_path / "second", "bob/second")])
-    refused("does not say under whose account tiny is published: give --user", push, "--all", "--manifest", path)
-    done(push, "--all", "--manifest", path, "--user", "alice", "--dry-run", tmp_path / "dry")
-    assert {folder.name for folder in (tmp_path / "dry").iterdir()} == {"tiny", "second"}
-    assert not hub.repos
-    refused(
-        r"no permission .*Published before it: alice/tiny; run it", push, "--all", "--manifest", path, "--user", "alice"
-    )
-    hub.users["hf_alice"] = "alice"
-    path = manifest(tmp_path, [row(run), row(tmp_path / "second", "second")], user="alice")
-    done(push, "--all", "--manifest", path)
-    assert set(hub.repos) == {"alice/tiny", "alice/second"}
-    assert len(hub.repo(REPO).history()) == 2, "the first one had been published already"
-    assert in_folder(tmp_path / "dry" / "tiny") == in_repo(hub)
+def row(capsys, run, *options):
+    """A row of the list as the script prints it."""
     capsys.readouterr()
-    done(checkpoints, "--manifest", path, "table")
+    done(checkpoints, "row", run, "tiny", RECIPE, *options)
+    return yaml.safe_load(capsys.readouterr().out)[0]
+
+
+def test_a_row_and_the_table_of_it(run, tmp_path, capsys):
+    good = row(capsys, run, "--repo", REPO)
+    results = ModelCard(run_card(read_run(run), REPO, {})).data.eval_results
+    figures = good["figures"]
+    assert [figures[name]["value"] for name in ("clean", "pgd", "autoattack")] == [r.metric_value for r in results]
+    assert (figures["pgd"]["plain"], figures["effective_rank"]) == (0.1, {"pre_logits": {"value": 7, "plain": 19}})
+    (run / "evaluation.json").unlink()
+    plain = {**row(capsys, run), "name": "second"}
+    assert plain["repo"] is None
+
+    path, readme = tmp_path / "list.yaml", tmp_path / "README.md"
+    path.write_text(yaml.safe_dump([good, plain]))
+    done(checkpoints, "table", "--list", path)
     table = capsys.readouterr().out
-    assert "[tiny](https://huggingface.co/alice/tiny) | [tiny](recipes/configs/tiny.yaml) | 90.0 % (88.7" in table
+    assert "[tiny](https://huggingface.co/alice/tiny) | [digits](recipes/configs/digits.yaml) | 90.0 % (88.7" in table
     assert "1.5 % (0.5 to 4.3) of 200; plain 0.0 % | `pre_logits` 7 (plain 19) |" in table
-    assert table.count("| not measured |") == 1, "PGD and AutoAttack of the second run, of which cells share a border"
-
-
-def test_runs_that_are_not_what_the_manifest_says(hub, run, tmp_path):
-    good = row(run)
-    for changed, match in (
-        ({"sha256": "0" * 64}, "its sha256 is .*and it should be 000"),
-        ({"run": "elsewhere"}, "elsewhere does not exist"),
-        ({"figures": {}}, r"not those that run has measured .autoattack-linf-8-255, clean, .*make the row anew"),
-    ):
-        path = manifest(tmp_path, [{**good, **changed}], user="alice")
-        refused(match, push, "--all", "--manifest", path)
-    refused("lists no checkpoint", push, "--all", "--manifest", manifest(tmp_path, []))
-    assert not hub.calls
+    assert "| second | [digits](recipes/configs/digits.yaml) |" in table
+    assert table.count("| not measured | not measured |") == 1, "PGD and AutoAttack of the second run"
+    refused("there is no recipe recipes/configs/other.yaml", checkpoints, "row", run, "x", "recipes/configs/other.yaml")
+    readme.write_text("before\n\nafter\n")
+    refused("has no place for the table: put the lines", checkpoints, "table", "--list", path, "--write", readme)
+    marks = "<!-- generated: checkpoints -->\n", "<!-- end of generated: checkpoints -->"
+    readme.write_text("before\n" + "".join(marks) + "\nafter\n")
+    for _ in range(2):
+        done(checkpoints, "table", "--list", path, "--write", readme)
+        assert readme.read_text() == f"before\n{marks[0]}{table}{marks[1]}\nafter\n"
 
 
 @pytest.mark.parametrize(
@@ -423,62 +405,33 @@ def test_runs_that_are_not_what_the_manifest_says(hub, run, tmp_path):
     [
         ({"sha": "x"}, r"there is no key 'sha'. Did you mean: sha256"),
         ({"sha256": "123"}, "sha256 must be 64 hexadecimal digits"),
-        ({"sha256": 123}, "sha256 must be a string, in quotes, not 123"),
-        ({"config": "recipes/configs/tiny2.yaml"}, "there is no config .*Did you mean: recipes/configs/tiny.yaml"),
-        ({"config": "/etc/passwd"}, "there is no config /etc/passwd"),
-        ({"run": "../outside"}, "run must be a folder inside the project"),
-        ({"name": "a b"}, "'user/a b' is no repository"),
-        ({"figures": {"pgd": {}}}, "there is no figure 'pgd'. Did you mean: clean, pgd-madry-20-8-255, autoattack"),
-        ({"figures": {"clean": {"value": 90.1, "images": 10}}}, "shares lie between 0 and 1"),
-        ({"figures": {"clean": {"value": 0.9}}}, "clean must have value and images"),
-        ({"figures": {"effective_rank": {"layer3": 3}}}, "effective_rank of 'layer3' must have value"),
+        ({"repo": "a b"}, "'a b' is no repository"),
+        ({"figures": {"pdg": {}}}, "there is no key 'pdg'. Did you mean: pgd"),
+        ({"figures": {"clean": {"value": 90.1, "low": 0, "high": 1, "images": 10}}}, "shares lie between 0 and 1"),
+        ({"figures": {"clean": {"value": 0.9}}}, "clean: the key 'low' is missing"),
+        ({"figures": {"effective_rank": {"layer3": 3}}}, "the rank of layer3 must be a mapping"),
     ],
 )
-def test_rows_that_cannot_be(run, tmp_path, changed, match):
-    path = manifest(tmp_path, [{**row(run), **changed}])
-    refused(f"row 1 .*{match}", checkpoints, "--manifest", path, "check")
+def test_rows_that_cannot_be(run, tmp_path, capsys, changed, match):
+    good = row(capsys, run)
+    path = tmp_path / "list.yaml"
+    path.write_text(yaml.safe_dump([{**good, "name": "other"}, {**good, **changed}]))
+    refused(rf"row 2 .tiny.: .*{match}", checkpoints, "table", "--list", path)
+    path.write_text(yaml.safe_dump([good, good]))
+    refused("row 2 .tiny.: there is a row of this name already", checkpoints, "table", "--list", path)
 
 
-def test_manifests_that_cannot_be(run, tmp_path):
-    good = row(run)
-    twice = manifest(tmp_path, [good, {**good, "name": "alice/Tiny"}, {}], users="alice")
-    message = refused("row 2 .alice/Tiny.: row 1 has this name already", checkpoints, "--manifest", twice, "check")
-    assert "there is no key 'users'. Did you mean: user?" in message
-    assert "row 3 (without a name): the key 'name' is missing" in message
-    for text, match in (
-        ("- a", "must hold a mapping"),
-        ("format: 2\ncheckpoints: []", "format must be 1, not 2"),
-        ("format: 1\ncheckpoints: x", "checkpoints must be a list"),
-        ("format: 1\ncheckpoints: [x]", "row 1 must be a mapping"),
-        ("a: [", "cannot read the manifest"),
-    ):
-        twice.write_text(text)
-        with pytest.raises(CheckpointError, match=match):
-            load_manifest(twice)
-    refused("cannot read the manifest", push, "--all", "--manifest", tmp_path / "nowhere.yaml")
-
-
-def test_a_row_and_the_table_in_a_file(run, tmp_path, capsys):
-    path = manifest(tmp_path, [row(run)])
-    arguments = ("--manifest", path, "row", run, "tiny")
-    done(checkpoints, *arguments, "recipes/configs/tiny.yaml")
-    assert yaml.safe_load(capsys.readouterr().out) == [row(run)]
-    refused("there is no recipe recipes/configs/other.yaml", checkpoints, *arguments, "recipes/configs/other.yaml")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n\nafter\n")
-    refused("has no place for the table: put the lines", checkpoints, "--manifest", path, "table", "--write", readme)
-    readme.write_text(f"before\n{mark('checkpoints')}\nafter\n")
-    for _ in range(2):
-        done(checkpoints, "--manifest", path, "table", "--write", readme)
-        assert readme.read_text() == f"before\n{mark('checkpoints', manifest_table(load_manifest(path)))}\nafter\n"
-    assert manifest_table(load_manifest(manifest(tmp_path, []))) == "No checkpoint has been published yet."
+@pytest.mark.parametrize(("text", "match"), [("a: 1", "must hold a list"), ("[x]", "row 1 "), ("a: [", "cannot read")])
+def test_lists_that_cannot_be(tmp_path, text, match):
+    (tmp_path / "list.yaml").write_text(text)
+    refused(match, checkpoints, "table", "--list", tmp_path / "list.yaml")
 
 
 # The scripts themselves
 
 
 def test_the_command_line(capsys):
-    for arguments in (["runs/x"], [], ["--all", "runs/x"]):
+    for arguments in (["runs/x"], []):
         with pytest.raises(SystemExit) as ended:
             push(arguments)
         assert ended.value.code == 2
@@ -486,13 +439,3 @@ def test_the_command_line(capsys):
         with pytest.raises(SystemExit) as ended:
             main(["--help"])
         assert ended.value.code == 0
-
-
-def test_publishing_needs_no_extras():
-    """Not what trains and evaluates: a run is read as the files that it left."""
-    for path in (ROOT / "timm_lowrank" / "hub").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                assert name.split(".")[0] not in ("training", "suites", "accelerate", "datasets", "matplotlib"), path

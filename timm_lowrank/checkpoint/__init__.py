@@ -1,4 +1,4 @@
-"""A trained model as a folder or a repository on the Hugging Face Hub: saved, loaded, published.
+"""A trained model as a folder or a repository on the Hugging Face Hub: saved, loaded, fetched.
 
 config.json, model.safetensors        the plain network in timm's own layout: timm and transformers load it alone
 lowrank.json, lowrank.safetensors     the branches: configuration, and W and b of each layer
@@ -10,7 +10,6 @@ README.md                             on the Hub: the model card
 
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from .branches import FORMAT, BranchDescription, has_branches, load_branches, read_description, write_branches
-from .card import minimal_card
 from .files import (
     CHECKPOINT_FILES,
     LOWRANK_CONFIG,
@@ -22,7 +21,6 @@ from .files import (
     sha256_of,
 )
 from .loading import from_pretrained, verify
-from .publishing import Published, push_to_hub
 from .remote import download
 from .saving import save_pretrained
 
@@ -37,15 +35,12 @@ __all__ = [
     "CheckpointDamagedError",
     "CheckpointError",
     "CheckpointWriteError",
-    "Published",
     "checked_name",
     "download",
     "from_pretrained",
     "has_branches",
     "load_branches",
-    "minimal_card",
     "module_to_import",
-    "push_to_hub",
     "read_description",
     "save_pretrained",
     "sha256_of",

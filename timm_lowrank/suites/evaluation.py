@@ -19,8 +19,8 @@ from accelerate import PartialState
 from ..errors import EvaluationError, EvaluationWarning
 from ..evaluation.checks import check_before_attack
 from ..evaluation.results import evaluation_from_json
-from ..report import write_plots, write_report
 from ..files import disk_errors, read_json, write_whole
+from ..report import write_plots, write_report
 from .context import Context, build_context
 from .inputs import Options, layers_of, load_data, load_other_labels, load_subjects, output_of
 from .journal import ADVICE, Journal

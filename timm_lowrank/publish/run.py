@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ..checkpoint import CHECKPOINT_FILES, CheckpointError, Published, push_to_hub
+from ..checkpoint import CHECKPOINT_FILES, CheckpointError
 from ..checkpoint.remote import checked_repo_id, hub_errors
-from .card import card_of
-from .merging import section
+from ..files import read_json
+from .card import LICENSE, run_card
+from .merging import license_of, merge, section
+from .push import CARD, Published, push_to_hub
 from .record import RunRecord, read_run
 
-CARD = "README.md"
-PATIENCE = 10.0  # seconds for the Hub to say what a repository holds
+TIMEOUT = 10.0  # seconds for the Hub to say what a repository holds
 WHAT = {
     "config.json": "the network, in timm's layout",
     "model.safetensors": "its weights",
@@ -69,7 +70,6 @@ def publish_run(
     run: Path | RunRecord,
     repo_id: str,
     *,
-    template: str,
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -83,9 +83,8 @@ def publish_run(
     Args:
         run: the folder of a finished run of recipes/train.py, or what `read_run` made of it.
         repo_id: USER/NAME.
-        template: the card of a new repository, with empty generated sections.
         token, private, revision: as for `push_to_hub`.
-        license: of the weights, an identifier of the Hub; None keeps what the card or the template says.
+        license: of the weights, an identifier of the Hub; None keeps what the card says; a new one says Apache-2.0.
         dataset: the name on the Hub of the data set, if the run had a local copy of it.
         keep_card: leave the card of the repository as it is.
         dry_run: a new or empty folder. What the repository holds is asked for and taken into account, if the Hub
@@ -103,20 +102,27 @@ def publish_run(
             "first, or choose another name. Nothing was published"
         )
     files = _files_of(record)
-    if keep_card and held.card is not None:
-        card, notes = held.card, held.notes
-    else:
-        before, where = (template, "the template") if held.card is None else (held.card, f"{CARD} of {repo_id}")
-        about = {name: _what(name) for name in (*_checkpoint_files(record), *files)}
-        merged = card_of(
-            record, repo_id, before, about, license=license, dataset=dataset, revision=revision, where=where
-        )
-        card, notes = merged.text, (*held.notes, *merged.notes)
+    card, notes = held.card, held.notes
+    if card is None or not keep_card:
+        where = f"{CARD} of {repo_id}"
+        named = license or (LICENSE if card is None else license_of(card, where))
+        beside = [name for name in CHECKPOINT_FILES if (record.run.model / name).is_file()]
+        about = {name: WHAT.get(name, "a picture of its training or evaluation") for name in (*beside, *files)}
+        new = run_card(record, repo_id, about, license=named, dataset=dataset, revision=revision)
+        if card is None:
+            card = new
+        else:
+            merged = merge(card, new, where, license=license)
+            card, notes = merged.text, (*notes, *merged.notes)
+        try:
+            ModelCard(card)
+        except ValueError as error:
+            raise CheckpointError(f"{where} cannot be read as a model card: {error}") from error
     stale = _stale(held, files)
     published = push_to_hub(
-        record.checkpoint, repo_id, token=token, private=private, revision=revision, card=card, files=files,
+        record.run.model, repo_id, token=token, private=private, revision=revision, card=card, files=files,
         delete=stale, parent_commit=held.commit, dry_run=dry_run,
-        commit_message=f"Publish {record.summary['name']} with timm_lowrank",
+        commit_message=f"Publish {record.run.summary.name} with timm_lowrank",
     )  # fmt: skip
     return Outcome(published, tuple(stale), notes)
 
@@ -152,9 +158,9 @@ def _held(repo_id: str, revision: str | None, token: str | None, dry: bool) -> H
 def _ask(api: HfApi, repo_id: str, revision: str | None) -> Held:
     try:
         try:
-            info = api.model_info(repo_id, revision=revision, timeout=PATIENCE)
+            info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT)
         except RevisionNotFoundError:  # it will branch off the main one
-            info = api.model_info(repo_id, timeout=PATIENCE)
+            info = api.model_info(repo_id, timeout=TIMEOUT)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:  # or no access, which the push will tell
@@ -170,7 +176,7 @@ def _ask(api: HfApi, repo_id: str, revision: str | None) -> Held:
     return Held(info.sha, files, card, public=info.private is False)
 
 
-def _stale(held: Held, files: Mapping[str, Any]) -> list[str]:
+def _stale(held: Held, files: Collection[str]) -> list[str]:
     """Files of an earlier push, as its card lists them, that are no more; the owner's own are not among them."""
     try:
         listed = section(held.card, "files") if held.card else None
@@ -183,30 +189,24 @@ def _stale(held: Held, files: Mapping[str, Any]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- what is sent
 
 
-def _checkpoint_files(record: RunRecord) -> list[str]:
-    return [name for name in CHECKPOINT_FILES if (record.checkpoint / name).is_file()]
-
-
 def _files_of(record: RunRecord) -> dict[str, Path | bytes]:
     """What goes beside the checkpoint: name in the repository to a file or its content."""
+    run = record.run
     files: dict[str, Path | bytes] = {
-        "recipe.yaml": _cleaned(record.folder / "config.yaml", record.recipe),
-        "summary.json": _cleaned(record.folder / "summary.json", record.summary),
+        "recipe.yaml": _cleaned(run.config, lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))),
+        "summary.json": _cleaned(run.summary_json, read_json),
     }
     if record.evaluation is not None:
-        files["evaluation.json"] = _cleaned(record.folder / "evaluation.json", record.evaluation)
-    return files | {f"plots/{name}": record.folder / "plots" / name for name in record.plots}
+        files["evaluation.json"] = _cleaned(run.evaluation_json, read_json)
+    return files | {f"plots/{name}": run.plots / name for name in record.plots}
 
 
-def _cleaned(path: Path, content: Mapping[str, Any]) -> Path | bytes:
+def _cleaned(path: Path, read: Callable[[Path], Any]) -> Path | bytes:
     """A file of the run as it is, or without the paths of this machine if it holds any."""
+    content = read(path)
     cleaned = without_local_paths(content)
     if cleaned == content:
         return path
     if path.suffix == ".yaml":
         return str(yaml.safe_dump(cleaned, sort_keys=False)).encode()
     return (json.dumps(cleaned, indent=1) + "\n").encode()
-
-
-def _what(name: str) -> str:
-    return WHAT.get(name, "a picture of its training or evaluation")

@@ -9,26 +9,24 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..checkpoint import (
-    LOWRANK_CONFIG,
-    NETWORK_CONFIG,
     NETWORK_WEIGHTS,
     CheckpointDamagedError,
     CheckpointError,
     CheckpointWriteError,
     download,
-    module_to_import,
-    sha256_of,
+    read_description,
     verify,
 )
-from ..checkpoint.files import known_architecture, read_json
 from ..checkpoint.remote import hub_errors
-from .figures import share_of
-from .markup import listing, one_line
+from ..evaluation.results import Value
+from ..files import sha256_of
+from ..text import listing
+from .card import OURS, one_line, read_info, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Pulled:
         Raises:
             CheckpointError: its architecture is not there: says what to import or upgrade.
         """
-        config = read_json(self.folder / NETWORK_CONFIG)
-        architecture = known_architecture(config, self.folder)
-        package = module_to_import(architecture)
-        lines = [f"{self.repo_id}: {_what(config, architecture)}", *_branches(self.folder), *_accuracy(self.folder)]
+        network = read_info(self.folder, branches=False)
+        size = f", images of {' x '.join(map(str, network.input_size))}" if network.input_size else ""
+        what = f"{self.repo_id}: {network.architecture}, {network.classes} classes{size}"
+        lines = [one_line(line) for line in (what, _branches(self.folder), _accuracy(self.folder)) if line]
         lines += [
             f"{len(self.files)} files in {self.folder}",
             f"model.safetensors has the sha256 {self.sha256}"
@@ -62,7 +60,7 @@ class Pulled:
         ]
         where = f"local-dir:{self.folder.resolve()}" if self.kept else f"hf-hub:{self.repo_id}@{self.commit}"
         source = str(self.folder.resolve()) if self.kept else self.repo_id
-        lines += [f"    import timm{', ' + package if package else ''}"]
+        lines += [f"    import timm{', ' + network.package if network.package else ''}"]
         lines += [f'    network = timm.create_model("{where}", pretrained=True).eval()', "or, to train on:"]
         pinned = "" if self.kept else f', revision="{self.commit}"'
         return [*lines, "    import timm_lowrank", f'    model = timm_lowrank.from_pretrained("{source}"{pinned})']
@@ -102,8 +100,8 @@ def pull(
     names = tuple(sorted(p.relative_to(fetched).as_posix() for p in fetched.rglob("*") if p.is_file()))
     if folder is not None:
         _copy(fetched, folder, names, sums, sha256)
-    place = folder or fetched
-    return Pulled(repo_id, place, commit, names, sha256_of(place / NETWORK_WEIGHTS), bool(sums), folder is not None)
+    where = folder or fetched
+    return Pulled(repo_id, where, commit, names, sha256_of(where / NETWORK_WEIGHTS), bool(sums), folder is not None)
 
 
 def _sums(repo_id: str, commit: str, token: str | None) -> dict[str, str]:
@@ -113,8 +111,8 @@ def _sums(repo_id: str, commit: str, token: str | None) -> dict[str, str]:
             info = HfApi(token=token).model_info(repo_id, revision=commit, files_metadata=True)
     except CheckpointError:
         return {}  # what is in the cache was taken
-    found = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings or ()}
-    return {name: digest for name, digest in found.items() if digest}
+    sums = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings or ()}
+    return {name: digest for name, digest in sums.items() if digest}
 
 
 def _damaged(folder: Path, sums: Mapping[str, str]) -> list[str]:
@@ -160,28 +158,25 @@ def _copy(fetched: Path, folder: Path, names: tuple[str, ...], sums: Mapping[str
 # ------------------------------------------------------------------------------------------------------ what it is
 
 
-def _what(config: Mapping[str, Any], architecture: str) -> str:
-    cfg = config.get("pretrained_cfg")
-    size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
-    images = f", images of {' x '.join(map(str, size))}" if isinstance(size, list) else ""
-    return one_line(f"{architecture}, {config.get('num_classes')} classes{images}")
-
-
-def _branches(folder: Path) -> list[str]:
-    if not (folder / LOWRANK_CONFIG).is_file():
-        return ["trained without low-rank branches, or they were not published"]
-    layers = read_json(folder / LOWRANK_CONFIG).get("layers")
-    if not isinstance(layers, Mapping):
-        return []
-    ranks = [f"{layer} (rank {size.get('rank')})" for layer, size in layers.items() if isinstance(size, Mapping)]
-    return [one_line(f"trained with low-rank branches on {listing(ranks)}")]
-
-
-def _accuracy(folder: Path) -> list[str]:
-    """What its summary.json claims, if it has one that can be read."""
+def _branches(folder: Path) -> str:
     try:
-        summary = read_json(folder / "summary.json")
-        clean = share_of(float(summary["clean_accuracy"]), int(summary["data"]["test_images"]))
-        return [one_line(f"clean accuracy {clean.shown} of {clean.of:,} test images ({summary['data']['source']})")]
-    except (CheckpointError, ValueError, KeyError, TypeError):
-        return []
+        description = read_description(folder)
+    except CheckpointError as error:
+        return f"its low-rank branches cannot be loaded: {error}"
+    if description is None:
+        return "trained without low-rank branches, or they were not published"
+    ranks = [f"{layer} (rank {branch.rank})" for layer, branch in description.layers.items()]
+    return f"trained with low-rank branches on {listing(ranks)}"
+
+
+def _accuracy(folder: Path) -> str:
+    """What its card claims, if it is one of ours and can be read."""
+    try:
+        data = cast(ModelCardData, ModelCard((folder / "README.md").read_text(encoding="utf-8")).data)
+        results = (result for result in data.eval_results or () if result.source_name == OURS)
+        clean = next(result for result in results if result.metric_name == "accuracy")
+        images = (clean.metric_args or {})["images"]
+        accuracy = Value.share(round(clean.metric_value * images), images)
+        return f"clean accuracy {share(accuracy)} of {images:,} test images ({clean.dataset_name})"
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return ""

@@ -15,13 +15,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
+from ..checkpoint import CHECKPOINT_FILES, LOWRANK_CONFIG, LOWRANK_WEIGHTS, checked_name, save_pretrained
+from ..checkpoint.files import PICKLES, require_checkpoint
+from ..checkpoint.loading import load_folder, local_folder
+from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..core.model import LowRankModel
 from ..errors import CheckpointError, CheckpointWriteError
-from .card import minimal_card
-from .files import CHECKPOINT_FILES, LOWRANK_CONFIG, LOWRANK_WEIGHTS, PICKLES, checked_name, require_checkpoint
-from .loading import load_folder, local_folder
-from .remote import checked_repo_id, hub_errors
-from .saving import save_pretrained
+from .card import short_card
 
 CARD = "README.md"
 Source = str | os.PathLike[str] | bytes
@@ -97,7 +97,7 @@ def push_to_hub(
     with _staging(dry_run) as folder:
         _write_checkpoint(model, folder, label_names, data_config)
         _write_files(files or {}, folder)
-        (folder / CARD).write_text(minimal_card(folder, repo_id) if card is None else str(card), encoding="utf-8")
+        (folder / CARD).write_text(short_card(folder, repo_id) if card is None else str(card), encoding="utf-8")
         if dry_run is not None:
             return Published(repo_id, _names(folder), None, None, Path(dry_run))
         api = HfApi(token=token, library_name="timm_lowrank")
@@ -154,13 +154,13 @@ def _write_checkpoint(
     if isinstance(model, str | os.PathLike):
         if label_names is not None or data_config is not None:
             raise CheckpointError("label_names and data_config stand in the config.json of a folder: leave them out")
-        found = local_folder(model)
-        if found is None:
+        source = local_folder(model)
+        if source is None:
             raise CheckpointError(f"there is no folder {os.fspath(model)!r} to publish")
-        require_checkpoint(found)
+        require_checkpoint(source)
         for name in CHECKPOINT_FILES:
-            if (found / name).is_file():
-                shutil.copyfile(found / name, folder / name)
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
     else:
         save_pretrained(model, folder, label_names=label_names, data_config=data_config)
     load_folder(folder)  # what cannot be loaded is not published
@@ -170,7 +170,7 @@ def _write_files(files: Mapping[str, Source], folder: Path) -> None:
     for name, source in files.items():
         checked_name(name)
         if isinstance(source, bytes):
-            _place(name, source, folder)
+            _add(name, source, folder)
             continue
         path = Path(source)
         if not path.exists():
@@ -183,10 +183,10 @@ def _write_files(files: Mapping[str, Source], folder: Path) -> None:
                 )
             if file.is_file():
                 inside = f"{name}/{file.relative_to(path).as_posix()}" if path.is_dir() else name
-                _place(inside, file, folder)
+                _add(inside, file, folder)
 
 
-def _place(name: str, source: Path | bytes, folder: Path) -> None:
+def _add(name: str, source: Path | bytes, folder: Path) -> None:
     if name in (*CHECKPOINT_FILES, CARD):
         raise CheckpointError(f"{name} is written from the model or the card: it cannot be one of files=")
     if name.lower().endswith(PICKLES):

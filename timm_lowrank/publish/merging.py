@@ -18,10 +18,9 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import yaml_dump
 
-from ..checkpoint import CheckpointError
-from ..checkpoint.card import mark
+from ..errors import CheckpointError
+from .card import OURS
 
-OURS = "timm_lowrank"  # the name of the source of our results in model-index
 _MARK = re.compile(r"^<!-- (generated|end of generated): ([\w-]+) -->[ \t]*$", re.MULTILINE)
 _FRONT = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 _TOP_LEVEL = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)
@@ -43,90 +42,81 @@ def section(card: str, name: str) -> str | None:
         CheckpointError: marks that do not come in pairs.
     """
     card = card.replace("\r\n", "\n")
-    place = _places(card, "the card").get(name)
-    return card[slice(*place)] if place else None
+    span = _spans(card, "the card").get(name)
+    return card[slice(*span)] if span else None
 
 
 def replaced(text: str, name: str, body: str, where: str) -> str | None:
     """A text with the content of one generated section replaced; None without its marks."""
     crlf = "\r\n" in text
     text = text.replace("\r\n", "\n")
-    place = _places(text, where).get(name)
-    if place is None:
+    span = _spans(text, where).get(name)
+    if span is None:
         return None
-    text = f"{text[: place[0]]}{body}\n{text[place[1] :]}"
+    text = f"{text[: span[0]]}{body}\n{text[span[1] :]}"
     return text.replace("\n", "\r\n") if crlf else text
 
 
-def front_matter(card: str, where: str = "README.md") -> dict[str, Any]:
-    """The metadata at the head of a card.
+def license_of(card: str, where: str) -> str | None:
+    """The licence that the front matter of a card names, several with commas between them.
 
     Raises:
         CheckpointError: it is no YAML mapping.
     """
-    return _loaded(_split(card.removeprefix("\ufeff").replace("\r\n", "\n"))[0], where)
+    named = _loaded(_split(card.removeprefix("\ufeff").replace("\r\n", "\n"))[0], where).get("license")
+    return ", ".join(str(name) for name in (named if isinstance(named, list) else [named]) if name) or None
 
 
-def merge(
-    card: str,
-    metadata: Mapping[str, Any],
-    sections: Mapping[str, str],
-    where: str = "README.md",
-    overruled: Mapping[str, Any] = {},
-) -> Merged:
-    """Writes generated sections and metadata into a card.
+def merge(card: str, new: str, where: str = "README.md", *, license: str | None = None) -> Merged:
+    """Writes the generated sections and the front matter of a new card into one that exists.
 
-    Of the metadata, the results of this package are replaced, lists such as tags are completed, missing keys are
+    Of the front matter, the results of this package are replaced, lists such as tags are completed, missing keys are
     added, and every other key stays as it was written. A section without marks is the owner's own by now and not
     written again; a card without any marks gets all sections at its end.
 
     Args:
-        card: README.md as it is, with any line ends; or a template.
-        metadata: keys of the front matter.
-        sections: name to Markdown.
+        card: README.md as it is, with any line ends.
+        new: what `run_card` gives.
         where: for messages.
-        overruled: keys of the front matter that get a new value even if the card has one.
+        license: to be named even if the card names another one.
 
     Raises:
         CheckpointError: front matter that is no YAML mapping, or marks that do not come in pairs.
     """
     crlf, bom = "\r\n" in card, card.startswith("\ufeff")
     front, text = _split(card.removeprefix("\ufeff").replace("\r\n", "\n"))
-    front = _merge_front(front, metadata, overruled, where)
-    text, notes = _merge_sections(text, sections, where)
+    new_front, new_text = _split(new)
+    front = _merge_front(front, _loaded(new_front, "the new card"), license, where)
+    text, notes = _merge_sections(text, new_text, where)
     whole = f"---\n{front}---\n{text}"
     return Merged(("\ufeff" if bom else "") + (whole.replace("\n", "\r\n") if crlf else whole), notes)
 
 
 def _split(card: str) -> tuple[str, str]:
     """Front matter and the text behind it."""
-    found = _FRONT.match(card)
-    if not found:
-        return "", card
-    return found[1], card[found.end() :]
+    front = _FRONT.match(card)
+    return (front[1], card[front.end() :]) if front else ("", card)
 
 
 # -------------------------------------------------------------------------------------------------------- sections
 
 
-def _places(text: str, where: str) -> dict[str, tuple[int, int]]:
+def _spans(text: str, where: str) -> dict[str, tuple[int, int]]:
     """Where the content of each generated section begins and ends."""
-    places: dict[str, tuple[int, int]] = {}
+    spans: dict[str, tuple[int, int]] = {}
     opened: re.Match[str] | None = None
-    for found in _MARK.finditer(text):
-        kind, name = found.groups()
-        expected = "generated" if opened is None else "end of generated"
-        if kind != expected or (opened is not None and name != opened[2]) or (opened is None and name in places):
-            broken = name if opened is None else opened[2]
-            raise _broken(broken, where)
-        if opened is None:
-            opened = found
-        else:
-            places[name] = (min(opened.end() + 1, found.start()), found.start())
+    for sign in _MARK.finditer(text):
+        kind, name = sign.groups()
+        if opened is None and kind == "generated" and name not in spans:
+            opened = sign
+        elif opened is not None and kind == "end of generated" and name == opened[2]:
+            spans[name] = (min(opened.end() + 1, sign.start()), sign.start())
             opened = None
+        else:
+            raise _broken(opened[2] if opened else name, where)
     if opened is not None:
         raise _broken(opened[2], where)
-    return places
+    return spans
 
 
 def _broken(name: str, where: str) -> CheckpointError:
@@ -137,24 +127,23 @@ def _broken(name: str, where: str) -> CheckpointError:
     )
 
 
-def _merge_sections(text: str, sections: Mapping[str, str], where: str) -> tuple[str, tuple[str, ...]]:
-    places = _places(text, where)
-    if not places:
-        appended = "\n\n".join(mark(name, body) for name, body in sections.items())
-        before = text.rstrip("\n")
+def _merge_sections(text: str, new: str, where: str) -> tuple[str, tuple[str, ...]]:
+    spans, new_spans = _spans(text, where), _spans(new, "the new card")
+    if not spans:
+        kept = f"{text.rstrip()}\n\n" if text.strip() else "\n"
         note = f"{where} had no generated sections: all of it was kept, and they follow below it"
-        return (f"{before}\n\n" if before.strip() else "\n") + appended + "\n", (note,) if before.strip() else ()
-    for name, (begin, end) in sorted(places.items(), key=lambda item: -item[1][0]):
-        if name in sections:
-            text = f"{text[:begin]}{sections[name]}\n{text[end:]}"
+        return kept + new[_MARK.search(new).start() :], (note,) if text.strip() else ()  # type: ignore[union-attr]
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
+        if name in new_spans:
+            text = text[:begin] + new[slice(*new_spans[name])] + text[end:]
     notes = []
-    if missing := [name for name in sections if name not in places]:
+    if missing := [name for name in new_spans if name not in spans]:
         notes.append(
             f"{where} has no marks for {', '.join(missing)} any more: what stands there is yours, was kept, and may be "
             "of an earlier checkpoint. To have a section written again, put the line <!-- generated: NAME --> and "
             "below it <!-- end of generated: NAME --> where it shall stand"
         )
-    if unknown := [name for name in places if name not in sections]:
+    if unknown := [name for name in spans if name not in new_spans]:
         notes.append(
             f"{where} has generated sections that this version does not know, left alone: {', '.join(unknown)}"
         )
@@ -164,7 +153,7 @@ def _merge_sections(text: str, sections: Mapping[str, str], where: str) -> tuple
 # ---------------------------------------------------------------------------------------------------- front matter
 
 
-def _merge_front(front: str, metadata: Mapping[str, Any], overruled: Mapping[str, Any], where: str) -> str:
+def _merge_front(front: str, metadata: Mapping[str, Any], license: str | None, where: str) -> str:
     """The front matter with the metadata in it. Blocks of other keys stay as they were written, comments and all."""
     before = _loaded(front, where)
     after = dict(before)
@@ -172,13 +161,12 @@ def _merge_front(front: str, metadata: Mapping[str, Any], overruled: Mapping[str
         if key == "model-index":
             after[key] = _merge_index(before.get(key), value, where)
         elif key in _COMPLETED:
-            after[key] = _completed(before.get(key), value)
+            theirs = before.get(key) or []
+            theirs = theirs if isinstance(theirs, list) else [theirs]
+            after[key] = [*theirs, *(entry for entry in value if entry not in theirs)]
         else:
             after.setdefault(key, value)
-    after.update(overruled)
-    if "model-index" in before and "model-index" not in metadata:
-        after["model-index"] = _merge_index(before["model-index"], [], where)
-    after = {key: value for key, value in after.items() if not (key == "model-index" and value == [])}
+    after |= {"license": license} if license else {}
     spliced = _spliced(front, before, after)
     try:
         faithful = yaml.safe_load(spliced) == after
@@ -189,15 +177,15 @@ def _merge_front(front: str, metadata: Mapping[str, Any], overruled: Mapping[str
 
 def _loaded(front: str, where: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(front)
+        metadata = yaml.safe_load(front)
     except yaml.YAMLError as error:
         raise CheckpointError(
             f"the front matter of {where} is not valid YAML ({' '.join(str(error).split())}): repair it first, or "
             "leave the card alone with --keep-card"
         ) from error
-    if not isinstance(found, dict | None):
+    if not isinstance(metadata, dict | None):
         raise CheckpointError(f"the front matter of {where} must be a mapping of keys to values: repair it first")
-    return found or {}
+    return metadata or {}
 
 
 def _spliced(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -206,7 +194,7 @@ def _spliced(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) ->
         key = next((key for key in before if re.match(rf"[\"']?{re.escape(str(key))}[\"']?\s*:", block)), None)
         if key is None or after.get(key) == before[key]:
             blocks.append(block)
-        elif key in after:
+        else:
             comments = re.search(r"(?:^[ \t]*(?:#.*)?\n)*\Z", block, re.MULTILINE)  # they belong to the next key
             blocks.append(_dumped(key, after[key]) + (comments[0] if comments else ""))
     text = "".join(blocks)
@@ -216,12 +204,6 @@ def _spliced(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) ->
 
 def _dumped(key: str, value: Any) -> str:
     return str(yaml_dump({key: value}, sort_keys=False))
-
-
-def _completed(before: Any, ours: Sequence[str]) -> list[Any]:
-    """The owner's entries, and then those of ours that are not among them."""
-    theirs = before if isinstance(before, list) else [] if before is None else [before]
-    return [*theirs, *(entry for entry in ours if entry not in theirs)]
 
 
 def _merge_index(before: Any, ours: Sequence[Mapping[str, Any]], where: str) -> list[Any]:

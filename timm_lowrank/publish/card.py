@@ -1,0 +1,329 @@
+"""Model cards: the template card.md.jinja filled with what is known of a checkpoint, and of the run that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+
+from .. import text
+from ..checkpoint import NETWORK_CONFIG, BranchDescription, module_to_import, read_description
+from ..checkpoint.files import known_architecture
+from ..evaluation.noise import STANDARD_DEVIATION
+from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
+from ..files import read_json
+
+if TYPE_CHECKING:
+    from .record import RunRecord  # which needs more than is installed with this package
+
+HUB = "https://huggingface.co"
+OURS = "timm_lowrank"  # the name of the source of our results in model-index
+TAGS = ["image-classification", "timm", "transformers", OURS]
+LICENSE = "apache-2.0"  # of a new card
+DIRECTIONS = (5, 10)
+RECIPE = (  # what the card quotes of it, where it is set
+    "model", "model_args", "data_args", "epochs", "pretrain_epochs", "ramp_epochs", "batch_size", "learning_rate",
+    "momentum", "weight_decay", "nesterov", "schedule", "milestones", "warmup_epochs", "augment", "precision",
+    "ema_decay", "gradient_accumulation", "clip_norm",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What config.json and lowrank.json say of a checkpoint."""
+
+    architecture: str
+    classes: int | None
+    input_size: tuple[int, ...]  # (channels, height, width)
+    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    branches: BranchDescription | None  # None: a plain network
+
+    @property
+    def package(self) -> str | None:
+        """What has to be imported before timm knows the architecture."""
+        return module_to_import(self.architecture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set as a card names it."""
+
+    kind: str  # an identifier, that of the Hub where it is there
+    name: str
+    on_hub: bool
+
+
+def read_info(folder: Path, *, branches: bool = True) -> CheckpointInfo:
+    """Reads the descriptions in a checkpoint folder.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        branches: whether to read lowrank.json, if there is one.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or timm does not have the architecture.
+    """
+    config = read_json(folder / NETWORK_CONFIG)
+    architecture, cfg, classes = (
+        known_architecture(config, folder),
+        config.get("pretrained_cfg"),
+        config.get("num_classes"),
+    )
+    known = cfg if isinstance(cfg, dict) else {}
+    size, mean, std = (
+        tuple(value) if isinstance(value := known.get(key), list) else () for key in ("input_size", "mean", "std")
+    )
+    about = read_description(folder) if branches else None
+    return CheckpointInfo(architecture, classes if isinstance(classes, int) else None, size, mean, std, about)
+
+
+def short_card(folder: Path, repo_id: str) -> str:
+    """README.md for a checkpoint whose owner writes none: what it is, how to load it, and that nothing was evaluated.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        repo_id: USER/NAME.
+    """
+    metadata = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=TAGS)
+    return _render(metadata=metadata.to_yaml(), repo_id=repo_id, network=read_info(folder), record=None)
+
+
+def run_card(
+    record: RunRecord,
+    repo_id: str,
+    files: Mapping[str, str],
+    *,
+    license: str | None = LICENSE,
+    dataset: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """README.md for a run.
+
+    Args:
+        record: the run.
+        repo_id: USER/NAME.
+        files: names of the files beside the card, and what each is.
+        license: of the weights, an identifier of the Hub; None names none.
+        dataset: the name on the Hub of the data set, if the run had a local copy of it.
+        revision: the branch that it is for; None is the main one.
+    """
+    data = dataset_of(record.run.summary.data.source, dataset)
+    results = _results(record, f"{HUB}/{repo_id}/tree/{revision or 'main'}", dataset)
+    metadata = ModelCardData(
+        license=license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=[*TAGS, *(["low-rank"] if record.network.branches else [])],
+        datasets=[data.kind] if data.on_hub else None,
+        metrics=["accuracy"],
+        model_name=repo_id.split("/")[-1],
+        eval_results=results,
+    )
+    evaluation = record.evaluation
+    return _render(
+        metadata=metadata.to_yaml(),
+        repo_id=repo_id,
+        network=record.network,
+        record=record,
+        data=data,
+        tested=dataset_of(evaluation.data.source, dataset) if evaluation else None,
+        license=license,
+        files=files,
+        attacked=[figure for figure in (evaluation.figures if evaluation else ()) if _shows_robustness(figure)],
+        training=_training_facts(record, data),
+    )
+
+
+def dataset_of(source: str, given: str | None = None) -> Dataset:
+    """The data set of a run.
+
+    Args:
+        source: as the run names it: "digits", USER/NAME, or a folder, of which only the last part is published.
+        given: the name on the Hub, if the source is a copy of that.
+    """
+    if given:
+        return Dataset(given, given, True)
+    if source == "digits":
+        return Dataset("digits", "scikit-learn digits", False)
+    if re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", source) and not source.startswith(".") and not Path(source).exists():
+        return Dataset(source, source, True)
+    name = re.split(r"[/\\]", source.rstrip("/\\"))[-1] or "images"
+    return Dataset(re.sub(r"[^\w.-]+", "-", name), name, False)
+
+
+# ------------------------------------------------------------------------------------------------------- front matter
+
+
+def _results(record: RunRecord, source: str, dataset: str | None) -> list[EvalResult]:
+    """Clean accuracy, PGD-20 and AutoAttack at 8/255, as far as they were measured."""
+    trained = record.run.summary.data
+    clean = _result(dataset_of(trained.source, dataset), "test", "accuracy", record.clean, {}, source)
+    if record.evaluation is None:
+        return [clean]
+    data = record.evaluation.data
+    results = []
+    for name, figure in record.headline()._asdict().items():
+        value = record.own(figure)
+        if figure is None or value is None:
+            continue
+        label = "accuracy" if name == "clean" else f"accuracy under {_METRICS[name]}"
+        about = figure.protocol.entries()
+        result = _result(dataset_of(data.source, dataset), data.split, label, value, about, source)
+        if name == "clean" and (record.clean.of or 0) < (value.of or 0):
+            clean = result  # on more images than the run itself was tested on
+        elif name != "clean" or data.fingerprint != trained.fingerprint:
+            results.append(result)
+    return [clean, *results]
+
+
+_METRICS = {"pgd": "PGD-20, L_inf 8/255", "autoattack": "AutoAttack standard, L_inf 8/255"}
+
+
+def _result(
+    data: Dataset, split: str, name: str, value: Value, protocol: Mapping[str, str | int | float | bool], source: str
+) -> EvalResult:
+    interval = {"low": value.low, "high": value.high} if value.interval else {}
+    # How it was measured goes with the metric: two results on one data set with different arguments of the data set
+    # are taken for one, and the second is lost.
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=data.kind,
+        dataset_name=data.name,
+        dataset_split=split,
+        metric_type="accuracy",
+        metric_name=name,
+        metric_value=round(value.value, 6),
+        metric_args={
+            **protocol,
+            "images": value.of,
+            **{f"confidence_95_{end}": round(bound or 0.0, 6) for end, bound in interval.items()},
+        },
+        source_name=OURS,
+        source_url=source,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- what the card quotes
+
+
+def _shows_robustness(figure: Figure) -> bool:
+    """Clean accuracy, PGD-20 on the network itself and on another one, AutoAttack, and noise."""
+    attack, noise = figure.protocol.attack, figure.protocol.noise
+    if figure.kind is Kind.NOISE:
+        return noise is not None and noise.reading == STANDARD_DEVIATION.name
+    if figure.kind not in (Kind.ATTACK, Kind.TRANSFER):
+        return figure.kind is Kind.CLEAN
+    if attack is None or attack.targeted:
+        return False
+    return attack.name == "AutoAttack" or (attack.name == "PGD" and attack.steps == 20 and bool(attack.random_start))
+
+
+def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:
+    """What the table about the training holds, by name; what is not known is None."""
+    summary, recipe = record.run.summary, record.run.recipe.to_dict()
+    branches = record.network.branches
+    config = branches.config.to_dict() if branches else {}
+    return {
+        "data": f"{data.name}, {summary.data.train_images:,} training images",
+        "data fingerprint": summary.data.fingerprint,
+        "recipe": recipe["name"],
+        **{key: recipe[key] for key in RECIPE if recipe.get(key) not in (None, (), [], {}, False, 0)},
+        **{f"lowrank.{key}": value for key, value in config.items()},
+        "weights": "of the last step" if summary.weights == "last" else "averaged over the training",
+        "seed": summary.seed,
+        "took": f"{summary.seconds} seconds on {summary.device}",
+        "versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
+        "sha256 of model.safetensors": record.sha256,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ template
+
+
+def _render(**context: object) -> str:
+    return _environment().get_template("card.md.jinja").render(context)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Markdown, not HTML: whatever comes from elsewhere goes through `escaped` or `code` in the template."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("timm_lowrank", "publish"),
+        autoescape=False,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "code": code,
+        "escaped": escaped,
+        "gap": _gap,
+        "joined": lambda paragraph: " ".join(paragraph.split()),
+        "listing": text.listing,
+        "plain": _plain,
+        "protocol": _protocol,
+        "share": share,
+        "thousands": lambda number: f"{number:,}",
+    }
+    environment.globals |= {"DIRECTIONS": DIRECTIONS, "Kind": Kind, "SOUND": SOUND, "difference": difference}
+    return environment
+
+
+def escaped(value: object) -> str:
+    """Text that shows as it is, in a paragraph and in the cell of a table; on one line."""
+    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+    shown = "".join(entities.get(sign, sign) for sign in one_line(value))
+    shown = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown)
+    return re.sub(r"^(#{1,6}|[-+=]|\d+[.)])(?=\s|$)", r"\\\1", shown)  # what begins a heading or a list
+
+
+def code(value: object) -> str:
+    """Text as code, in a paragraph and in the cell of a table; on one line."""
+    shown = one_line(value).replace("|", "\\|").replace("<!--", "<! --")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    space = " " if "`" in shown else ""
+    return f"{fence}{space}{shown}{space}{fence}" if shown else ""
+
+
+def one_line(value: object) -> str:
+    """Text without line breaks and control characters, which a terminal would obey."""
+    printable = "".join(sign if sign.isprintable() else " " for sign in str(value))
+    return " ".join(printable.split())
+
+
+def share(value: Value | None) -> str:
+    """A share with its interval, 96.1 % (93.6 to 97.7), or that it was not measured."""
+    if value is None:
+        return "not measured"
+    ends = f" ({text.percent(value.interval[0])} to {text.percent(value.interval[1])})" if value.interval else ""
+    return f"{text.percent(value.value)} %{ends}"
+
+
+def _gap(gap: Difference | None) -> str:
+    """A difference in percentage points; nothing where there is none."""
+    if gap is None:
+        return ""
+    return f"{100 * gap.value:+.1f}" + (", within chance" if gap.distinguishable is False else "")
+
+
+def _protocol(protocol: Protocol, value: Value) -> str:
+    """PGD, L_inf, cross-entropy, last iterate; radius 8/255; 20 steps of 2/255; random start; 1 restart; ..."""
+    entries = {key: entry for key, entry in protocol.entries().items() if key not in ("setting", "images", "seed")}
+    words = [*text.phrases(entries), text.counted(value.of or protocol.images or 0, "image")]
+    return "; ".join([*words, *([] if protocol.seed is None else [f"seed {protocol.seed}"])])
+
+
+def _plain(value: object) -> str:
+    """{layer3: 20, pre_logits: 10} for a mapping; everything else as it is."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_plain(entry)}' for key, entry in value.items())}}}"
+    return f"[{', '.join(map(_plain, value))}]" if isinstance(value, list | tuple) else str(value)
