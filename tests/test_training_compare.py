@@ -1,83 +1,105 @@
-"""Comparing finished runs, on real digits."""
+"""Comparing evaluated runs."""
 
 import json
-import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
-from timm_lowrank.training import Recipe, RunError, train
-from timm_lowrank.training.compare import measure_run
+from timm_lowrank.errors import EvaluationError
+from timm_lowrank.evaluation import results
+from timm_lowrank.evaluation.results import Kind
+from timm_lowrank.training import RunError
+from timm_lowrank.training.compare import compare_runs
 
 ROOT = Path(__file__).parents[1]
+PROTOCOL = results.Protocol(images=200)
+ATTACK = results.Protocol(images=200, attack=results.AttackProtocol(name="PGD", eps=8 / 255, steps=20))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short run of a small network with its plain twin."""
-    output = tmp_path_factory.mktemp("runs") / "low"
-    recipe = {
-        "name": "low",
-        "model": "resnet10_cifar",
-        "model_args": {"channels": [8, 8, 16, 16]},
-        "data_args": {"train_limit": 450, "test_limit": 100},
-        "lowrank": {"branches": {"layer3": 6, "pre_logits": 4}, "warmup_updates": 5},
-        "epochs": 4,
-        "pretrain_epochs": 1,
-        "batch_size": 64,
-        "schedule": "cosine",
-        "augment": "crop",
-        "twin": True,
-    }
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    train(Recipe.from_dict(recipe), output)
-    return output
+def figure(key, kind, values, **options):
+    shares = {title: results.Value(value) for title, value in values.items()}
+    return results.Figure(
+        **{
+            "key": key,
+            "kind": kind,
+            "group": "a group",
+            "label": key,
+            "values": shares,
+            "protocol": PROTOCOL,
+            **options,
+        }
+    )
 
 
-def test_the_figures_are_those_of_the_run(run):
-    figures = measure_run(run, (2, 5), noise=0.0, limit=300)
-    summary = json.loads((run / "summary.json").read_text())
-    ratios = summary["branches"]["layer3"]["variance_ratio"]
-    assert list(figures)[:2] == ["clean", "noise 0"]
-    assert figures["clean"] == pytest.approx(summary["clean_accuracy"], abs=1e-6)
-    assert figures["noise 0"] == figures["clean"]
-    assert figures["layer3 variance 5"] == pytest.approx(ratios["5"], abs=1e-4)
-    assert figures["pre_logits variance 2"] < figures["pre_logits variance 5"] <= 1
-    assert 0.1 < figures["pre_logits linear 5"] <= 1
-
-
-def test_noise_is_noticed_and_repeats(run):
-    first, second = (measure_run(run, (5,), noise=1.0, limit=100) for _ in range(2))
-    assert first == second
-    assert first["noise 1"] < first["clean"]
-
-
-def test_the_script_puts_twins_side_by_side(run, tmp_path):
-    # The plain run is asked for a layer that only the other one names.
-    shutil.copytree(run / "twin", tmp_path / "plain")
-    summary = json.loads((tmp_path / "plain" / "summary.json").read_text())
-    del summary["branches"]["layer3"]
-    (tmp_path / "plain" / "summary.json").write_text(json.dumps(summary))
-    command = [
-        sys.executable,
-        ROOT / "recipes" / "compare.py",
-        tmp_path / "plain",
-        run,
-        "--json",
-        tmp_path / "figures.json",
+def evaluated(folder, weights, rank, images=200, title="2-LR", twin="t", **hits):
+    """A folder with the evaluation of a network beside its plain twin: accuracies in per cent."""
+    values = {name: {title: share / 100, "plain": 0.5} for name, share in hits.items()}
+    figures = [
+        figure("clean", Kind.CLEAN, values["clean"]),
+        figure("pgd-20", Kind.ATTACK, values.get("pgd", {}), protocol=ATTACK),
+        figure("other", Kind.OTHER, values["clean"]),
+        figure("compression-layer3-5", Kind.COMPRESSION, values["linear"], layer="layer3", directions=5),
+        figure(
+            "effective-rank-layer3", Kind.EFFECTIVE_RANK, {title: rank, "plain": 30.0}, unit="count", layer="layer3"
+        ),
     ]
-    done = subprocess.run([*map(str, command), "--limit", "200"], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert lines[0].split() == ["run", "plain", "low"]
-    assert next(line for line in lines if line.startswith("layer3 linear 10")).count(".") == 2  # a figure for each run
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert set(figures) == {str(run), str(tmp_path / "plain")}
+    evaluation = results.Evaluation(
+        suite="quick", seed=0, chunk=100, confidence=0.95, device="cpu", created="2026-01-01T00:00:00+00:00",
+        seconds=1.0, versions={}, curves=(), strips=(), verdicts={}, warnings=(), figures=tuple(figures),
+        data=results.DataInfo(source="digits", split="test", images=images, image_size=(1, 8, 8), class_names=("a",)),
+        networks=(results.NetworkInfo(title=title, weights=weights), results.NetworkInfo(title="plain", weights=twin)),
+    )  # fmt: skip
+    folder.mkdir()
+    results.write_evaluation(evaluation, folder / "evaluation.json")
+    return folder
 
 
-def test_an_unfinished_run_is_named(tmp_path):
-    with pytest.raises(RunError, match=r"it is no run"):
-        measure_run(tmp_path, (5,), noise=0.4, limit=10)
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        evaluated(tmp_path / "low-seed0", "a", rank=7.0, clean=90, linear=60, pgd=20),
+        evaluated(tmp_path / "low-seed1", "b", rank=9.0, clean=94, linear=61, twin="another"),
+        evaluated(tmp_path / "N-LR-seed0", "t", rank=30.0, clean=50, linear=50, title="plain run", twin="u"),
+    ]
+
+
+def test_runs_are_averaged_over_seeds_and_every_network_counts_once(runs):
+    compared = compare_runs(runs)
+    low, plain = ("low-seed0", "low-seed1"), ("plain", "plain")  # "t" is N-LR-seed0 itself
+    assert {group: tuple(Path(name).name for name in names) for group, names in compared.groups.items()} == {
+        "low": low, "N-LR": ("N-LR-seed0",), "plain": plain,
+    }  # fmt: skip
+    clean, pgd, linear, rank = compared.figures
+    assert [one.key for one in compared.figures][::3] == ["clean", "effective-rank-layer3"]  # none of another kind
+    assert clean.averages["low"].values == (0.90, 0.94)
+    assert clean.cell("low") == f"92.0 ± {100 * statistics.stdev([0.90, 0.94]):.1f}"
+    assert (linear.cell("low"), linear.cell("N-LR")) == ("60.5 ± 0.7", "50.0")
+    assert (rank.cell("low"), rank.cell("N-LR")) == ("8 ± 1.4", "30")
+    assert (pgd.cell("low"), pgd.cell("N-LR")) == ("20.0", "-")  # measured on one of two, and on none
+
+
+def test_what_cannot_be_compared_is_named_at_once(runs, tmp_path):
+    other = evaluated(tmp_path / "other", "c", rank=7.0, clean=90, linear=60, images=100)
+    with pytest.raises(
+        RunError, match=r"low-seed0 and .*other were evaluated on different images \(images 200 and 100"
+    ):
+        compare_runs([*runs, other])
+    with pytest.raises(RunError, match="it is no run"):
+        compare_runs([*runs, tmp_path])
+    (runs[1] / "evaluation.json").write_text("{}")
+    with pytest.raises(EvaluationError):
+        compare_runs(runs)
+
+
+def test_the_script_prints_a_column_for_each_group(runs, tmp_path):
+    command = [sys.executable, ROOT / "recipes" / "compare.py", *runs, "--json", tmp_path / "figures.json"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    heading, *rows = done.stdout.splitlines()
+    assert heading.split() == ["low", "(2)", "N-LR", "plain", "(2)"]
+    assert [row.split()[0] for row in rows] == ["clean", "pgd-20", "compression-layer3-5", "effective-rank-layer3"]
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["figures"]["clean"]["groups"]["low"]["values"] == [0.9, 0.94]
+    assert written == compare_runs(runs).to_dict()

@@ -23,8 +23,9 @@ import yaml
 from safetensors.torch import load_file
 
 import timm_lowrank
-from timm_lowrank.training import DivergedError, Recipe, RecipeError, RunError, load_images, load_recipe, train
+from timm_lowrank.training import DivergedError, Recipe, RecipeError, Run, RunError, load_images, load_recipe, train
 from timm_lowrank.training import state as state_module
+from timm_lowrank.training.compare import compare_runs
 from timm_lowrank.training.loop import check_not_at_chance
 from timm_lowrank.training.run import RunFolder
 from timm_lowrank.training.state import build, seeded
@@ -199,6 +200,59 @@ def test_a_run_leaves_the_global_generators_alone(tmp_path):
     before = torch.get_rng_state()
     train(recipe(epochs=1, pretrain_epochs=0), tmp_path / "run")
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------- a finished run, read
+
+
+def test_a_finished_run_reads_as_what_was_written(finished):
+    output, summary = finished
+    run = Run.open(output)
+    assert run.recipe == recipe(twin=True, ema_decay=0.9)
+    assert run.summary == summary
+    assert (run.summary.twin, run.summary.twin_folder) == (Run.open(run.twin).summary, "twin")
+    assert list(timm_lowrank.from_pretrained(run.model).branches) == list(run.summary.branches)
+    for layer, shares in run.spectrum().items():
+        assert sum(shares[:5]) == pytest.approx(summary.branches[layer].variance_ratio[5], abs=1e-4)
+    last = run.metrics()[-1]
+    assert (last.epoch, last.train_loss, last.penalty) == (5, summary.losses.train, summary.losses.penalty)
+    assert last.branches["layer3"] == summary.branches["layer3"].losses
+    assert run.metrics()[0].branches["layer3"] == dict.fromkeys(last.branches["layer3"])
+    assert Run.open(run.twin).metrics()[-1].branches == {}
+
+
+def test_what_is_no_finished_run_or_damaged_is_one_clear_error(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    damages = [
+        ("metrics.csv", "epoch\nx\n", "metrics.csv is damaged", lambda: Run.open(output).metrics()),
+        ("spectrum.json", '{"layer3": 1}', "spectrum.json must be a list", lambda: Run.open(output).spectrum()),
+        ("summary.json", '{"name": "x"}', r"summary.json lacks 'model': run the training again", None),
+        ("summary.json", "{", r"summary.json is not valid JSON", None),
+        ("config.yaml", "epoch: 1", r"the recipe of the run in .*run cannot be read.*no key 'epoch'", None),
+        ("config.yaml", "a: [", r"config.yaml is not valid YAML", None),
+    ]
+    for name, content, message, read in damages:
+        before = (output / name).read_text()
+        (output / name).write_text(content)
+        with pytest.raises(RunError, match=message):
+            (read or (lambda: Run.open(output)))()
+        (output / name).write_text(before)
+    for name, message in [
+        ("model/config.json", "holds no model/config.json: the network of this run is gone"),
+        ("summary.json", "has not come to its end"),
+        ("config.yaml", "holds no config.yaml, so it is no run"),
+    ]:
+        (output / name).unlink()
+        with pytest.raises(RunError, match=message):
+            Run.open(output)
+    with pytest.raises(RunError, match="does not exist"):
+        Run.open(tmp_path / "none")
+
+
+def test_a_run_that_was_not_evaluated_cannot_be_compared(finished):
+    with pytest.raises(RunError, match=r"not evaluated yet: .*whole .*: python recipes/evaluate.py .*whole"):
+        compare_runs([finished[0]])
 
 
 # --------------------------------------------------------------------------------------------------------- resuming

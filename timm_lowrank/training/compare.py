@@ -1,87 +1,159 @@
-"""`measure_run`: the figures by which a regularized network is judged beside its plain twin."""
+"""`compare_runs`: the figures of several runs side by side, averaged over seeds, from their evaluation files."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import timm
-import torch
-from torch import Tensor
+from ..errors import RunError
+from ..evaluation.results import Evaluation, Figure, Kind, headline, read_evaluation
+from ..text import columns, percent
+from .run import Run, RunPaths
 
-from ..core.spectrum import variance_ratio
-from ..data.drawn import drawn_images
-from ..data.streamed import StreamedData
-from ..evaluation import PixelModel, activations, linear_accuracy, pixel_noise, predictions
-from .data import load_data
-from .run import Run
-
-Figures = dict[str, float]  # name of the figure: a share in [0, 1]
+KINDS = (Kind.NOISE, Kind.VARIANCE, Kind.COMPRESSION, Kind.EFFECTIVE_RANK)  # beside the headline
 
 
-def measure_run(
-    run: Path,
-    directions: Sequence[int],
-    noise: float,
-    limit: int,
-    *,
-    layers: Sequence[str] | None = None,
-    data: str | None = None,
-) -> Figures:
-    """Measures the exported network of a run.
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """A figure over the runs of a group."""
 
-    Args:
-        run: a run folder of `train`.
-        directions: numbers of leading directions; those that a layer does not have are left out.
-        noise: probability that a pixel is hit, see `timm_lowrank.evaluation.pixel_noise`; seed 0.
-        limit: how many training and how many test images the layers are measured on. Of a run on streamed images, all
-            figures are of so many, as many of each class.
-        layers: which layers to measure; None are those of `layers_of(run)`.
-        data: where the images are now; None is where the recipe says.
+    values: tuple[float, ...]  # of each run
 
-    Returns:
-        "clean", "noise P", and for each layer
-        "LAYER variance D" of the test activations and "LAYER linear D", the test accuracy of a linear classifier
-        on the D leading directions.
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation over runs; None of a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedFigure:
+    """One row of the table."""
+
+    key: str
+    label: str
+    unit: str  # "share", "number" or "count"
+    averages: dict[str, Average]  # group -> average, without groups that it was not measured on
+
+    def cell(self, group: str) -> str:
+        """Mean and standard deviation, shares in per cent: 63.4 ± 1.2."""
+        average = self.averages.get(group)
+        if average is None:
+            return "-"
+        mean, deviation = average.mean, average.deviation
+        if self.unit == "share":
+            spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
+            return percent(mean) + spread
+        return f"{mean:.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs side by side."""
+
+    groups: dict[str, tuple[str, ...]]  # name -> the folders or titles of its runs
+    figures: tuple[ComparedFigure, ...]
+
+    def table(self) -> str:
+        """For a terminal, a figure a line; shares in per cent, with the standard deviation over runs."""
+        heading = ["", *(f"{group} ({len(runs)})" if len(runs) > 1 else group for group, runs in self.groups.items())]
+        rows = [[figure.label, *map(figure.cell, self.groups)] for figure in self.figures]
+        return columns([heading, *rows], right=range(1, len(heading)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The groups, and for each figure and group the values of the runs, their mean and deviation."""
+        figures = {}
+        for figure in self.figures:
+            by_group = {
+                group: {"mean": average.mean, "deviation": average.deviation, "values": list(average.values)}
+                for group, average in figure.averages.items()
+            }
+            figures[figure.key] = {"label": figure.label, "unit": figure.unit, "groups": by_group}
+        return {"groups": {group: list(runs) for group, runs in self.groups.items()}, "figures": figures}
+
+
+def compare_runs(folders: Sequence[str | Path]) -> Comparison:
+    """Compares runs by their evaluation.json: nothing is measured again.
+
+    Runs whose names differ in a trailing "-seedN" alone are one group and are averaged. Networks that were evaluated
+    beside a run, such as its plain twin, have groups of their own, named by their titles there; each network counts
+    once. The figures are clean accuracy, PGD and AutoAttack, noise, and for each layer its effective rank, the variance
+    in its leading directions and the accuracy of max-margin classifiers on these.
 
     Raises:
-        RunError: not a finished run.
-        DataError: the images cannot be read.
+        RunError: a folder is no finished run, was not evaluated, or was evaluated on other images than the others.
+        EvaluationError: an evaluation.json is damaged.
     """
-    measured = list(layers or layers_of(run))
-    recipe = Run.open(run).recipe
-    recipe = recipe if data is None else dataclasses.replace(recipe, data=data)
-    found = load_data(recipe)
-    images = drawn_images(found, limit, limit) if isinstance(found, StreamedData) else found
-    model = PixelModel(timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval())
-    test = images.test_images.float() / 255
-    hit = pixel_noise(test, noise, generator=torch.Generator().manual_seed(0))
-    figures = {
-        "clean": _accuracy(predictions(model, test), images.test_labels),
-        f"noise {noise:g}": _accuracy(predictions(model, hit), images.test_labels),
-    }
-    seen = activations(model, images.train_images[:limit].float() / 255, measured)
-    new = activations(model, test[:limit], measured)
-    for layer in seen:
-        fitting = [count for count in directions if count <= min(*seen[layer].shape, *new[layer].shape)]
-        ratios = variance_ratio(new[layer], fitting)
-        linear = linear_accuracy(
-            seen[layer], images.train_labels[:limit], new[layer], images.test_labels[:limit], fitting
+    evaluations = _read([RunPaths(folder) for folder in folders])
+    _check_comparable(evaluations)
+    groups: dict[str, list[tuple[str, Evaluation, str]]] = {}  # name of a run, its evaluation and its title there
+    seen: set[str] = set()
+    own = [(name, evaluation, evaluation.titles[0]) for name, evaluation in evaluations.items()]
+    beside = [(title, evaluation, title) for _, evaluation, _ in own for title in evaluation.titles[1:]]
+    for name, evaluation, title in [*own, *beside]:
+        weights = evaluation.networks[evaluation.titles.index(title)].weights
+        if weights is None or weights not in seen:
+            groups.setdefault(_without_seed(name), []).append((name, evaluation, title))
+        seen |= {weights} if weights else set()
+    named = {group: tuple(name for name, _, _ in runs) for group, runs in groups.items()}
+    return Comparison(named, tuple(_compared(groups)))
+
+
+def _read(runs: Sequence[RunPaths]) -> dict[str, Evaluation]:
+    missing = [run.folder for run in runs if not run.evaluation_json.is_file()]
+    for folder in missing:
+        Run.open(folder)  # says what it is, if it is no finished run
+    if missing:
+        raise RunError(
+            f"not evaluated yet: {', '.join(map(str, missing))} (no evaluation.json). Evaluate each with: "
+            f"python recipes/evaluate.py {missing[0]}"
         )
-        figures |= {f"{layer} variance {d}": ratio for d, ratio in zip(fitting, ratios, strict=True)}
-        figures |= {f"{layer} linear {d}": accuracy for d, accuracy in zip(fitting, linear, strict=True)}
-    return figures
+    return {str(run.folder): read_evaluation(run.evaluation_json) for run in runs}
 
 
-def layers_of(run: Path) -> list[str]:
-    """The layers that a run regularizes, or in a plain run those that its recipe names.
+def _check_comparable(evaluations: dict[str, Evaluation]) -> None:
+    """Averages of figures that were measured on different images would mean nothing."""
+    first, *others = evaluations
+    for other in others:
+        one, two = evaluations[first].data, evaluations[other].data
+        for what in ("fingerprint", "images", "train_images"):
+            if getattr(one, what) != getattr(two, what):
+                raise RunError(
+                    f"{first} and {other} were evaluated on different images ({what} {getattr(one, what)} and "
+                    f"{getattr(two, what)}): evaluate them again on the same, with --overwrite"
+                )
 
-    Raises:
-        RunError: not a finished run.
-    """
-    return list(Run.open(run).summary.branches)
+
+def _without_seed(name: str) -> str:
+    return re.sub(r"-seed\d+$", "", Path(name).name)
 
 
-def _accuracy(predicted: Tensor, labels: Tensor) -> float:
-    return float((predicted == labels).float().mean())
+def _compared(groups: dict[str, list[tuple[str, Evaluation, str]]]) -> list[ComparedFigure]:
+    """The figures in the order of the first evaluation that has them."""
+    figures: dict[str, Figure] = {}
+    for runs in groups.values():
+        for _, evaluation, _ in runs:
+            wanted = [*headline(evaluation), *evaluation.by_kind(*KINDS)]
+            figures |= {figure.key: figure for figure in wanted if figure is not None and figure.key not in figures}
+    compared = []
+    for key, figure in figures.items():
+        averages = {}
+        for group, runs in groups.items():
+            measured = [evaluation.figure(key) for _, evaluation, _ in runs]
+            values = [
+                other.values[title].value
+                for other, (_, _, title) in zip(measured, runs, strict=True)
+                if other is not None and title in other.values and other.values[title].known
+            ]
+            if values:
+                averages[group] = Average(tuple(values))
+        if averages:
+            compared.append(ComparedFigure(key, figure.label, figure.unit, averages))
+    return compared
