@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from timm_lowrank import CheckpointError
-from timm_lowrank.publish.pull import pull
+from timm_lowrank.publish import pull
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

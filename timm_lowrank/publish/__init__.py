@@ -5,12 +5,13 @@ run            `publish_run`: a finished run with its evaluation and a full card
 record         a finished run and its evaluation, read and checked
 card           the card, from the template card.md.jinja
 merging        a card that is written anew while what its owner wrote in it stays
-pull           `pull`: a published checkpoint, fetched and verified
+fetch          `pull`: a published checkpoint, fetched and verified
 checkpoints    the list of published checkpoints
 
-Only the first is imported here: reading runs takes the package's extra "train".
+What is not imported here, `publish_run` before all, reads runs and takes the package's extra "train".
 """
 
+from .fetch import Pulled, pull
 from .push import Published, push_to_hub
 
-__all__ = ["Published", "push_to_hub"]
+__all__ = ["Published", "Pulled", "pull", "push_to_hub"]
