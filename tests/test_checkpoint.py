@@ -62,6 +62,11 @@ def same(one, other):
     )
 
 
+def refused(source, match, **options):
+    with pytest.raises(CheckpointError, match=match):
+        from_pretrained(source, **options)
+
+
 @pytest.fixture
 def folder(model, tmp_path):
     """A saved `model`, and nothing else."""
@@ -103,16 +108,12 @@ def test_transformers_load_it_as_well(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "size"),
-    [
-        ("test_vit", {"img_size": 32}, 32),
-        ("resnet10_cifar", {"channels": [8, 8, 8, 8]}, 32),
-    ],
+    ("name", "options"), [("test_vit", {"img_size": 32}), ("resnet10_cifar", {"channels": [8, 8, 8, 8]})]
 )
-def test_arguments_of_the_architecture_travel_along(tmp_path, name, options, size):
+def test_arguments_of_the_architecture_travel_along(tmp_path, name, options):
     model = tlr.wrap(name, LowRankConfig(branches={"pre_logits": 3}), num_classes=3, **options).eval()
     save_pretrained(model, tmp_path)
-    assert torch.equal(loaded(tmp_path)(images(size)), model(images(size)))
+    assert torch.equal(loaded(tmp_path)(images()), model(images()))
 
 
 def test_channels_last(model, tmp_path):
@@ -152,22 +153,15 @@ def test_saving_changes_nothing(model, tmp_path):
 # errors
 
 
-def test_a_network_that_is_not_timm_s(tmp_path, small_net):
+def test_what_cannot_be_saved(model, tmp_path, small_net):
     wrapped = tlr.wrap(small_net(), LowRankConfig(branches={"body": 2}), example_input=torch.zeros(1, 1, 8, 8))
     for network in (wrapped, nn.Linear(2, 2)):
         with pytest.raises(ValueError, match=r"is no timm network.*save its state_dict\(\)"):
             save_pretrained(network, tmp_path / "folder")
+    for labels in ([], ["a", "b"], ["a", "b", "c", "d"]):
+        with pytest.raises(ValueError, match=f"{len(labels)} label names for 3 classes"):
+            save_pretrained(model, tmp_path / "folder", label_names=labels)
     assert not (tmp_path / "folder").exists()
-
-
-@pytest.mark.parametrize("labels", [[], ["a", "b"], ["a", "b", "c", "d"]])
-def test_a_wrong_number_of_labels(model, tmp_path, labels):
-    with pytest.raises(ValueError, match=f"{len(labels)} label names for 3 classes"):
-        save_pretrained(model, tmp_path / "folder", label_names=labels)
-    assert not (tmp_path / "folder").exists()
-
-
-def test_a_folder_that_cannot_be(model, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(OSError, match="file"):
@@ -176,12 +170,7 @@ def test_a_folder_that_cannot_be(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where",
-    [
-        "timm_lowrank.checkpoint.branches.save_file",
-        "timm.models.save_for_hf",
-        "os.replace",
-    ],
+    "where", ["timm_lowrank.checkpoint.branches.save_file", "timm.models.save_for_hf", "os.replace"]
 )
 def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monkeypatch, where):
     save_pretrained(model, tmp_path)
@@ -297,19 +286,15 @@ def test_a_device(folder):
     assert {tensor.device.type for tensor in (*again.parameters(), again.branches["layer3"].bias)} == {"meta"}
 
 
-def test_ways_to_name_a_folder(model, folder, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    monkeypatch.setenv("HOME", str(folder.parent))
+def test_ways_to_name_a_folder(model, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     sources = [str(folder), "checkpoint", "./checkpoint", "~/checkpoint", f"local-dir:{folder}", Path("checkpoint")]
     for source in sources:
         assert torch.equal(from_pretrained(source)(images()), model(images()))
-
-
-def test_a_run_folder(model, tmp_path):
-    (tmp_path / "config.yaml").write_text("name: run")
-    with pytest.raises(CheckpointError, match=r"has not come to its end.*--resume auto"):
-        from_pretrained(tmp_path)
-    save_pretrained(model, tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("name: run")  # the folder of a run
+    refused(tmp_path, r"has not come to its end.*--resume auto")
+    folder.rename(tmp_path / "model")
     assert torch.equal(from_pretrained(tmp_path)(images()), model(images()))
 
 
@@ -394,27 +379,26 @@ def test_branches_of_another_kind_are_refused_with_both(tmp_path, other, shown):
         checkpoint.load_branches(viewed(**other), tmp_path)
 
 
-def without_views(path, named=False):
+def without_views(path, **config):
     """Make of lowrank.json what LowRankTrainer wrote before views were written down."""
     description = json.loads(path.read_text())
-    for size in description["layers"].values():
-        del size["view"], size["channel_dim"]
-    if not named:
-        description["config"]["branches"] = {"blocks.1": 3}
-    path.write_text(json.dumps(description))
+    layers = {
+        layer: {key: size[key] for key in ("rank", "num_features")} for layer, size in description["layers"].items()
+    }
+    path.write_text(json.dumps({**description, "layers": layers, "config": {**description["config"], **config}}))
 
 
 def test_branches_without_a_view_take_that_of_the_model(tmp_path):
     model, other = viewed("token"), viewed("token")
     model.branches["blocks.1"].bias += 1
     checkpoint.write_branches(model, tmp_path)
-    without_views(tmp_path / "lowrank.json")
+    without_views(tmp_path / "lowrank.json", branches={"blocks.1": 3})
     checkpoint.load_branches(other, tmp_path)
     assert same(model.branches.state_dict(), other.branches.state_dict())
     with pytest.raises(CheckpointError, match=r"are blocks\.1 \(rank 3 of 64\), and those of this model .*of 320\)"):
         checkpoint.load_branches(viewed("flatten"), tmp_path)
     checkpoint.write_branches(model, tmp_path)
-    without_views(tmp_path / "lowrank.json", named=True)  # but in the configuration
+    without_views(tmp_path / "lowrank.json")  # but the configuration names one
     with pytest.raises(CheckpointError, match=r"rank 3 of 64, view token\), and those .*rank 3 of 64, view pool"):
         checkpoint.load_branches(viewed("pool"), tmp_path)
 
@@ -434,11 +418,6 @@ def test_branches_that_are_damaged_or_not_there(tmp_path):
 
 
 # What is refused
-
-
-def refused(source, match, **options):
-    with pytest.raises(CheckpointError, match=match):
-        from_pretrained(source, **options)
 
 
 def test_what_is_no_checkpoint(folder, tmp_path):
@@ -480,21 +459,11 @@ def test_a_file_that_was_cut_off_or_changed(folder, name):
     assert isinstance(from_pretrained(folder), LowRankModel)
 
 
-def test_weights_of_another_network(folder):
-    config = read(folder, "config.json")
-    for changes in ({"num_classes": 5}, {"architecture": "test_vit"}, {"model_args": {"channels": [8, 8, 8, 8]}}):
-        rewrite(folder / "config.json", **changes)
-        refused(folder, r"(do not belong together|cannot build)")
-        rewrite(folder / "config.json", **config)
-
-
-def test_a_network_that_was_changed_after_timm_had_built_it(tmp_path):
+def test_weights_of_a_network_that_was_changed_after_timm_had_built_it(tmp_path):
     network = timm.create_model("test_resnet", num_classes=3)
     network.conv1[0] = nn.Conv2d(3, 16, 5, padding=2, bias=False)
     save_pretrained(network, tmp_path)
-    refused(
-        tmp_path, "the network was changed after timm had built it, in a way that no argument .* says", lowrank=False
-    )
+    refused(tmp_path, "was changed after timm had built it, in a way that no argument .* says", lowrank=False)
 
 
 def test_weights_that_timm_would_resample(tmp_path):
@@ -505,20 +474,27 @@ def test_weights_that_timm_would_resample(tmp_path):
     refused(tmp_path, r"the weights in .* do not fit the network that config\.json describes")
 
 
-def test_an_architecture_that_is_not_there(folder):
-    rewrite(folder / "config.json", architecture="resnet18_cifra")
-    refused(
-        folder,
-        "no architecture 'resnet18_cifra' in timm .*pip install -U timm.*import that package first "
-        r"\(import timm_lowrank for the \*_cifar networks\).*resnet18_cifar",
-    )
-    rewrite(folder / "config.json", architecture=None)
-    refused(folder, "names no architecture")
-
-
-def test_arguments_that_timm_does_not_know(folder):
-    rewrite(folder / "config.json", model_args={"flux_capacitor": True})
-    refused(folder, "cannot build 'test_resnet' as .*flux_capacitor.*newer version.*pip install -U timm")
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_classes": 5}, "do not belong together"),
+        ({"architecture": "test_vit"}, "do not belong together"),
+        ({"model_args": {"channels": [8, 8, 8, 8]}}, "(do not belong together|cannot build)"),
+        (
+            {"architecture": "resnet18_cifra"},
+            "no architecture 'resnet18_cifra' in timm .*pip install -U timm.*import that package first "
+            r"\(import timm_lowrank for the \*_cifar networks\).*resnet18_cifar",
+        ),
+        ({"architecture": None}, "names no architecture"),
+        (
+            {"model_args": {"flux_capacitor": True}},
+            "cannot build 'test_resnet' as .*flux_capacitor.*newer version.*pip install -U timm",
+        ),
+    ],
+)
+def test_a_config_json_of_another_network(folder, changes, match):
+    rewrite(folder / "config.json", **changes)
+    refused(folder, match)
 
 
 @pytest.mark.parametrize("name", ["config.json", "lowrank.json"])
