@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from timm_lowrank.evaluation import EvaluationError, EvaluationWarning, attacks, classified_right, rho
+from timm_lowrank.errors import EvaluationError, EvaluationWarning
+from timm_lowrank.evaluation import attacks, classified_right, rho
 from timm_lowrank.evaluation.attacks import until_fooled
 from timm_lowrank.evaluation.robustness import (
     SmallestRadii,

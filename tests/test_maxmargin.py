@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import timm_lowrank  # noqa: F401  registers resnet10_cifar
+from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation import (
-    EvaluationError,
     HybridModel,
     PixelModel,
     activations,

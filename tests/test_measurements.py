@@ -10,7 +10,8 @@ from scipy.stats import binomtest
 from torch import nn
 
 import timm_lowrank
-from timm_lowrank.evaluation import EvaluationError, EvaluationWarning, PixelModel
+from timm_lowrank.errors import EvaluationError, EvaluationWarning
+from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.cushion import histograms, layer_cushion, operator_norm, weight_layers
 from timm_lowrank.evaluation.intervals import wilson
 from timm_lowrank.evaluation.representations import (

@@ -1,6 +1,5 @@
 """Measurements of trained networks. Everything here that speaks of pixels takes them in [0, 1]."""
 
-from ..errors import EvaluationError, EvaluationWarning
 from . import attacks, masking
 from .checks import check_before_attack
 from .cushion import layer_cushion
@@ -12,8 +11,6 @@ from .robustness import deepfool_rho, minimum_perturbation, smallest_radii, step
 
 __all__ = [
     "NOISE_READINGS",
-    "EvaluationError",
-    "EvaluationWarning",
     "HybridModel",
     "PixelModel",
     "activations",
