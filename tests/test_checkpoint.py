@@ -16,6 +16,9 @@ from torch import nn
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError, LowRankConfig, LowRankModel, checkpoint, from_pretrained, save_pretrained
+from timm_lowrank.checkpoint.files import checked_name
+from timm_lowrank.errors import CheckpointDamagedError, CheckpointWriteError
+from timm_lowrank.files import sha256_of
 
 FILES = {"config.json", "model.safetensors", "lowrank.json", "lowrank.safetensors"}
 
@@ -195,7 +198,7 @@ def test_a_full_disk(model, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(checkpoint.CheckpointWriteError, match=r"could not write .* free some space") as caught:
+        with pytest.raises(CheckpointWriteError, match=r"could not write .* free some space") as caught:
             save_pretrained(model, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -317,11 +320,11 @@ def test_files_of_before_the_checksums_are_read(model, folder):
 
 def test_a_given_checksum(folder):
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert checkpoint.sha256_of(folder / "model.safetensors") == digest
+    assert sha256_of(folder / "model.safetensors") == digest
     assert read(folder)["sha256"]["model.safetensors"] == digest
     checkpoint.verify(folder, sha256=digest.upper())
     assert isinstance(from_pretrained(folder, sha256=digest), LowRankModel)
-    with pytest.raises(checkpoint.CheckpointDamagedError, match=f"its sha256 is {digest}, and it should be 0000"):
+    with pytest.raises(CheckpointDamagedError, match=f"its sha256 is {digest}, and it should be 0000"):
         from_pretrained(folder, sha256="0" * 64)
 
 
@@ -410,7 +413,7 @@ def test_branches_that_are_damaged_or_not_there(tmp_path):
     checkpoint.write_branches(model, tmp_path)
     weights = tmp_path / "lowrank.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(checkpoint.CheckpointDamagedError, match="damaged or exchanged"):
+    with pytest.raises(CheckpointDamagedError, match="damaged or exchanged"):
         checkpoint.load_branches(model, tmp_path)
     (tmp_path / "lowrank.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(CheckpointError, match="must hold config and layers"):
@@ -552,12 +555,12 @@ def test_half_of_the_branches(folder):
 )
 def test_names_that_climb_out_of_a_folder(name):
     with pytest.raises(CheckpointError, match="is no name of a file inside a repository"):
-        checkpoint.checked_name(name)
+        checked_name(name)
 
 
 @pytest.mark.parametrize("name", ["README.md", "plots/spectrum.png", "..x", "a..b/c", ".gitattributes"])
 def test_names_that_stay(name):
-    assert checkpoint.checked_name(name) == name
+    assert checked_name(name) == name
 
 
 # Without this package

@@ -12,6 +12,8 @@ from publishable import BLOB, CHECKPOINT, COMMIT, REPO, images, in_repo, trained
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError, LowRankModel, checkpoint, from_pretrained, push_to_hub
+from timm_lowrank.errors import CheckpointWriteError
+from timm_lowrank.files import sha256_of
 
 
 @pytest.fixture
@@ -324,7 +326,7 @@ def test_a_dry_run_into_a_folder_that_holds_something(model, folder):
     refused("must be new or empty", push_to_hub, model, REPO, dry_run=folder / "config.json")
     assert sorted(folder.iterdir()) == before
     error = refused("could not write", push_to_hub, model, REPO, dry_run=folder / "config.json" / "dry")
-    assert isinstance(error, checkpoint.CheckpointWriteError)
+    assert isinstance(error, CheckpointWriteError)
 
 
 # What the Hub refuses
@@ -374,12 +376,12 @@ def test_names_in_a_listing_that_climb_out(hub, folder):
 
 def test_an_upload_that_breaks_off_publishes_nothing_and_is_taken_up_again(hub, model, folder, waits):
     size = (folder / "model.safetensors").stat().st_size
-    digest = checkpoint.sha256_of(folder / "model.safetensors")
+    digest = sha256_of(folder / "model.safetensors")
     fault = hub.fail("PUT", f"{BLOB}{digest}", drop_after=size // 2, times=100)
     message = f"cannot publish {REPO}: the connection broke .*run it again: .*nothing is half published"
     refused(message, push_to_hub, folder, REPO)
     assert set(in_repo(hub)) == set()
-    assert checkpoint.sha256_of(folder / "lowrank.safetensors") in hub.blobs
+    assert sha256_of(folder / "lowrank.safetensors") in hub.blobs
     fault.times = 0
     hub.calls.clear()
     push_to_hub(folder, REPO)
@@ -426,7 +428,7 @@ def test_a_disk_that_fills_up_while_fetching(hub, model):
         error = refused(message, from_pretrained, REPO)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert isinstance(error, checkpoint.CheckpointWriteError)
+    assert isinstance(error, CheckpointWriteError)
     assert same_network(loaded(), model)
 
 

@@ -6,13 +6,13 @@ Importing the package registers its CIFAR networks with timm.
 """
 
 from . import evaluation, networks
-from .checkpoint import CheckpointError, from_pretrained, save_pretrained
+from .checkpoint import from_pretrained, save_pretrained
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
 from .core.config import LowRankConfig
 from .core.loop import LossHook, attach
 from .core.model import LowRankModel
-from .errors import CaptureError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
+from .errors import CaptureError, CheckpointError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
 from .layers import LayerInfo, list_layers
 from .publish import push_to_hub
 from .wrapping import wrap

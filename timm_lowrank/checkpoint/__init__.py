@@ -8,42 +8,18 @@ README.md                             on the Hub: the model card
 >>> model = tlr.from_pretrained("USER/NAME")  # doctest: +SKIP
 """
 
-from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
-from .branches import FORMAT, BranchDescription, has_branches, load_branches, read_description, write_branches
-from .files import (
-    CHECKPOINT_FILES,
-    LOWRANK_CONFIG,
-    LOWRANK_WEIGHTS,
-    NETWORK_CONFIG,
-    NETWORK_WEIGHTS,
-    checked_name,
-    module_to_import,
-    sha256_of,
-)
+from .branches import BranchDescription, load_branches, read_description, write_branches
 from .loading import from_pretrained, verify
 from .remote import download
 from .saving import save_pretrained
 
 __all__ = [
-    "CHECKPOINT_FILES",
-    "FORMAT",
-    "LOWRANK_CONFIG",
-    "LOWRANK_WEIGHTS",
-    "NETWORK_CONFIG",
-    "NETWORK_WEIGHTS",
     "BranchDescription",
-    "CheckpointDamagedError",
-    "CheckpointError",
-    "CheckpointWriteError",
-    "checked_name",
     "download",
     "from_pretrained",
-    "has_branches",
     "load_branches",
-    "module_to_import",
     "read_description",
     "save_pretrained",
-    "sha256_of",
     "verify",
     "write_branches",
 ]

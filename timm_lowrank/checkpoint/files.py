@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import is_model, model_entrypoint
 
 from ..errors import CheckpointDamagedError, CheckpointError, nearest
-from ..files import read_json as read_json
-from ..files import sha256_of as sha256_of
+from ..files import sha256_of
 
 NETWORK_CONFIG, NETWORK_WEIGHTS = "config.json", "model.safetensors"
 LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"

@@ -13,8 +13,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from .. import text
-from ..checkpoint import NETWORK_CONFIG, BranchDescription, module_to_import, read_description
-from ..checkpoint.files import known_architecture
+from ..checkpoint import BranchDescription, read_description
+from ..checkpoint.files import NETWORK_CONFIG, known_architecture, module_to_import
 from ..evaluation.noise import STANDARD_DEVIATION
 from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
 from ..files import read_json

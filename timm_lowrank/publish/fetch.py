@@ -13,16 +13,10 @@ from typing import cast
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from ..checkpoint import (
-    NETWORK_WEIGHTS,
-    CheckpointDamagedError,
-    CheckpointError,
-    CheckpointWriteError,
-    download,
-    read_description,
-    verify,
-)
+from ..checkpoint import download, read_description, verify
+from ..checkpoint.files import NETWORK_WEIGHTS
 from ..checkpoint.remote import hub_errors
+from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from ..evaluation.results import Value
 from ..files import sha256_of
 from ..text import listing

@@ -15,8 +15,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from ..checkpoint import CHECKPOINT_FILES, LOWRANK_CONFIG, LOWRANK_WEIGHTS, checked_name, save_pretrained
-from ..checkpoint.files import PICKLES, require_checkpoint
+from ..checkpoint import save_pretrained
+from ..checkpoint.files import (
+    CHECKPOINT_FILES,
+    LOWRANK_CONFIG,
+    LOWRANK_WEIGHTS,
+    PICKLES,
+    checked_name,
+    require_checkpoint,
+)
 from ..checkpoint.loading import load_folder, local_folder
 from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..core.model import LowRankModel

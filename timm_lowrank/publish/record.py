@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ..checkpoint import NETWORK_WEIGHTS, CheckpointError, verify
+from ..checkpoint import verify
+from ..checkpoint.files import NETWORK_WEIGHTS
 from ..checkpoint.loading import load_folder
-from ..errors import EvaluationError, RunError
+from ..errors import CheckpointError, EvaluationError, RunError
 from ..evaluation.results import Evaluation, Figure, Headline, Kind, Value, read_evaluation
 from ..files import sha256_of, weights_sha256
 from ..training.run import Run, Summary

@@ -13,8 +13,9 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ..checkpoint import CHECKPOINT_FILES, CheckpointError
+from ..checkpoint.files import CHECKPOINT_FILES
 from ..checkpoint.remote import checked_repo_id, hub_errors
+from ..errors import CheckpointError
 from ..files import read_json
 from .card import LICENSE, run_card
 from .merging import license_of, merge, section
