@@ -1,7 +1,6 @@
 """`LowRankBranch`: against Algorithm 2 written down literally, and everything that training does to it."""
 
 import copy
-import itertools
 import re
 
 import pytest
@@ -14,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 import timm_lowrank as tlr
 from timm_lowrank import CollapseError, LowRankBranch, LowRankConfig
 from timm_lowrank.core.config import PROJECTIONS, SCALES, STEP_RULES, STORAGES
-from timm_lowrank.core.factored import FactoredWeight
 
 DOUBLE = torch.float64
 
@@ -190,16 +188,6 @@ def test_parts_of_the_loss(storage):
     assert torch.allclose(parts["activation_norm"], centred.square().sum(1).mean().sqrt())
     assert torch.allclose(total, 2 * reconstruction + 0.5 * norm)
     assert all(not part.requires_grad for part in parts.values())
-
-
-def test_the_unit_scale_is_the_share_of_the_energy_outside_the_subspace():
-    branch = trained(scale="unit", updates=200, project_every=1, projection="exact", step_size=1.0).eval()
-    (rows,) = batches(1, seed=5)
-    centred = rows + branch.bias
-    shares = (centred @ branch.dense_weight() - centred).square().sum(1) / centred.square().sum(1)
-    assert torch.allclose(branch.penalty(rows), shares.mean())
-    assert 0 < float(shares.mean()) < 1
-    assert torch.allclose(branch.penalty(rows), branch.penalty(1e6 * centred - branch.bias)), "of no unit"
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -423,27 +411,6 @@ def test_the_growth_of_the_basis_is_bounded():
     assert sizes[4::5] == [4] * 4
 
 
-def weight_before_the_step():
-    return trained(updates=5, step_rule="fixed", scale="paper", step_size=0.1, project_every=4).weight
-
-
-def stepped(weight, rows, chosen):
-    weight = copy.deepcopy(weight)
-    weight.append(rows[chosen], weight.basis @ rows[chosen].T)
-    weight.step(0.1, len(chosen))
-    return weight.dense()
-
-
-def test_the_step_with_drawn_rows_is_unbiased_over_all_subsets():
-    weight = weight_before_the_step()
-    assert isinstance(weight, FactoredWeight)
-    (rows,) = batches(1, rows=5, seed=9)
-    full = stepped(weight, rows, list(range(5)))
-    parts = [stepped(weight, rows, list(chosen)) for chosen in itertools.combinations(range(5), 2)]
-    assert difference(sum(parts) / 10, full) < 1e-12
-    assert difference(parts[0], full) > 1e-3
-
-
 @pytest.mark.parametrize("sizes", [[10], [5, 5], [7, 1, 2]], ids=str)
 def test_rows_are_drawn_evenly_whatever_the_batches_are(sizes):
     """Every row of an update enters W equally often, also when micro-batches are of different sizes."""
@@ -460,21 +427,6 @@ def test_rows_are_drawn_evenly_whatever_the_batches_are(sizes):
     expected = seeds * 3 / 10
     chi_square = float(((drawn - expected).square() / expected).sum()) / 0.7  # drawn without replacement
     assert chi_square < 27.9, "the 0.999 quantile of 9 degrees of freedom"
-
-
-def test_the_mean_of_many_drawn_steps_is_the_full_step():
-    def step(seed, update_rows):
-        branch = build(scale="paper", step_rule="fixed", step_size=0.1, update_rows=update_rows, seed=seed)
-        train(branch, rows)
-        return branch.dense_weight()
-
-    (rows,) = batches(1, rows=8)
-    full = step(0, None)
-    single = [step(seed, 4) for seed in range(400)]
-    mean_error = float((sum(single) / 400 - full).norm() / full.norm())
-    single_error = sum(float((w - full).norm() / full.norm()) for w in single) / 400
-    assert mean_error < 3 * single_error / 400**0.5
-    assert single_error > 0.2
 
 
 def test_draws_depend_on_seed_and_update_alone(random_stream):
@@ -724,7 +676,7 @@ def test_ranks_that_do_not_fit(rank):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (torch.zeros(3, 23), r"\(3, 23\) do not fit \(batch, 24\)"),
+        (torch.zeros(3, 23), r"\(3, 23\) do not fit \(batch, 24\); was the model wrapped for another image size"),
         (torch.zeros(24), r"\(24,\) do not fit"),
         (torch.zeros(3, 24, 1), r"\(3, 24, 1\) do not fit"),
         (torch.zeros(3, 24, dtype=torch.int64), "must be floating point, not torch.int64"),
@@ -743,8 +695,9 @@ def test_wrong_activations(rows, message):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_an_update_needs_a_penalty(storage):
     branch = build(storage=storage)
+    branch.name = "layer3"
     (rows,) = batches(1)
-    with pytest.raises(RuntimeError, match="without a penalty"):
+    with pytest.raises(RuntimeError, match=r"'layer3' without a penalty\(\)"):
         branch.update()
     branch.eval().penalty(rows)
     with torch.no_grad():
@@ -839,10 +792,11 @@ def test_activations_with_a_large_mean_are_no_collapse(step_rule):
 
 
 def test_batches_of_one_sample_are_no_collapse():
-    branch = build(project_every=2)
-    for rows in batches(9, rows=1):
-        train(branch, rows)
+    branch = build(project_every=2, scale="reference")
+    first, *others = batches(9, rows=1)
+    train_all(branch, [first, *others])
     assert branch.updates == 9
+    assert float(branch.reference_norm) == pytest.approx(float(first.norm())), "for want of a spread"
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -872,24 +826,3 @@ def test_a_layer_that_blows_up_is_named(storage):
     train(branch, rows)
     with pytest.raises(CollapseError, match=r"layer 'layer3' blew up: after 1 updates"):
         train(branch, rows * 1e6)
-
-
-def test_the_penalty_waits_until_the_subspace_is_fitted():
-    branch = build(warmup_updates=4, scale="reference", reconstruction_weight=2.0)
-    seen = []
-    for rows in batches(10):
-        x = rows.clone().requires_grad_()
-        penalty = branch.penalty(x)
-        (gradient,) = torch.autograd.grad(penalty, x)
-        seen.append(float(penalty.detach() / (2 * branch.losses()["reconstruction"])))
-        assert bool(gradient.norm()) is bool(seen[-1])
-        branch.update()
-    assert seen == pytest.approx([0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
-    assert float(branch.losses()["reconstruction"]) < 0.9  # W was fitted meanwhile
-
-
-def test_a_batch_of_one_image_gives_a_scale():
-    branch = build(scale="reference")
-    row = torch.randn(1, branch.num_features, dtype=DOUBLE, requires_grad=True)
-    assert branch.penalty(row).isfinite()
-    assert float(branch.reference_norm) == pytest.approx(float(row.detach().norm()))

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import accelerate
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_lowrank as tlr
-from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, attach
+from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, LowRankWarning, attach
+from timm_lowrank.core.model import STEPS_BEFORE_WARNING
 
 
 def config(branches=None, **values):
@@ -148,15 +150,6 @@ def test_branch_names_and_options(wrapped):
     assert (second.config.reconstruction_weight, second.config.norm_weight) == (2.0, 0.7)
 
 
-def test_three_branches_at_once(wrapped, data):
-    model = wrapped({"stem": 3, "body.1": 4, "pre_logits": 5})
-    train(model, sgd(model), data(5))
-    for branch in model.branches.values():
-        assert branch.updates == 5
-        assert float(branch.dense_weight().norm()) > 0
-        assert branch.effective_rank() >= 1
-
-
 def test_attributes_of_the_backbone_are_reachable(wrapped):
     model = wrapped()
     assert model.classifier is model.backbone.classifier
@@ -185,13 +178,6 @@ def test_nothing_is_left_on_the_backbone():
     prefixed = {key.removeprefix("backbone.") for key in model.state_dict() if key.startswith("backbone.")}
     assert prefixed == set(plain.state_dict())
     assert all(key.startswith(("backbone.", "branches.")) for key in model.state_dict())
-
-
-def test_the_wrapper_has_no_parameters_of_its_own(wrapped):
-    model = wrapped()
-    assert list(model.parameters())
-    assert [id(p) for p in model.parameters()] == [id(p) for p in model.backbone.parameters()]
-    assert list(model.branches.parameters()) == list(model.branches.buffers()) == []
 
 
 @pytest.mark.parametrize("how", ["eval", "disabled"])
@@ -227,18 +213,6 @@ def test_switched_off_everything_is_free(wrapped, data):
     assert model.branches["body"].updates == 2
 
 
-def test_capture_works_in_eval_mode_too(wrapped, data):
-    model = wrapped().eval()
-    ((images, _),) = data(1)
-    with model.capture() as activations:
-        model(images)
-    assert {layer: tuple(value.shape) for layer, value in activations.items()} == {
-        "body": (16, 8, 2, 2),
-        "pre_logits": (16, 32),
-    }
-    assert hooks(model) == []
-
-
 # errors of penalty and update
 
 
@@ -258,23 +232,6 @@ def test_a_penalty_needs_a_forward_of_its_own(wrapped, data):
     model.enable(False).enable()
     with pytest.raises(CaptureError, match="needs a forward pass"):
         model.penalty()
-
-
-def test_an_update_needs_a_penalty(wrapped, data):
-    model = wrapped()
-    ((images, _),) = data(1)
-    model(images)
-    with pytest.raises(RuntimeError, match=r"'body'.* without a penalty"):
-        model.update()
-
-
-def test_an_image_size_that_changed_is_named(wrapped):
-    model = wrapped({"stem": 3})
-    model.stem(torch.zeros(2, 1, 16, 16))
-    with model.capture() as activations:
-        model.stem(torch.zeros(2, 1, 16, 16))
-    with pytest.raises(ValueError, match=r"'stem'.*\(2, 256\) do not fit.*another image size"):
-        model.branches["stem"].penalty(activations["stem"].flatten(1))
 
 
 def test_a_layer_that_dropped_out_of_a_training_forward_is_named(wrapped, data):
@@ -404,65 +361,6 @@ def test_a_copy_of_the_backbone_for_an_average_is_a_plain_network(wrapped, data)
     assert not any(isinstance(module, tlr.LowRankBranch) for module in average.module.modules())
 
 
-# torch.compile
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_wrapper_matches_eager(wrapped, data, fresh_compiler, backend):
-    model, twin = wrapped(), wrapped()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    optimizer, twin_optimizer = sgd(model), sgd(twin)
-    for images, labels in data(5):
-        (expected,) = train(twin, twin_optimizer, [(images, labels)])
-        loss = nn.functional.cross_entropy(compiled(images), labels) + model.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.update()
-        assert torch.allclose(loss, expected, rtol=1e-5)
-    for layer, branch in model.branches.items():
-        assert branch.updates == 5
-        assert torch.allclose(branch.dense_weight(), twin.branches[layer].dense_weight(), atol=1e-5)
-    assert hooks(model) == []
-
-
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_a_compiled_wrapper_can_be_switched_at_any_time(wrapped, data, fresh_compiler, fullgraph):
-    """The compiler does not see hooks that are registered after a module was compiled; these are in the graph."""
-    graphs, runs = [], []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return lambda *inputs: (runs.append(1), graph(*inputs))[1]
-
-    model = wrapped({"body.0": 5, "pre_logits": 4})
-    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
-    for modes in ("off on eval on off on eval off", "eval on off eval on"):
-        for mode in modes.split():
-            compiled.train(mode != "eval")
-            model.enable(mode != "off")
-            for images, _ in data(3):
-                assert torch.allclose(compiled(images), model.backbone(images), atol=1e-5)
-                if mode != "on":
-                    continue
-                with model.capture() as seen:
-                    model.backbone(images)
-                twin = sum(
-                    copy.deepcopy(branch).penalty(seen[layer].flatten(1)) for layer, branch in model.branches.items()
-                )
-                assert torch.allclose(model.penalty(), twin, atol=1e-5)
-                model.update()
-    assert len(graphs) == 3, "one for each mode, each with the whole network"
-    assert len(runs) == 3 * 13
-
-
 # the loop
 
 
@@ -563,48 +461,13 @@ def test_gradients_that_overflow_leave_the_rows_for_the_next_update(wrapped, dat
         assert torch.equal(branch.dense_weight(), twin.branches[layer].dense_weight())
 
 
-def test_the_branch_draws_nothing_from_the_global_stream(wrapped, data):
-    model = wrapped(update_rows=4, project_every=2)
-    optimizer = sgd(model)
-    before = torch.get_rng_state()
-    train(model, optimizer, data(4))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_autocast(wrapped, data):
-    model = wrapped()
-    for images, labels in data(5):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = nn.functional.cross_entropy(model(images), labels)
-            penalty = model.penalty()
-        assert penalty.dtype == torch.float32
-        (loss + penalty).backward()
-        model.update()
-    assert model.branches["body"].dense_weight().isfinite().all()
-    assert model.branches["body"].dense_weight().dtype == torch.float32
-
-
 # accelerate
 
 
-@pytest.fixture
-def accelerator():
-    """A function that makes an Accelerator, without the state of an earlier one."""
-
-    def build(**options):
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-        accelerate.state.GradientState._reset_state()
-        return accelerate.Accelerator(cpu=True, **options)
-
-    yield build
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
-
-
 @pytest.mark.parametrize("prepared", [True, False])
-def test_attach_under_gradient_accumulation(wrapped, data, accelerator, prepared):
+def test_attach_under_gradient_accumulation(wrapped, data, fresh_accelerate, prepared):
     """One update per real step of the optimizer, and four micro-batches are one batch."""
-    parallel = accelerator(gradient_accumulation_steps=4)
+    parallel = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
     model, twin = wrapped(bias_momentum=0.3), wrapped(bias_momentum=0.3)
     optimizer = sgd(model)
     if not prepared:
@@ -637,12 +500,12 @@ def test_attach_under_gradient_accumulation(wrapped, data, accelerator, prepared
 
 @pytest.mark.parametrize("storage", ["factored", "dense"])
 @pytest.mark.parametrize("stop", [0, 2, 4, 5])
-def test_a_checkpoint_of_accelerate_resumes_bit_for_bit(wrapped, data, accelerator, tmp_path, storage, stop):
+def test_a_checkpoint_of_accelerate_resumes_bit_for_bit(wrapped, data, fresh_accelerate, tmp_path, storage, stop):
     """From before the first update, in the middle of an interval between projections, and right after one."""
     batches = data(9)
 
     def start():
-        parallel = accelerator()
+        parallel = accelerate.Accelerator(cpu=True)
         model = wrapped(storage=storage, update_rows=6)
         network, optimizer = parallel.prepare(model, sgd(model))
         return parallel, model, network, optimizer
@@ -671,3 +534,66 @@ def test_attach_finds_the_optimizer_inside_a_lookahead(small_net):
         (model(torch.randn(4, 1, 8, 8)).square().mean() + model.penalty()).backward()
         optimizer.step()
     assert model.branches["hidden"].updates == 3
+
+
+# a loop that forgets half of the branch is told so, once
+
+
+def warned(action, *arguments, **options):
+    """The warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action(*arguments, **options)
+    return [str(w.message) for w in caught if issubclass(w.category, LowRankWarning)]
+
+
+def loop(model, steps=STEPS_BEFORE_WARNING, *, compiled=None, penalty=False, update=False):
+    """Training without an optimizer."""
+    for _ in range(steps):
+        (model if compiled is None else compiled)(torch.rand(8, 1, 8, 8))
+        if penalty:
+            model.penalty()
+        if update:
+            model.update()
+
+
+def test_a_penalty_that_is_never_used(wrapped):
+    model = wrapped()
+    assert warned(loop, model, STEPS_BEFORE_WARNING - 1) == []
+    (message,) = warned(loop, model, 1)
+    assert f"no effect: {STEPS_BEFORE_WARNING} training forwards passed, but penalty() was never called" in message
+    assert "add model.penalty() to the loss, or use timm_lowrank.LossHook" in message
+    assert warned(loop, model, 2 * STEPS_BEFORE_WARNING) == [], "once is enough"
+
+
+def test_an_update_that_is_never_called(wrapped):
+    (message,) = warned(loop, wrapped(), 3 * STEPS_BEFORE_WARNING, penalty=True)
+    assert f"penalty() was called {STEPS_BEFORE_WARNING} times, but update() never" in message
+    assert "call model.update() after optimizer.step(), or timm_lowrank.attach(optimizer, model)" in message
+
+
+def test_a_loop_that_does_both_hears_nothing(wrapped):
+    assert warned(loop, wrapped(), 2 * STEPS_BEFORE_WARNING, penalty=True, update=True) == []
+
+
+def test_forwards_that_are_no_training_do_not_count(wrapped):
+    model = wrapped().enable(False)
+    assert warned(loop, model) == []
+    model.enable().eval()
+    assert warned(loop, model) == []
+    model.train()
+    assert warned(loop, model, 3) == []
+    assert warned(model.eval) == [], "a few forwards before an evaluation are no training"
+    assert len(warned(loop, model.train(), STEPS_BEFORE_WARNING - 3)) == 1
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_compiled_network_is_told_when_training_pauses(wrapped, used):
+    model = wrapped()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    steps = 3 if used else 2 * STEPS_BEFORE_WARNING
+    for expected in (not used, False):
+        assert warned(loop, model.train(), steps, compiled=compiled, penalty=used, update=used) == []
+        messages = warned(model.eval)
+        assert len(messages) == expected
+        assert all("a compiled network was trained, but penalty() was never called" in text for text in messages)
