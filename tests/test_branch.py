@@ -62,9 +62,9 @@ def trained(updates=6, **values):
     return train_all(build(**values), batches(updates))
 
 
-def difference(found, expected, floor=1e-300):
+def difference(actual, expected, floor=1e-300):
     """The largest difference, relative to the largest entry of what is expected or to `floor`."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(floor))
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(floor))
 
 
 def eigenvalues(branch):

@@ -10,7 +10,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from processes import exchange, launch, resume
+from processes import exchange, scenarios, worker
 from processes.scenarios import DDP, FSDP, MACHINES, OVERFLOW, alone, build, distance
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -32,8 +32,8 @@ def one_process(tmp_path_factory, digits):
     torch.save(digits, folder / "data.pt")
     reset()
     accelerator = accelerate.Accelerator(cpu=True)
-    whole = resume.uninterrupted(accelerator, digits)
-    paused = resume.pause(accelerator, digits, folder / "from-one")
+    whole = scenarios.uninterrupted(accelerator, digits)
+    paused = scenarios.pause(accelerator, digits, folder / "from-one")
     return folder, whole, paused
 
 
@@ -41,17 +41,17 @@ def one_process(tmp_path_factory, digits):
 def ranks(one_process):
     """What each of two processes found."""
     folder, *_ = one_process
-    launch.finish(launch.start(folder, "ddp", "resume", "exchange", "fsdp"))
-    found = launch.results(folder)
-    assert [(one["processes"], one["backend"]) for one in found] == [(2, "gloo")] * 2
-    return found
+    worker.finish(worker.start(folder, "ddp", "resume", "exchange", "fsdp"))
+    results = worker.results(folder)
+    assert [(one["processes"], one["backend"]) for one in results] == [(2, "gloo")] * 2
+    return results
 
 
 def both(ranks, name):
-    found = [one[name] for one in ranks]
-    for rank, one in enumerate(found):
+    results = [one[name] for one in ranks]
+    for rank, one in enumerate(results):
         assert not one.get("error"), f"process {rank}: {one['error']}"
-    return found
+    return results
 
 
 def assert_same_bits(one, two):
@@ -73,17 +73,17 @@ def test_two_processes_train_as_one(ranks, digits, name):
 def test_the_factor_grows_with_update_rows_and_not_with_the_global_batch(ranks, name):
     settings = tlr.LowRankConfig(**BY_NAME[name].config)
     rank = 6  # of the larger branch
-    for found in both(ranks, name):
-        assert 0 < found["rows"] <= rank + settings.project_every * settings.update_rows or settings.storage == "dense"
+    for result in both(ranks, name):
+        assert 0 < result["rows"] <= rank + settings.project_every * settings.update_rows or settings.storage == "dense"
 
 
 @pytest.mark.parametrize("scenario", FSDP, ids=lambda scenario: scenario.name)
 def test_sharded_models_are_saved_and_loaded(ranks, scenario):
-    for found in both(ranks, scenario.name):
-        assert found["sharded"]
-        assert len(found["loaded"]) == 3
-        for loaded in found["loaded"].values():
-            assert_same_bits(loaded, found["outcome"])
+    for result in both(ranks, scenario.name):
+        assert result["sharded"]
+        assert len(result["loaded"]) == 3
+        for loaded in result["loaded"].values():
+            assert_same_bits(loaded, result["outcome"])
 
 
 def test_sharded_by_accelerate_a_run_goes_on_from_its_checkpoint(ranks, digits):
@@ -104,9 +104,9 @@ def test_an_overflow_on_one_process_leaves_all_alike_and_sound(ranks, digits):
 
 def test_two_machines_train_as_one(ranks, one_process, tmp_path):
     (tmp_path / "data.pt").symlink_to(one_process[0] / "data.pt")
-    port = launch.free_port()
-    launch.finish(*(launch.start(tmp_path, "machines", machine=(rank, 2, port)) for rank in (0, 1)))
-    for one, other in zip(launch.results(tmp_path), ranks, strict=True):
+    port = worker.free_port()
+    worker.finish(*(worker.start(tmp_path, "machines", machine=(rank, 2, port)) for rank in (0, 1)))
+    for one, other in zip(worker.results(tmp_path), ranks, strict=True):
         assert (one["processes"], one["machine's processes"]) == (2, 1)
         for scenario in MACHINES:
             assert not one[scenario.name].get("error")
@@ -145,7 +145,7 @@ def test_one_process_goes_on_where_two_stopped(ranks, one_process, digits):
     assert_same_bits(paused, whole)
     first, _ = both(ranks, "resume")
     reset()
-    taken_over = resume.go_on(accelerate.Accelerator(cpu=True), digits, folder / "from-two")
+    taken_over = scenarios.go_on(accelerate.Accelerator(cpu=True), digits, folder / "from-two")
     reset()
     assert distance(taken_over, whole)[0] < TOLERANCE
     assert_same_bits(first["paused"], first["whole"])
@@ -253,5 +253,5 @@ def test_a_normalized_step_with_few_rows_keeps_its_direction(rows):
     ],
 )
 def test_processes_that_are_not_alike_stop_and_say_why(ranks, job, words):
-    for found in both(ranks, job):
-        assert re.search(words, found["told"]), found["told"]
+    for one in both(ranks, job):
+        assert re.search(words, one["refused"]), one["refused"]

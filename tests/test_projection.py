@@ -234,11 +234,6 @@ def test_subspace_finds_a_direction_orthogonal_to_the_start_through_random_colum
     assert relative_error(seeing, matrix, 2) == pytest.approx(1.0, abs=1e-9)
 
 
-def test_exact_is_the_optimum():
-    matrix, _ = symmetric(50, decaying(50))
-    assert relative_error(projection.exact(matrix, 7), matrix, 7) == pytest.approx(1.0, abs=1e-12)
-
-
 @pytest.mark.parametrize("runs", [1, 3])
 def test_nystrom_is_exact_for_positive_matrices_of_the_rank(runs):
     matrix, _ = symmetric(40, [5.0, 3.0, 1.0])

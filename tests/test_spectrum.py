@@ -165,9 +165,8 @@ def batches(matrix, size):
 def test_certificate_on_digits(digits, batch_size, dtype, size):
     features = digits[1].to(dtype)
     expected = reference(features)
-    summary = Sketch(300, size, dtype=dtype)
-    for batch in batches(features, batch_size):
-        summary.update(batch)
+    summary = Sketch.of(batches(features, batch_size), size)
+    assert summary.dtype == dtype
     check_certificate(summary, features)
     assert summary.error_bound <= float(expected.sum()) / size
 
@@ -192,18 +191,15 @@ def check_certificate(summary, matrix):
 @pytest.mark.parametrize("shape", [(400, 150), (150, 400)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_certificate_on_decaying_spectra(shape, decay, dtype):
-    matrix = decaying(*shape, decay, noise=1e-3)
-    summary = Sketch(shape[1], 20, dtype=dtype)
-    for batch in matrix.split([1, 2, 97, 10, shape[0] - 110]):
-        summary.update(batch)
+    matrix = decaying(*shape, decay, noise=1e-3).to(dtype)
+    summary = Sketch.of(matrix.split([1, 2, 97, 10, shape[0] - 110]), 20)
     check_certificate(summary, matrix)
     assert summary.error_bound > 0
 
 
 def test_certificate_is_useful(digits):
     """At four times the rank of interest the interval is narrow on real features."""
-    summary = Sketch.of(digits[1].split(50), 80)
-    bounds = summary.variance_ratio([1, 5, 10, 20])
+    bounds = Sketch.of(digits[1].split(50), 80).variance_ratio([1, 5, 10, 20])
     assert all(upper - lower < 0.05 for lower, upper in bounds)
     assert bounds[2][0] > 0.6
 
@@ -213,10 +209,7 @@ def test_exact_while_the_rank_is_at_most_the_size(batch_size):
     matrix = low_rank(500, 120, rank=15)
     expected = reference(matrix)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
-        summary = Sketch(120, 15, dtype=dtype)
-        for batch in batches(matrix, batch_size):
-            summary.update(batch)
-        total = float(expected.sum())
+        summary, total = Sketch.of(batches(matrix.to(dtype), batch_size), 15), float(expected.sum())
         assert summary.error_bound <= tolerance * total
         torch.testing.assert_close(summary.energies()[:15], expected[:15], rtol=0, atol=tolerance * total)
 

@@ -93,8 +93,8 @@ def test_a_stage_of_several_tensors_is_read_by_its_name_too():
     features, class_tokens = seen[0]
     assert torch.equal(activations["transformers.1"], features)
     assert not torch.equal(activations["transformers.1"], class_tokens)
-    found = {info.name: info for info in list_layers(network, images=images())}
-    assert found["transformers.1"].width == model.branches["transformers.1"].num_features == features[0].numel()
+    listed = {info.name: info for info in list_layers(network, images=images())}
+    assert listed["transformers.1"].width == model.branches["transformers.1"].num_features == features[0].numel()
 
 
 def test_rows_of_another_count_than_images_are_passed_over():

@@ -41,12 +41,6 @@ def test_features_without_positions_are_the_same_in_every_view(kind):
     assert View(kind, -1).width(activations) == 6
 
 
-def test_a_gradient_reaches_every_element():
-    activations = values(2, 3, 4, 4).requires_grad_()
-    (View("token", 1).rows(activations) * 2).sum().backward()
-    assert torch.equal(activations.grad, torch.full_like(activations, 2))
-
-
 class Formatted(nn.Module):
     output_fmt = "NHWC"
 
@@ -130,12 +124,6 @@ def test_no_more_rows_enter_w_than_without_tokens():
         sizes.append(model.branches["blocks.1"].weight.basis.shape[0])
     assert max(sizes) <= 3 + 4 * 5
     assert sizes[3] == sizes[7] == 3
-
-
-def test_presets_take_a_quarter_of_the_channels_of_tokens():
-    with pytest.warns(UserWarning, match="rank 100 is larger than the 64 features of layer 'pre_logits'; capped"):
-        model = tlr.wrap("test_vit", LowRankConfig(branches="2-LR"), img_size=160)
-    assert (model.branches["blocks.4"].num_features, model.branches["blocks.4"].rank) == (64, 16)
 
 
 class Windows(nn.Module):

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from . import resume, scenarios
+from . import scenarios
 
 
 def shard(model):
@@ -28,9 +28,8 @@ def sharded(scenario, accelerator, data, folder):
     largest = scenarios.training(
         scenario, model, model, scenarios.optimizer_of(model), data, sync=model.set_requires_gradient_sync, **ranks
     )
-    found = scenarios.outcome(model)
     return {
-        "outcome": found,
+        "outcome": scenarios.outcome(model),
         "state": model.branches.state_dict(),
         "rows": largest,
         "sharded": all(isinstance(parameter, DTensor) for parameter in model.parameters()),
@@ -87,9 +86,9 @@ def through_accelerate(data, folder):
     accelerator = Accelerator(fsdp_plugin=plugin)
     scenario = scenarios.Scenario("fsdp-accelerate", {"update_rows": 10}, steps=22)
     model, other = scenarios.build(scenario), scenarios.build(scenario)
-    resume.through_accelerate(scenario, model, accelerator, data, stop=12, save=folder / scenario.name)
-    resume.through_accelerate(scenario, other, accelerator, data, start=12, load=folder / scenario.name)
-    resume.through_accelerate(scenario, model, accelerator, data, start=12, load=folder / scenario.name)
+    scenarios.through_accelerate(scenario, model, accelerator, data, stop=12, save=folder / scenario.name)
+    scenarios.through_accelerate(scenario, other, accelerator, data, start=12, load=folder / scenario.name)
+    scenarios.through_accelerate(scenario, model, accelerator, data, start=12, load=folder / scenario.name)
     return {
         "kind": accelerator.distributed_type.name,
         "sharded": all(isinstance(parameter, DTensor) for parameter in other.parameters()),

@@ -132,19 +132,19 @@ def batches(scenario: Scenario, step: int, images, labels, rank: int, world: int
     order = shuffled(step, len(images))
     total = sum(sum(part) for part in parts)
     broken = torch.zeros(total, dtype=torch.bool)
-    places, start = [], 0
+    slices, start = [], 0
     for part in parts:
         for process, rows in enumerate(part):
             if process == len(part) - 1 and step == scenario.overflow_at:
                 broken[start : start + rows] = True
             if process == rank:
-                places.append(slice(start, start + rows))
+                slices.append(slice(start, start + rows))
             start += rows
     if world == 1:
-        places = _cuts(parts) if scenario.twin_accumulates else [slice(0, total)]
-    for place in places:
-        chosen = order[:total][place]
-        pixels = torch.where(broken[place, None, None, None], torch.inf, images[chosen])
+        slices = _cuts(parts) if scenario.twin_accumulates else [slice(0, total)]
+    for rows_of_part in slices:
+        chosen = order[:total][rows_of_part]
+        pixels = torch.where(broken[rows_of_part, None, None, None], torch.inf, images[chosen])
         yield pixels, labels[chosen], len(chosen) / total
 
 
@@ -185,13 +185,13 @@ def rows_of(model: tlr.LowRankModel) -> int:
 
 def outcome(model: tlr.LowRankModel) -> dict[str, torch.Tensor]:
     """Everything that must not depend on the number of processes."""
-    found = {f"backbone.{name}": whole(value.detach()).clone() for name, value in model.backbone.named_parameters()}
+    tensors = {f"backbone.{name}": whole(value.detach()).clone() for name, value in model.backbone.named_parameters()}
     for layer, branch in model.branches.items():
-        found[f"{layer}: W"] = branch.dense_weight().clone()
-        found[f"{layer}: b"] = branch.bias.clone()
-        found[f"{layer}: reference norm"] = branch.reference_norm.clone()
-        found[f"{layer}: updates"] = torch.tensor(branch.updates)
-    return found
+        tensors[f"{layer}: W"] = branch.dense_weight().clone()
+        tensors[f"{layer}: b"] = branch.bias.clone()
+        tensors[f"{layer}: reference norm"] = branch.reference_norm.clone()
+        tensors[f"{layer}: updates"] = torch.tensor(branch.updates)
+    return tensors
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -215,3 +215,63 @@ def distance(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -
     name = max(sizes, key=sizes.__getitem__)
     assert all(value == value for value in sizes.values()), "not a number"
     return sizes[name], name
+
+
+# through accelerate: accumulation, `attach`, `LossHook`, and checkpoints that other processes go on from
+
+PAUSE = 23  # between two projections, where B holds rows of single updates
+RESUMED = Scenario("resumed", {"update_rows": 10}, loop="accelerate", steps=50)
+
+
+def through_accelerate(scenario, model, accelerator, data, *, start=0, stop=None, load=None, save=None):
+    """Trains from step `start` to `stop`, after loading and before saving a checkpoint. Returns rows as `training`."""
+    accelerator.free_memory()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    wrapped, optimizer = accelerator.prepare(model, optimizer_of(model))
+    tlr.attach(optimizer, model)
+    criterion = tlr.LossHook(nn.CrossEntropyLoss(), model)
+    if load is not None:
+        accelerator.load_state(str(load))
+    largest = 0
+    for step in range(start, scenario.steps if stop is None else stop):
+        parts = list(batches(scenario, step, *data, rank, world))
+        accelerator.gradient_accumulation_steps = len(parts)
+        for images, labels, share in parts:
+            with accelerator.accumulate(wrapped):
+                # backward divides by the number of parts, DDP by that of processes; the shares already say it all.
+                accelerator.backward(criterion(wrapped(images), labels) * share * world * len(parts))
+                optimizer.step()
+                optimizer.zero_grad()
+        largest = max(largest, rows_of(model))
+    if save is not None:
+        accelerator.save_state(str(save))
+    return largest
+
+
+def pause(accelerator, data, folder):
+    """A run up to `PAUSE` and its checkpoint in `folder`, gone on with to the end; the outcome."""
+    model = build(RESUMED)
+    through_accelerate(RESUMED, model, accelerator, data, stop=PAUSE, save=folder)
+    return go_on(accelerator, data, folder, model)
+
+
+def go_on(accelerator, data, folder, model=None):
+    """The outcome of the run that goes on from the checkpoint in `folder`."""
+    model = build(RESUMED) if model is None else model
+    through_accelerate(RESUMED, model, accelerator, data, start=PAUSE, load=folder)
+    return outcome(model)
+
+
+def both_ways(folder, accelerator, data):
+    """On two processes: a run with a checkpoint in its middle, and the end of a run that one process began."""
+    return {
+        "whole": uninterrupted(accelerator, data),
+        "paused": pause(accelerator, data, folder / "from-two"),
+        "taken over": go_on(accelerator, data, folder / "from-one"),
+    }
+
+
+def uninterrupted(accelerator, data):
+    model = build(RESUMED)
+    through_accelerate(RESUMED, model, accelerator, data)
+    return outcome(model)

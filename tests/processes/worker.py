@@ -1,10 +1,12 @@
-"""What each of several processes does: worker.py FOLDER GROUP [GROUP ...].
+"""Several processes: `start` launches them, and each runs this file: worker.py FOLDER GROUP [GROUP ...].
 
 FOLDER/data.pt holds images and labels. What a process found goes to FOLDER/rank<its number>.pt, by name.
 """
 
 import datetime
 import os
+import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -14,9 +16,50 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from processes import exchange, fsdp, resume, scenarios
+from processes import exchange, fsdp, scenarios
 
 torch.set_num_threads(1)
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+
+
+def start(folder: Path, *groups: str, machine: tuple[int, int, int] | None = None) -> subprocess.Popen[str]:
+    """One launcher. `machine`: number of this machine, how many there are, and the port at which they meet."""
+    options = ["--main_process_port", "0"]
+    if machine is not None:
+        rank, count, port = machine
+        options = ["--num_machines", str(count), "--machine_rank", str(rank)]
+        options += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    # Told by the environment, accelerate joins processes of a machine without GPUs; its --cpu starts one process alone.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [*LAUNCH, *options, __file__, str(folder), *groups],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(*launchers: subprocess.Popen[str]) -> None:
+    """Waits for launchers that were started together; shows what they said if one of them failed."""
+    try:
+        said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    for launcher, text in zip(launchers, said, strict=True):
+        if launcher.returncode:
+            raise RuntimeError(f"the processes stopped with {launcher.returncode}:\n{text[-6000:]}")
+
+
+def results(folder: Path, count: int = 2) -> list[dict]:
+    """What each process found, in the order of their ranks."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def distributed(scenario, accelerator, data):
@@ -24,7 +67,7 @@ def distributed(scenario, accelerator, data):
     model = scenarios.build(scenario)
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     if scenario.loop == "accelerate":
-        largest = resume.through_accelerate(scenario, model, accelerator, data)
+        largest = scenarios.through_accelerate(scenario, model, accelerator, data)
     else:
         wrapped = nn.parallel.DistributedDataParallel(model)
 
@@ -46,21 +89,21 @@ def main(folder: Path, groups: list[str]) -> None:
     if "machines" in groups:
         jobs |= {s.name: lambda s=s: distributed(s, accelerator, data) for s in scenarios.MACHINES}
     if "resume" in groups:
-        jobs["resume"] = lambda: resume.both_ways(folder, accelerator, data)
+        jobs["resume"] = lambda: scenarios.both_ways(folder, accelerator, data)
     if "exchange" in groups:
         ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes}
         jobs |= {name: lambda job=job: job(data, **ranks) for name, job in exchange.JOBS.items()}
     if "fsdp" in groups:
         jobs |= {s.name: lambda s=s: fsdp.sharded(s, accelerator, data, folder) for s in scenarios.FSDP}
         jobs["fsdp-accelerate"] = lambda: fsdp.through_accelerate(data, folder)
-    found = {"processes": accelerator.num_processes, "backend": torch.distributed.get_backend()}
-    found["machine's processes"] = int(os.environ["LOCAL_WORLD_SIZE"])
+    results = {"processes": accelerator.num_processes, "backend": torch.distributed.get_backend()}
+    results["machine's processes"] = int(os.environ["LOCAL_WORLD_SIZE"])
     for name, job in jobs.items():
         try:
-            found[name] = job()
+            results[name] = job()
         except Exception:
-            found[name] = {"error": traceback.format_exc()}
-    torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
+            results[name] = {"error": traceback.format_exc()}
+    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
