@@ -17,7 +17,7 @@ import copy
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,9 +168,12 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
             self._build(example_input.to(self.args.device))
 
     def _refuse(self) -> None:
-        kinds = {"nn.DataParallel": self.args.n_gpu > 1, "DeepSpeed": self.is_deepspeed_enabled}
-        kinds["FSDP"] = self.is_fsdp_enabled
-        for name in [name for name, used in kinds.items() if used]:
+        kinds = {
+            "nn.DataParallel": self.args.n_gpu > 1,
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "FSDP": self.is_fsdp_enabled,
+        }
+        if name := next((name for name, used in kinds.items() if used), None):
             raise LowRankError(
                 f"the low-rank branches do not work with {name} in the Trainer; use DistributedDataParallel: start the "
                 "script with `torchrun --nproc_per_node N` or `accelerate launch`"
@@ -210,8 +213,10 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         """The branches, recording what the model's next forward does."""
         lowrank = self.lowrank
         if lowrank is None or self._image_shape is None:
-            name = getattr(self.model, "main_input_name", "pixel_values")
-            lowrank = self._build(inputs[name] if name in inputs else next(_tensors(inputs)))
+            images = inputs.get(getattr(self.model, "main_input_name", "pixel_values"))
+            if images is None:
+                images = next(value for value in inputs.values() if isinstance(value, Tensor))
+            lowrank = self._build(images)
         if self._forward is None or self._forward.model is not self.model:
             self._restore_forward()
             self._forward = RecordingForward(self.model, lowrank)
@@ -328,9 +333,6 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
     def _take_checkpoint(self, folder: str) -> None:
         if self._misnamed:
             _load_network(self.model, folder)
-        self._take_branches(folder)
-
-    def _take_branches(self, folder: str) -> None:
         if not has_branches(folder):
             warnings.warn(f"{folder} holds no branches: they start anew", LowRankWarning, stacklevel=2)
         elif self.lowrank is not None:
@@ -379,10 +381,6 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         return Path(folder)
 
 
-def _tensors(inputs: Mapping[str, Any]) -> Iterator[Tensor]:
-    return (value for value in inputs.values() if isinstance(value, Tensor))
-
-
 class LowRankTrainer(LowRankMixin, Trainer):  # type: ignore[misc]
     """transformers.Trainer with low-rank branches, see `LowRankMixin`.
 
@@ -421,14 +419,9 @@ def _ignores_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """
     few = {key: value[:2] if isinstance(value, Tensor) else value for key, value in inputs.items()}
     with evaluating(model):
-        first, second = (_loss_of(model(**few, num_items_in_batch=count)) for count in (1, 2))
-    return torch.equal(first, second)
-
-
-def _loss_of(output: Any) -> Tensor:
-    """The loss in what a model of transformers returns."""
-    loss: Tensor = output["loss"] if isinstance(output, dict) else output[0]
-    return loss
+        first, second = (model(**few, num_items_in_batch=count) for count in (1, 2))
+    key: Any = "loss" if isinstance(first, dict) else 0  # it may be a tuple
+    return torch.equal(first[key], second[key])
 
 
 def _load_network(model: Any, folder: str | os.PathLike[str]) -> None:
