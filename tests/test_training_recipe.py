@@ -8,10 +8,11 @@ import pytest
 import timm
 
 import timm_lowrank  # noqa: F401 - registers the CIFAR networks
-from timm_lowrank.training import Recipe, RecipeError, load_recipe
-from timm_lowrank.training.recipe import learning_rate, penalty_weight
+from timm_lowrank.training import Recipe, RecipeError, load_recipe, recipe_names
+from timm_lowrank.training.recipe import learning_rate, penalty_weight, recipe_path, require_trackers
 
-CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+
 PAPER = {"epochs": 350, "milestones": [150, 250], "pretrain_epochs": 50}
 
 
@@ -19,16 +20,34 @@ def recipe(**values: object) -> Recipe:
     return Recipe.from_dict({"model": "resnet10_cifar", "epochs": 3, **values})
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_a_valid_recipe_of_a_known_network(path):
-    loaded = load_recipe(path)
-    assert loaded.name == path.stem
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_named_recipe_is_a_valid_one_of_a_known_network(name):
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert loaded == load_recipe(recipe_path(name))
     assert timm.is_model(loaded.model)
     assert Recipe.from_dict(loaded.to_dict()) == loaded
 
 
+def test_the_names_are_those_of_the_files_and_an_unknown_one_lists_them():
+    assert recipe_names() == sorted(path.stem for path in (ROOT / "recipes" / "configs").iterdir())
+    with pytest.raises(RecipeError, match=r"no recipe 'cifar10-smal'. Did you mean: cifar10-small.*svhn-resnet18"):
+        load_recipe("cifar10-smal")
+
+
+def test_every_key_has_a_meaning_and_its_own_default():
+    fields = {field.name: field for field in Recipe.describe_fields()}
+    assert list(fields) == list(recipe().to_dict())
+    assert all(len(field.text) > 5 and field.text[-1] != "." for field in fields.values())
+    assert [name for name, field in fields.items() if field.required] == ["model", "epochs"]
+    made = recipe()
+    assert all(field.required or field.default == getattr(made, name) for name, field in fields.items())
+    assert fields["image_size"].type == "an integer or null"
+    assert (fields["milestones"].type, fields["streaming"].type) == ("a list", "true or false or a string")
+
+
 def test_the_paper_recipe_is_the_paper_recipe():
-    loaded = load_recipe(next(path for path in CONFIGS if path.stem == "cifar10-resnet18"))
+    loaded = load_recipe("cifar10-resnet18")
     assert (loaded.epochs, loaded.milestones, loaded.pretrain_epochs) == (350, (150, 250), 50)
     assert (loaded.batch_size, loaded.momentum, loaded.weight_decay) == (128, 0.9, 5e-4)
     assert loaded.lowrank_config().project_every == 10
@@ -44,16 +63,6 @@ def test_overrides_reach_inside(tmp_path):
     assert loaded.lowrank == {"reconstruction_weight": 0.3, "branches": {"layer3.0": 7}}
     assert (loaded.weight_decay, loaded.seed, loaded.data) == (5e-4, 4, "digits")
     assert loaded.lowrank_config().seed == 4  # follows the recipe's unless it is set
-
-
-def test_unknown_keys_are_one_error_with_the_nearest_names():
-    with pytest.raises(RecipeError) as caught:
-        recipe(epoch=3, learning_rat=0.1)
-    message = str(caught.value)
-    assert "'epoch'" in message
-    assert "epochs" in message
-    assert "'learning_rat'" in message
-    assert "learning_rate" in message
 
 
 @pytest.mark.parametrize(
@@ -92,17 +101,15 @@ def test_unknown_keys_are_one_error_with_the_nearest_names():
         ({"lowrank": {"branches": {"layer3": 0}}}, r"layer3.*0.*must be an integer >= 1"),
         ({"data_args": {"train_limt": 5}}, r"data_args.train_limt.*train_limit"),
         ({"model_args": {"num_classes": 5}}, r"model_args.num_classes cannot be set"),
+        ({"epoch": 3, "learning_rat": 0.1}, r"(?s)'epoch'.*: epochs.*'learning_rat'.*: learning_rate"),
+        ({"learning_rate": -1, "schedule": "never"}, r"(?s)learning_rate=-1.*schedule='never'"),
+        ({"model": None, "epochs": None}, r"(?s)model=None must be a string.*epochs=None must be an integer"),
         ({"trackers": ["tensorbord"]}, r"no tracker 'tensorbord'.*tensorboard"),
     ],
 )
 def test_a_wrong_value_names_its_key(values, message):
     with pytest.raises(RecipeError, match=message):
         recipe(**values)
-
-
-def test_several_mistakes_are_told_at_once():
-    with pytest.raises(RecipeError, match=r"(?s)learning_rate=-1.*schedule='never'"):
-        recipe(learning_rate=-1, schedule="never")
 
 
 def test_missing_keys():
@@ -160,11 +167,17 @@ def test_the_penalty_is_off_in_pretraining_and_then_grows():
     assert penalty_weight(ramped.plain(), 5, 0, 10) == 0
 
 
-def test_the_imagenet_recipes_stream_and_test_on_the_validation_split():
-    for path in CONFIGS:
-        if path.stem.startswith("imagenet1k"):
-            loaded = load_recipe(path, ["lowrank.branches=1-LR"])
-            assert (loaded.image_size, loaded.streaming, loaded.data_args["test_split"]) == (224, "auto", "validation")
-            assert loaded.epochs == 90
-            assert loaded.save_every_steps < 1_281_167 // loaded.batch_size
-            assert loaded.lowrank_config().branches == "1-LR"
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("imagenet1k")])
+def test_the_imagenet_recipes_stream_and_test_on_the_validation_split(name):
+    loaded = load_recipe(name, ["lowrank.branches=1-LR"])
+    assert (loaded.image_size, loaded.streaming, loaded.data_args["test_split"]) == (224, "auto", "validation")
+    assert loaded.epochs == 90
+    assert loaded.save_every_steps < 1_281_167 // loaded.batch_size
+    assert loaded.lowrank_config().branches == "1-LR"
+
+
+def test_a_tracker_needs_its_package_when_a_run_begins_and_not_when_its_recipe_is_read(monkeypatch):
+    tracked = recipe(trackers=["comet_ml"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="the tracker 'comet_ml' needs its package: pip install comet-ml"):
+        require_trackers(tracked)

@@ -27,6 +27,7 @@ from timm_lowrank.training import DivergedError, Recipe, RecipeError, Run, RunEr
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.compare import compare_runs
 from timm_lowrank.training.loop import check_not_at_chance
+from timm_lowrank.training.report import layer_spectra
 from timm_lowrank.training.run import RunFolder
 from timm_lowrank.training.state import build, seeded
 
@@ -136,6 +137,23 @@ def test_the_summary_measures_the_exported_network(finished):
         assert branch.target_rank == SMALL["lowrank"]["branches"][layer]
 
 
+def test_sketched_spectra_agree_with_the_exact_ones(finished):
+    run = Run.open(finished[0])
+    model, data = timm_lowrank.from_pretrained(run.model), load_images(**SMALL["data_args"])
+    images = (data.test_images.float() / 255 - data.mean[0]) / data.std[0]
+    batches = list(zip(images.split(30), data.test_labels.split(30), strict=True))
+    exact = layer_spectra(model, batches, None)
+    # Nothing may be held: layer3 has 64 features, and a sketch of 5 is too small to certify its effective rank.
+    for size, tolerance in ((64, 1e-5), (5, 0.05)):
+        sketched = layer_spectra(model, batches, None, held_bytes=0, sketch_size=size)
+        assert sketched.keys() == exact.keys() == run.summary.branches.keys()
+        for layer, spectrum in sketched.items():
+            for count, ratio in spectrum.variance_ratio.items():
+                assert 0 <= exact[layer].variance_ratio[count] - ratio + 1e-6 <= tolerance
+            assert spectrum.shares[:5] == pytest.approx(exact[layer].shares[:5], abs=tolerance)
+            assert 0 <= spectrum.effective_rank - exact[layer].effective_rank <= 2
+
+
 def read(model: Path) -> dict[str, object]:
     config = json.loads((model / "config.json").read_text())
     assert config["label_names"] == list("0123456789")
@@ -229,7 +247,7 @@ def test_what_is_no_finished_run_or_damaged_is_one_clear_error(finished, tmp_pat
         ("spectrum.json", '{"layer3": 1}', "spectrum.json must be a list", lambda: Run.open(output).spectrum()),
         ("summary.json", '{"name": "x"}', r"summary.json lacks 'model': run the training again", None),
         ("summary.json", "{", r"summary.json is not valid JSON", None),
-        ("config.yaml", "epoch: 1", r"the recipe of the run in .*run cannot be read.*no key 'epoch'", None),
+        ("config.yaml", "epoch: 1", r"(?s)the recipe of the run in .*run cannot be read.*no key 'epoch'", None),
         ("config.yaml", "a: [", r"config.yaml is not valid YAML", None),
     ]
     for name, content, message, read in damages:

@@ -166,7 +166,7 @@ class Recipe:
             f"the key {name!r} is missing" for name, field in fields.items() if field.required and name not in values
         ]
         checked = {}
-        for key in values.keys() & fields.keys():
+        for key in (key for key in values if key in fields):
             try:
                 checked[key] = typed(values[key], hints[key])
             except TypeError as error:
