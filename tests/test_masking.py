@@ -310,8 +310,7 @@ def test_the_shorter_attack_is_the_longer_one_on_its_way_and_restarts_are_new(tr
     assert 0 < columns["pgd"].sum() < columns["clean"].sum()
     withstood = columns["restarts_withstood"]  # and restarts are new starts
     assert torch.equal(withstood < 0, ~columns["pgd"])
-    assert ((withstood >= 0) & (withstood < SHORT.restarts)).any()
-    assert (withstood == SHORT.restarts).any()
+    assert {0, 1, 2} <= set(withstood.tolist()), "each start breaks images that the one before could not"
 
 
 class Bent(nn.Module):
