@@ -59,6 +59,10 @@ def hard_evaluation():
                                          **({MARKED: Value.share(7 * row, 360)} if row % 3 else {})})
         for row, one in enumerate(FIGURES)
     ]  # fmt: skip
+    figures = [
+        dataclasses.replace(one, protocol=dataclasses.replace(one.protocol, details={"note": MARKED}))
+        for one in figures
+    ]
     figures[0] = dataclasses.replace(CLEAN, values={LONG: Value.share(346, 360), "plain": Value(math.nan, 0.9, 1.0)})
     figures[1] = dataclasses.replace(figures[1], label=MARKED, key=MARKED)
     figures[2] = dataclasses.replace(figures[2], values={**figures[2].values, MARKED: Value.share(1, 50000)})
@@ -205,7 +209,7 @@ def test_the_style_asks_for_nothing_from_outside_and_can_be_read_in_light_and_da
 
 
 def test_every_figure_stands_there_with_its_interval_and_its_counts(page):
-    cells = page.row("PGD-20, 8/255|PGD, L∞ · radius 8/255 · 20 steps of 2/255 · random start · 1 restart")
+    cells = page.row("PGD-20, 8/255|PGD, L∞ · radius 8/255 · 20 steps of 2/255 · random start · 1 restart|")
     low, high = wilson(148, 360)
     interval = f"{100 * low:.1f} {DASH} {100 * high:.1f}"
     assert all(cell in cells for cell in ("41.1 %", interval, "148 of 360", "38.1 %", "137 of 360", "≈|+3.1"))
@@ -215,6 +219,7 @@ def test_every_figure_stands_there_with_its_interval_and_its_counts(page):
     assert "higher is better" not in page.text
     assert "In every row: 1 restart, 360 images, seed 0. Higher is better." in page.text
     assert "not measured" in page.row("AutoAttack L2, 0.5")
+    assert {"cx": "41.11%", "cy": "6", "r": "3", "class": "network-0"} in page.named("circle")
     assert f"0.211|0.201 {DASH} 0.229|346 images" in page.row("DeepFool, median rho")
     assert f"3.2 {text.TIMES} 10⁻⁷" in page.row("Median norm of the gradient")
     assert "1,638,400" in page.row("Parameters replaced")
@@ -270,9 +275,11 @@ def test_names_are_escaped_and_long_ones_do_not_break_anything(hard_page):
     assert not hard_page.named("truck", "friends")
     assert all(attributes == {"class": "name", "aria-hidden": "true"} for attributes in hard_page.named("b"))
     assert MARKED in hard_page.row(MARKED)
+    assert not re.search("&(lt|gt|amp|quot|#);", hard_page.text)  # nothing is escaped twice
     for words in (
         f"Evaluation: {LONG}, plain and {MARKED}", f"suite {MARKED}", "an automobile & a <truck>", "100: class <0>",
-        f"{MARKED} (target rank 3)", "… class <99>", "colours are classes, and repeat", f"Checks for {MARKED}",
+        f"{MARKED} (target rank 3)", f"note {MARKED}, 360 images", "… class <99>",
+        "colours are classes, and repeat", f"Checks for {MARKED}",
     ):  # fmt: skip
         assert words in hard_page.text
     assert any(MARKED in attributes.get("aria-label", "") for attributes in hard_page.named("svg"))
@@ -371,6 +378,15 @@ def test_plots_in_the_page_take_its_colours_and_say_what_they_show(page):
     for colour in (drawing.INK, drawing.GRID, drawing.AXIS, *drawing.NETWORKS):
         assert colour not in styles
     assert {"100 %", "steps", "2-LR, instantaneous", "pre_logits"} <= {word.strip() for word in page.words}
+
+
+def test_every_network_stands_in_the_legend_whatever_its_title(tmp_path):
+    titles = ("_draft: " + 60 * "a" + ", low rank " + 60 * "b", "_draft: " + 60 * "a" + ", plain " + 60 * "b")
+    networks = tuple(NetworkInfo(title=title) for title in titles)
+    lines = (Series(network=title, x=(0.0, 1.0), y=(0.5, 0.25)) for title in titles)
+    curve = dataclasses.replace(make_curves()[0], lines=tuple(lines))
+    page = rendered(make_evaluation(networks=networks, figures=(), verdicts={}, curves=(curve,)), tmp_path)
+    assert page.text.count("_draft: aaaaaaaaa\u2026bbbbbbbbbbbbbbbb") == 2
 
 
 def test_plots_are_written_and_not_blank(tmp_path):

@@ -112,18 +112,18 @@ def draw(panels: Sequence[Panel]) -> Any:
     down = math.ceil(len(panels) / across)
     figure = new_figure(WIDTH * across, HEIGHT * down)
     cells = figure.subplots(down, across, squeeze=False).flatten()
+    handles: dict[str, Any] = {}
     for index, (axes, panel) in enumerate(zip(cells, panels, strict=False)):
-        {"line": _draw_lines, "histogram": _draw_histograms, "scatter": _draw_cloud}[panel.curve.kind](axes, panel)
+        drawer = {"line": _draw_lines, "histogram": _draw_histograms, "scatter": _draw_cloud}[panel.curve.kind]
+        handles |= drawer(axes, panel)
         _label(axes, panel, y_label=index % across == 0)
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
-    handles: dict[str, Any] = {}
-    for axes in cells[: len(panels)]:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        columns = 1 if max(map(len, handles)) > 20 and across == 1 else min(len(handles), 2 * across)
+        labels = [_short(label) for label in handles]
+        columns = 1 if max(map(len, labels)) > 20 and across == 1 else min(len(labels), 2 * across)
         figure.legend(
-            list(handles.values()), list(handles), loc="outside upper left", ncols=columns, frameon=False, fontsize=8,
+            list(handles.values()), labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8,
             labelcolor=INK, handlelength=1.6, columnspacing=1.4, borderpad=0.2, labelspacing=0.25,
         )  # fmt: skip
     return figure
@@ -223,28 +223,34 @@ def _label(axes: Any, panel: Panel, y_label: bool) -> None:
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
 
 
-def _draw_lines(axes: Any, panel: Panel) -> None:
-    names = panel.names
+# The drawers return what stands in the legend: label -> handle.
+
+
+def _draw_lines(axes: Any, panel: Panel) -> dict[str, Any]:
+    names, handles = panel.names, {}
     for index, line in enumerate(panel.lines):
         label = ", ".join(filter(None, (line.network, line.name if len(names) > 1 else "")))
-        axes.plot(
-            line.x, line.y, label=_short(label), color=panel.colour(line), linestyle=DASHES[names.index(line.name)],
+        (handles[label],) = axes.plot(
+            line.x, line.y, color=panel.colour(line), linestyle=DASHES[names.index(line.name)],
             linewidth=1.7, marker="o" if len(line.x) <= 2 * FEW else None, markersize=3.2,
             zorder=3 - index / len(panel.lines),  # the network that the report is about lies on top
         )  # fmt: skip
+    return handles
 
 
-def _draw_histograms(axes: Any, panel: Panel) -> None:
+def _draw_histograms(axes: Any, panel: Panel) -> dict[str, Any]:
+    handles = {}
     for line in panel.lines:
         whole = sum(line.y) if panel.curve.y_share else 1
         shares = [count / (whole or 1) for count in line.y]
         axes.stairs(shares, line.x, fill=True, color=panel.colour(line), alpha=0.18, linewidth=0)
-        axes.stairs(shares, line.x, color=panel.colour(line), linewidth=1.4, label=_short(line.network))
+        handles[line.network] = axes.stairs(shares, line.x, color=panel.colour(line), linewidth=1.4)
     axes.set_ylim(bottom=0)
+    return handles
 
 
-def _draw_cloud(axes: Any, panel: Panel) -> None:
-    """Points of one network by class; each class is named at its median, as long as that can be read."""
+def _draw_cloud(axes: Any, panel: Panel) -> dict[str, Any]:
+    """Points of one network by class; each class is named at its median, as long as that can be read: no legend."""
     line = panel.lines[0]
     by_class = has_classes(panel.lines)
     colours = [f"tab:{CLASSES[label % len(CLASSES)]}" if by_class else panel.colour(line) for label in line.labels]
@@ -261,10 +267,12 @@ def _draw_cloud(axes: Any, panel: Panel) -> None:
             _short(name, 12), middle, ha="center", va="center", fontsize=7.5, color=INK,
             bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.72},
         )  # fmt: skip
+    return {}
 
 
 def _short(title: str, letters: int = LEGEND_LETTERS) -> str:
-    """Cut in the middle: titles often differ at their ends. Dollar signs are no formulas here."""
+    """Cut in the middle: titles often differ at their ends. A dollar sign is no formula here, and a leading underscore
+    (of which matplotlib makes no legend) a letter like others."""
     if len(title) > letters:
         title = f"{title[: letters // 2]}…{title[-(letters - letters // 2 - 1) :]}"
-    return title.replace("$", r"\$")
+    return ("\u200b" if title.startswith("_") else "") + title.replace("$", r"\$")
