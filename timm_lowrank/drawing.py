@@ -34,7 +34,7 @@ def dress(panel: Any) -> None:
     panel.spines[["left", "bottom"]].set_color(AXIS)
 
 
-def percent(value: float, _: int | None = None) -> str:
+def share_tick(value: float, _: int | None = None) -> str:
     """A tick label for a share."""
     return f"{100 * value:.3g} %"
 

@@ -119,5 +119,5 @@ def columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), gap: in
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """A table of cells that are Markdown already; columns in `right` are aligned to the right."""
-    rule = ["---:" if place in right else "---" for place in range(len(header))]
+    rule = ["---:" if column in right else "---" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

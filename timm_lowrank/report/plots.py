@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import text
-from ..drawing import AXIS, GRID, INK, NETWORKS, PAPER, PLAIN, dress, new_figure, percent, write_png
+from ..drawing import AXIS, GRID, INK, NETWORKS, PAPER, PLAIN, dress, new_figure, share_tick, write_png
 from ..evaluation.results import Curve, Evaluation, Series
 
 DASHES = ("-", "--", ":", "-.")
@@ -217,7 +217,7 @@ def _label(axes: Any, panel: Panel, y_label: bool) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda *_: "")
     if curve.y_share:
-        axes.yaxis.set_major_formatter(percent)
+        axes.yaxis.set_major_formatter(share_tick)
         if curve.kind == "line":
             axes.set_ylim(-0.02, 1.02)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1])

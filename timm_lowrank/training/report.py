@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.model import LowRankModel
 from ..core.spectrum import Sketch, singular_energies
 from ..data.streamed import StreamedData
-from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, percent, write_png
+from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, share_tick, write_png
 from ..environment import device_name, versions
 from ..errors import DivergedError
 from .batches import TestBatches
@@ -274,5 +274,5 @@ def _draw(panel: Any, runs: Mapping[str, Sequence[float]], rank: int | None) -> 
     panel.set_ylim(0, 1.02)
     panel.set_xlabel("directions", fontsize=9, color=INK)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.yaxis.set_major_formatter(percent)
+    panel.yaxis.set_major_formatter(share_tick)
     dress(panel)
