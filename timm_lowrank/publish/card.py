@@ -71,17 +71,16 @@ def read_info(folder: Path, *, branches: bool = True) -> CheckpointInfo:
         CheckpointError: one of them cannot be read, or timm does not have the architecture.
     """
     config = read_json(folder / NETWORK_CONFIG)
-    architecture, cfg, classes = (
-        known_architecture(config, folder),
-        config.get("pretrained_cfg"),
-        config.get("num_classes"),
+    classes, cfg = config.get("num_classes"), config.get("pretrained_cfg")
+    known = {key: value for key, value in cfg.items() if isinstance(value, list)} if isinstance(cfg, dict) else {}
+    return CheckpointInfo(
+        architecture=known_architecture(config, folder),
+        classes=classes if isinstance(classes, int) else None,
+        input_size=tuple(known.get("input_size", ())),
+        mean=tuple(known.get("mean", ())),
+        std=tuple(known.get("std", ())),
+        branches=read_description(folder) if branches else None,
     )
-    known = cfg if isinstance(cfg, dict) else {}
-    size, mean, std = (
-        tuple(value) if isinstance(value := known.get(key), list) else () for key in ("input_size", "mean", "std")
-    )
-    about = read_description(folder) if branches else None
-    return CheckpointInfo(architecture, classes if isinstance(classes, int) else None, size, mean, std, about)
 
 
 def short_card(folder: Path, repo_id: str) -> str:
