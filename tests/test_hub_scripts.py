@@ -316,6 +316,8 @@ def test_what_cannot_be_pulled(hub, run, tmp_path, waits):
     done(push, run, REPO, "--private")
     refused("private and not yours to see", pull, REPO, "--token", "hf_bob")
     refused("its sha256 is .*and it should be 0000", pull, REPO, "--sha256", "0" * 64)
+    (tmp_path / "file").touch()
+    refused("could not write .*What was fetched is kept in the cache", pull, REPO, tmp_path / "file" / "new")
     hub.seed(REPO, {"../../stolen": b"x"})
     refused("is no name of a file inside", pull, REPO, tmp_path / "new")
     assert not (tmp_path / "new").exists()

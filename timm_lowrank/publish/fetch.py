@@ -18,7 +18,7 @@ from ..checkpoint.files import NETWORK_WEIGHTS
 from ..checkpoint.remote import hub_errors
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from ..evaluation.results import Value
-from ..files import sha256_of
+from ..files import disk_errors, sha256_of
 from ..text import listing
 from .card import OURS, one_line, read_info, share
 
@@ -131,7 +131,8 @@ def _git_sum(path: Path) -> str:
 
 def _copy(fetched: Path, folder: Path, names: tuple[str, ...], sums: Mapping[str, str], sha256: str | None) -> None:
     """Copies to a folder that is there whole or not at all."""
-    try:
+    advice = "What was fetched is kept in the cache; free some space or choose another folder, and run it again"
+    with disk_errors(f"could not write {folder}", advice, CheckpointWriteError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pulling-") as parent:
             staging = Path(parent) / "files"
@@ -140,13 +141,6 @@ def _copy(fetched: Path, folder: Path, names: tuple[str, ...], sums: Mapping[str
                 shutil.copyfile(fetched / name, staging / name)
             _check(staging, sums, sha256)
             os.replace(staging, folder)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointWriteError(
-            f"could not write {error.filename or folder}: {error.strerror or error}. What was fetched is kept in the "
-            "cache; free some space or choose another folder, and run it again"
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------ what it is
