@@ -297,6 +297,7 @@ model-index:
     - {type: accuracy, value: 0.5}
 widget:
 - text: "keep me: yes"
+pipeline_tag: image-feature-extraction
 ---
 My own words.
 
@@ -323,6 +324,7 @@ def test_what_the_owner_wrote_stays(run):
     assert "| 35.0 % (28.7 to 41.8) | 10.0 %" in text, "the new figure"
     data = yaml.safe_load(text.split("---\n")[1])
     assert (data["license"], data["tags"][:2]) == ("mit", ["mine", "timm"])
+    assert data["pipeline_tag"] == "image-feature-extraction"
     assert data["tags"].count("timm") == 1
     assert "low-rank" in data["tags"]
     (entry,) = data["model-index"]
