@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 from timm_lowrank.errors import EvaluationError, LowRankError
-from timm_lowrank.evaluation.results import evaluation_from_json
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes
 from timm_lowrank.training import TrainingError
@@ -68,13 +67,13 @@ def main() -> None:
     options = parse_arguments()
     try:
         state = join_processes()
-        content = evaluate(options, state)
+        evaluation = evaluate(options, state)
     except (EvaluationError, TrainingError, LowRankError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command continues")
-    if state.is_main_process:
-        print(text_table(evaluation_from_json(content)))
+    if evaluation is not None:
+        print(text_table(evaluation))
     if state.num_processes > 1:
         state.destroy_process_group()
 

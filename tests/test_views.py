@@ -265,8 +265,8 @@ def test_an_evaluation_measures_the_samples_of_the_branch(tmp_path):
     pytest.importorskip("accelerate")
     from timm_lowrank.evaluation import activations
     from timm_lowrank.suites.context import build_context
-    from timm_lowrank.suites.measurements.dimension import Spectrum
-    from timm_lowrank.suites.subject import load_subject
+    from timm_lowrank.suites.measurements.representations import Spectrum
+    from timm_lowrank.suites.networks import load_network
     from timm_lowrank.training import load_images
 
     options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2}
@@ -274,7 +274,7 @@ def test_an_evaluation_measures_the_samples_of_the_branch(tmp_path):
     branches = {"blocks.0": 3, "pre_logits": 3}
     model = tlr.wrap(network, LowRankConfig(branches=branches), example_input=torch.zeros(1, 1, 8, 8))
     tlr.save_pretrained(model, tmp_path, data_config={"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)})
-    subject = load_subject(str(tmp_path))
+    subject = load_network(str(tmp_path))
     assert subject.views == {"blocks.0": View("token", -1)}
     context = build_context(
         [subject], load_images("digits"), list(branches), torch.device("cpu"), seed=0, chunk=7, limit=20, train_limit=10

@@ -33,7 +33,6 @@ import statistics
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -114,6 +113,12 @@ class Value:
         if of == 0:
             return cls(math.nan, hits=0, of=0)
         return cls(hits / of, *wilson(hits, of, confidence), hits=hits, of=of)
+
+    @classmethod
+    def mean(cls, values: Iterable[float]) -> Value:
+        """The mean of those that are not NaN; NaN of none."""
+        defined = [value for value in values if not math.isnan(value)]
+        return cls(statistics.fmean(defined) if defined else math.nan, of=len(defined))
 
     @classmethod
     def median(cls, values: Iterable[float], confidence: float = 0.95) -> Value:
@@ -247,6 +252,11 @@ class Series:
     x: tuple[float, ...]  # of a histogram the edges, one more than bins
     y: tuple[float, ...]  # of a histogram the counts
     labels: tuple[int, ...] = ()  # of a scatter plot, the class of each point
+
+    def __post_init__(self) -> None:
+        for name in ("x", "y"):
+            values = tuple(value if math.isfinite(value) else math.nan for value in getattr(self, name))
+            object.__setattr__(self, name, values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -677,7 +687,7 @@ def _decoded(kind: Any, content: Any, where: str, problems: list[str]) -> Any:
     elif kind is float and content is None:
         return math.nan
     elif kind is float and isinstance(content, int | float) and not isinstance(content, bool):
-        return float(content)
+        return content
     elif kind is bytes and isinstance(content, str):
         try:
             return base64.b64decode(content, validate=True)
@@ -725,82 +735,64 @@ _KEYS_OF_FORMAT_1 = (
     (r"autoattack-.*-(apgd-.*|fab.*|square)", Kind.BROKEN_BY),
     (r"transfer-.*|deepfool-transfer-accuracy", Kind.TRANSFER),
     (r"(pgd|iter|autoattack|deepfool)-.*", Kind.ATTACK),
-)  # fmt: skip
+)
+_ATTACK_OF_FORMAT_1 = ("steps", "random_start", "restarts", "setting", "stops_at_success")
 
 
 def _from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
     """Figures had no kind, layer or directions, which their keys tell; protocols were flat, with radii as text."""
-    titles = [network.get("title") for network in _objects(content.get("networks"))]
-    converted = {name: value for name, value in content.items() if name != "settings"}
-    for name in ("figures", "curves", "strips"):
-        if isinstance(content.get(name), list):
-            converted[name] = [_part_of_format_1(part, titles) for part in content[name]]
-    for figure in _objects(converted.get("figures")):
-        for pattern, kind in _KEYS_OF_FORMAT_1:
-            if match := re.fullmatch(pattern, str(figure.get("key"))):
-                known = {name: text for name, text in match.groupdict().items() if text is not None}
-                figure |= {"kind": kind.value, **known}
-                break
-        figure.setdefault("kind", Kind.OTHER.value)
-        if "directions" in figure:
-            figure["directions"] = int(figure["directions"])
-    for curve in _objects(converted.get("curves")):
-        for line in _objects(curve.get("lines")):
-            for old, new in (("edges", "x"), ("counts", "y"), ("label", "labels")):
-                if old in line:
-                    line[new] = line.pop(old)
-    return converted
+    try:
+        titles = [network["title"] for network in content["networks"]]
+        columns = {"edges": "x", "counts": "y", "label": "labels"}
+        parts = {
+            name: [
+                {**part, "protocol": _protocol_of_format_1(part.get("protocol") or {}, titles)}
+                for part in content[name]
+            ]
+            for name in ("figures", "curves", "strips")
+        }
+        parts["figures"] = [{**figure, **_coordinates_of_format_1(figure["key"])} for figure in parts["figures"]]
+        for curve in parts["curves"]:
+            curve["lines"] = [{columns.get(name, name): row for name, row in line.items()} for line in curve["lines"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"evaluation.json is not complete ({error!r}): evaluate again with recipes/evaluate.py"
+        ) from error
+    return {**content, **parts, "settings": None}
 
 
-def _objects(parts: Any) -> list[dict[str, Any]]:
-    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+def _coordinates_of_format_1(key: str) -> dict[str, Any]:
+    for pattern, kind in _KEYS_OF_FORMAT_1:
+        if match := re.fullmatch(pattern, key):
+            named = match.groupdict()
+            directions = named.get("directions")
+            return {"kind": kind, "layer": named.get("layer"), "directions": directions and int(directions)}
+    return {"kind": Kind.OTHER}
 
 
-def _part_of_format_1(part: Any, titles: Sequence[Any]) -> Any:
-    if not isinstance(part, dict):
-        return part
-    part = {
-        name: [dict(line) for line in _objects(value)] if name == "lines" else value for name, value in part.items()
-    }
-    if isinstance(part.get("protocol"), dict):
-        part["protocol"] = _protocol_of_format_1(part["protocol"], titles)
-    return part
-
-
-def _protocol_of_format_1(flat: Mapping[str, Any], titles: Sequence[Any]) -> dict[str, Any]:
+def _protocol_of_format_1(flat: Mapping[str, Any], titles: Sequence[str]) -> dict[str, Any]:
     left = {name: value for name, value in flat.items() if value is not None}
     protocol: dict[str, Any] = {name: left.pop(name) for name in ("images", "seed") if name in left}
     if "attack" in left:
-        words = str(left.pop("attack")).split(", ")
-        name, _, version = words[0].partition(" ")
-        norms = {shown: norm for norm, shown in NORMS.items()}
-        norm = next((norms[word] for word in [*words, left.pop("norm", None)] if word in norms), "linf")
-        attack: dict[str, Any] = {"name": name, "norm": norm, **({"version": version} if version else {})}
-        attack["notes"] = [word for word in words[1:] if word not in norms and word != "stops at success"]
+        attack = {name: left.pop(name) for name in _ATTACK_OF_FORMAT_1 if name in left}
+        (name, *words), norms = str(left.pop("attack")).split(", "), {shown: norm for norm, shown in NORMS.items()}
+        attack["name"], _, version = name.partition(" ")
+        attack |= {"version": version or None, "targeted": name == "Iter-LL-FGSM"}
+        attack["norm"] = next((norms[word] for word in [*words, left.pop("norm", None)] if word in norms), "linf")
         if "stops at success" in words:
             attack["stops_at_success"] = True
+        attack["notes"] = [word for word in words if word not in norms and word != "stops at success"]
         for length in ("eps", "step_size"):
-            try:
-                attack[length] = float(Fraction(str(left[length])))
-            except (KeyError, ValueError, ZeroDivisionError):
-                continue
-            del left[length]
-        for setting in ("steps", "random_start", "restarts", "setting", "stops_at_success"):
-            if setting in left:
-                attack[setting] = left.pop(setting)
-        if "crafted_on" in left:
-            pairs = str(left.pop("crafted_on")).split("; ")
-            attack["crafted_on"] = {
-                title: pair.removesuffix(f" for {title}")
-                for pair in pairs
-                for title in titles
-                if pair.endswith(f" for {title}")
-            }
+            if written := re.fullmatch(r"([\d.e-]+)(?:/(\d+))?", str(left.get(length))):  # 8/255, 0.5, but not eps/4
+                attack[length] = float(written[1]) / float(written[2] or 1)
+                del left[length]
+        pairs = str(left.pop("crafted_on", "")).split("; ")  # plain for 2-LR; 2-LR for plain
+        ends = [(pair, title, f" for {title}") for pair in pairs for title in titles]
+        attack["crafted_on"] = {
+            title: pair.removesuffix(end) for pair, title, end in ends if pair.endswith(end)
+        } or None
         protocol["attack"] = attack
     if "noise" in left and "probability" in left:
         reading = str(left.pop("noise")).removeprefix("Gaussian, ").removesuffix(", clipped to [0, 1]")
         protocol["noise"] = {"probability": left.pop("probability"), "reading": reading}
-    protocol["details"] = {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in left.items()
-    }
-    return protocol
+    return {**protocol, "details": left}

@@ -2,11 +2,10 @@
 
 >>> from accelerate import PartialState
 >>> from timm_lowrank.suites import Options, evaluate
->>> content = evaluate(Options("runs/digits", suites=("quick",)), PartialState())  # doctest: +SKIP
+>>> evaluation = evaluate(Options("runs/digits", suites=("quick",)), PartialState())  # doctest: +SKIP
 """
 
-from .evaluation import evaluate, write_evaluation
-from .inputs import Options
+from .evaluation import Options, evaluate
 from .runner import join_processes
 
-__all__ = ["Options", "evaluate", "join_processes", "write_evaluation"]
+__all__ = ["Options", "evaluate", "join_processes"]

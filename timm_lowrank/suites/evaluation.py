@@ -4,39 +4,77 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
-import json
-import math
-import platform
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import PartialState
 
+from ..data.drawn import drawn_images
+from ..data.images import ImageData, load_images
+from ..data.streamed import StreamedData
+from ..environment import device_name, versions
 from ..errors import EvaluationError, EvaluationWarning
 from ..evaluation.checks import check_before_attack
-from ..evaluation.results import evaluation_from_json
-from ..files import disk_errors, read_json, write_whole
+from ..evaluation.results import Evaluation, Settings, read_evaluation, write_evaluation
+from ..files import disk_errors
 from ..report import write_plots, write_report
+from ..training.data import load_data as load_data_of
 from .context import Context, build_context
-from .inputs import Options, layers_of, load_data, load_other_labels, load_subjects, output_of
-from .journal import ADVICE, Journal
-from .measurements.base import Findings
+from .networks import EvaluatedNetwork, load_networks
 from .plan import chosen_suites, measurements_of
-from .runner import header, run
+from .runner import ADVICE, PartialResults, run, settings_of
 
-FORMAT = 1
 PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
 
 
-def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to evaluate and how.
+
+    Args:
+        network: a run folder, a checkpoint folder, hf-hub:USER/NAME or a timm name.
+        against: the networks beside it; without any the twin in the run folder if there is one, ("none",) nothing.
+        suites: of "quick", "paper" and "autoattack".
+        data: where the images are; None is where the run's recipe says.
+        limit, train_limit: test images, and training images that classifiers and PCA are fitted on, as many of
+            each class as there are; None are those of the suite.
+        other_labels: a column of other labels, for the transfer of the representation to them.
+        seed: of everything random.
+        chunk: images in a batch and in a piece of work. AutoAttack's random numbers depend on it.
+        output: where evaluation.json, plots/ and report.html go; None is the run folder.
+        overwrite: whether a finished evaluation that was another one may be replaced.
+        command: how to repeat it, for the report.
+    """
+
+    network: str
+    against: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ("quick",)
+    data: str | None = None
+    limit: int | None = None
+    train_limit: int | None = None
+    other_labels: str | None = None
+    seed: int = 0
+    chunk: int = 100
+    output: Path | None = None
+    overwrite: bool = False
+    command: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        if self.output is not None:
+            return self.output
+        run = Path(self.network)
+        return run if run.is_dir() else Path("evaluations") / self.network.replace("/", "_").replace(":", "_")
+
+
+def evaluate(options: Options, state: PartialState) -> Evaluation | None:
     """Evaluates, on all processes of `state` together, and writes the files on the main process.
 
     Returns:
-        The content of evaluation.json; on other processes {}.
+        The content of evaluation.json; None on other processes.
 
     Raises:
         EvaluationError: for a mistake in the options, networks or data, before anything is written.
@@ -47,134 +85,123 @@ def evaluate(options: Options, state: PartialState) -> dict[str, Any]:
     measurements = measurements_of(suites)
     if options.chunk < 1:
         raise EvaluationError(f"--batch-size must be at least 1, not {options.chunk}")
-    subjects = load_subjects(options)
+    networks = load_networks(options.network, options.against)
     limit = max(suite.images for suite in suites) if options.limit is None else options.limit
     train_limit = max(s.train_images for s in suites) if options.train_limit is None else options.train_limit
-    data, noted = load_data(options, subjects, train_limit, limit)
+    data = load_data(options, networks, train_limit, limit)
     context = build_context(
-        subjects,
-        data,
-        layers_of(subjects),
-        state.device,
+        networks, data, _layers(networks), state.device, seed=options.seed, chunk=options.chunk, limit=limit,
+        train_limit=train_limit, other_labels=_load_other_labels(options, networks),
+    )  # fmt: skip
+    settings = settings_of(context, measurements)
+    finished = _finished(options, settings)
+    if finished is not None:
+        return finished if state.is_main_process else None
+    oddities = _oddities(context)
+    partial = PartialResults(options.folder / "evaluation.json.partial", settings)
+    results = run(context, measurements, partial, state)
+    if results is None:
+        return None
+    evaluation = Evaluation(
+        suite=" + ".join(options.suites),
+        command=options.command,
         seed=options.seed,
         chunk=options.chunk,
-        limit=limit,
-        train_limit=train_limit,
-        other_labels=load_other_labels(options, subjects),
+        confidence=context.confidence,
+        device=device_name(state.device),
+        processes=state.num_processes,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=versions(PACKAGES),
+        seconds=round(time.monotonic() - began, 1),
+        data=context.data,
+        networks=tuple(network.info for network in networks),
+        figures=tuple(results.figures),
+        curves=tuple(results.curves),
+        strips=tuple(results.strips),
+        verdicts=results.verdicts,
+        warnings=(*_other_data(networks, data), *oddities, *results.warnings),
+        settings=settings,
     )
-    folder = output_of(options)
-    same = header(context, measurements, data.fingerprint)
-    finished = _finished(folder, same, options.overwrite)
-    if finished is not None:
-        return finished if state.is_main_process else {}
-    said = _sane(context)
-    journal = Journal(folder / "evaluation.json.partial", same)
-    findings = run(context, measurements, journal, state)
-    if not state.is_main_process:
-        return {}
-    findings.warnings = [*noted, *said, *findings.warnings]
-    content = {
-        "suite": " + ".join(options.suites),
-        "command": options.command,
-        **_setting(context, state),
-        "seconds": round(time.monotonic() - began, 1),
-        "data": context.describe_data(data),
-        "networks": [subject.description() for subject in subjects],
-        **_content(findings),
-        "settings": same,
-    }
-    write_evaluation(content, folder)
-    journal.remove()
-    return content
+    with disk_errors(f"could not write to {options.folder}", ADVICE):
+        options.folder.mkdir(parents=True, exist_ok=True)
+        write_plots(evaluation, options.folder / "plots")
+        write_report(evaluation, options.folder)
+        write_evaluation(evaluation, options.folder / "evaluation.json")
+    partial.remove()
+    return evaluation
 
 
-def write_evaluation(content: dict[str, Any], folder: Path) -> None:
-    """Writes plots/*.png, report.html and last evaluation.json.
+def load_data(options: Options, networks: Sequence[EvaluatedNetwork], train_limit: int, limit: int) -> ImageData:
+    """The images.
+
+    Of a data set that the recipe streams, `train_limit` training and `limit` test images, as many of each class; of
+    others all.
 
     Raises:
-        RunError: the disk is full or not writable.
+        EvaluationError: nothing says where they are.
+        DataError: they cannot be read.
     """
-    with disk_errors(f"could not write to {folder}", ADVICE):
-        folder.mkdir(parents=True, exist_ok=True)
-        evaluation = evaluation_from_json(content)
-        write_plots(evaluation, folder / "plots")
-        write_report(evaluation, folder)
-        write_whole(folder / "evaluation.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    recipe = next((network.recipe for network in networks if network.recipe), None)
+    if recipe is None:
+        if options.data is None:
+            raise EvaluationError(
+                f"{options.network} does not say what it was trained on: give --data, a folder of parquet files, "
+                'the name of a data set on the Hub, or "digits"'
+            )
+        return load_images(options.data, progress=True)
+    data = load_data_of(dataclasses.replace(recipe, data=options.data or recipe.data))
+    if not isinstance(data, StreamedData):
+        return data
+    if options.other_labels is not None:
+        raise EvaluationError("--other-labels needs images that fit into memory, and these are streamed")
+    return drawn_images(data, train_limit, limit, progress=True)
 
 
-def _sane(context: Context) -> list[str]:
+def _load_other_labels(options: Options, networks: Sequence[EvaluatedNetwork]) -> ImageData | None:
+    """The same images with the labels of another column, if one is named."""
+    if options.other_labels is None:
+        return None
+    recipe = next((network.recipe for network in networks if network.recipe), None)
+    arguments = {**(recipe.data_args if recipe else {}), "label_column": options.other_labels}
+    return load_images(options.data or recipe.data, **arguments)  # type: ignore[union-attr]
+
+
+def _layers(networks: Sequence[EvaluatedNetwork]) -> list[str]:
+    """The layers that any of the networks was measured at when it was trained; without any the last one."""
+    return list(dict.fromkeys(layer for network in networks for layer in network.layers)) or ["pre_logits"]
+
+
+def _other_data(networks: Sequence[EvaluatedNetwork], data: ImageData) -> list[str]:
+    """A warning for each network that was trained on other images."""
+    return [
+        f"{network.title} was trained on other images than these (their fingerprints differ)"
+        for network in networks
+        if network.data_fingerprint not in (None, data.fingerprint)
+    ]
+
+
+def _oddities(context: Context) -> list[str]:
     """What is odd about networks and images, before hours are spent on them."""
-    first = slice(0, context.chunk)
-    said = []
-    for title, subject in context.subjects.items():
+    images, labels = context.chunk_of(range(context.chunk))
+    oddities = []
+    for title, network in context.networks.items():
         with warnings.catch_warnings():  # they go into the report
             warnings.simplefilter("ignore", EvaluationWarning)
-            found = check_before_attack(
-                subject.model, context.images[first], context.labels[first], classes=context.classes
-            )
-        said += [f"{title}: {text}" for text in found]
-    return said
+            texts = check_before_attack(network.model, images, labels, classes=len(context.class_names))
+        oddities += [f"{title}: {text}" for text in texts]
+    return oddities
 
 
-def _finished(folder: Path, same: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _finished(options: Options, settings: Settings) -> Evaluation | None:
     """The evaluation that is there already, if it is the very one that is asked for."""
-    path = folder / "evaluation.json"
-    if not path.exists() or overwrite:
+    path = options.folder / "evaluation.json"
+    if not path.exists() or options.overwrite:
         return None
-    content = read_json(path, EvaluationError)
-    if content.get("settings") == same:
+    evaluation = read_evaluation(path)
+    if evaluation.settings == settings:
         print(f"{path} is complete", flush=True)
-        return content
+        return evaluation
     raise EvaluationError(
-        f"{path} holds another evaluation (suite {content.get('suite')!r}): replace it with --overwrite, or choose "
+        f"{path} holds another evaluation (suite {evaluation.suite!r}): replace it with --overwrite, or choose "
         "another folder with --output"
     )
-
-
-def _content(findings: Findings) -> dict[str, Any]:
-    """Findings as JSON has them: what is not a finite number is null, and a warning says so."""
-    content = dataclasses.asdict(findings)
-    for figure in content["figures"]:
-        for title, value in figure["values"].items():
-            if not math.isfinite(value["value"]):
-                findings.warnings.append(f"{title}, {figure['label']}: not a number (of {value['of']} images)")
-    content["warnings"] = findings.warnings
-    return _finite(content)  # type: ignore[no-any-return]
-
-
-def _setting(context: Context, state: PartialState) -> dict[str, Any]:
-    """How and when it was measured."""
-    return {
-        "format": FORMAT,
-        "seed": context.seed,
-        "chunk": context.chunk,
-        "confidence": context.confidence,
-        "device": _device(state.device),
-        "processes": state.num_processes,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-    }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)

@@ -7,16 +7,11 @@ from collections.abc import Callable, Sequence
 
 from ..errors import EvaluationError
 from ..evaluation.noise import VARIANCE
-from .measurements.accuracy import PGD, AccuracyByRadius, Clean, IteratedFGSM
-from .measurements.auto import AutoAttack
+from .measurements.accuracy import PGD, AccuracyByRadius, AutoAttack, Clean, Diagnosis, PixelNoise
 from .measurements.base import Measurement
-from .measurements.cushion import Cushion
-from .measurements.diagnosis import Diagnosis
-from .measurements.dimension import Plane, Spectrum
-from .measurements.maxmargin import Compression, Hybrid, OtherLabels
-from .measurements.noise import PixelNoise, Stability
-from .measurements.smallest import DeepFool, MinimumPerturbation, OverSteps
-from .measurements.strip import Strip
+from .measurements.classifiers import Compression, Hybrid, OtherLabels
+from .measurements.perturbations import AdversarialStrip, DeepFool, IteratedFGSM, MinimumPerturbation, OverSteps
+from .measurements.representations import Cushion, Plane, Spectrum, Stability
 
 LEVEL = 1 / 255
 NOISE = (0.4, 0.6, 0.8, 1.0)  # paper, Table 4
@@ -37,7 +32,7 @@ def _quick() -> list[Measurement]:
         Compression(DIMENSIONS),
         Stability(8 * LEVEL, 20),
         Diagnosis(DIAGNOSED_RADIUS, "quick"),
-        Strip("pgd"),
+        AdversarialStrip("pgd"),
     ]
 
 
@@ -67,8 +62,8 @@ def _paper() -> list[Measurement]:
         Plane(),
         OtherLabels(),
         Diagnosis(DIAGNOSED_RADIUS, "full"),
-        Strip("deepfool"),
-        Strip("pgd"),
+        AdversarialStrip("deepfool"),
+        AdversarialStrip("pgd"),
     ]
 
 
@@ -81,7 +76,7 @@ def _autoattack() -> list[Measurement]:
         AutoAttack("linf", 8 * LEVEL, black_box=True),
         AutoAttack("l2", 0.5),
         Diagnosis(DIAGNOSED_RADIUS, "full"),
-        Strip("pgd"),
+        AdversarialStrip("pgd"),
     ]
 
 

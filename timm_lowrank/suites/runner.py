@@ -1,12 +1,14 @@
-"""`run`: all units of an evaluation, shared among the processes, through the journal, into findings."""
+"""`run`: all units of an evaluation, shared among the processes, kept on disk as they finish, into results."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
@@ -14,65 +16,119 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..errors import EvaluationError
+from ..evaluation.results import Settings
+from ..files import disk_errors, write_whole
 from .context import Context
-from .journal import Journal, Unit
-from .measurements.base import Columns, Findings, Measurement
+from .measurements.base import Columns, Measurement, Results
 
 FAILED = "failed"  # the column of a measurement that could not be made
+ADVICE = "Free some space and give the same command again: it goes on with what is there."
 
 
-def header(context: Context, measurements: Sequence[Measurement], data_fingerprint: str) -> dict[str, Any]:
-    """What must be the same for an interrupted evaluation to be continued, as JSON gives it back."""
-    settings = {
-        "format": 1,
-        "seed": context.seed,
-        "chunk": context.chunk,
-        "images": len(context.images),
-        "train_images": len(context.train_images),
-        "data": data_fingerprint,
-        "networks": {title: subject.weights for title, subject in context.subjects.items()},
-        "layers": list(context.layers),
-        "torch": torch.__version__,
-        "measurements": [measurement.settings() for measurement in measurements],
-    }
-    return dict(json.loads(json.dumps(settings)))
+class Unit(NamedTuple):
+    """One piece of work: a measurement of a network on one chunk of the images."""
+
+    measurement: str  # its key
+    title: str  # of the network
+    chunk: int  # its number
 
 
-def run(context: Context, measurements: Sequence[Measurement], journal: Journal, state: PartialState) -> Findings:
-    """Measures what the journal does not hold yet.
+def settings_of(context: Context, measurements: Sequence[Measurement]) -> Settings:
+    """What must be the same for an interrupted evaluation to be continued."""
+    return Settings(
+        seed=context.seed,
+        chunk=context.chunk,
+        images=len(context.images),
+        train_images=len(context.train_images),
+        data=str(context.data.fingerprint),
+        networks={title: network.weights for title, network in context.networks.items()},
+        layers=context.layers,
+        torch=torch.__version__,
+        measurements=tuple(map(repr, measurements)),
+    )
+
+
+def run(
+    context: Context, measurements: Sequence[Measurement], partial: PartialResults, state: PartialState
+) -> Results | None:
+    """Measures what `partial` does not hold yet.
 
     Every process takes every k-th of the units that are missing; a unit is one measurement of one network on one
     chunk of images, with seeds of its own, so which process takes it changes nothing.
 
     Returns:
-        On the main process the findings; elsewhere empty ones.
+        On the main process the results; None elsewhere.
 
     Raises:
-        EvaluationError: the journal holds another evaluation.
-        RunError: the journal cannot be written.
+        EvaluationError: `partial` holds another evaluation.
+        RunError: it cannot be written.
     """
     if state.is_main_process:
-        journal.recover()
+        partial.recover()
     state.wait_for_everyone()
     units = plan_units(context, measurements)
-    done = journal.units()
+    done = partial.units()
     missing = [unit for unit in units if unit not in done]
-    state.wait_for_everyone()  # all have read the same journal before anyone adds to it
+    state.wait_for_everyone()  # all have read the same files before anyone adds to them
     by_key = {measurement.key: measurement for measurement in measurements}
-    mine = missing[state.process_index :: state.num_processes]
     fresh: list[tuple[Unit, Columns]] = []
     if state.is_main_process and len(missing) < len(units):
         print(f"continuing: {len(units) - len(missing)} of {len(units)} pieces are there", flush=True)
+    mine = missing[state.process_index :: state.num_processes]
     bar = tqdm(mine, disable=not state.is_main_process, unit="piece", dynamic_ncols=True)
     for unit in bar:
-        key, title, number = unit
-        bar.set_description(f"{key}, {title}"[:40].ljust(40))
-        columns = _observed(context, by_key[key], title, number)
-        journal.append(state.process_index, unit, columns)
+        bar.set_description(f"{unit.measurement}, {unit.title}"[:40].ljust(40))
+        columns = _observed(context, by_key[unit.measurement], unit)
+        partial.append(state.process_index, unit, columns)
         fresh.append((unit, columns))
     # Not through the files: they may lie on the disks of several machines.
-    everything = {**done, **dict(gather_object(fresh))} if state.num_processes > 1 else {**done, **dict(fresh)}
-    return _findings(context, measurements, units, everything) if state.is_main_process else Findings()
+    done |= dict(gather_object(fresh) if state.num_processes > 1 else fresh)
+    return _joined(context, measurements, units, done) if state.is_main_process else None
+
+
+def plan_units(context: Context, measurements: Sequence[Measurement]) -> list[Unit]:
+    """Every piece of work, network by network, in an order that is the same everywhere."""
+    units = []
+    for title in context.networks:
+        for measurement in measurements:
+            if measurement.unavailable(context, title) is None:
+                count = -(-len(context.images) // context.chunk) if measurement.chunked else 1
+                units += [Unit(measurement.key, title, number) for number in range(count)]
+    return units
+
+
+def _observed(context: Context, measurement: Measurement, unit: Unit) -> Columns:
+    rows = range(len(context.images))
+    if measurement.chunked:
+        rows = rows[unit.chunk * context.chunk : (unit.chunk + 1) * context.chunk]
+    try:
+        return measurement.observe(context, unit.title, rows)
+    except EvaluationError as error:
+        return {FAILED: [str(error)]}
+
+
+def _joined(
+    context: Context, measurements: Sequence[Measurement], units: Sequence[Unit], done: Mapping[Unit, Columns]
+) -> Results:
+    """Joins the chunks of every measurement and has it report; what could not be measured becomes a warning."""
+    results = Results()
+    for measurement in measurements:
+        observed: dict[str, Columns] = {}
+        for unit in units:
+            if unit.measurement == measurement.key:
+                joined = observed.setdefault(unit.title, {})
+                for name, values in done[unit].items():
+                    joined.setdefault(name, []).extend(values)
+        for title in context.networks:
+            reason = measurement.unavailable(context, title)
+            if failed := observed.get(title, {}).get(FAILED):
+                reason = failed[0]
+                del observed[title]
+            if reason:
+                results.warnings.append(f"{title}: {measurement.key} was not measured: {reason}")
+        if observed:
+            measurement.report(context, observed, results)
+    return results
 
 
 def join_processes() -> PartialState:
@@ -95,50 +151,93 @@ def join_processes() -> PartialState:
     return state
 
 
-def plan_units(context: Context, measurements: Sequence[Measurement]) -> list[Unit]:
-    """Every piece of work, network by network, in an order that is the same everywhere."""
-    units = []
-    for title in context.subjects:
-        for measurement in measurements:
-            if measurement.unavailable(context, title) is None:
-                count = -(-len(context.images) // context.chunk) if measurement.chunked else 1
-                units += [(measurement.key, title, number) for number in range(count)]
-    return units
+# ----------------------------------------------------------------------------------------------------- partial results
 
 
-def _rows(context: Context, measurement: Measurement, number: int) -> range:
-    if not measurement.chunked:
-        return range(len(context.images))
-    return range(number * context.chunk, min((number + 1) * context.chunk, len(context.images)))
+class PartialResults:
+    """The finished units of an evaluation on disk, so that a kill at any moment loses one unit at most.
+
+    A file of JSON lines: first the settings, then one unit a line; process k > 0 has a file of its own.
+
+    Args:
+        path: evaluation.json.partial.
+        settings: compared with those of what an interrupted evaluation left.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path = path
+        self._header = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it will be read back: tuples are lists
+
+    def recover(self) -> None:
+        """Brings what an interrupted evaluation left into one sound file. For one process, before any reads or writes.
+
+        A line that the kill cut off is dropped, and so is every file of another number of processes.
+
+        Raises:
+            EvaluationError: what is there belongs to another evaluation.
+            RunError: the disk is full or not writable.
+        """
+        files = self._files()
+        units: dict[Unit, Columns] = {}
+        for file in files:
+            units |= self._read(file)
+        lines = [json.dumps(self._header), *(json.dumps([*unit, columns]) for unit, columns in units.items())]
+        with disk_errors(f"could not write {self.path}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, "".join(line + "\n" for line in lines))
+            for file in files:
+                if file != self.path:
+                    file.unlink()
+
+    def units(self) -> dict[Unit, Columns]:
+        """Everything that is finished, of all processes on this machine."""
+        return {unit: columns for file in self._files() for unit, columns in self._read(file).items()}
+
+    def append(self, process: int, unit: Unit, columns: Columns) -> None:
+        """Adds a finished unit and waits until it is on the disk.
+
+        Raises:
+            RunError: the disk is full or not writable; the units from before are untouched.
+        """
+        path = self.path if process == 0 else self.path.with_name(f"{self.path.name}.{process}")
+        begin = not path.exists()
+        with disk_errors(f"could not write {path}", ADVICE), path.open("a") as file:
+            if begin:
+                file.write(json.dumps(self._header) + "\n")
+            file.write(json.dumps([*unit, columns]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Takes the files away: the evaluation is complete and written elsewhere."""
+        for file in self._files():
+            file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.parent.glob(self.path.name + "*"))
+
+    def _read(self, file: Path) -> dict[Unit, Columns]:
+        lines = file.read_text(errors="replace").split("\n")[:-1]  # what comes behind the last newline was cut off
+        parsed = [value for value in map(_parsed, lines) if value is not None]
+        if not parsed or not isinstance(parsed[0], dict):
+            return {}
+        if parsed[0] != self._header:
+            keys = [key for key in {**parsed[0], **self._header} if parsed[0].get(key) != self._header.get(key)]
+            changes = (f"{key} was {_short(parsed[0].get(key))} and is {_short(self._header.get(key))}" for key in keys)
+            raise EvaluationError(
+                f"{file} holds another evaluation that was interrupted ({'; '.join(changes)}). "
+                "Finish it with its own command, delete the file, or choose another folder with --output."
+            )
+        return {Unit(*row[:3]): row[3] for row in parsed[1:] if isinstance(row, list) and len(row) == 4}
 
 
-def _observed(context: Context, measurement: Measurement, title: str, number: int) -> Columns:
+def _parsed(line: str) -> Any:
     try:
-        return measurement.observe(context, title, _rows(context, measurement, number))
-    except EvaluationError as error:
-        return {FAILED: [str(error)]}
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
-def _findings(
-    context: Context, measurements: Sequence[Measurement], units: Sequence[Unit], everything: Mapping[Unit, Columns]
-) -> Findings:
-    """Joins the chunks of every measurement and has it report; what could not be measured becomes a warning."""
-    findings = Findings()
-    for measurement in measurements:
-        observed: dict[str, Columns] = {}
-        for unit in units:
-            if unit[0] == measurement.key:
-                joined = observed.setdefault(unit[1], {})
-                for name, values in everything[unit].items():
-                    joined.setdefault(name, []).extend(values)
-        for title in context.subjects:
-            reason = measurement.unavailable(context, title)
-            failed = observed.get(title, {}).get(FAILED)
-            if failed:
-                reason = failed[0]
-                del observed[title]
-            if reason:
-                findings.warnings.append(f"{title}: {measurement.key} was not measured: {reason}")
-        if observed:
-            measurement.report(context, observed, findings)
-    return findings
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

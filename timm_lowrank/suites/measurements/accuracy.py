@@ -1,32 +1,33 @@
-"""Accuracy on clean images and under gradient attacks, white and black box (paper, Tables 1, 9; Fig. 4a, 9)."""
+"""Accuracy on clean, noisy and attacked images, and whether it can be believed (paper, Tables 1, 4, 9; Fig. 4a, 9)."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from ...evaluation import attacks, predictions
+from ...errors import EvaluationError
+from ...evaluation import attacks, masking, pixel_noise, predictions
+from ...evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION
 from ...evaluation.representations import rho
-from ..context import Context
-from .base import (
-    NO_OTHER,
-    Columns,
-    Findings,
-    Measurement,
-    chunk_of,
-    column,
-    crafted_on,
-    median,
-    protocol,
+from ...evaluation.results import (
+    AttackProtocol,
+    Curve,
+    Figure,
+    Kind,
+    NoiseProtocol,
+    Series,
     radius_text,
-    share,
 )
+from ..context import Context
+from .base import AttackMeasurement, Columns, Measurement, Results, column, pgd, pgd_protocol, share, shares
 
-SETTINGS = {setting.name.lower(): setting for setting in (attacks.MADRY, attacks.PAPER)}
-CLEAN, WHITE, BLACK = "Accuracy", "White box", "Black box"
+
+def radius_key(eps: float) -> str:
+    """A radius in the key of a measurement: 8-255."""
+    return radius_text(eps).replace("/", "-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,50 @@ class Clean(Measurement):
     key = "clean"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
-        images, labels = chunk_of(context, rows)
-        return {"correct": column(predictions(context.subjects[title].model, images) == labels)}
+        images, labels = context.chunk_of(rows)
+        return {"correct": column(predictions(context.networks[title].model, images) == labels)}
 
-    def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
-        values = {title: share(columns["correct"], context.confidence) for title, columns in observed.items()}
-        findings.figure(self.key, CLEAN, "Clean test images", values, protocol(context))
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        results.figures.append(Figure(
+            key=self.key, kind=Kind.CLEAN, group="Accuracy", label="Clean test images",
+            values=shares(context, observed, "correct"), protocol=context.protocol(),
+        ))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class PGD(Measurement):
+class PixelNoise(Measurement):
+    """Accuracy with Gaussian noise on a share of the pixels (paper, Table 4).
+
+    Args:
+        probability: that a pixel is hit.
+        reading: of N(0, 128/255), a name in `timm_lowrank.evaluation.noise.NOISE_READINGS`.
+    """
+
+    probability: float
+    reading: str = STANDARD_DEVIATION.name
+
+    @property
+    def key(self) -> str:
+        return f"noise-{re.sub(r'[^a-z]+', '-', self.reading).strip('-')}-{self.probability:g}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        noisy = pixel_noise(
+            images, self.probability, **NOISE_READINGS[self.reading].arguments(),
+            generator=context.generator(self.key, rows.start),
+        )  # fmt: skip
+        return {"correct": column(predictions(context.networks[title].model, noisy) == labels)}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        results.figures.append(Figure(
+            key=self.key, kind=Kind.NOISE, group="Random noise",
+            label=f"Noise p={self.probability:g}, {self.reading}", values=shares(context, observed, "correct"),
+            protocol=context.protocol(noise=NoiseProtocol(self.probability, self.reading)),
+        ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class PGD(AttackMeasurement):
     """Accuracy under projected gradient descent in the L_inf ball.
 
     Args:
@@ -53,153 +88,170 @@ class PGD(Measurement):
         eps: radius in units of the pixel range.
         steps: of the attack.
         restarts: how often it begins anew; an image must withstand all of them.
-        black_box: crafted on the other network of the evaluation instead.
     """
 
     setting: str
     eps: float
     steps: int
     restarts: int = 1
-    black_box: bool = False
 
     @property
     def key(self) -> str:
         kind = "transfer" if self.black_box else "pgd"
         more = f"-x{self.restarts}" if self.restarts > 1 else ""
-        return f"{kind}-{self.setting}-{self.steps}{more}-{radius_text(self.eps).replace('/', '-')}"
-
-    def unavailable(self, context: Context, title: str) -> str | None:
-        return NO_OTHER if self.black_box and context.other(title) is None else None
+        return f"{kind}-{self.setting}-{self.steps}{more}-{radius_key(self.eps)}"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
-        images, labels = chunk_of(context, rows)
-        model = context.subjects[title].model
-        source = context.other(title) if self.black_box else None
-        found = attacks.pgd(
-            source.model if source else model,
-            images,
-            labels,
-            **SETTINGS[self.setting].arguments(self.eps, self.steps),
-            restarts=self.restarts,
-            generator=context.generator("pgd", rows.start),  # the same start at every radius, and for both networks
-        )
-        return {"withstood": column(predictions(model, found) == labels), "rho": column(rho(images, found))}
+        source = self.attacked(context, title)
+        adversarial = pgd(context, source, rows, self.eps, self.steps, self.setting, self.restarts)
+        _, labels = context.chunk_of(rows)
+        return {"withstood": column(predictions(context.networks[title].model, adversarial) == labels)}
 
-    def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
-        values = {title: share(columns["withstood"], context.confidence) for title, columns in observed.items()}
-        arguments = SETTINGS[self.setting].arguments(self.eps, self.steps)
-        more = {
-            "attack": "PGD, L_inf, cross-entropy, last iterate",
-            "setting": SETTINGS[self.setting].name,
-            "eps": radius_text(self.eps),
-            "steps": self.steps,
-            "step_size": radius_text(arguments["step_size"]),
-            "random_start": arguments["random_start"],
-            "restarts": self.restarts,
-        }
-        if self.black_box:
-            more["crafted_on"] = crafted_on(context, observed)
-        label = f"PGD-{self.steps}, {radius_text(self.eps)} ({SETTINGS[self.setting].name})"
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        about = pgd_protocol(self.eps, self.steps, self.setting, self.restarts)
+        label = f"PGD-{self.steps}, {radius_text(self.eps)} ({about.setting})"
         label += f", {self.restarts} restarts" if self.restarts > 1 else ""
-        findings.figure(self.key, BLACK if self.black_box else WHITE, label, values, protocol(context, **more))
+        results.figures.append(Figure(
+            key=self.key, kind=self.kind, group=self.group, label=label,
+            values=shares(context, observed, "withstood"), protocol=self.protocol(context, observed, about),
+        ))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class IteratedFGSM(Measurement):
-    """Accuracy under Iter-FGSM or Iter-LL-FGSM (paper, Appendix D.1), step 1/255 and a fixed number of steps.
+class AutoAttack(AttackMeasurement):
+    """Accuracy under AutoAttack, and which of its attacks broke what.
+
+    As a black box, images of the other network that AutoAttack could not break stay as they are.
 
     Args:
-        least_likely: towards the least likely class instead of away from the true one.
-        eps: radius in units of the pixel range.
-        steps: of the attack.
-        stop_at_success: leaves an image alone once it is misclassified (paper, Appendix D.4).
-        black_box: crafted on the other network of the evaluation instead.
+        norm: "linf" or "l2".
+        eps: radius.
+        version: "standard", "plus" or "rand".
     """
 
-    least_likely: bool
+    norm: str
     eps: float
-    steps: int
-    stop_at_success: bool = False
-    black_box: bool = False
+    version: str = "standard"
 
     @property
     def key(self) -> str:
-        kind = "iter-ll-fgsm" if self.least_likely else "iter-fgsm"
-        kind = f"transfer-{kind}" if self.black_box else kind
-        stop = "-stop" if self.stop_at_success else ""
-        return f"{kind}{stop}-{self.steps}-{radius_text(self.eps).replace('/', '-')}"
-
-    def unavailable(self, context: Context, title: str) -> str | None:
-        return NO_OTHER if self.black_box and context.other(title) is None else None
+        kind = "transfer-autoattack" if self.black_box else "autoattack"
+        version = "" if self.version == "standard" else f"-{self.version}"
+        return f"{kind}{version}-{self.norm}-{radius_key(self.eps)}"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
-        images, labels = chunk_of(context, rows)
-        model = context.subjects[title].model
-        attack = attacks.iterative_least_likely if self.least_likely else attacks.iterative_fgsm
-        source = context.other(title) if self.black_box else None
-        crafted = source.model if source else model
-        found = attack(crafted, images, labels, eps=self.eps, steps=self.steps, stop_at_success=self.stop_at_success)
-        classes = predictions(model, found)
-        columns = {"withstood": column(classes == labels), "rho": column(rho(images, found))}
-        if self.least_likely:
-            columns["hit"] = column(classes == attacks.least_likely(crafted, images))
-        return columns
-
-    def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
-        values = {title: share(columns["withstood"], context.confidence) for title, columns in observed.items()}
-        name = "Iter-LL-FGSM" if self.least_likely else "Iter-FGSM"
-        about = protocol(
-            context, attack=name, eps=radius_text(self.eps), steps=self.steps, step_size="1/255",
-            random_start=False, restarts=1, stops_at_success=self.stop_at_success,
+        images, labels = context.chunk_of(rows)
+        result = attacks.run_autoattack(
+            self.attacked(context, title), images, labels, eps=self.eps, norm=self.norm, version=self.version,
+            seed=context.integer_seed("autoattack", rows.start), batch_size=len(images),
         )  # fmt: skip
-        group = BLACK if self.black_box else WHITE
         if self.black_box:
-            about["crafted_on"] = crafted_on(context, observed)
-        label = f"{name}, {self.steps} steps, {radius_text(self.eps)}"
-        label += ", stops at success" if self.stop_at_success else ""
-        findings.figure(self.key, group, label, values, about)
-        sizes = {title: median(columns["rho"], context.confidence) for title, columns in observed.items()}
-        findings.figure(f"{self.key}-rho", group, f"{label}: median rho", sizes, about, unit="number", better=None)
-        if self.least_likely:
-            hits = {title: share(columns["hit"], context.confidence) for title, columns in observed.items()}
-            findings.figure(f"{self.key}-hit", group, f"{label}: target hit", hits, about, better="lower")
+            withstood = predictions(context.networks[title].model, result.images) == labels
+            return {"withstood": column(withstood)}
+        return {
+            "withstood": [by is None for by in result.broken_by],
+            "broken_by": list(result.broken_by),
+            "flags": [list(result.flags)] + [[]] * (len(images) - 1),
+        }
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        standard = self.version == "standard"
+        about = AttackProtocol(
+            name="AutoAttack", version=self.version, norm=self.norm, eps=self.eps, steps=100,
+            restarts=1 if standard else 5,
+        )  # fmt: skip
+        parts = "apgd-ce, apgd-t, fab-t, square" if standard else self.version
+        protocol = self.protocol(context, observed, about, attacks=parts, square_queries=5000, batch=context.chunk)
+        name = "AutoAttack" if standard else f"AutoAttack {self.version}"
+        label = f"{name}, {'L_inf' if self.norm == 'linf' else 'L2'} {radius_text(self.eps)}"
+        group = self.group if self.black_box else "AutoAttack"
+        results.figures.append(Figure(
+            key=self.key, kind=self.kind, group=group, label=label,
+            values=shares(context, observed, "withstood"), protocol=protocol,
+        ))  # fmt: skip
+        broken_by = {title: columns["broken_by"] for title, columns in observed.items() if "broken_by" in columns}
+        for part in dict.fromkeys(by for parts in broken_by.values() for by in parts if by not in (None, "clean")):
+            broke = {title: share(context, (by == part for by in parts)) for title, parts in broken_by.items()}
+            results.figures.append(Figure(
+                key=f"{self.key}-{part}", kind=Kind.BROKEN_BY, group=group, label=f"{label}: broken by {part}",
+                values=broke, protocol=protocol, better=None,
+            ))  # fmt: skip
+        for title, columns in observed.items():
+            flags = dict.fromkeys(flag for flags in columns.get("flags", []) for flag in flags)
+            results.warnings += [f"{title}, {label}: {flag}" for flag in flags]
 
 
 @dataclasses.dataclass(frozen=True)
-class AccuracyByRadius(Measurement):
+class AccuracyByRadius(AttackMeasurement):
     """Accuracy against the radius of PGD, and against the perturbation rho that was made (paper, Fig. 4a, 9)."""
 
     radii: tuple[float, ...]
     steps: int
-    key = "accuracy-by-radius"
+
+    @property
+    def key(self) -> str:
+        return f"accuracy-by-radius{'-transfer' * self.black_box}"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
-        images, labels = chunk_of(context, rows)
-        model = context.subjects[title].model
+        images, labels = context.chunk_of(rows)
+        model = context.networks[title].model
         withstood, sizes = [], []
         for eps in self.radii:
-            arguments = attacks.MADRY.arguments(eps, self.steps)
-            found = attacks.pgd(model, images, labels, **arguments, generator=context.generator("pgd", rows.start))
-            withstood.append(predictions(model, found) == labels)
-            sizes.append(rho(images, found))
+            adversarial = pgd(context, self.attacked(context, title), rows, eps, self.steps)
+            withstood.append(predictions(model, adversarial) == labels)
+            sizes.append(rho(images, adversarial))
         return {"withstood": column(torch.stack(withstood, 1)), "rho": column(torch.stack(sizes, 1))}
 
-    def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
-        about = protocol(
-            context, attack="PGD, L_inf", setting="Madry", steps=self.steps, step_size="eps/4",
-            random_start=True, restarts=1,
-        )  # fmt: skip
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        protocol = self.protocol(context, observed, pgd_protocol(None, self.steps), step_size="eps/4")
         by_radius, by_rho = [], []
         for title, columns in observed.items():
             accuracy = torch.tensor(columns["withstood"]).double().mean(0).tolist()
             sizes = torch.tensor(columns["rho"], dtype=torch.float64).nanmean(0).tolist()
-            line = {"network": title, "name": f"PGD-{self.steps}", "y": accuracy}
-            by_radius.append({**line, "x": [eps * 255 for eps in self.radii]})
-            by_rho.append({**line, "x": sizes})
-        shared: dict[str, Any] = {"group": WHITE, "kind": "line", "y_share": True, "x_log": False, "protocol": about}
-        findings.curves += [
-            {"key": self.key, "title": "Accuracy against the radius", "x_label": "L_inf radius, grey levels of 255",
-             "y_label": "accuracy", "lines": by_radius, **shared},
-            {"key": f"{self.key}-rho", "title": "Accuracy against the perturbation", "x_label": "mean rho",
-             "y_label": "accuracy", "lines": by_rho, **shared},
-        ]  # fmt: skip
+            line = Series(
+                network=title, name=f"PGD-{self.steps}", x=tuple(eps * 255 for eps in self.radii), y=tuple(accuracy)
+            )
+            by_radius.append(line)
+            by_rho.append(dataclasses.replace(line, x=tuple(sizes)))
+        against_radius = Curve(
+            key=self.key, group=self.group, kind="line", title="Accuracy against the radius",
+            x_label="L_inf radius, grey levels of 255", y_label="accuracy", lines=tuple(by_radius), y_share=True,
+            protocol=protocol,
+        )  # fmt: skip
+        against_rho = dataclasses.replace(
+            against_radius, key=f"{self.key}-rho", title="Accuracy against the perturbation", x_label="mean rho",
+            lines=tuple(by_rho),
+        )  # fmt: skip
+        results.curves += [against_radius, against_rho]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis(Measurement):
+    """Whether the network only looks robust; see `timm_lowrank.evaluation.masking`.
+
+    Args:
+        eps: L_inf radius of the attacks that are compared.
+        budget: "quick" or "full".
+    """
+
+    eps: float
+    budget: str
+    key = "diagnosis"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        other = context.other(title)
+        observations = masking.observe(
+            context.networks[title].model, images, labels, eps=self.eps,
+            seed=context.integer_seed("diagnosis", rows.start), source=other.model if other else None,
+            budget=self.budget,
+        )  # fmt: skip
+        return {name: column(values) for name, values in observations.items()}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        for title, columns in observed.items():
+            try:
+                observations = {name: torch.tensor(values) for name, values in columns.items()}
+                results.verdicts[title] = masking.judge(observations)
+            except EvaluationError as error:  # too few images, or none that is right: what was measured still counts
+                results.warnings.append(f"{title}: there is no verdict on gradient masking: {error}")

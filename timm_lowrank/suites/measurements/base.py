@@ -4,51 +4,32 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...evaluation.intervals import wilson
+from ...evaluation import PixelModel, attacks
+from ...evaluation.results import AttackProtocol, Curve, Figure, Kind, Protocol, Strip, Value, Verdict
 from ..context import Context
 
-Columns = dict[str, list[Any]]  # name -> one entry an image; JSON takes it as it is
-Protocol = dict[str, Any]  # how a figure was measured: attack, steps, radius, restarts, images, seed
+Columns = dict[str, list[Any]]  # name -> entries, of most one an image; JSON takes it as it is
 
 
 @dataclasses.dataclass
-class Findings:
-    """What measurements contribute to evaluation.json, in its format."""
+class Results:
+    """What measurements contribute to an `Evaluation`."""
 
-    figures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    curves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    strips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    verdicts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    figures: list[Figure] = dataclasses.field(default_factory=list)
+    curves: list[Curve] = dataclasses.field(default_factory=list)
+    strips: list[Strip] = dataclasses.field(default_factory=list)
+    verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
-
-    def figure(
-        self,
-        key: str,
-        group: str,
-        label: str,
-        values: Mapping[str, Mapping[str, Any]],
-        protocol: Protocol,
-        *,
-        unit: str = "share",
-        better: str | None = "higher",
-    ) -> None:
-        """Adds one figure of every network in `values` (from `share` or `number`)."""
-        self.figures.append(
-            {"key": key, "group": group, "label": label, "unit": unit, "better": better, "protocol": protocol,
-             "values": {title: dict(value) for title, value in values.items()}}
-        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement(abc.ABC):
-    """One thing to measure. A subclass is a frozen dataclass: its fields are the settings.
+    """One thing to measure. A subclass is a frozen dataclass: its fields are the settings, all of them in its `repr`.
 
     `observe` sees one network and one chunk of the test images, on whichever process; `report` sees the columns
     of all chunks, joined in order, and makes figures of them. Nothing else may pass between the two, which is what
@@ -75,12 +56,46 @@ class Measurement(abc.ABC):
         """
 
     @abc.abstractmethod
-    def report(self, context: Context, observed: Mapping[str, Columns], findings: Findings) -> None:
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         """Adds figures, curves or pictures of all networks: title -> columns of all test images."""
 
-    def settings(self) -> dict[str, Any]:
-        """The fields, for comparing an interrupted evaluation with the one that would continue it."""
-        return {"class": type(self).__name__, **dataclasses.asdict(self)}
+
+@dataclasses.dataclass(frozen=True)
+class AttackMeasurement(Measurement):
+    """One that attacks each network.
+
+    Args:
+        black_box: the images are crafted on the other network of the evaluation instead.
+    """
+
+    black_box: bool = dataclasses.field(default=False, kw_only=True)
+
+    def unavailable(self, context: Context, title: str) -> str | None:
+        return "it needs a second network: --against" if self.black_box and context.other(title) is None else None
+
+    def attacked(self, context: Context, title: str) -> PixelModel:
+        """The network that the images for `title` are crafted on."""
+        other = context.other(title) if self.black_box else None
+        return (other or context.networks[title]).model
+
+    @property
+    def kind(self) -> Kind:
+        """Of a figure that is the accuracy under the attack."""
+        return Kind.TRANSFER if self.black_box else Kind.ATTACK
+
+    @property
+    def group(self) -> str:
+        return "Black box" if self.black_box else "White box"
+
+    def protocol(
+        self, context: Context, observed: Mapping[str, Columns], attack: AttackProtocol, **details: str | float
+    ) -> Protocol:
+        """How it was measured."""
+        if self.black_box:
+            sources = {title: context.other(title) for title in observed}
+            crafted_on = {title: source.title for title, source in sources.items() if source}
+            attack = dataclasses.replace(attack, crafted_on=crafted_on)
+        return dataclasses.replace(context.protocol(attack=attack), details=details)
 
 
 def column(values: Tensor) -> list[Any]:
@@ -88,54 +103,42 @@ def column(values: Tensor) -> list[Any]:
     return list(values.detach().cpu().tolist())
 
 
-def share(hits: Iterable[bool], confidence: float = 0.95) -> dict[str, Any]:
-    """A share of images with its Wilson interval; NaN of no images."""
-    flags = [bool(hit) for hit in hits]
-    if not flags:
-        return {"value": math.nan, "hits": 0, "of": 0}
-    low, high = wilson(sum(flags), len(flags), confidence)
-    return {"value": sum(flags) / len(flags), "low": low, "high": high, "hits": sum(flags), "of": len(flags)}
+def share(context: Context, flags: Iterable[bool]) -> Value:
+    """The share of images whose flag is set, with its interval."""
+    flags = list(flags)
+    return Value.share(sum(flags), len(flags), context.confidence)
 
 
-def number(value: float, of: int) -> dict[str, Any]:
-    """A figure that is no share, with the number of images it was measured on."""
-    return {"value": float(value), "of": of}
+def shares(context: Context, observed: Mapping[str, Columns], name: str) -> dict[str, Value]:
+    """The share of a column of flags, of each network."""
+    return {title: share(context, columns[name]) for title, columns in observed.items()}
 
 
-def median(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
-    """A median with the interval of order statistics, which assumes nothing about the distribution."""
-    ordered = sorted(value for value in values if not math.isnan(value))
-    if not ordered:
-        return {"value": math.nan, "of": 0}
-    count = len(ordered)
-    # The number of values below the true median is binomial(n, 1/2): its quantiles, by the normal approximation.
-    reach = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(count) / 2
-    low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
-    return {"value": statistics.median(ordered), "low": ordered[low], "high": ordered[high], "of": count}
+PGD_SETTINGS = {setting.name.lower(): setting for setting in (attacks.MADRY, attacks.PAPER)}
 
 
-def chunk_of(context: Context, rows: range) -> tuple[Tensor, Tensor]:
-    """Images and labels of the rows."""
-    return context.images[rows.start : rows.stop], context.labels[rows.start : rows.stop]
+def pgd(
+    context: Context,
+    model: nn.Module,  # takes pixels in [0, 1]
+    rows: range,
+    eps: float,
+    steps: int,
+    setting: str = "madry",
+    restarts: int = 1,
+) -> Tensor:
+    """Adversarial images for the test images `rows`: the same random start at every radius and for all networks."""
+    images, labels = context.chunk_of(rows)
+    return attacks.pgd(
+        model, images, labels, **PGD_SETTINGS[setting].arguments(eps, steps), restarts=restarts,
+        generator=context.generator("pgd", rows.start),
+    )  # fmt: skip
 
 
-def protocol(context: Context, **more: Any) -> Protocol:
-    """How a figure was measured: what stands beside every one."""
-    return {**more, "images": len(context.images), "seed": context.seed}
-
-
-def crafted_on(context: Context, titles: Iterable[str]) -> str:
-    """Which network the images were crafted on for which one, in words."""
-    pairs = ((context.other(title), title) for title in titles)
-    return "; ".join(f"{other.title} for {title}" for other, title in pairs if other)
-
-
-NO_OTHER = "it needs a second network: --against"
-
-
-def radius_text(eps: float) -> str:
-    """A radius as the literature writes it: 8/255, but 0.5 where that is short or it is no half grey level."""
-    short, halves = f"{eps:g}", eps * 510
-    if len(short) <= 4 or halves < 0.5 or abs(halves - round(halves)) > 1e-6:
-        return short
-    return f"{round(halves) / 2:g}/255"
+def pgd_protocol(eps: float | None, steps: int, setting: str = "madry", restarts: int = 1) -> AttackProtocol:
+    """How the images of `pgd` are made; `eps` is None for several radii."""
+    chosen = PGD_SETTINGS[setting]
+    return AttackProtocol(
+        name="PGD", eps=eps, steps=steps, step_size=None if eps is None else chosen.arguments(eps, steps)["step_size"],
+        random_start=chosen.random_start, restarts=restarts, setting=chosen.name,
+        notes=("cross-entropy", "last iterate"),
+    )  # fmt: skip

@@ -1,0 +1,419 @@
+"""Evaluations of real digits: what they leave, that kills and processes change no figure, and how they fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+
+from timm_lowrank.data.images import balanced_rows, load_images
+from timm_lowrank.errors import EvaluationError, RunError
+from timm_lowrank.evaluation import PixelModel
+from timm_lowrank.evaluation.results import Kind, Settings, read_evaluation
+from timm_lowrank.report import text_table
+from timm_lowrank.suites import Options, evaluate, join_processes, plan
+from timm_lowrank.suites.measurements import accuracy
+from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis
+from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
+from timm_lowrank.training import Recipe, train
+
+ROOT = Path(__file__).parents[1]
+RECIPE = {
+    "name": "small",
+    "model": "resnet10_cifar",
+    "model_args": {"channels": [8, 8, 16, 16]},
+    "data_args": {"test_limit": 100},
+    "lowrank": {"branches": {"layer3": 6, "pre_logits": 4}, "warmup_updates": 3},
+    "epochs": 4,
+    "pretrain_epochs": 2,
+    "batch_size": 32,
+    "learning_rate": 0.1,
+    "schedule": "cosine",
+    "twin": True,
+}
+VARIES = {"created": "", "seconds": 0.0, "processes": 1, "command": None}
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A 2-LR run with its plain twin."""
+    AcceleratorState._reset_state(True)
+    output = tmp_path_factory.mktemp("runs") / "2-LR"
+    train(Recipe.from_dict(RECIPE), output)
+    return output
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A suite of a second: one measurement of each kind, chunked and whole, with and without a second network."""
+
+    def measurements():
+        wanted = ("clean", "pgd-madry-20-8-255", "transfer", "noise-standard-deviation-1", "spectrum", "compression")
+        return [
+            measurement for measurement in plan.SUITES["quick"].measurements() if measurement.key.startswith(wanted)
+        ]
+
+    monkeypatch.setitem(plan.SUITES, "small", plan.Suite(measurements, 40, 200))
+    return ("small",)
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """The quick suite on 24 images, in pieces of 16, never interrupted."""
+    AcceleratorState._reset_state(True)
+    output = tmp_path_factory.mktemp("whole")
+    return output, evaluated_in(trained, output)
+
+
+def evaluated_in(run, output, **changes):
+    settings = {"limit": 24, "train_limit": 200, "chunk": 16, "output": output, **changes}
+    return evaluate(Options(str(run), **settings), PartialState())
+
+
+def command(run, output):
+    return [
+        str(ROOT / "recipes" / "evaluate.py"), str(run), "--output", str(output), "--limit", "24",
+        "--train-limit", "200", "--batch-size", "16",
+    ]  # fmt: skip
+
+
+def content(folder):
+    """What must not depend on when and by how many processes it was measured."""
+    return dataclasses.replace(read_evaluation(folder / "evaluation.json"), **VARIES)
+
+
+# -------------------------------------------------------------------------------------------------- what is left there
+
+
+def test_an_evaluation_leaves_report_plots_and_figures(evaluated):
+    output, evaluation = evaluated
+    assert read_evaluation(output / "evaluation.json") == evaluation
+    assert (output / "report.html").read_text().lstrip().startswith("<!DOCTYPE html>")
+    assert {path.suffix for path in (output / "plots").rglob("*.*")} == {".png"}
+    assert not list(output.glob("*.partial*"))
+    assert evaluation.titles == ("2-LR", "plain")
+    assert evaluation.data.images == 24
+    assert set(evaluation.verdicts) == {"2-LR", "plain"}
+    for figure in evaluation.figures:
+        assert (figure.protocol.seed, figure.protocol.images) == (0, 24)
+        assert set(figure.values) == {"2-LR", "plain"}
+        assert figure.kind is not Kind.OTHER
+    attack = evaluation.figure("pgd-madry-20-8-255").protocol.attack
+    assert (attack.eps, attack.step_size, attack.steps, attack.restarts) == (8 / 255, 2 / 255, 20, 1)
+    (transfer,) = evaluation.by_kind(Kind.TRANSFER)
+    assert transfer.protocol.attack.crafted_on == {"2-LR": "plain", "plain": "2-LR"}
+    assert [figure.directions for figure in evaluation.by_kind(Kind.COMPRESSION, layer="layer3")] == [5, 10, 20, None]
+    table = text_table(evaluation)
+    assert "PGD-20, 8/255" in table
+    assert all(len(line) <= 100 for line in table.splitlines())
+
+
+def test_figures_are_those_of_the_networks(trained, evaluated):
+    """Recomputed by hand from the exported weights: clean accuracy, an image alone in its batch."""
+    _, evaluation = evaluated
+    data = load_images(**RECIPE["data_args"])
+    rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 24, 10))
+    images, labels = data.test_images[rows].float() / 255, data.test_labels[rows]
+    model = PixelModel(timm.create_model(f"local-dir:{trained / 'model'}", pretrained=True).eval())
+    right = sum(int(model(image[None]).argmax()) == int(label) for image, label in zip(images, labels, strict=True))
+    hits = {figure.key: figure.values["2-LR"].hits for figure in evaluation.figures}
+    assert hits["clean"] == right >= 8
+    radius = [hits[f"pgd-madry-20-{level}-255"] for level in (2, 4, 8)]
+    assert right >= radius[0] >= radius[1] >= radius[2]
+    assert evaluation.figure("noise-standard-deviation-0.4").values["2-LR"].of == 24
+
+
+def test_the_same_command_again_does_nothing_and_another_is_refused(trained, evaluated, capsys):
+    output, evaluation = evaluated
+    before = (output / "evaluation.json").stat().st_mtime_ns
+    assert evaluated_in(trained, output) == evaluation
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(EvaluationError, match="--overwrite"):
+        evaluated_in(trained, output, seed=1)
+    assert (output / "evaluation.json").stat().st_mtime_ns == before
+
+
+def test_several_networks_and_none(trained, tmp_path, small):
+    alone = evaluated_in(trained, tmp_path / "alone", against=("none",), suites=small)
+    assert alone.titles == ("2-LR",)
+    assert any("transfer-madry-20-8-255 was not measured" in text for text in alone.warnings)
+    assert not alone.by_kind(Kind.TRANSFER)
+    with pytest.raises(EvaluationError, match="same weights"):
+        evaluated_in(trained, tmp_path / "same", against=(str(trained / "model"),))
+
+
+def test_one_image_is_enough(trained, tmp_path, small):
+    evaluation = evaluated_in(trained, tmp_path / "one", limit=1, suites=small)
+    keys = {figure.key for figure in evaluation.figures}
+    assert {"clean", "pgd-madry-20-8-255", "compression-layer3-all"} <= keys
+    assert any("spectrum was not measured" in text for text in evaluation.warnings)
+
+
+def test_a_checkpoint_without_its_run_takes_data_by_name(trained, tmp_path, small):
+    evaluation = evaluated_in(trained / "model", tmp_path, data="digits", limit=10, suites=small)
+    assert evaluation.data.source == "digits"
+    assert evaluation.networks[0].branches == {"layer3": 6, "pre_logits": 4}
+
+
+# ------------------------------------------------------------------------------------- kills, processes, full disks
+
+
+def test_a_kill_at_any_moment_changes_nothing(trained, evaluated, tmp_path):
+    output = tmp_path / "killed"
+    lines = 0
+    for _ in range(60):
+        process = subprocess.Popen(
+            [sys.executable, *command(trained, output)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        grown = wait_for_more(process, output / "evaluation.json.partial", lines)
+        if grown is None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert grown > lines
+        lines = grown + 22
+    assert lines > 15  # it was killed more than once
+    assert content(output) == content(evaluated[0])
+    assert not list(output.glob("*.partial*"))
+
+
+def wait_for_more(process, path, lines):
+    """The number of lines of a file once it has more than `lines`; None if the process ends before that."""
+    while process.poll() is None:
+        count = path.read_bytes().count(b"\n") if path.exists() else 0
+        if count > lines:
+            return count
+        time.sleep(0.02)
+    assert process.returncode == 0
+    return None
+
+
+def test_two_processes_give_the_figures_of_one(trained, evaluated, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    result = subprocess.run(
+        [*launch, "--main_process_port", "0", *command(trained, tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert read_evaluation(tmp_path / "evaluation.json").processes == 2
+    assert content(tmp_path) == content(evaluated[0])
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_processes_that_form_no_group_stop(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("timm_lowrank.suites.runner.Accelerator", lambda **settings: None)
+    with pytest.raises(EvaluationError, match="torchrun --nproc_per_node"):
+        join_processes()
+
+
+def full_after(calls):
+    """An os.fsync that finds the disk full after some calls."""
+    real, left = os.fsync, iter(range(calls))
+
+    def fsync(descriptor):
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    return fsync
+
+
+def test_a_full_disk_keeps_what_is_finished(trained, tmp_path, monkeypatch, small):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full_after(6))
+        with pytest.raises(RunError, match="No space left"):
+            evaluated_in(trained, tmp_path / "out", suites=small)
+    assert (tmp_path / "out" / "evaluation.json.partial").read_text().count("\n") >= 6
+    evaluated_in(trained, tmp_path / "out", suites=small)
+    evaluated_in(trained, tmp_path / "whole", suites=small)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------------- partial results
+
+SETTINGS = Settings(
+    seed=0, chunk=2, images=3, train_images=9, data="f", networks={"plain": "a"}, layers=("layer3",), torch="2",
+    measurements=("Clean()",),
+)  # fmt: skip
+UNITS = {
+    Unit("clean", "plain", 0): {"correct": [True, False]},
+    Unit("clean", "plain", 1): {"correct": [True]},
+    Unit("rho", "2-LR", 0): {"rho": [0.1, 1 / 3, math.nan]},
+}
+
+
+@pytest.fixture
+def partial(tmp_path):
+    partial = PartialResults(tmp_path / "evaluation.json.partial", SETTINGS)
+    partial.recover()
+    return partial
+
+
+def fill(partial):
+    for unit, columns in UNITS.items():
+        partial.append(0, unit, columns)
+
+
+def as_text(units):
+    """To the bit, and with NaN equal to itself."""
+    return json.dumps([[*unit, columns] for unit, columns in sorted(units.items())])
+
+
+def test_a_kill_at_any_byte_keeps_every_unit_that_was_complete(partial):
+    assert partial.units() == {}
+    fill(partial)
+    whole = partial.path.read_bytes()
+    ends = [byte for byte, character in enumerate(whole) if character == ord("\n")]
+    for cut in range(len(whole) + 1):
+        partial.path.write_bytes(whole[:cut])
+        again = PartialResults(partial.path, SETTINGS)
+        again.recover()
+        complete = max(0, sum(end < cut for end in ends) - 1)  # the first line holds the settings
+        assert as_text(again.units()) == as_text(dict(list(UNITS.items())[:complete]))
+        again.append(0, Unit("later", "plain", 0), {"x": [1]})
+        assert len(again.units()) == complete + 1
+
+
+def test_files_of_several_processes_become_one(partial):
+    for process, (unit, columns) in enumerate(UNITS.items()):
+        partial.append(process, unit, columns)
+    assert len(list(partial.path.parent.iterdir())) == 3
+    assert as_text(partial.units()) == as_text(UNITS)
+    partial.recover()
+    assert list(partial.path.parent.iterdir()) == [partial.path]
+    assert as_text(partial.units()) == as_text(UNITS)
+    partial.remove()
+    assert list(partial.path.parent.iterdir()) == []
+
+
+def test_another_evaluation_is_refused_and_left_alone(partial):
+    fill(partial)
+    before = partial.path.read_bytes()
+    with pytest.raises(EvaluationError, match=r"\(seed was 0 and is 1\).*--output"):
+        PartialResults(partial.path, dataclasses.replace(SETTINGS, seed=1)).recover()
+    assert partial.path.read_bytes() == before
+
+
+def test_bytes_that_are_no_partial_results_are_replaced(partial):
+    partial.path.write_bytes(b"\x00\xff garbage\n{not json}\n")
+    partial.recover()
+    assert partial.units() == {}
+    fill(partial)
+    assert as_text(partial.units()) == as_text(UNITS)
+
+
+def test_a_unit_that_finds_the_disk_full_loses_no_other(partial, monkeypatch):
+    fill(partial)
+    monkeypatch.setattr("os.fsync", full_after(0))
+    with pytest.raises(RunError, match=r"No space left.*same command"):
+        partial.append(0, Unit("late", "plain", 0), {"x": [1]})
+    assert UNITS.keys() <= partial.units().keys()
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suites": ("paper", "qick")}, r"no suite qick.*quick, paper, autoattack"),
+        ({"chunk": 0}, "--batch-size must be at least 1"),
+        ({"limit": 0}, "--limit and --train-limit must be at least 1"),
+        ({"run": "nowhere/at/all"}, "neither a folder here nor a network"),
+        ({"run": "./nowhere"}, "is no run folder"),
+        ({"against": ("./nowhere",)}, "is no run folder"),
+    ],
+)
+def test_mistakes_are_one_error_before_anything_is_written(trained, tmp_path, changes, message):
+    with pytest.raises(EvaluationError, match=message):
+        evaluated_in(**{"run": trained, "output": tmp_path / "out", **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_or_unfinished_run_says_so(trained, tmp_path):
+    unfinished = shutil.copytree(trained, tmp_path / "unfinished")
+    (unfinished / "summary.json").unlink()
+    with pytest.raises(EvaluationError, match="not finished"):
+        evaluated_in(unfinished, tmp_path / "out")
+    damaged = shutil.copytree(trained, tmp_path / "damaged")
+    weights = damaged / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(EvaluationError, match="cannot be loaded"):
+        evaluated_in(damaged, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvaluationError, match="neither a finished run nor a checkpoint"):
+        evaluated_in(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(EvaluationError, match="give --data"):
+        evaluated_in(trained / "model", tmp_path / "out", against=("none",))
+
+
+def test_a_command_line_mistake_is_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "evaluate.py"), str(tmp_path / "nothing")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith("error:")
+    assert "Traceback" not in result.stderr
+
+
+def test_too_few_images_for_a_verdict_are_a_warning(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(plan.SUITES, "verdict", plan.Suite(lambda: [Clean(), Diagnosis(8 / 255, "quick")], 3, 10))
+    evaluation = evaluated_in(trained, tmp_path, limit=3, suites=("verdict",), against=("none",))
+    assert evaluation.verdicts == {}
+    assert any("no verdict on gradient masking" in text for text in evaluation.warnings)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_measurement_that_fails_leaves_the_others(trained, tmp_path, monkeypatch, small):
+    def broken(*arguments, **settings):
+        raise EvaluationError("no noise today")
+
+    monkeypatch.setattr(accuracy, "pixel_noise", broken)
+    evaluation = evaluated_in(trained, tmp_path, limit=10, suites=small)
+    assert any("noise-standard-deviation-1 was not measured: no noise today" in text for text in evaluation.warnings)
+    assert evaluation.figure("clean")
+
+
+# --------------------------------------------------------------------------------------------------------------- suites
+
+
+@pytest.mark.parametrize("suite", plan.SUITES)
+def test_every_measurement_of_a_suite_has_a_name_of_its_own(suite):
+    measurements = plan.SUITES[suite].measurements()
+    keys = [measurement.key for measurement in measurements]
+    assert len(set(keys)) == len(keys)
+    assert {measurement.key for measurement in plan.measurements_of(plan.chosen_suites([suite]))} == set(keys)
+    assert len(set(map(repr, measurements))) == len(keys)  # the settings tell them apart as well
+
+
+def test_units_cover_every_image_once():
+    class TwoNetworks:
+        networks = {"a": None, "b": None}
+        images = torch.zeros(7, 1, 1, 1)
+        chunk = 3
+
+        def other(self, title):
+            return None
+
+    measurements = [Clean(), PGD("madry", 8 / 255, 2, black_box=True), plan.SUITES["quick"].measurements()[-1]]
+    units = plan_units(TwoNetworks(), measurements)
+    assert units == [(key, title, k) for title in "ab" for key, n in (("clean", 3), ("strip-pgd", 1)) for k in range(n)]

@@ -1,0 +1,154 @@
+"""Max-margin classifiers on the representations: compression, hybrids, other labels (paper, Tables 5 to 8)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from ...errors import EvaluationError
+from ...evaluation.maxmargin import (
+    HybridModel,
+    judge_hybrid,
+    label_transfer,
+    max_margin_classifiers,
+    parameters_behind,
+)
+from ...evaluation.pixels import classified_right
+from ...evaluation.results import Figure, Kind
+from ..context import Context
+from .base import Columns, Measurement, Results, column, pgd, pgd_protocol, shares
+
+LINEAR = "scaled, linear, hinge loss, L2 0.01, SGD"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression(Measurement):
+    """PCA to a few dimensions and a linear max-margin classifier on them (paper, Section 3.3, Tables 5, 8).
+
+    This is what "accuracy on d directions" means everywhere in this package.
+    """
+
+    dimensions: tuple[int, ...]
+    key = "compression"
+    chunked = False
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        columns: Columns = {}
+        train = context.representations(title, train=True)
+        test = context.representations(title, train=False)
+        labels = context.labels.cpu()
+        for layer in context.layers:
+            fitting = [dimension for dimension in self.dimensions if dimension < min(train[layer].shape)]
+            classifiers = max_margin_classifiers(
+                train[layer], context.train_labels, [*fitting, None], seed=context.integer_seed("max-margin", layer)
+            )
+            for classifier in classifiers:
+                name = f"{layer} {classifier.dimensions}"
+                columns[name] = column(classifier.predict(test[layer]) == labels)
+                columns[f"{name} parameters"] = [classifier.parameters]
+            replaced = parameters_behind(context.networks[title].model, layer, context.images[:1])
+            columns[f"{layer} replaced"] = [replaced]
+            columns[f"{layer} features"] = [train[layer].shape[1]]
+        return columns
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        first = next(iter(observed.values()))
+        for layer in context.layers:
+            width = first[f"{layer} features"][0]
+            for dimension in (*self.dimensions, None):
+                if f"{layer} {dimension}" not in first:
+                    continue
+                count = f"{dimension} dimensions" if dimension else f"all {width:,} features"
+                protocol = context.protocol(
+                    classifier="scaled, PCA, linear, hinge loss, L2 0.01, SGD",
+                    train_images=len(context.train_images), dimensions=dimension or width,
+                    parameters=first[f"{layer} {dimension} parameters"][0],
+                    replaces_parameters=first[f"{layer} replaced"][0],
+                )  # fmt: skip
+                results.figures.append(Figure(
+                    key=f"compression-{layer}-{dimension or 'all'}", kind=Kind.COMPRESSION, group="Compression",
+                    label=f"{layer}: max-margin on {count}", layer=layer, directions=dimension,
+                    values=shares(context, observed, f"{layer} {dimension}"), protocol=protocol,
+                ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid(Measurement):
+    """Max-margin classifiers on the representations under attack (paper, Table 6).
+
+    Three figures for each layer: clean, on the images that fool the network which it is made of (the paper's), and
+    under PGD on the hybrid itself, which the paper did not try.
+
+    Args:
+        eps: radius of PGD.
+        steps: of PGD.
+    """
+
+    eps: float
+    steps: int
+    key = "hybrid"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        model = context.networks[title].model
+        crafted = pgd(context, model, rows, self.eps, self.steps)
+        columns: Columns = {}
+        for layer in context.layers:
+            hybrid = HybridModel(model, layer, context.max_margin(title, layer), context.images[:1])
+            attacked = pgd(context, hybrid, rows, self.eps, self.steps)
+            judged = judge_hybrid(model, hybrid, images, crafted, labels, batch_size=context.chunk)
+            columns[f"{layer} clean"] = column(classified_right(hybrid, images, labels))
+            columns[f"{layer} fooled"] = column(judged.right[judged.counted])
+            columns[f"{layer} attacked"] = column(classified_right(hybrid, attacked, labels))
+        return columns
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        protocol = context.protocol(
+            attack=pgd_protocol(self.eps, self.steps), classifier=LINEAR, train_images=len(context.train_images)
+        )
+        labels = {
+            "clean": "clean images",
+            "fooled": "images that fool the network it is made of",
+            "attacked": "attacked itself",
+        }
+        for layer in context.layers:
+            for which, label in labels.items():
+                results.figures.append(Figure(
+                    key=f"hybrid-{layer}-{which}", kind=Kind.HYBRID, group="Max-margin hybrids",
+                    label=f"{layer} hybrid, {label}", layer=layer, protocol=protocol,
+                    values=shares(context, observed, f"{layer} {which}"),
+                ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherLabels(Measurement):
+    """A max-margin classifier for labels that the network was not trained on (paper, Table 7c)."""
+
+    key = "other-labels"
+    chunked = False
+
+    def unavailable(self, context: Context, title: str) -> str | None:
+        return "it needs other labels: --other-labels COLUMN" if context.other_labels is None else None
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        if context.other_labels is None:
+            raise EvaluationError("there are no other labels: name their column")
+        train = context.representations(title, train=True)
+        test = context.representations(title, train=False)
+        columns: Columns = {}
+        for layer in context.layers:
+            labels = {"other": context.other_labels}
+            seed = context.integer_seed("other", layer)
+            columns[layer] = column(label_transfer(train[layer], test[layer], labels, seed=seed)["other"])
+        return columns
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        protocol = context.protocol(classifier=LINEAR, train_images=len(context.train_images))
+        results.figures += [
+            Figure(
+                key=f"other-labels-{layer}", kind=Kind.OTHER_LABELS, group="Other labels",
+                label=f"{layer}: the other labels", layer=layer, values=shares(context, observed, layer),
+                protocol=protocol,
+            )
+            for layer in context.layers
+        ]  # fmt: skip

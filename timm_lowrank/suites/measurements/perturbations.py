@@ -1,0 +1,328 @@
+"""How little it takes to fool a network, what more does, and how it looks (paper, Tables 3, 9, 10; Fig. 3, 10, 11)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ...evaluation import attacks, predictions
+from ...evaluation.representations import rho
+from ...evaluation.results import AttackProtocol, Curve, Figure, Kind, Series, Strip, StripRow, Value, radius_text
+from ...evaluation.robustness import (
+    SmallestRadii,
+    deepfool_rho,
+    minimum_perturbation,
+    smallest_radii,
+    step_accuracies,
+    trajectory,
+)
+from ..context import Context
+from .accuracy import radius_key
+from .base import AttackMeasurement, Columns, Measurement, Results, column, pgd_protocol, shares
+
+STRIP_IMAGES, STRIP_PIXELS = 8, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class IteratedAttackMeasurement(AttackMeasurement):
+    """One with Iter-FGSM or Iter-LL-FGSM (paper, Appendix D.1).
+
+    Args:
+        least_likely: towards the least likely class instead of away from the true one.
+    """
+
+    least_likely: bool
+
+    @property
+    def name(self) -> str:
+        """Of the attack."""
+        return "Iter-LL-FGSM" if self.least_likely else "Iter-FGSM"
+
+    @property
+    def attack(self) -> Callable[..., Tensor]:
+        return attacks.iterative_least_likely if self.least_likely else attacks.iterative_fgsm
+
+    def about(self, eps: float | None, steps: int, step_size: float = 1 / 255, stops: bool = False) -> AttackProtocol:
+        return AttackProtocol(
+            name=self.name, eps=eps, steps=steps, step_size=step_size, random_start=False, restarts=1,
+            targeted=self.least_likely, stops_at_success=stops,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class IteratedFGSM(IteratedAttackMeasurement):
+    """Accuracy under Iter-FGSM or Iter-LL-FGSM, with a step of 1/255 and a fixed number of steps.
+
+    Args:
+        eps: radius in units of the pixel range.
+        steps: of the attack.
+        stop_at_success: leaves an image alone once it is misclassified (paper, Appendix D.4).
+    """
+
+    eps: float
+    steps: int
+    stop_at_success: bool = False
+
+    @property
+    def key(self) -> str:
+        transfer, stop = "transfer-" * self.black_box, "-stop" * self.stop_at_success
+        return f"{transfer}{self.name.lower()}{stop}-{self.steps}-{radius_key(self.eps)}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        source = self.attacked(context, title)
+        adversarial = self.attack(
+            source, images, labels, eps=self.eps, steps=self.steps, stop_at_success=self.stop_at_success
+        )
+        classes = predictions(context.networks[title].model, adversarial)
+        columns = {"withstood": column(classes == labels), "rho": column(rho(images, adversarial))}
+        if self.least_likely:
+            columns["hit"] = column(classes == attacks.least_likely(source, images))
+        return columns
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        label = f"{self.name}, {self.steps} steps, {radius_text(self.eps)}{', stops at success' * self.stop_at_success}"
+        accuracy = Figure(
+            key=self.key, kind=self.kind, group=self.group, label=label,
+            values=shares(context, observed, "withstood"),
+            protocol=self.protocol(
+                context, observed, self.about(self.eps, self.steps, stops=self.stop_at_success)
+            ),
+        )  # fmt: skip
+        sizes = {title: Value.median(columns["rho"], context.confidence) for title, columns in observed.items()}
+        results.figures += [
+            accuracy,
+            dataclasses.replace(
+                accuracy, key=f"{self.key}-rho", kind=Kind.PERTURBATION, label=f"{label}: median rho", values=sizes,
+                unit="number", better=None,
+            ),
+        ]  # fmt: skip
+        if self.least_likely:
+            hits = dataclasses.replace(
+                accuracy, key=f"{self.key}-hit", kind=Kind.TARGET_HIT, label=f"{label}: target hit",
+                values=shares(context, observed, "hit"), better="lower",
+            )  # fmt: skip
+            results.figures.append(hits)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinimumPerturbation(IteratedAttackMeasurement):
+    """The smallest radius of a grid at which an attack that stops at success misclassifies 99 % (Tables 3, 10).
+
+    As a black box the attack stops when this network is fooled, not the one that it follows.
+
+    Args:
+        radii: the grid; with a step of 1/255, `steps` must reach the largest.
+    """
+
+    radii: tuple[float, ...]
+    steps: int = 40
+    share: float = 0.99
+
+    @property
+    def key(self) -> str:
+        return f"minimum-{'transfer-' * self.black_box}{self.name.lower()}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        model = context.networks[title].model
+        if self.black_box:
+            stopping = attacks.until_fooled(
+                self.attacked(context, title), model, functools.partial(self.attack, steps=self.steps)
+            )
+        else:
+
+            def stopping(clean: Tensor, wanted: Tensor, eps: float) -> Tensor:
+                return self.attack(model, clean, wanted, eps=eps, steps=self.steps, stop_at_success=True)
+
+        smallest = smallest_radii(model, images, labels, stopping, self.radii)
+        return {"radius": column(smallest.radius), "rho": column(smallest.rho)}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        radius, sizes = {}, {}
+        for title, columns in observed.items():
+            smallest = minimum_perturbation(
+                SmallestRadii(*(torch.tensor(columns[name], dtype=torch.float64) for name in ("radius", "rho"))),
+                self.share,
+            )
+            radius[title] = Value(math.nan if smallest.eps is None else smallest.eps, of=smallest.of)
+            sizes[title] = Value(math.nan if smallest.rho is None else smallest.rho, of=smallest.of)
+        about = self.about(None, self.steps, stops=True)
+        grid = ", ".join(radius_text(eps) for eps in self.radii)
+        smallest_radius = Figure(
+            key=self.key, kind=Kind.MINIMUM_RADIUS, group=self.group,
+            label=f"{self.name}: smallest radius that misclassifies {self.share:.0%}", values=radius,
+            protocol=self.protocol(context, observed, about, radii=grid), unit="number",
+        )  # fmt: skip
+        mean_rho = dataclasses.replace(
+            smallest_radius, key=f"{self.key}-rho", kind=Kind.PERTURBATION, label=f"{self.name}: mean rho there",
+            values=sizes,
+        )  # fmt: skip
+        results.figures += [smallest_radius, mean_rho]
+
+
+@dataclasses.dataclass(frozen=True)
+class OverSteps(IteratedAttackMeasurement):
+    """Instantaneous and cumulative accuracy over the steps of an attack (paper, Appendix D.4, Fig. 11)."""
+
+    eps: float
+    step_size: float
+    steps: int
+
+    @property
+    def key(self) -> str:
+        return f"over-steps-{'transfer-' * self.black_box}{self.name.lower()}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        attack = functools.partial(self.attack, eps=self.eps, steps=self.steps, step_size=self.step_size)
+        source, judge = self.attacked(context, title), context.networks[title].model
+        return {"classes": column(trajectory(source, images, labels, attack, judge=judge))}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        lines = []
+        for title, columns in observed.items():
+            for name, accuracy in step_accuracies(torch.tensor(columns["classes"]))._asdict().items():
+                lines.append(Series(network=title, name=name, x=tuple(range(len(accuracy))), y=tuple(accuracy)))
+        results.curves.append(Curve(
+            key=self.key, group=self.group, kind="line", title=f"{self.name}: predictions kept over its steps",
+            x_label="steps", y_label="predictions as on the clean image", lines=tuple(lines), y_share=True,
+            protocol=self.protocol(context, observed, self.about(self.eps, self.steps, self.step_size)),
+        ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepFool(AttackMeasurement):
+    """The smallest L2 perturbation that DeepFool finds, of images that are classified right (paper, Table 3)."""
+
+    steps: int = 50
+    overshoot: float = 0.02
+
+    @property
+    def key(self) -> str:
+        return f"deepfool{'-transfer' * self.black_box}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        smallest = deepfool_rho(
+            self.attacked(context, title), images, labels, judge=context.networks[title].model, steps=self.steps,
+            overshoot=self.overshoot,
+        )  # fmt: skip
+        return {
+            "withstood": column(smallest.radius == math.inf),
+            "length": column(smallest.radius),
+            "rho": column(smallest.rho),
+        }
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        fooled = {
+            title: [pair for pair in zip(columns["length"], columns["rho"], strict=True) if 0 < pair[0] < math.inf]
+            for title, columns in observed.items()
+        }
+        lengths = {
+            title: Value.median((length for length, _ in pairs), context.confidence) for title, pairs in fooled.items()
+        }
+        about = AttackProtocol(name="DeepFool", norm="l2", steps=self.steps)
+        accuracy = Figure(
+            key=f"{self.key}-accuracy", kind=self.kind, group=self.group, label="DeepFool: accuracy",
+            values=shares(context, observed, "withstood"),
+            protocol=self.protocol(context, observed, about, overshoot=self.overshoot),
+        )  # fmt: skip
+        which = "of the images that were right and are fooled"
+        median_length = dataclasses.replace(
+            accuracy, key=f"{self.key}-length", kind=Kind.PERTURBATION, label=f"DeepFool: median L2 length {which}",
+            values=lengths, unit="number",
+        )  # fmt: skip
+        mean_rho = dataclasses.replace(
+            median_length, key=f"{self.key}-rho", label=f"DeepFool: mean rho {which}",
+            values={title: Value.mean(size for _, size in pairs) for title, pairs in fooled.items()},
+        )  # fmt: skip
+        results.figures += [accuracy, median_length, mean_rho]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialStrip(Measurement):
+    """The first images beside their adversarial versions (paper, Fig. 3, 10).
+
+    Args:
+        attack: "deepfool", or "pgd" at 8/255 with 20 steps.
+    """
+
+    attack: str
+    chunked = False
+
+    @property
+    def key(self) -> str:
+        return f"strip-{self.attack}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(range(min(len(context.images), 10 * STRIP_IMAGES)))
+        shown = _one_of_each_class(labels)
+        images, labels = images[shown], labels[shown]
+        model = context.networks[title].model
+        if self.attack == "deepfool":
+            adversarial = attacks.deepfool(model, images, labels)
+        else:
+            arguments = attacks.MADRY.arguments(8 / 255, 20)
+            adversarial = attacks.pgd(model, images, labels, **arguments, generator=context.generator(self.key))
+        return {
+            "original": column(_small(images)),
+            "adversarial": column(_small(adversarial)),
+            "difference": column(_small((0.5 + 10 * (adversarial - images)).clamp(0, 1))),
+            "label": column(labels),
+            "before": column(predictions(model, images)),
+            "after": column(predictions(model, adversarial)),
+            "rho": column(rho(images, adversarial)),
+        }
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        rows = []
+        for title, columns in observed.items():
+            before, after = ([context.class_names[label] for label in columns[name]] for name in ("before", "after"))
+            sizes = [f"rho {value:.3f}" for value in columns["rho"]]
+            for column_name, name, captions, notes in (
+                ("original", "original", before, []),
+                ("adversarial", "adversarial", after, sizes),
+                ("difference", "difference x10", [""] * len(after), []),
+            ):
+                pixels = torch.tensor(columns[column_name], dtype=torch.uint8)
+                count, channels, height, width = pixels.shape
+                rows.append(
+                    StripRow(
+                        network=title, name=name, pixels=pixels.numpy().tobytes(), captions=tuple(captions),
+                        notes=tuple(notes),
+                    )
+                )  # fmt: skip
+        if self.attack == "deepfool":
+            protocol = context.protocol(attack=AttackProtocol(name="DeepFool", norm="l2", steps=50), overshoot=0.02)
+        else:
+            protocol = context.protocol(attack=pgd_protocol(8 / 255, 20))
+        results.strips.append(Strip(
+            key=self.attack, title="DeepFool" if self.attack == "deepfool" else "PGD-20 at 8/255",
+            shape=(count, channels, height, width), rows=tuple(rows),
+            protocol=dataclasses.replace(protocol, images=count),
+        ))  # fmt: skip
+
+
+def _one_of_each_class(labels: Tensor) -> Tensor:
+    """Rows of the first image of each class, then of the others, as many as a strip has."""
+    seen: set[int] = set()
+    first: list[int] = []
+    rest: list[int] = []
+    for row, label in enumerate(labels.tolist()):
+        (rest if label in seen else first).append(row)
+        seen.add(label)
+    return torch.tensor(sorted([*first, *rest][:STRIP_IMAGES]), device=labels.device)
+
+
+def _small(images: Tensor) -> Tensor:
+    """uint8 (n, c, h, w) of at most `STRIP_PIXELS` a side."""
+    largest = max(images.shape[-2:])
+    if largest > STRIP_PIXELS:
+        images = torch.nn.functional.interpolate(images, scale_factor=STRIP_PIXELS / largest, mode="area")
+    return (images * 255).round().to(torch.uint8)

@@ -1,0 +1,196 @@
+"""How few directions representations take, how far attacks move them, the cushion (paper, Fig. 2, 4 to 8, 12 to 20)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from ...core.spectrum import singular_energies
+from ...errors import EvaluationError
+from ...evaluation.cushion import histograms, layer_cushion
+from ...evaluation.representations import class_variance_ratio, fit_plane, stability
+from ...evaluation.results import Curve, Figure, Kind, Series, Value
+from ..context import Context
+from .base import Columns, Measurement, Results, column, pgd, pgd_protocol
+
+DIMENSION = "Dimension of the representations"
+DIRECTIONS = (1, 5, 10, 20)
+KEPT_ENERGIES = 1000
+SAMPLES = {"flatten": "activations", "token": "all tokens", "pool": "means over the tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum(Measurement):
+    """Variance ratio and effective rank of every layer, and of each class alone (paper, Section 3, Fig. 2, 7)."""
+
+    key = "spectrum"
+    chunked = False
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        columns: Columns = {}
+        labels = context.labels.cpu()
+        for layer, values in context.samples(title).items():
+            try:
+                energies = singular_energies(values)
+            except ValueError as error:
+                raise EvaluationError(f"layer {layer!r}: {error}") from error
+            columns[f"{layer} shares"] = column((energies / energies.sum())[:KEPT_ENERGIES])
+            columns[f"{layer} features"] = [values.shape[1]]
+            owners = labels.repeat_interleave(len(values) // len(labels))  # of tokens, the image's label
+            by_class = class_variance_ratio(values, owners, (1,), centred=False)
+            columns[f"{layer} classes"] = [by_class[label][0] for label in sorted(by_class)]
+        return columns
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        for layer in context.layers:
+            self._report_layer(context, layer, observed, results)
+
+    def _report_layer(self, context: Context, layer: str, observed: Mapping[str, Columns], results: Results) -> None:
+        of = len(context.images)
+        cumulated = {
+            title: torch.tensor(columns[f"{layer} shares"], dtype=torch.float64).cumsum(0).clamp(max=1).tolist()
+            for title, columns in observed.items()
+        }
+        width = next(iter(observed.values()))[f"{layer} features"][0]
+        kind = context.views[layer].kind if layer in context.views else "flatten"
+        protocol = context.protocol(features=width, representation=f"{SAMPLES[kind]} of the test images, centred")
+        for count in (count for count in DIRECTIONS if count < width):
+            values = {title: Value(held[min(count, len(held)) - 1], of=of) for title, held in cumulated.items()}
+            results.figures.append(Figure(
+                key=f"variance-{layer}-{count}", kind=Kind.VARIANCE, group=DIMENSION, layer=layer,
+                directions=count, label=f"{layer}: variance in {count} direction{'s' * (count > 1)}",
+                values=values, protocol=protocol,
+            ))  # fmt: skip
+        ranks = {
+            title: Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of)
+            for title, held in cumulated.items()
+        }
+        classes = {
+            title: dataclasses.replace(Value.median(columns[f"{layer} classes"], context.confidence), of=of)
+            for title, columns in observed.items()
+        }
+        of_classes = context.protocol(
+            features=width, representation="activations of one class, not centred; median over classes"
+        )
+        results.figures += [
+            Figure(
+                key=f"effective-rank-{layer}", kind=Kind.EFFECTIVE_RANK, group=DIMENSION, layer=layer,
+                label=f"{layer}: effective rank, 99 %", values=ranks, protocol=protocol, unit="count", better="lower",
+            ),
+            Figure(
+                key=f"class-variance-{layer}", kind=Kind.CLASS_VARIANCE, group=DIMENSION, layer=layer,
+                label=f"{layer}: a class in its first direction", values=classes, protocol=of_classes,
+            ),
+        ]  # fmt: skip
+        lines = tuple(
+            Series(network=title, name="all classes", x=tuple(range(1, len(held) + 1)), y=tuple(held))
+            for title, held in cumulated.items()
+        )
+        results.curves.append(Curve(
+            key=f"variance-{layer}", group=DIMENSION, kind="line", title=f"{layer}: variance ratio",
+            x_label="directions", y_label="share of the test variance", lines=lines, x_log=True, y_share=True,
+            protocol=protocol,
+        ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane(Measurement):
+    """The test images in the plane of the two leading directions of the last layer (paper, Fig. 8)."""
+
+    key = "plane"
+    chunked = False
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        values = context.representations(title, train=False)[context.layers[-1]]
+        plane = fit_plane(values)
+        return {"points": column(plane.project(values)), "shares": [list(plane.shares)]}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        lines = []
+        for title, columns in observed.items():
+            x, y = zip(*columns["points"], strict=True)
+            name = f"{sum(columns['shares'][0]):.0%} of the variance"
+            lines.append(Series(network=title, name=name, x=x, y=y, labels=tuple(context.labels.tolist())))
+        results.curves.append(Curve(
+            key=self.key, group=DIMENSION, kind="scatter",
+            title=f"{context.layers[-1]} in its two leading directions",
+            x_label="first direction", y_label="second direction", lines=tuple(lines),
+            protocol=context.protocol(representation="centred activations of the test images"),
+        ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability(Measurement):
+    """How far an adversarial perturbation moves the representations (paper, Fig. 4b, 16).
+
+    Args:
+        eps: of PGD that makes the perturbations.
+        steps: of PGD.
+    """
+
+    eps: float
+    steps: int
+    key = "stability"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, _ = context.chunk_of(rows)
+        model = context.networks[title].model
+        adversarial = pgd(context, model, rows, self.eps, self.steps)
+        shifts = stability(model, images, adversarial, list(context.layers))
+        return {"input": column(shifts.inputs)} | {layer: column(value) for layer, value in shifts.layers.items()}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        protocol = context.protocol(attack=pgd_protocol(self.eps, self.steps))
+        for layer in context.layers:
+            gains, clouds = {}, []
+            for title, columns in observed.items():
+                pairs = [(x, y) for x, y in zip(columns["input"], columns[layer], strict=True) if x > 0 and y == y]
+                gains[title] = Value.median((y / x for x, y in pairs), context.confidence)
+                xs, ys = tuple(x for x, _ in pairs), tuple(y for _, y in pairs)
+                clouds.append(Series(network=title, name=title, x=xs, y=ys, labels=(0,) * len(pairs)))
+            results.figures.append(Figure(
+                key=f"stability-{layer}", kind=Kind.STABILITY, group="Stability", layer=layer,
+                label=f"{layer}: median shift over that of the image", values=gains, protocol=protocol,
+                unit="number", better="lower",
+            ))  # fmt: skip
+            results.curves.append(Curve(
+                key=f"stability-{layer}", group="Stability", kind="scatter",
+                title=f"{layer}: shift of the representation against that of the input",
+                x_label="squared relative shift of the image", y_label="of the representation",
+                lines=tuple(clouds), protocol=protocol,
+            ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cushion(Measurement):
+    """The layer cushion of every convolution and linear layer (paper, Section 3.2, Fig. 4c, 12 to 20)."""
+
+    key = "cushion"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, _ = context.chunk_of(rows)
+        cushions = layer_cushion(context.networks[title].model, images, batch_size=context.chunk)
+        return {layer: column(values) for layer, values in cushions.items()}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        protocol = context.protocol(
+            quantity="||W x|| / (||W||_F ||x||) of each test image, W the linear map, without bias"
+        )
+        for layer in dict.fromkeys(layer for columns in observed.values() for layer in columns):
+            ratios = {title: columns[layer] for title, columns in observed.items() if layer in columns}
+            results.figures.append(Figure(
+                key=f"cushion-{layer}", kind=Kind.CUSHION, group="Layer cushion", layer=layer,
+                label=f"{layer}: median", unit="number", protocol=protocol,
+                values={title: Value.median(values, context.confidence) for title, values in ratios.items()},
+            ))  # fmt: skip
+            drawn = histograms({title: torch.tensor(values) for title, values in ratios.items()})
+            results.curves.append(Curve(
+                key=f"cushion-{layer}", group="Layer cushion", kind="histogram", title=f"Cushion of {layer}",
+                x_label="layer cushion", y_label="test images", protocol=protocol,
+                lines=tuple(
+                    Series(network=title, name=layer, x=tuple(drawn.edges), y=tuple(counts))
+                    for title, counts in drawn.counts.items()
+                ),
+            ))  # fmt: skip

@@ -1,0 +1,153 @@
+"""`load_networks`: the networks that are evaluated side by side, from run folders, checkpoints or timm."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from ..checkpoint.branches import read_description
+from ..core.views import View
+from ..errors import EvaluationError
+from ..evaluation import PixelModel
+from ..evaluation.results import NetworkInfo
+from ..files import weights_sha256
+from ..layers import create_backbone
+from ..training import Recipe, Run
+from ..training.run import RunPaths
+
+NO_TWIN = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedNetwork:
+    """One network, in eval mode, and what is known of how it came about."""
+
+    title: str
+    path: str
+    model: PixelModel
+    weights: str  # SHA-256 of all parameters and buffers
+    branches: Mapping[str, int]  # target rank of each regularized layer; empty for a plain network
+    layers: tuple[str, ...]  # those that its run measured, regularized or not
+    views: Mapping[str, View] = dataclasses.field(default_factory=dict)  # of the branches, where they are not flattened
+    recipe: Recipe | None = None
+    data_fingerprint: str | None = None
+
+    @property
+    def info(self) -> NetworkInfo:
+        """What evaluation.json says of it."""
+        network = self.model.network
+        return NetworkInfo(
+            title=self.title,
+            path=self.path,
+            model=str(dict(getattr(network, "pretrained_cfg", {})).get("architecture", type(network).__name__)),
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            branches=self.branches,
+            weights=self.weights,
+        )
+
+
+def load_networks(network: str, against: Sequence[str] = ()) -> list[EvaluatedNetwork]:
+    """A network and those beside it, with different titles.
+
+    Args:
+        network: as of `load_network`.
+        against: the same; without any the twin in the run folder if there is one, ("none",) nothing.
+
+    Raises:
+        EvaluationError: one cannot be loaded, or two are the same.
+    """
+    twin = RunPaths(network).twin
+    against = against or ((str(twin),) if RunPaths(twin).is_finished() else ())
+    networks = [load_network(where) for where in (network, *against) if where != NO_TWIN]
+    for one, other in itertools.combinations(networks, 2):
+        if one.weights == other.weights:
+            raise EvaluationError(f"{one.path} and {other.path} hold the same weights: there is nothing to compare")
+    for titles in (
+        [network.title for network in networks],
+        [Path(network.path).name for network in networks],
+        [network.path for network in networks],
+    ):
+        if len(set(titles)) == len(titles):
+            break
+    return [dataclasses.replace(network, title=title) for network, title in zip(networks, titles, strict=True)]
+
+
+def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
+    """Loads a network.
+
+    Args:
+        where: a run folder of recipes/train.py, a folder written by `save_pretrained`, a repository on the Hub
+            ("hf-hub:USER/NAME"), or the name of a timm network with pretrained weights.
+        title: what the report calls it; None is made of its branches: "1-LR", "2-LR", "low rank" or "plain".
+
+    Raises:
+        EvaluationError: there is nothing to load, or it cannot be loaded.
+    """
+    folder = Path(where)
+    if folder.is_dir():
+        return _from_folder(folder, title)
+    if folder.exists() or where.startswith((".", "/")) or where.endswith("/"):
+        raise EvaluationError(
+            f"{where} is no run folder: give the folder that recipes/train.py wrote, a folder with config.json and "
+            "model.safetensors, hf-hub:USER/NAME, or the name of a timm network"
+        )
+    try:
+        network = create_backbone(where, pretrained=True)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise EvaluationError(f"{where} is neither a folder here nor a network that can be loaded: {error}") from error
+    return _evaluated(network, title, where)
+
+
+def _from_folder(folder: Path, title: str | None) -> EvaluatedNetwork:
+    paths = RunPaths(folder)
+    checkpoint = paths.model if paths.is_run() else folder
+    if paths.is_run() and not paths.is_finished():
+        raise EvaluationError(f"{folder} is a run that is not finished (no summary.json): resume it first")
+    if not (checkpoint / "config.json").exists():
+        raise EvaluationError(f"{folder} holds neither a finished run nor a checkpoint (no config.json)")
+    try:
+        network = timm.create_model(f"local-dir:{checkpoint}", pretrained=True)
+        description = read_description(checkpoint)
+    except Exception as error:  # timm passes on what json, safetensors, torch and its own registry raise
+        raise EvaluationError(f"the checkpoint {checkpoint} cannot be loaded: {error}") from error
+    run = Run.open(folder) if paths.is_run() else None
+    if description is None or (run and not run.summary.lowrank):
+        loaded = _evaluated(network, title, str(folder))
+    else:
+        views = {layer: one.viewed() for layer, one in description.layers.items()}
+        loaded = dataclasses.replace(
+            _evaluated(network, title, str(folder), {layer: one.rank for layer, one in description.layers.items()}),
+            views={layer: view for layer, view in views.items() if view.kind != "flatten"},
+        )
+    if run is None:
+        return loaded
+    return dataclasses.replace(
+        loaded, layers=tuple(run.summary.branches), recipe=run.recipe, data_fingerprint=run.summary.data.fingerprint
+    )
+
+
+def _evaluated(
+    network: nn.Module, title: str | None, path: str, branches: Mapping[str, int] | None = None
+) -> EvaluatedNetwork:
+    branches = branches or {}
+    return EvaluatedNetwork(
+        title=title or _title(branches),
+        path=path,
+        model=PixelModel(network.eval()).eval(),
+        weights=weights_sha256(network.state_dict()),
+        branches=branches,
+        layers=tuple(branches),
+    )
+
+
+def _title(branches: Mapping[str, int]) -> str:
+    if not branches:
+        return "plain"
+    if set(branches) == {"pre_logits"}:
+        return "1-LR"
+    return "2-LR" if len(branches) == 2 and "pre_logits" in branches else "low rank"
