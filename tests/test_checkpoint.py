@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from states import same
 from torch import nn
 
 import timm_lowrank as tlr
@@ -56,13 +57,6 @@ def read(folder, name="lowrank.json"):
 def rewrite(path, **changes):
     """Change keys of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def same(one, other):
-    """Whether two state dicts are the same to the bit."""
-    return one.keys() == other.keys() and all(
-        torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one
-    )
 
 
 def refused(source, match, **options):

@@ -6,6 +6,7 @@ import io
 import pytest
 import timm
 import torch
+from states import same
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, dispatch_clip_grad
@@ -65,10 +66,6 @@ def train(task, optimizer, batches, *, accumulate=1, scaler=None, start=0, ema=T
 def updates(task):
     """Update Steps of each branch."""
     return {branch.updates for branch in task.lowrank.branches.values()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_step_of_the_task_is_the_step_of_the_loop_in_the_readme(batches):
@@ -146,11 +143,6 @@ def test_attach_finds_the_optimizer_that_calls_hooks(batches, name):
     task.attach(optimizer)
     train(task, optimizer, batches[:3])
     assert updates(task) == {3}
-
-
-def test_attach_wants_an_optimizer():
-    with pytest.raises(TypeError, match="torch optimizer, not a ResNet"):
-        make_task().attach(network())
 
 
 @pytest.mark.parametrize(
@@ -371,20 +363,19 @@ def test_soft_and_multi_label_targets(batches):
         several(images, labels)
 
 
-def test_a_wrapped_model_brings_its_own_branches(batches):
+def test_mistakes_are_named():
     model = tlr.wrap(network(), CONFIG, example_input=ZEROS)
     assert LowRankTask(model, verbose=False).lowrank is model
     with pytest.raises(TypeError, match=r"model\.unwrap\(\)"):
         LowRankTask(model, lowrank=CONFIG, verbose=False)
-
-
-def test_mistakes_are_named():
     with pytest.raises(ValueError, match="Did you mean: layer3"):
         make_task(config=LowRankConfig(branches={"layr3": 8}))
     with pytest.raises(ValueError, match="start_epoch=-1"):
         make_task(start_epoch=-1)
     with pytest.raises(ValueError, match="scripted"):
         LowRankTask(torch.jit.ScriptModule(), verbose=False)
+    with pytest.raises(TypeError, match="torch optimizer, not a ResNet"):
+        make_task().attach(network())
 
 
 def test_a_copy_of_the_task_trains_by_itself(batches):

@@ -11,17 +11,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from states import same
 
 from timm_lowrank import LowRankConfig
 from timm_lowrank.integrations import timm_train
-from timm_lowrank.integrations.timm_train import (
-    ScriptError,
-    ScriptPatch,
-    check_script,
-    loaded_script,
-    read_config,
-    split_arguments,
-)
+from timm_lowrank.integrations.timm_train import ScriptError, ScriptPatch, loaded_script, read_config, split_arguments
 
 SCRIPT = Path(__file__).with_name("timm_standin.py")
 BRANCHES = ["branches.layer3=8", "branches.pre_logits=6", "warmup_updates=1", "project_every=2", "scale=unit"]
@@ -36,10 +30,6 @@ def run(output, *arguments):
 def load(path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def updates(checkpoint):
@@ -218,8 +208,8 @@ def test_what_a_branch_cannot_go_with_is_refused(stops):
 def test_other_scripts_are_told_from_their_source_and_never_run(tmp_path, source, message):
     path = tmp_path / "other.py"
     path.write_text(source + "\nraise SystemError")
-    with pytest.raises(ScriptError, match=message):
-        check_script(path)
+    with pytest.raises(ScriptError, match=message), loaded_script(path, []):
+        pass
 
 
 def test_the_start_epoch_needs_a_script_that_has_epochs(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from states import same
 
 import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LowRankConfig, LowRankError, LowRankModel, LowRankWarning
@@ -115,10 +116,6 @@ def state_of(trainer):
     if getattr(trainer, "lowrank", None) is not None:
         state.update({f"branches.{key}": value.clone() for key, value in trainer.lowrank.branches.state_dict().items()})
     return state
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def relative_difference(first, second):
