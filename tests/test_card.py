@@ -136,18 +136,11 @@ def test_a_failed_diagnosis_and_the_warnings_of_the_evaluation_are_told(run):
 def test_figures_are_told_apart_by_what_they_are_not_by_their_names(run):
     """PGD with other steps, radii, starts and norms, all of them called alike, and labels that name other attacks."""
     pgd = next(one.protocol.attack for one in FIGURES if one.key == "pgd")
+    changes = ({"steps": 7}, {"eps": 4 / 255}, {"random_start": False}, {"norm": "l2"}, {"targeted": True})
+    changes += ({"name": "FGSM"}, {"restarts": 5})
     others = [
-        figure(f"a{n}", "PGD-20, 8/255", share(100), share(100), attack=dataclasses.replace(pgd, **changes))
-        for n, changes in enumerate(
-            [
-                {"steps": 7},
-                {"eps": 4 / 255},
-                {"random_start": False},
-                {"norm": "l2"},
-                {"targeted": True},
-                {"name": "FGSM"},
-            ]
-        )
+        figure(f"a{n}", "PGD-20, 8/255", share(100), share(100), attack=dataclasses.replace(pgd, **one))
+        for n, one in enumerate(changes)
     ]
     renamed = tuple(dataclasses.replace(one, key=f"k{n}", label="AutoAttack blackout") for n, one in enumerate(FIGURES))
     edit(run, figures=(*others, *renamed))
@@ -155,7 +148,7 @@ def test_figures_are_told_apart_by_what_they_are_not_by_their_names(run):
     assert [result.metric_value for result in (clean, pgd, auto)] == [0.9005, 0.3, 0.015]
     assert "accuracy on 10 PCA directions | 85.0 %" in section(card(run), "low-rank")
     others_shown = re.findall(r"50.0 % .* radius ([^;]*)", section(card(run), "robustness"))
-    assert others_shown == ["4/255", "8/255"], "PGD-20 in L_inf and in L2"
+    assert others_shown == ["4/255", "8/255", "8/255"], "PGD-20 in L_inf, in L2 and with restarts"
 
 
 def test_a_plain_run_is_not_called_low_rank(run):

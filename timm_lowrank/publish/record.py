@@ -57,14 +57,19 @@ class RunRecord:
 
     def headline(self) -> Headline:
         """Clean accuracy, PGD-20 from a random start and standard AutoAttack, both in L_inf at 8/255, if measured."""
-        attacks = self.evaluation.by_kind(Kind.ATTACK) if self.evaluation else ()
-        return Headline(
-            self.figure(Kind.CLEAN),
-            next(
-                (figure for figure in attacks if _is_reference(figure, name="PGD", steps=20, random_start=True)), None
-            ),
-            next((figure for figure in attacks if _is_reference(figure, name="AutoAttack", version="standard")), None),
-        )
+        pgd = self._reference(name="PGD", steps=20, random_start=True, restarts=1)
+        return Headline(self.figure(Kind.CLEAN), pgd, self._reference(name="AutoAttack", version="standard"))
+
+    def _reference(self, **wanted: str | int | bool) -> Figure | None:
+        """The figure of an untargeted attack in L_inf at EPS with these fields."""
+        wanted = {"norm": "linf", "targeted": False, **wanted}
+        for figure in self.evaluation.by_kind(Kind.ATTACK) if self.evaluation else ():
+            attack = figure.protocol.attack
+            if attack is None or attack.eps is None or abs(attack.eps - EPS) > 1e-6:
+                continue
+            if all(getattr(attack, name) == value for name, value in wanted.items()):
+                return figure
+        return None
 
     def own(self, figure: Figure | None) -> Value | None:
         """The value of this network; None where it was not measured."""
@@ -133,15 +138,6 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
         )
     plain = (network.title for network in evaluation.networks if network.title != own and not network.branches)
     return evaluation, own, next(plain, None)
-
-
-def _is_reference(figure: Figure, **wanted: str | int | bool) -> bool:
-    """Whether a figure is that of an untargeted attack in L_inf at EPS with these fields."""
-    attack = figure.protocol.attack
-    if attack is None or attack.eps is None or abs(attack.eps - EPS) > 1e-6:
-        return False
-    wanted = {"norm": "linf", "targeted": False, **wanted}
-    return all(getattr(attack, name) == value for name, value in wanted.items())
 
 
 def _known(figure: Figure | None, title: str | None) -> Value | None:
