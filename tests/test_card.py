@@ -1,22 +1,32 @@
 """The card of a published run: what it claims, what it keeps, and what cannot break it."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
 import yaml
 from evaluations import SOUND, figure
 from huggingface_hub import ModelCard
 from publishable import FIGURES, REPO, change, edit, evaluation, make_run, share
 
+import timm_lowrank as tlr
 from timm_lowrank import CheckpointError
 from timm_lowrank.evaluation.results import Check, Value, Verdict, write_evaluation
 from timm_lowrank.publish.card import code, escaped, run_card, short_card
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.record import read_run
 from timm_lowrank.publish.run import without_local_paths
+from timm_lowrank.suites.context import Context
+from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PixelNoise
+from timm_lowrank.suites.measurements.base import Results
+from timm_lowrank.suites.networks import load_network
+from timm_lowrank.suites.plan import chosen_suites, measurements_of
 
 SECTIONS = ["about", "loading", "low-rank", "robustness", "limits", "training", "files", "citation"]
 
@@ -169,6 +179,33 @@ def test_the_same_run_gives_the_same_card(run):
 
 
 # What it reads
+
+
+def test_what_the_suites_measure_is_what_the_card_looks_for(run):
+    """Figures as the measurements themselves make them, of made-up observations of four images."""
+    setting = SimpleNamespace(images=range(4), seed=0)
+    context = SimpleNamespace(
+        confidence=0.95, chunk=100, other=lambda title: None, protocol=functools.partial(Context.protocol, setting)
+    )
+    observed = {"2-LR": {"correct": [True] * 3 + [False], "withstood": [True] + [False] * 3}}
+    results = Results()
+    for measurement in measurements_of(chosen_suites(["quick", "autoattack"])):
+        if isinstance(measurement, Clean | PGD | AutoAttack | PixelNoise):
+            measurement.report(context, observed, results)
+    edit(run, figures=tuple(results.figures))
+    shown = ModelCard(card(run)).data.eval_results
+    assert [result.metric_value for result in shown] == [0.9005, 0.25, 0.25]
+    names = re.findall(r"^\| (\S+).*(?:25|75).0 %", section(card(run), "robustness"), re.MULTILINE)
+    assert set(names) == {"Clean", "PGD-20,", "AutoAttack,", "Noise"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_named_as_the_suites_name_them(run, dtype):
+    network = timm.create_model("test_resnet", num_classes=3).to(getattr(torch, dtype))
+    tlr.save_pretrained(network, run / "model")
+    digest = load_network(str(run / "model")).weights
+    edit(run, networks=lambda networks: (dataclasses.replace(networks[0], weights=digest), networks[1]))
+    assert read_run(run).title == "2-LR"
 
 
 def test_the_evaluation_must_be_of_these_weights(run):

@@ -92,6 +92,16 @@ def test_a_dry_run_without_the_hub(hub, run, tmp_path, monkeypatch, capsys):
     refused("the folder of a dry run must be new or empty", push, run, REPO, "--dry-run", tmp_path / "dry")
 
 
+def test_paths_of_this_machine_are_not_published(hub, run):
+    recipe = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(recipe.replace("data: uoft-cs/cifar10", "data: /home/me/data/cifar10"))
+    change(run / "summary.json", device="/home/me/gpu")
+    edit(run, command="recipes/evaluate.py /home/me/runs/a")
+    done(push, run, REPO)
+    assert not [name for name, data in in_repo(hub).items() if b"/home/me" in data]
+    assert b"data: cifar10" in in_repo(hub)["recipe.yaml"]
+
+
 def test_pushed_again_it_updates_and_keeps(hub, run, capsys):
     done(push, run, REPO)
     done(push, run, REPO)
