@@ -13,7 +13,6 @@ import timm_lowrank
 from timm_lowrank.errors import EvaluationError, EvaluationWarning
 from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.cushion import histograms, layer_cushion, operator_norm, weight_layers
-from timm_lowrank.evaluation.intervals import wilson
 from timm_lowrank.evaluation.representations import (
     activation_batches,
     activations,
@@ -22,6 +21,7 @@ from timm_lowrank.evaluation.representations import (
     rho,
     stability,
 )
+from timm_lowrank.evaluation.results import wilson
 
 
 @pytest.fixture(scope="module")

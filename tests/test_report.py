@@ -28,7 +28,6 @@ from evaluations import (
 from PIL import Image
 
 from timm_lowrank import drawing, text
-from timm_lowrank.evaluation.intervals import wilson
 from timm_lowrank.evaluation.results import (
     NetworkInfo,
     Series,
@@ -37,6 +36,7 @@ from timm_lowrank.evaluation.results import (
     Value,
     evaluation_from_json,
     evaluation_to_json,
+    wilson,
 )
 from timm_lowrank.files import read_json
 from timm_lowrank.report import text_table, write_plots, write_report

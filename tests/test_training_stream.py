@@ -32,7 +32,7 @@ from timm_lowrank.data.sources import Columns
 from timm_lowrank.data.stream import StreamEvalBatches, StreamTrainBatches
 from timm_lowrank.data.streamed import find_data
 from timm_lowrank.errors import EvaluationError, StreamError
-from timm_lowrank.suites.evaluation import Options, load_data
+from timm_lowrank.suites.evaluation import Options, images_of
 from timm_lowrank.training import DataError, Recipe, RecipeError, RunError, data, load_images, load_recipe, train
 from timm_lowrank.training.run import RunFolder
 
@@ -581,12 +581,12 @@ def test_an_evaluation_of_a_streamed_run_reads_a_part(folder):
     )
     fingerprint = find_data(str(folder), test_split="validation", image_size=12).fingerprint
     network = SimpleNamespace(recipe=recipe)
-    images = load_data(Options(network="runs/x"), [network], 30, 20)
+    images = images_of(Options(network="runs/x"), [network], 30, 20)
     assert images.image_size == (1, 12, 12)
     assert (len(images.train_images), len(images.test_images)) == (30, 20)
     assert images.fingerprint == fingerprint
     with pytest.raises(EvaluationError, match="--other-labels needs images that fit into memory"):
-        load_data(Options(network="runs/x", other_labels="coarse"), [network], 30, 20)
+        images_of(Options(network="runs/x", other_labels="coarse"), [network], 30, 20)
 
 
 def test_a_label_that_is_missing_or_wrong_is_found_before_images_are_drawn(tmp_path):

@@ -264,7 +264,7 @@ def test_a_run_reports_the_spectrum_of_the_samples_of_the_view():
 def test_an_evaluation_measures_the_samples_of_the_branch(tmp_path):
     pytest.importorskip("accelerate")
     from timm_lowrank.evaluation import activations
-    from timm_lowrank.suites.context import build_context
+    from timm_lowrank.suites.evaluation import build_context
     from timm_lowrank.suites.measurements.representations import Spectrum
     from timm_lowrank.suites.networks import load_network
     from timm_lowrank.training import load_images

@@ -9,19 +9,21 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from ..data.drawn import drawn_images
-from ..data.images import ImageData, load_images
+from ..data.images import ImageData, balanced_rows, load_images
 from ..data.streamed import StreamedData
 from ..environment import device_name, versions
 from ..errors import EvaluationError, EvaluationWarning
 from ..evaluation.checks import check_before_attack
-from ..evaluation.results import Evaluation, Settings, read_evaluation, write_evaluation
+from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation, write_evaluation
 from ..files import disk_errors
 from ..report import write_plots, write_report
 from ..training.data import load_data as load_data_of
-from .context import Context, build_context
+from .measurements.base import Context
 from .networks import EvaluatedNetwork, load_networks
 from .plan import chosen_suites, measurements_of
 from .runner import ADVICE, PartialResults, run, settings_of
@@ -88,7 +90,7 @@ def evaluate(options: Options, state: PartialState) -> Evaluation | None:
     networks = load_networks(options.network, options.against)
     limit = max(suite.images for suite in suites) if options.limit is None else options.limit
     train_limit = max(s.train_images for s in suites) if options.train_limit is None else options.train_limit
-    data = load_data(options, networks, train_limit, limit)
+    data = images_of(options, networks, train_limit, limit)
     context = build_context(
         networks, data, _layers(networks), state.device, seed=options.seed, chunk=options.chunk, limit=limit,
         train_limit=train_limit, other_labels=_load_other_labels(options, networks),
@@ -131,7 +133,63 @@ def evaluate(options: Options, state: PartialState) -> Evaluation | None:
     return evaluation
 
 
-def load_data(options: Options, networks: Sequence[EvaluatedNetwork], train_limit: int, limit: int) -> ImageData:
+def build_context(
+    networks: Sequence[EvaluatedNetwork],
+    data: ImageData,
+    layers: Sequence[str],
+    device: torch.device,
+    *,
+    seed: int,
+    chunk: int,
+    limit: int,
+    train_limit: int,
+    other_labels: ImageData | None = None,
+) -> Context:
+    """Takes `limit` test and `train_limit` training images, as many of each class as there are.
+
+    Raises:
+        EvaluationError: networks and data do not fit each other.
+    """
+    classes = len(data.class_names)
+    for network in networks:
+        have = getattr(network.model.network, "num_classes", classes)
+        if have != classes:
+            raise EvaluationError(
+                f"{network.path} tells {have} classes apart, and {data.name} has {classes}: give its own data"
+            )
+        channels = len(network.model.mean.flatten())
+        if channels != data.image_size[0]:
+            raise EvaluationError(
+                f"{network.path} takes images of {channels} channels, and those of {data.name} have "
+                f"{data.image_size[0]}: give its own data"
+            )
+        network.model.to(device)
+    test = _balanced(data.test_labels, limit, classes)
+    train = _balanced(data.train_labels, train_limit, classes)
+    return Context(
+        networks={network.title: network for network in networks},
+        images=(data.test_images[test].float() / 255).to(device),
+        labels=data.test_labels[test].to(device),
+        train_images=data.train_images[train],
+        train_labels=data.train_labels[train],
+        data=DataInfo(
+            source=data.name, split="test", images=len(test), train_images=len(train), image_size=data.image_size,
+            class_names=data.class_names, fingerprint=data.fingerprint,
+        ),
+        layers=tuple(layers),
+        seed=seed,
+        chunk=chunk,
+        other_labels=(other_labels.train_labels[train], other_labels.test_labels[test]) if other_labels else None,
+    )  # fmt: skip
+
+
+def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
+    if limit < 1:
+        raise EvaluationError(f"--limit and --train-limit must be at least 1, not {limit}")
+    return torch.from_numpy(balanced_rows(labels.numpy(), min(limit, len(labels)), classes))
+
+
+def images_of(options: Options, networks: Sequence[EvaluatedNetwork], train_limit: int, limit: int) -> ImageData:
     """The images.
 
     Of a data set that the recipe streams, `train_limit` training and `limit` test images, as many of each class; of

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from ..errors import EvaluationError
 from ..evaluation.results import Settings
 from ..files import disk_errors, write_whole
-from .context import Context
-from .measurements.base import Columns, Measurement, Results
+from .measurements.base import Columns, Context, Measurement, Results
 
 FAILED = "failed"  # the column of a measurement that could not be made
 ADVICE = "Free some space and give the same command again: it goes on with what is there."

@@ -21,8 +21,7 @@ from ...evaluation.results import (
     Series,
     radius_text,
 )
-from ..context import Context
-from .base import AttackMeasurement, Columns, Measurement, Results, column, pgd, pgd_protocol, share, shares
+from .base import AttackMeasurement, Columns, Context, Measurement, Results, column, pgd, pgd_protocol, share, shares
 
 
 def radius_key(eps: float) -> str:

@@ -15,8 +15,7 @@ from ...evaluation.maxmargin import (
 )
 from ...evaluation.pixels import classified_right
 from ...evaluation.results import Figure, Kind
-from ..context import Context
-from .base import Columns, Measurement, Results, column, pgd, pgd_protocol, shares
+from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol, shares
 
 LINEAR = "scaled, linear, hinge loss, L2 0.01, SGD"
 

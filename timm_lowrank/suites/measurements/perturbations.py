@@ -21,9 +21,8 @@ from ...evaluation.robustness import (
     step_accuracies,
     trajectory,
 )
-from ..context import Context
 from .accuracy import radius_key
-from .base import AttackMeasurement, Columns, Measurement, Results, column, pgd_protocol, shares
+from .base import AttackMeasurement, Columns, Context, Measurement, Results, column, pgd_protocol, shares
 
 STRIP_IMAGES, STRIP_PIXELS = 8, 64
 

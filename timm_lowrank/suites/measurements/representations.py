@@ -12,8 +12,7 @@ from ...errors import EvaluationError
 from ...evaluation.cushion import histograms, layer_cushion
 from ...evaluation.representations import class_variance_ratio, fit_plane, stability
 from ...evaluation.results import Curve, Figure, Kind, Series, Value
-from ..context import Context
-from .base import Columns, Measurement, Results, column, pgd, pgd_protocol
+from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol
 
 DIMENSION = "Dimension of the representations"
 DIRECTIONS = (1, 5, 10, 20)
