@@ -18,10 +18,9 @@ from publishable import FIGURES, REPO, change, edit, evaluation, make_run, share
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError
 from timm_lowrank.evaluation.results import Check, Value, Verdict, write_evaluation
-from timm_lowrank.publish.card import code, escaped, run_card, short_card
+from timm_lowrank.publish.card import code, escaped, run_card, short_card, without_local_paths
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.record import read_run
-from timm_lowrank.publish.run import without_local_paths
 from timm_lowrank.suites.context import Context
 from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PixelNoise
 from timm_lowrank.suites.measurements.base import Results

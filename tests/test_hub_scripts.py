@@ -96,7 +96,7 @@ def test_paths_of_this_machine_are_not_published(hub, run):
     recipe = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(recipe.replace("data: uoft-cs/cifar10", "data: /home/me/data/cifar10"))
     change(run / "summary.json", device="/home/me/gpu")
-    edit(run, command="recipes/evaluate.py /home/me/runs/a")
+    edit(run, command="recipes/evaluate.py /home/me/runs/a", warnings=("2-LR: /home/me/runs/a saw other images",))
     done(push, run, REPO)
     assert not [name for name, data in in_repo(hub).items() if b"/home/me" in data]
     assert b"data: cifar10" in in_repo(hub)["recipe.yaml"]

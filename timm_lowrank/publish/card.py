@@ -157,6 +157,19 @@ def dataset_of(source: str, given: str | None = None) -> Dataset:
     return Dataset(re.sub(r"[^\w.-]+", "-", name), name, False)
 
 
+def without_local_paths(value: Any) -> Any:
+    """The same without the folders of this machine: of an absolute path the last part is left."""
+    if isinstance(value, Mapping):
+        return {key: entry if key == "pixels" else without_local_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"(?:~?/|[A-Za-z]:\\|\\\\)", value) and "\n" not in value:
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return re.sub(r"(?<![\w./:~])~?/(?:[\w.+@-]+/)+([\w.+@-]+)", r"\1", value)
+
+
 # ------------------------------------------------------------------------------------------------------- front matter
 
 
@@ -230,7 +243,7 @@ def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:
     summary, recipe = record.run.summary, record.run.recipe.to_dict()
     branches = record.network.branches
     config = branches.config.to_dict() if branches else {}
-    return {
+    facts = {
         "data": f"{data.name}, {summary.data.train_images:,} training images",
         "data fingerprint": summary.data.fingerprint,
         "recipe": recipe["name"],
@@ -242,6 +255,7 @@ def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
         "sha256 of model.safetensors": record.sha256,
     }
+    return {name: without_local_paths(value) for name, value in facts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ template
@@ -272,6 +286,7 @@ def _environment() -> jinja2.Environment:
         "protocol": _protocol,
         "share": share,
         "thousands": lambda number: f"{number:,}",
+        "without_local_paths": without_local_paths,
     }
     environment.globals |= {"DIRECTIONS": DIRECTIONS, "Kind": Kind, "SOUND": SOUND, "difference": difference}
     return environment

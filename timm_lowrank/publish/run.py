@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..checkpoint.files import CHECKPOINT_FILES
 from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..errors import CheckpointError
 from ..files import read_json
-from .card import LICENSE, run_card
+from .card import LICENSE, run_card, without_local_paths
 from .merging import license_of, merge, section
 from .push import CARD, Published, push_to_hub
 from .record import RunRecord, read_run
@@ -126,19 +126,6 @@ def publish_run(
         commit_message=f"Publish {record.run.summary.name} with timm_lowrank",
     )  # fmt: skip
     return Outcome(published, tuple(stale), notes)
-
-
-def without_local_paths(value: Any) -> Any:
-    """The same without the folders of this machine: of an absolute path the last part is left."""
-    if isinstance(value, Mapping):
-        return {key: entry if key == "pixels" else without_local_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_local_paths(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    if re.match(r"(?:~?/|[A-Za-z]:\\|\\\\)", value) and "\n" not in value:
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return re.sub(r"(?<![\w./:~])~?/(?:[\w.+@-]+/)+([\w.+@-]+)", r"\1", value)
 
 
 # --------------------------------------------------------------------------------------- what the Hub has already
