@@ -13,7 +13,7 @@ from ..environment import require
 from ..errors import RunError
 from .batches import evaluation_batches
 from .data import Data, load_data
-from .loop import TrainedEpoch, check_not_at_chance, evaluate, train_epoch
+from .loop import Tested, TrainedEpoch, check_not_at_chance, evaluate, train_epoch
 from .recipe import Recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
 from .run import EpochMetrics, Run, RunFolder, Spectrum, Summary
@@ -102,7 +102,7 @@ def _epoch(state: TrainingState, folder: RunFolder, epoch: int) -> None:
     recipe, accelerator = state.recipe, state.accelerator
     trained = train_epoch(state, epoch, lambda epoch, step: folder.save(accelerator, epoch, step))
     test = evaluate(accelerator, state.lowrank, state.test_batches)
-    averaged = None if state.ema is None else evaluate(accelerator, state.ema.module, state.test_batches)[1]
+    averaged = None if state.ema is None else evaluate(accelerator, state.ema.module, state.test_batches)
     metrics = _metrics(state, epoch, trained, test, averaged)
     if accelerator.is_main_process:
         # Before the checkpoint: a resumed run drops rows that are too many, but could not make up for one too few.
@@ -115,7 +115,7 @@ def _epoch(state: TrainingState, folder: RunFolder, epoch: int) -> None:
 
 
 def _metrics(
-    state: TrainingState, epoch: int, trained: TrainedEpoch, test: tuple[float, float], averaged: float | None
+    state: TrainingState, epoch: int, trained: TrainedEpoch, test: Tested, averaged: Tested | None
 ) -> EpochMetrics:
     means, regularized = trained.means, state.recipe.lowrank_enabled
     layers = state.lowrank.branches if regularized else ()
@@ -124,9 +124,9 @@ def _metrics(
         learning_rate=trained.learning_rate,
         train_loss=means["train_loss"],
         train_accuracy=means["train_accuracy"],
-        test_loss=test[0],
-        test_accuracy=test[1],
-        ema_test_accuracy=averaged,
+        test_loss=test.loss,
+        test_accuracy=test.accuracy,
+        ema_test_accuracy=averaged.accuracy if averaged else None,
         penalty_weight=trained.penalty_weight if regularized else None,
         penalty=means.get("penalty"),
         branches={layer: {part: means.get(f"{layer}.{part}") for part in BRANCH_PARTS} for layer in layers},

@@ -8,7 +8,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -191,9 +191,16 @@ def gradient_shares(task_loss: Tensor, loss: Tensor, activations: Mapping[str, T
     return shares
 
 
+class Tested(NamedTuple):
+    """What a network is on the test images."""
+
+    loss: float  # mean cross-entropy
+    accuracy: float  # in [0, 1]
+
+
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy over the test images, both in [0, inf) and [0, 1].
+def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches) -> Tested:
+    """Loss and accuracy over the test images of all processes.
 
     `network` is called as it is: pass the module that accelerate prepared, without its data-parallel shell,
     since the processes may hold different numbers of batches.
@@ -208,7 +215,7 @@ def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches)
         means.add("loss", functional.cross_entropy(logits, labels), len(images))
         means.add("accuracy", (logits.argmax(dim=1) == labels).float().mean(), len(images))
     over_all = means.over_processes(accelerator)
-    return over_all["loss"], over_all["accuracy"]
+    return Tested(over_all["loss"], over_all["accuracy"])
 
 
 def check_not_at_chance(state: TrainingState, accuracy: float, chance: float) -> None:

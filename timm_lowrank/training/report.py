@@ -17,8 +17,10 @@ from ..data.streamed import StreamedData
 from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, share_tick, write_png
 from ..environment import device_name, versions
 from ..errors import DivergedError
+from ..text import columns, percent
 from .batches import TestBatches
 from .data import Data
+from .loop import Tested
 from .run import BranchSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
 from .state import TrainingState
 
@@ -148,7 +150,7 @@ def summarize(
     state: TrainingState,
     data: Data,
     spectra: Mapping[str, LayerSpectrum],
-    test: tuple[float, float],
+    test: Tested,
     last: EpochMetrics,
     twin: Summary | None = None,
 ) -> Summary:
@@ -158,7 +160,7 @@ def summarize(
         state: the run.
         data: what it was trained on.
         spectra: from `layer_spectra`.
-        test: loss and accuracy on the test images.
+        test: loss and accuracy on the test images, of the network that is exported.
         last: the last row of metrics.csv.
         twin: the summary of the plain twin.
     """
@@ -178,8 +180,8 @@ def summarize(
         model=recipe.model,
         lowrank=recipe.lowrank_enabled,
         weights="last" if state.ema is None else "averaged",
-        clean_accuracy=round(test[1], 6),
-        losses=Losses(train=last.train_loss, test=round(test[0], 6), penalty=last.penalty),
+        clean_accuracy=round(test.accuracy, 6),
+        losses=Losses(train=last.train_loss, test=round(test.loss, 6), penalty=last.penalty),
         train_accuracy=last.train_accuracy,
         branches=branches,
         epochs=progress.epoch,
@@ -208,27 +210,21 @@ def summarize(
 def table(runs: Mapping[str, Summary]) -> str:
     """Summaries side by side, title -> summary, for the terminal; the layers are those of the last one."""
     summaries = list(runs.values())
-    rows: list[tuple[str, Sequence[str]]] = [
-        ("test accuracy", [_percent(s.clean_accuracy) for s in summaries]),
-        ("seconds of training", [f"{s.seconds:.0f}" for s in summaries]),
-        ("images per second", [f"{s.images_per_second:,.0f}" for s in summaries]),
+    rows = [
+        ["", *runs],
+        ["test accuracy", *(f"{percent(s.clean_accuracy)} %" for s in summaries)],
+        ["seconds of training", *(f"{s.seconds:.0f}" for s in summaries)],
+        ["images per second", *(f"{s.images_per_second:,.0f}" for s in summaries)],
     ]
     for layer, branch in summaries[-1].branches.items():
         rank = f", target rank {branch.target_rank}" if branch.target_rank else ""
-        rows += [("", []), (f"{layer}: {branch.features:,} features{rank}", [])]
         same = [s.branches.get(layer) for s in summaries]
-        rows.append(("  effective rank", [str(b.effective_rank) if b else "-" for b in same]))
+        rows += [[], [f"{layer}: {branch.features:,} features{rank}"]]
+        rows.append(["  effective rank", *(str(b.effective_rank) if b else "-" for b in same)])
         for count in (5, 10, 20):
-            cells = [_percent(b.variance_ratio[count]) if b else "-" for b in same]
-            rows.append((f"  variance in {count} directions", cells))
-    wide = max(len(name) for name, _ in rows) + 2
-    lines = [" " * wide + "".join(f"{title:>12}" for title in runs)]
-    lines += [f"{name:<{wide}}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+            cells = [f"{percent(b.variance_ratio[count])} %" if b else "-" for b in same]
+            rows.append([f"  variance in {count} directions", *cells])
+    return columns(rows, right=range(1, len(runs) + 1), gap=4)
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
