@@ -25,7 +25,7 @@ from measure import interleaved, median_ratio, print_table, write_json
 from torch import Tensor, nn
 
 import timm_lowrank  # noqa: F401  (its small networks are timm's from here on)
-from timm_lowrank.data.images import ImageData, load_images
+from timm_lowrank.data import ImageData, load_images
 from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.attacks import autoattack, deepfool, fgsm, pgd
 

@@ -21,9 +21,8 @@ from timm_lowrank.evaluation.results import Check, Value, Verdict, write_evaluat
 from timm_lowrank.publish.card import code, escaped, run_card, short_card, without_local_paths
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.record import read_run
-from timm_lowrank.suites.context import Context
 from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PixelNoise
-from timm_lowrank.suites.measurements.base import Results
+from timm_lowrank.suites.measurements.base import Context, Results
 from timm_lowrank.suites.networks import load_network
 from timm_lowrank.suites.plan import chosen_suites, measurements_of
 

@@ -19,7 +19,8 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
-from timm_lowrank.data.images import balanced_rows, load_images
+from timm_lowrank.data import load_images
+from timm_lowrank.data.images import balanced_rows
 from timm_lowrank.errors import EvaluationError, RunError
 from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.results import Kind, Settings, read_evaluation

@@ -77,10 +77,6 @@ class DataError(TrainingError):
     """Images that cannot be loaded or do not fit the recipe."""
 
 
-class StreamError(DataError):
-    """Images that cannot be streamed; loading all of them may work."""
-
-
 class RunError(TrainingError):
     """A run folder that cannot be used, written or resumed."""
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ..environment import require
 from ..errors import DataError
-from .sources import require
+from .sources import Source
 
 INTERPOLATION = "bicubic"
+PROBED = 32  # images whose headers are looked at
+GREY = ("1", "L")  # modes of pillow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,12 @@ class Decoder:
     augment: str = "none"
     crop_scale: float = 0.08
 
-    def __call__(self, encoded: bytes, where: str, seed: int | None = None) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the pixels that are given."""
+        return (1 if self.mode == "L" else 3, *self.size)
+
+    def __call__(self, encoded: bytes, where: str, seed: int | None = None) -> np.ndarray:
         """(channels, height, width), uint8.
 
         Args:
@@ -48,7 +56,7 @@ class Decoder:
         Raises:
             DataError: it cannot be decoded, or has another size and `resize` is off.
         """
-        image = open_image(encoded, where, self.mode)
+        image = _opened(encoded, where, self.mode)
         if self.resize:
             image = self._fitted(image) if seed is None or self.augment == "none" else self._random(image, seed)
         if (image.height, image.width) != self.size:
@@ -56,8 +64,8 @@ class Decoder:
                 f"{where}: the image is {image.width} x {image.height} pixels and the first one is "
                 f"{self.size[1]} x {self.size[0]}: set image_size, so that they are brought to one size"
             )
-        pixels = torch.from_numpy(np.array(image))
-        return pixels[None] if self.mode == "L" else pixels.permute(2, 0, 1).contiguous()
+        pixels = np.asarray(image)
+        return pixels[None] if self.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _random(self, image: Any, seed: int) -> Any:
         transforms = require("torchvision.transforms.v2", "torchvision")
@@ -79,7 +87,38 @@ class Decoder:
         return functional.center_crop(functional.resize(image, larger, _interpolation(), antialias=True), self.size)
 
 
-def open_image(encoded: bytes, where: str, mode: str | None = None) -> Any:
+def find_decoder(
+    source: Source,
+    image_size: int | None = None,
+    crop_pct: float = 0.875,
+    augment: str = "none",
+    crop_scale: float = 0.08,
+) -> Decoder:
+    """The decoder for all images of a data set: grey if its first ones all are, and of their size if none is given.
+
+    Raises:
+        DataError: an image cannot be decoded, or images are not of one kind.
+    """
+    train, test = source.train, source.test
+    rows = np.arange(min(PROBED, len(train)))
+    images = [_opened(item.image, item.where) for item in islice(train.read(rows), PROBED)]
+    mode = "L" if all(image.mode in GREY for image in images) else "RGB"
+    sizes = {(image.height, image.width) for image in images}
+    if image_size is not None:
+        decoder = Decoder(mode, (image_size, image_size), True, crop_pct, augment, crop_scale)
+    elif len(sizes) > 1:
+        shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
+        raise DataError(f"{train.name} holds images of different sizes ({shown}): set image_size")
+    else:
+        decoder = Decoder(mode, sizes.pop())
+    first = next(test.read(np.arange(1)))
+    if mode == "L" and _opened(first.image, first.where).mode not in GREY:
+        raise DataError(f"training images are grey and test images are not ({first.where}): one kind is needed")
+    decoder(first.image, first.where)  # a test set of another size is found before training
+    return decoder
+
+
+def _opened(encoded: bytes, where: str, mode: str | None = None) -> Any:
     """A pillow image, converted to `mode`; without a mode as it is, and then only its header is read.
 
     Raises:

@@ -1,66 +1,265 @@
-"""Where images come from: scikit-learn's digits, a folder of parquet files, or a data set on the Hub."""
+"""Where images lie: parquet files in a folder or on the Hub, the Arrow files of its cache, scikit-learn's digits.
+
+`open_source` looks at a data set once, at footers and columns of labels alone: what its classes are, how many images
+there are, and whether every label is right. `Split.read` then gives the encoded images of any rows, whether they are
+to be held in memory or streamed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
+import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DataError, TrainingError
+from ..environment import require
+from ..errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+ROWS_AT_ONCE = 64  # taken out of a row group in one piece
+BUFFER_BYTES = 1 << 20  # read from a file in one piece
+FILES_AT_ONCE = 16
+
+
+class Encoded(NamedTuple):
+    """One image before it is decoded."""
+
+    image: bytes
+    label: int
+    row: int  # in the split
+    where: str  # file and row in it
+
+
+class RowGroup(NamedTuple):
+    """A row group that is not empty."""
+
+    shard: Shard
+    number: int  # in the shard
+    before: int  # rows of the shard before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of encoded images and their labels: parquet, or Arrow where there is no footer.
+
+    Args:
+        path: of the file; of the Hub by its hf:// address.
+        size: in bytes.
+        image, label: the names of its columns.
+        groups: (rows, bytes as decompressed) of each row group.
+        label_range: the smallest and the largest label; None if the file is empty.
+        class_names: as the `datasets` library notes them, if it does.
+        footer: of a parquet file.
+        table: what is in memory is not read from `path`.
+    """
+
+    path: str
+    size: int
+    image: str
+    label: str
+    groups: list[tuple[int, int]]
+    label_range: tuple[int, int] | None
+    class_names: tuple[str, ...] | None
+    footer: Any = dataclasses.field(default=None, repr=False)
+    table: Any = dataclasses.field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name without folders."""
+        return self.path.rsplit("/", 1)[-1]
+
+    def rows(self, group: int, wanted: np.ndarray) -> Iterator[tuple[int, Any, int]]:
+        """(row in the group, encoded image or None, label) of the `wanted` rows, in ascending order.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        begin = 0
+        with _damage(self.path, f"row group {group} of "):
+            for part in self._batches(group):
+                images, labels = _bytes_of(part[self.image]), part[self.label]
+                first, last = np.searchsorted(wanted, [begin, begin + len(part)])
+                for row in wanted[first:last].tolist():
+                    yield row, images[row - begin].as_py(), labels[row - begin].as_py()
+                begin += len(part)
+                if begin > wanted[-1]:
+                    return
+            raise EOFError(f"it ends after {begin} rows")
+
+    def _batches(self, group: int) -> Iterator[Any]:
+        if self.footer is None:
+            yield self._table().to_batches()[group]
+            return
+        parquet = require("pyarrow.parquet", "pyarrow")
+        with _opened(self.path) as file:
+            # Buffered, a row group is not held as a whole.
+            source = parquet.ParquetFile(file, metadata=self.footer, buffer_size=BUFFER_BYTES)
+            columns = [self.image, self.label]
+            yield from source.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
+
+    def _table(self) -> Any:
+        return _arrow_table(self.path) if self.table is None else self.table
+
+    def labels(self) -> np.ndarray:
+        """(rows,), int64: all labels of the file.
+
+        Raises:
+            DataError: the file cannot be read, or a label is missing.
+        """
+        with _damage(self.path):
+            if self.footer is None:
+                column = self._table()[self.label]
+            else:
+                with _opened(self.path) as file:
+                    source = require("pyarrow.parquet", "pyarrow").ParquetFile(file, metadata=self.footer)
+                    column = source.read([self.label]).column(0)
+        return _as_labels(self.path, column)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split before its images are decoded.
-
-    `images` is either an array of pixels (n, c, h, w), uint8, or a pyarrow array of n encoded files;
-    `labels` is (n,), int64; `class_names` is None where the source does not say.
-    """
+    """The rows of several shards, numbered through from 0."""
 
     name: str
-    images: Any
-    labels: np.ndarray
-    class_names: tuple[str, ...] | None
+    shards: tuple[Shard, ...]
+
+    @functools.cached_property
+    def row_groups(self) -> list[RowGroup]:
+        """Those that are not empty."""
+        listed = []
+        for shard in self.shards:
+            before = 0
+            for number, (rows, _) in enumerate(shard.groups):
+                listed += [RowGroup(shard, number, before)] * bool(rows)
+                before += rows
+        return listed
+
+    @functools.cached_property
+    def group_rows(self) -> np.ndarray:
+        """(g,), int64: the number of rows of each row group that is not empty."""
+        return np.array([rows for shard in self.shards for rows, _ in shard.groups if rows], dtype=np.int64)
+
+    @property
+    def group_bytes(self) -> int:
+        """The size of the largest row group as decompressed."""
+        return max(size for shard in self.shards for _, size in shard.groups)
+
+    def __len__(self) -> int:
+        return int(self.group_rows.sum())
+
+    def labels(self) -> np.ndarray:
+        """(n,), int64: all labels, in the order of the rows. Raises DataError as `Shard.labels`."""
+        return np.concatenate([shard.labels() for shard in self.shards])
+
+    def read(self, rows: np.ndarray) -> Iterator[Encoded]:
+        """The images of `rows`, (n,), int64, in this order; quick where neighbours ascend within a row group.
+
+        Raises:
+            DataError: a file cannot be read, or an image is missing.
+        """
+        starts = np.cumsum(self.group_rows) - self.group_rows
+        group_of = np.searchsorted(starts, rows, side="right") - 1
+        breaks = np.flatnonzero((np.diff(group_of) != 0) | (np.diff(rows) <= 0)) + 1
+        for run in np.split(rows, breaks) if len(rows) else []:
+            index = int(np.searchsorted(starts, run[0], side="right")) - 1
+            shard, number, before = self.row_groups[index]
+            for row, image, label in shard.rows(number, run - starts[index]):
+                where = f"{shard.path}, row {before + row}"
+                if image is None:
+                    raise DataError(f"{where}: the image is missing")
+                yield Encoded(image, label, int(starts[index]) + row, where)
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
-    """Which columns to read; `image` None takes "img" or "image"."""
+class Source:
+    """A data set whose labels are right: integers without gaps in [0, len(class_names)), of two classes at least."""
 
-    image: str | None
-    label: str
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is read from the Hub whenever it is read."""
+        return any("://" in shard.path for shard in (*self.train.shards, *self.test.shards))
 
 
-def read_splits(source: str, config: str | None, columns: Columns, names: Mapping[str, str]) -> dict[str, Split]:
-    """Whole splits of `source`, in memory.
+def open_source(
+    name: str,
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str = "label",
+    train_split: str = "train",
+    test_split: str = "test",
+    extra: bool = False,
+    download: bool = False,
+) -> Source:
+    """Finds the shards of a data set and checks its labels; no image is read.
 
     Args:
-        source: "digits", a folder of parquet files, or a data set on the Hub.
-        config: the configuration of a Hub data set, or the subfolder of a folder that holds several.
-        columns: which columns to read.
-        names: "train", "test" and so on -> what the source calls that split.
+        name: "digits", a folder of parquet files, or a data set on the Hub.
+        config, image_column, label_column, train_split, test_split, extra: as in `load_data`.
+        download: whether a data set on the Hub comes into the cache of the `datasets` library. It does so, too, if it
+            is not stored there as parquet files or the Hub cannot be reached.
 
     Raises:
-        DataError: if the source is not there, is damaged, or lacks a split or a column.
+        DataError: it is not there, is damaged, or lacks a split, a column or images; a label is missing or wrong.
     """
-    if source == "digits":
-        return _digits()
-    folder = local_folder(source)
-    if folder is not None:
-        return {use: _from_folder(folder, config, name, columns) for use, name in names.items()}
-    found = _from_hub(source, config, list(names.values()), columns)
-    return {use: found[name] for use, name in names.items()}
+    names = [train_split, test_split, *(["extra"] if extra else [])]
+    if name == "digits":
+        if extra:
+            raise DataError("data='digits' has no extra images: set data_args.extra=false")
+        splits = _digits()
+    else:
+        folder = local_folder(name)
+        addresses = None if folder is not None or download else _hub_files(name, config, names)
+        if folder is not None:
+            paths = [[str(path) for path in files_of(folder, config, split)] for split in names]
+        else:
+            paths = addresses or _cached_files(name, config, names)
+        splits = [
+            Split(f"the {split} split of {name}", _shards(files, image_column, label_column))
+            for split, files in zip(names, paths, strict=True)
+        ]
+    train, test, *more = splits
+    for split in splits:
+        if not len(split):
+            raise DataError(f"{split.name} is empty")
+    train = Split(train.name, train.shards + tuple(shard for split in more for shard in split.shards))
+    return Source(name, train, test, _checked_classes(train, test))
+
+
+def _checked_classes(train: Split, test: Split) -> tuple[str, ...]:
+    """The names in the first file, or numbers up to the largest training label; every label is checked."""
+    ranges = [shard.label_range for shard in train.shards if shard.label_range is not None]
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    names = train.shards[0].class_names or tuple(str(label) for label in range(highest + 1))
+    for shard in (*train.shards, *test.shards):
+        if shard.label_range is None or 0 <= shard.label_range[0] <= shard.label_range[1] < len(names):
+            continue
+        labels = shard.labels()
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        raise DataError(
+            f"{shard.path}, row {wrong[0]} has the label {labels[wrong[0]]}, "
+            f"outside the {len(names)} classes 0 to {len(names) - 1}"
+            + (f" ({len(wrong)} such rows)" if len(wrong) > 1 else "")
+        )
+    if lowest == highest:
+        raise DataError(f"{train.name} holds a single class, {names[lowest]}: there is nothing to learn")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------ finding the files
 
 
 def local_folder(source: str) -> Path | None:
@@ -80,29 +279,6 @@ def local_folder(source: str) -> Path | None:
     return None
 
 
-def require(module: str, package: str) -> ModuleType:
-    """Imports an optional dependency, or says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise TrainingError(f"{package} is needed here: pip install 'timm_lowrank[train]' ({error})") from error
-
-
-def _digits() -> dict[str, Split]:
-    """1,797 real handwritten digits of 8 x 8 pixels; 360 of them, in equal shares of the classes, are the test set."""
-    datasets = require("sklearn.datasets", "scikit-learn")
-    selection = require("sklearn.model_selection", "scikit-learn")
-    digits = datasets.load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = digits.target.astype(np.int64)
-    train, test = selection.train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    names = tuple(str(name) for name in digits.target_names)
-    return {
-        "train": Split("train", pixels[train], labels[train], names),
-        "test": Split("test", pixels[test], labels[test], names),
-    }
-
-
 def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
     """The parquet files of a split, in the order of their names.
 
@@ -113,8 +289,8 @@ def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
     files = sorted(root.rglob(f"{name}*.parquet"))
     if not files:
         there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
-        found = f"It holds {', '.join(there[:8])}." if there else "It holds no parquet file at all."
-        raise DataError(f"the folder {folder} has no {name} split ({name}*.parquet). {found}")
+        holds = f"It holds {', '.join(there[:8])}." if there else "It holds no parquet file at all."
+        raise DataError(f"the folder {folder} has no {name} split ({name}*.parquet). {holds}")
     parents = sorted({str(path.parent.relative_to(folder)) for path in files})
     if len(parents) > 1:
         raise DataError(
@@ -124,113 +300,164 @@ def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
     return files
 
 
-def _from_folder(folder: Path, config: str | None, name: str, columns: Columns) -> Split:
-    files = files_of(folder, config, name)
-    pyarrow = require("pyarrow", "pyarrow")
-    parts = [_read_parquet(path, columns) for path in files]
-    try:
-        table = pyarrow.concat_tables([part for part, _ in parts])
-    except pyarrow.ArrowException as error:
-        raise DataError(f"the {name} files of {folder} do not fit together: {error}") from error
-    return _split(f"the {name} split of {folder}", table, parts[0][1])
-
-
-def _read_parquet(path: Path, columns: Columns) -> tuple[Any, tuple[str, ...] | None]:
-    pyarrow = require("pyarrow", "pyarrow")
-    parquet = require("pyarrow.parquet", "pyarrow")
-    try:
-        schema = parquet.read_schema(path)
-        image, label = pick_columns(str(path), schema.names, columns)
-        table = parquet.read_table(path, columns=[image, label]).select([image, label])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(damaged(path, error)) from error
-    return table, class_names_in(schema.metadata or {}, label)
-
-
-def damaged(path: str | Path, error: Exception) -> str:
-    """What to say of a parquet file that cannot be read."""
-    return f"{path} is truncated, damaged or not parquet: fetch it again ({error})"
-
-
-def class_names_in(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
-    """The class names that the `datasets` library leaves in a parquet file's schema, if they are there."""
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
-        return tuple(str(name) for name in names)
-    return None
-
-
-def _from_hub(source: str, config: str | None, names: Sequence[str], columns: Columns) -> dict[str, Split]:
+def _hub_files(source: str, config: str | None, names: Sequence[str]) -> list[list[str]] | None:
+    """The addresses of the parquet files of each split; None without the Hub, or if it holds other files."""
     datasets = require("datasets", "datasets")
-    with hub_errors(source):
-        loaded = datasets.load_dataset(source, config)
-    missing = [name for name in names if name not in loaded]
-    if missing:
-        raise DataError(f"{source} has no split {missing[0]!r}; it has {', '.join(loaded)}")
-    splits = {}
-    for name in names:
-        part = loaded[name]
-        image, label = pick_columns(source, part.column_names, columns)
-        class_names = getattr(part.features[label], "names", None)
-        # The encoded bytes, not decoded images: one decoder serves folders and the Hub.
-        part = part.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
-        table = part.with_format("arrow")[:].select([image, label])
-        splits[name] = _split(f"the {name} split of {source}", table, tuple(class_names) if class_names else None)
-    return splits
+    files: dict[Any, Any] = {}
+    with contextlib.suppress(Exception):  # the Hub's client raises a dozen unrelated types; its cache may still help
+        files = datasets.load_dataset_builder(source, config).config.data_files or {}
+    if not files:
+        return None
+    addresses = [[str(path) for path in _named(source, files, name)] for name in names]
+    return addresses if all(path.endswith(".parquet") for paths in addresses for path in paths) else None
 
 
-@contextlib.contextmanager
-def hub_errors(source: str) -> Iterator[None]:
-    """Turns whatever goes wrong on the way to the Hub into one DataError."""
+def _cached_files(source: str, config: str | None, names: Sequence[str]) -> list[list[str]]:
+    """The Arrow files of each split in the cache of the `datasets` library, downloaded if they are not there yet."""
+    datasets = require("datasets", "datasets")
     try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # the Hub's client raises a dozen unrelated types; every one of them ends here
+        loaded = datasets.load_dataset(source, config, keep_in_memory=False)
+    except Exception as error:  # as in `_hub_files`
         raise DataError(
             f"could not load {source!r} from the Hub: {type(error).__name__}: {error}\n"
             'Check the name and the network, give a local folder of parquet files with --data, or use "digits".'
         ) from error
+    return [[file["filename"] for file in _named(source, loaded, name).cache_files] for name in names]
 
 
-def pick_columns(where: str, names: Sequence[str], columns: Columns) -> tuple[str, str]:
-    """The names of the image and of the label column among `names`.
+def _named(source: str, splits: Any, name: str) -> Any:
+    if name not in splits:
+        raise DataError(f"{source} has no split {name!r}; it has {', '.join(map(str, splits))}")
+    return splits[name]
+
+
+# ---------------------------------------------------------------------------------------------- looking at one file
+
+
+def _shards(paths: Sequence[str], image: str | None, label: str) -> tuple[Shard, ...]:
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        return tuple(pool.map(lambda path: _scanned(path, image, label), paths))
+
+
+def _scanned(path: str, image_column: str | None, label_column: str) -> Shard:
+    if path.endswith(".arrow"):
+        with _damage(path):
+            table, size = _arrow_table(path), Path(path).stat().st_size
+        shard = _arrow_shard(path, size, table, image_column, label_column)
+        return dataclasses.replace(shard, table=None)
+    parquet = require("pyarrow.parquet", "pyarrow")
+    with _damage(path), _opened(path) as file:
+        held = parquet.ParquetFile(file)
+        size, schema, footer = file.seek(0, 2), held.schema_arrow, held.metadata
+    image, label = _pick_columns(path, schema, footer.num_rows, image_column, label_column)
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+    shard = Shard(path, size, image, label, sizes, None, _class_names_in(schema, label), footer)
+    ranges = [_noted_range(group, label) for group in groups if group.num_rows]
+    if None in ranges:  # nothing about labels, or that some are missing
+        labels = shard.labels()
+        ranges = [(int(labels.min()), int(labels.max()))]
+    known = [noted for noted in ranges if noted is not None]
+    label_range = (min(low for low, _ in known), max(high for _, high in known)) if known else None
+    return dataclasses.replace(shard, label_range=label_range)
+
+
+def _noted_range(group: Any, label: str) -> tuple[int, int] | None:
+    """The smallest and the largest label of a row group, if the footer notes them and that none is missing."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    statistics = next((column.statistics for column in columns if column.path_in_schema == label), None)
+    if statistics is None or not statistics.has_min_max or not statistics.has_null_count or statistics.null_count:
+        return None
+    return int(statistics.min), int(statistics.max)
+
+
+def _arrow_shard(path: str, size: int, table: Any, image_column: str | None, label_column: str) -> Shard:
+    image, label = _pick_columns(path, table.schema, len(table), image_column, label_column)
+    labels = _as_labels(path, table[label])
+    label_range = (int(labels.min()), int(labels.max())) if len(labels) else None
+    groups = [(len(batch), batch.nbytes) for batch in table.to_batches()]
+    return Shard(path, size, image, label, groups, label_range, _class_names_in(table.schema, label), table=table)
+
+
+def _pick_columns(where: str, schema: Any, rows: int, image: str | None, label: str) -> tuple[str, str]:
+    """The names of the image and of the label column, whose types are right.
 
     Raises:
-        DataError: one of them is not there; `where` says in which file.
+        DataError: one of them is not there or holds something else; `where` says in which file.
     """
-    images = [columns.image] if columns.image else list(IMAGE_COLUMNS)
-    image = next((name for name in images if name in names), None)
-    has = f"It has {', '.join(names)}."
+    images = [image] if image else list(IMAGE_COLUMNS)
+    has = f"It has {', '.join(schema.names)}."
+    image = next((name for name in images if name in schema.names), None)
     if image is None:
         raise DataError(f"{where} has no column {' or '.join(map(repr, images))}. {has} Set data_args.image_column.")
-    if columns.label not in names:
-        raise DataError(f"{where} has no column {columns.label!r}. {has} Set data_args.label_column.")
-    return image, columns.label
-
-
-def check_types(name: str, image: Any, label: Any) -> None:
-    """Raises DataError unless `image` and `label`, types of pyarrow, are those of encoded images and of labels."""
+    if label not in schema.names:
+        raise DataError(f"{where} has no column {label!r}. {has} Set data_args.label_column.")
     types = require("pyarrow", "pyarrow").types
-    if not types.is_integer(label):
-        raise DataError(f"{name}: the labels must be integers without gaps, and the column holds {label}")
-    if types.is_struct(image) and image.get_field_index("bytes") >= 0:
-        image = image.field("bytes").type
-    if not (types.is_binary(image) or types.is_large_binary(image)):
-        raise DataError(f"{name}: the images must be stored as bytes in the parquet files, not as {image}")
+    kind, holds = schema.field(label).type, schema.field(image).type
+    if rows and not types.is_integer(kind):
+        raise DataError(f"{where}: the labels must be integers without gaps, and the column holds {kind}")
+    if types.is_struct(holds) and holds.get_field_index("bytes") >= 0:
+        holds = holds.field("bytes").type
+    if rows and not (types.is_binary(holds) or types.is_large_binary(holds)):
+        raise DataError(f"{where}: the images must be stored as bytes in the parquet files, not as {holds}")
+    return image, label
 
 
-def bytes_of(images: Any) -> Any:
+def _as_labels(where: str, column: Any) -> np.ndarray:
+    """(n,), int64, of a column of labels. Raises DataError if one is missing."""
+    if column.null_count:
+        raise DataError(f"{where}: the labels must be integers without gaps, and {column.null_count} are missing")
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
+def _class_names_in(schema: Any, label: str) -> tuple[str, ...] | None:
+    """The class names that the `datasets` library leaves in a file's schema, if they are there."""
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return tuple(str(name) for name in names)
+    return None
+
+
+def _bytes_of(images: Any) -> Any:
     """The encoded files of a pyarrow array of images, which are bytes or hold bytes beside a path."""
     return images.field("bytes") if require("pyarrow", "pyarrow").types.is_struct(images.type) else images
 
 
-def _split(name: str, table: Any, class_names: tuple[str, ...] | None) -> Split:
-    images, labels = (column.combine_chunks() for column in table.columns)
-    check_types(name, images.type, labels.type)
-    if labels.null_count:
-        raise DataError(f"{name}: the labels must be integers without gaps, and {labels.null_count} are missing")
-    images = bytes_of(images)
-    if images.null_count:
-        raise DataError(f"{name}: the images must be stored as bytes in the parquet files, and some are missing")
-    return Split(name, images, labels.to_numpy(zero_copy_only=False).astype(np.int64), class_names)
+def _opened(path: str) -> Any:
+    """A file of a folder, or of the Hub by its hf:// address."""
+    if "://" not in path:
+        return Path(path).open("rb")
+    return require("fsspec", "fsspec").open(path, "rb").open()
+
+
+def _arrow_table(path: str) -> Any:
+    """Mapped into memory, not read."""
+    pyarrow = require("pyarrow", "pyarrow")
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
+
+
+@contextlib.contextmanager
+def _damage(path: str, part: str = "") -> Iterator[None]:
+    """Turns whatever goes wrong with a file, in pyarrow, on the disk or in the Hub's client, into a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{part}{path} is truncated, damaged or not parquet: fetch it again ({error})") from error
+
+
+def _digits() -> list[Split]:
+    """1,797 real handwritten digits of 8 x 8 pixels; 360 of them, in equal shares of the classes, are the test set."""
+    datasets = require("sklearn.datasets", "scikit-learn")
+    selection = require("sklearn.model_selection", "scikit-learn")
+    pyarrow = require("pyarrow", "pyarrow")
+    digits = datasets.load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    splits = selection.train_test_split(np.arange(len(pixels)), test_size=360, stratify=digits.target, random_state=0)
+    listed = []
+    for name, rows in zip(("train", "test"), splits, strict=True):
+        images = [b"P5 8 8 255\n" + image.tobytes() for image in pixels[rows]]  # portable greymaps
+        table = pyarrow.table({"image": images, "label": digits.target[rows]})
+        listed.append(Split(name, (_arrow_shard(f"digits {name}", 0, table, None, "label"),)))
+    return listed

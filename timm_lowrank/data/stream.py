@@ -1,9 +1,9 @@
-"""Batches out of parquet shards, read and decoded by worker processes: the streamed twins of those in loader.py."""
+"""`StreamedData`: a data set that stays in its files, and the worker processes that read and decode it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,167 +12,121 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import DataError
-from .augment import Transform
-from .loader import check_batch, mix
-from .order import EpochOrder, Lane
-from .shards import Encoded, ShardSplit
-from .streamed import StreamedData, check_label
+from .decode import INTERPOLATION, Decoder
+from .images import ImageData, decoded, fingerprint, per_channel
+from .order import ReadPlan, mix
+from .sources import Encoded, Source, Split
+
+# Of ImageNet, over colours and over grey values: those of the data itself cannot be had without reading all of it.
+MEAN, STD = {3: (0.485, 0.456, 0.406), 1: (0.449,)}, {3: (0.229, 0.224, 0.225), 1: (0.226,)}
+FINGERPRINT = "shards:"
 
 Part = tuple[Tensor, Tensor]  # uint8 images (n, channels, height, width) and int64 labels (n,)
 
 
-class StreamTrainBatches:
-    """The training images of one process, read from their shards; the interface and promises of `TrainBatches`.
+@dataclasses.dataclass(frozen=True)
+class StreamedData:
+    """Training and test images in their files.
 
-    The order, and the random part of each image that `data.decode` cuts out, are functions of the seed, the epoch and
-    the shards, not of the number of processes and workers: a run goes on at any batch, on any number of processes,
-    with the images that it would have been given. What `transform` draws depends on the process, too.
-
-    Args:
-        data: the shards.
-        transform: applied to each batch on its device.
-        device: of the batches.
-        batch_size, parts, seed, process, processes: as in `TrainBatches`.
-        buffer: encoded images held for shuffling, over all processes.
-        workers: processes that read and decode; 0 does it in this one.
-
-    Raises:
-        RecipeError: if `batch_size` cannot be divided, or there are fewer images than that.
+    `decoder` gives pixels of one size. `mean` and `std` are of pixels in [0, 1], a number for each channel.
+    `fingerprint` is the SHA-256 of the names, sizes and row groups of the shards and of the class names.
     """
 
-    def __init__(
-        self, data: StreamedData, transform: Transform, device: torch.device,
-        *, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
-        buffer: int = 10_000, workers: int = 0,
-    ) -> None:  # fmt: skip
-        check_batch(batch_size, parts, processes, len(data.train))
-        self.data, self.transform, self.device = data, transform, device
-        self.batch_size, self.parts, self.seed, self.process = batch_size, parts, seed, process
-        self.steps = len(data.train) // batch_size
-        whole, share = batch_size // parts, batch_size // parts // processes
-        self.places = range(process * share, (process + 1) * share)  # of this process in every batch
-        self.workers = min(workers, share)
-        groups, group_bytes = data.train.groups, data.train.group_bytes
-        self.order = EpochOrder(groups, whole, self.steps * parts, buffer, seed, group_bytes)
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    decoder: Decoder
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
 
-    def __len__(self) -> int:
-        """Batches that this process yields in an epoch: optimizer steps times parts."""
-        return self.steps * self.parts
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """(channels, height, width), after resizing."""
+        return self.decoder.shape
 
-    def indices(self, epoch: int) -> Iterator[Tensor]:
-        """(batch_size / parts / processes,), int64, for each batch of this process: rows of the training split."""
-        yield from torch.from_numpy(self.order.indices(epoch, self.places))
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(training images, test images)."""
+        return len(self.train), len(self.test)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images (batch, channels, height, width) and their labels (batch,), from batch `first` on.
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What the network is fed, in timm's words: it goes into the configuration of the exported model."""
+        resized = {"interpolation": INTERPOLATION} if self.decoder.resize else {}
+        fed = {"input_size": self.image_size, "mean": self.mean, "std": self.std, "crop_pct": self.decoder.crop_pct}
+        return {**fed, **resized}
+
+    def subset(self, train: int, test: int, *, progress: bool = False) -> ImageData:
+        """The first `train` and `test` images of their splits, as many of each class as there are, in memory.
+
+        For measurements that go over the same images many times. Only these are decoded, training images too as if
+        they were test images: no random part, no mirroring.
+
+        Args:
+            train, test: how many; at most all there are.
+            progress: whether a slow decoding shows a progress bar.
+
+        Returns:
+            Images with the mean, std and fingerprint of the whole.
 
         Raises:
-            DataError: a shard, an image or a label is damaged; the message names file and row.
+            DataError: a file cannot be read, an image cannot be decoded.
         """
-        work = _TrainWork(self.order, self.places, epoch, first)
-        shows = _Pass(self.data, self.data.train, work, mix(self.seed, epoch))
-        parts = _delivered(shows, self.workers, self.device)
-        width = max(1, self.workers)
-        for number in range(first, len(self)):
-            images, labels = (torch.cat(tensors) for tensors in zip(*(next(parts) for _ in range(width)), strict=True))
-            # A generator for each batch: nothing to catch up on when a run is resumed.
-            generator = torch.Generator(self.device).manual_seed(mix(self.seed, epoch, 1 + self.process, number))
-            yield self.transform(images.to(self.device, non_blocking=True), generator), labels.to(self.device)
+        splits = [
+            decoded(split, min(limit, len(split)), len(self.class_names), self.decoder, progress)
+            for split, limit in ((self.train, train), (self.test, test))
+        ]
+        return ImageData(self.name, *splits[0], *splits[1], self.class_names, self.mean, self.std, self.fingerprint)
 
 
-class StreamEvalBatches:
-    """Every test image once, in the order of the shards, over all processes together.
+def stream(
+    source: Source, decoder: Decoder, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> StreamedData:
+    """`source` as it is read whenever it is needed; without `mean` and `std` with those of ImageNet.
 
-    A process has neighbouring rows, a worker every so many batches of them. Arguments as in `StreamTrainBatches`.
+    Raises:
+        DataError: `mean` or `std` are not of as many channels as the images have.
     """
-
-    def __init__(
-        self, data: StreamedData, transform: Transform, device: torch.device,
-        *, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0,
-    ) -> None:  # fmt: skip
-        self.data, self.transform, self.device = data, transform, device
-        first, last = (len(data.test) * p // processes for p in (process, process + 1))
-        self.batches = [np.arange(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
-        self.workers = min(workers, len(self.batches))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        shows = _Pass(self.data, self.data.test, _EvalWork(self.batches))
-        for images, labels in _delivered(shows, self.workers, self.device):
-            yield self.transform(images.to(self.device, non_blocking=True)), labels.to(self.device)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainWork:
-    """What a worker reads: its places of every batch, so that a batch is put together of one part from each."""
-
-    order: EpochOrder
-    places: range
-    epoch: int
-    first: int
-
-    def __call__(self, worker: int, workers: int) -> list[Lane]:
-        cut = (self.places.start + len(self.places) * part // workers for part in (worker, worker + 1))
-        return self.order.share(self.epoch, range(*cut), self.first)
+    channels = decoder.shape[0]
+    # Without folders, so that a copy in another place is the same data.
+    shards = (
+        f"\0{use} {shard.name} {shard.size} {shard.groups}".encode()
+        for use, split in (("train", source.train), ("test", source.test))
+        for shard in split.shards
+    )
+    return StreamedData(
+        source.name, source.train, source.test, source.class_names, decoder,
+        mean=per_channel("mean", mean, channels) or MEAN[channels],
+        std=per_channel("std", std, channels) or STD[channels],
+        fingerprint=FINGERPRINT + fingerprint(source.class_names, shards),
+    )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvalWork:
-    """What a worker reads: whole batches, in turn with the other workers."""
-
-    batches: list[np.ndarray]
-
-    def __call__(self, worker: int, workers: int) -> list[Lane]:
-        batches = self.batches[worker::workers]
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *batches])
-        return [Lane(rows, np.arange(len(rows)), np.array([len(batch) for batch in batches], dtype=np.int64))]
-
-
-class _Pass(IterableDataset[Any]):
-    """One pass over a split as a DataLoader runs it, in each of its workers.
+def read_in_workers(
+    split: Split,
+    decoder: Decoder,
+    plans: Callable[[int, int], list[ReadPlan]],
+    *,
+    seed: int | None = None,
+    workers: int,
+    device: torch.device,
+) -> Iterator[Part]:
+    """Batches, or parts of them, from all workers in turn.
 
     Args:
-        data: the shards.
-        split: that one of its splits.
-        work: (worker, workers) -> what that worker reads.
+        split, decoder: what is read, and how it is decoded.
+        plans: (worker, workers) -> what that worker reads; of every plan it takes one count of images for each part.
         seed: of the random parts of training images; None is for test images.
+        workers: processes; 0 does it in this one.
+        device: where the parts will go.
+
+    Raises:
+        DataError: a file or an image is damaged, or a worker died.
     """
-
-    def __init__(
-        self, data: StreamedData, split: ShardSplit, work: Callable[[int, int], list[Lane]], seed: int | None = None
-    ) -> None:
-        self.data, self.split, self.work, self.seed = data, split, work, seed
-
-    def __iter__(self) -> Iterator[Part | DataError]:
-        info = get_worker_info()
-        lanes = self.work(info.id, info.num_workers) if info else self.work(0, 1)
-        readers = [_reordered(self.split.read(lane.rows), lane.order) for lane in lanes]
-        try:
-            for counts in zip(*(lane.counts.tolist() for lane in lanes), strict=True):
-                items = [next(reader) for reader, count in zip(readers, counts, strict=True) for _ in range(count)]
-                yield torch.stack([self._pixels(item) for item in items]), torch.tensor([item.label for item in items])
-        except DataError as error:
-            yield error  # raised here, it would arrive as a traceback in a message
-
-    def _pixels(self, item: Encoded) -> Tensor:
-        check_label(item.label, len(self.data.class_names), item.where)
-        return self.data.decode(item.image, item.where, None if self.seed is None else mix(self.seed, item.row))
-
-
-def _reordered(items: Iterator[Encoded], order: np.ndarray) -> Iterator[Encoded]:
-    """The `order[k]`-th of `items` as the k-th; those that are read before their turn are held."""
-    held: dict[int, Encoded] = {}
-    count = 0
-    for wanted in order.tolist():
-        while wanted not in held:
-            held[count] = next(items)
-            count += 1
-        yield held.pop(wanted)
-
-
-def _delivered(shows: _Pass, workers: int, device: torch.device) -> Iterator[Part]:
-    """The parts of all workers in turn, one of each; a worker's error is raised here."""
     loader = DataLoader(
-        shows,
+        _Decoded(split, decoder, plans, seed),
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -194,3 +148,38 @@ def _delivered(shows: _Pass, workers: int, device: torch.device) -> Iterator[Par
         if isinstance(part, DataError):
             raise part
         yield part
+
+
+class _Decoded(IterableDataset[Any]):
+    """One pass over a split as a DataLoader runs it, in each of its workers. Arguments as in `read_in_workers`."""
+
+    def __init__(
+        self, split: Split, decoder: Decoder, plans: Callable[[int, int], list[ReadPlan]], seed: int | None
+    ) -> None:
+        self.split, self.decoder, self.plans, self.seed = split, decoder, plans, seed
+
+    def __iter__(self) -> Iterator[Part | DataError]:
+        info = get_worker_info()
+        plans = self.plans(info.id, info.num_workers) if info else self.plans(0, 1)
+        readers = [_reordered(self.split.read(plan.rows), plan.order) for plan in plans]
+        try:
+            for counts in zip(*(plan.counts.tolist() for plan in plans), strict=True):
+                items = [next(reader) for reader, count in zip(readers, counts, strict=True) for _ in range(count)]
+                pixels = np.stack([self._pixels(item) for item in items])
+                yield torch.from_numpy(pixels), torch.tensor([item.label for item in items])
+        except DataError as error:
+            yield error  # raised here, it would arrive as a traceback in a message
+
+    def _pixels(self, item: Encoded) -> np.ndarray:
+        return self.decoder(item.image, item.where, None if self.seed is None else mix(self.seed, item.row))
+
+
+def _reordered(items: Iterator[Encoded], order: np.ndarray) -> Iterator[Encoded]:
+    """The `order[k]`-th of `items` as the k-th; those that are read before their turn are held."""
+    held: dict[int, Encoded] = {}
+    count = 0
+    for wanted in order.tolist():
+        while wanted not in held:
+            held[count] = next(items)
+            count += 1
+        yield held.pop(wanted)

@@ -13,16 +13,14 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ..data.drawn import drawn_images
-from ..data.images import ImageData, balanced_rows, load_images
-from ..data.streamed import StreamedData
+from ..data import ImageData, StreamedData, load_data, load_images
+from ..data.images import balanced_rows
 from ..environment import device_name, versions
 from ..errors import EvaluationError, EvaluationWarning
 from ..evaluation.checks import check_before_attack
 from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation, write_evaluation
 from ..files import disk_errors
 from ..report import write_plots, write_report
-from ..training.data import load_data as load_data_of
 from .measurements.base import Context
 from .networks import EvaluatedNetwork, load_networks
 from .plan import chosen_suites, measurements_of
@@ -207,12 +205,12 @@ def images_of(options: Options, networks: Sequence[EvaluatedNetwork], train_limi
                 'the name of a data set on the Hub, or "digits"'
             )
         return load_images(options.data, progress=True)
-    data = load_data_of(dataclasses.replace(recipe, data=options.data or recipe.data))
+    data = load_data(options.data or recipe.data, **recipe.data_options(), progress=True)
     if not isinstance(data, StreamedData):
         return data
     if options.other_labels is not None:
         raise EvaluationError("--other-labels needs images that fit into memory, and these are streamed")
-    return drawn_images(data, train_limit, limit, progress=True)
+    return data.subset(train_limit, limit, progress=True)
 
 
 def _load_other_labels(options: Options, networks: Sequence[EvaluatedNetwork]) -> ImageData | None:

@@ -11,7 +11,7 @@ _missing = [name for name in ("accelerate", "tqdm", "yaml") if importlib.util.fi
 if _missing:
     raise ImportError(f"training recipes need {', '.join(_missing)}: pip install 'timm_lowrank[train]'")
 
-from ..data.images import ImageData, load_images  # noqa: E402
+from ..data import ImageData, load_images  # noqa: E402
 from ..errors import DataError, DivergedError, RecipeError, RunError, TrainingError  # noqa: E402
 from .experiment import train  # noqa: E402
 from .recipe import Recipe, load_recipe, recipe_names  # noqa: E402

@@ -8,11 +8,10 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
-from ..data.streamed import StreamedData
+from ..data import Data, StreamedData, load_data
+from ..data.batches import evaluation_batches
 from ..environment import require
 from ..errors import RunError
-from .batches import evaluation_batches
-from .data import Data, load_data
 from .loop import Tested, TrainedEpoch, check_not_at_chance, evaluate, train_epoch
 from .recipe import Recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
@@ -48,7 +47,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False) -> Summar
     folder = RunFolder(output, recipe, resume)
     twin_folder = RunFolder(folder.twin, recipe.plain(), resume) if recipe.twin is True else None
     twin = _plain_run(recipe.twin) if isinstance(recipe.twin, str) else None
-    data = load_data(recipe)
+    data = load_data(recipe.data, **recipe.data_options(), progress=True)
     if twin is not None and twin[0].data.fingerprint != data.fingerprint:
         raise RunError(f"twin={recipe.twin!r} was trained on other data (its fingerprint differs): use twin=true")
     if twin_folder is not None:
@@ -166,7 +165,7 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
     finished: list[Any] = [None]
     if accelerator.is_main_process:
         # From the first images, whatever share of them this process tested.
-        images = evaluation_batches(recipe, data, accelerator.device)
+        images = evaluation_batches(data, accelerator.device, batch_size=recipe.eval_batch_size, workers=recipe.workers)
         spectra = layer_spectra(state.lowrank, images, recipe.spectrum_images)
         summary = summarize(state, data, spectra, test, folder.last_metrics(), twin[0] if twin else None)
         spectrum = {layer: measured.shares for layer, measured in spectra.items()}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from ..data.batches import TestBatches
 from ..errors import DivergedError
-from .batches import TestBatches
 from .recipe import learning_rate, penalty_weight
 from .state import EpochPosition, TrainingState
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..core.config import LowRankConfig
-from ..data.images import load_images
+from ..data import load_data
 from ..errors import RecipeError, nearest
 from ..files import parse_yaml
 
@@ -55,7 +55,7 @@ class Recipe:
     )
     data: str = _key('"digits" (built in), a folder of parquet files, or a data set on the Hub', "digits")
     data_args: dict[str, Any] = dataclasses.field(
-        default_factory=dict, metadata={"text": "keywords of load_images, such as train_limit or label_column"}
+        default_factory=dict, metadata={"text": "keywords of load_data, such as train_limit or label_column"}
     )
     lowrank: dict[str, Any] = dataclasses.field(
         default_factory=dict,
@@ -147,6 +147,11 @@ class Recipe:
         return dataclasses.replace(
             self, name=f"{self.name} (plain)", lowrank={**self.lowrank, "enabled": False}, twin=False
         )
+
+    def data_options(self) -> dict[str, Any]:
+        """The keywords of `timm_lowrank.data.load_data` that this recipe means."""
+        own = ("streaming", "image_size", "crop_pct", "crop_scale", "augment")
+        return {**self.data_args, **{name: getattr(self, name) for name in own}}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold; `from_dict` is the inverse."""
@@ -466,7 +471,9 @@ def _inner(recipe: Recipe) -> Iterable[str]:
         recipe.lowrank_config()
     except (ValueError, TypeError) as error:
         yield f"lowrank: {error}"
-    known = [name for name in inspect.signature(load_images).parameters if name not in ("source", "progress")]
+    # The others are keys of the recipe itself.
+    known = [name for name in inspect.signature(load_data).parameters if not hasattr(recipe, name)]
+    known = [name for name in known if name not in ("source", "progress")]
     for key in recipe.data_args:
         if key not in known:
             yield f"there is no key data_args.{key}. {nearest(key, known)}"

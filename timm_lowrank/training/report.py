@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ..core.model import LowRankModel
 from ..core.spectrum import Sketch, singular_energies
-from ..data.streamed import StreamedData
+from ..data import Data, StreamedData
+from ..data.batches import TestBatches
 from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, share_tick, write_png
 from ..environment import device_name, versions
 from ..errors import DivergedError
 from ..text import columns, percent
-from .batches import TestBatches
-from .data import Data
 from .loop import Tested
 from .run import BranchSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
 from .state import TrainingState

@@ -20,11 +20,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..core.model import LowRankModel
-from ..data.streamed import FINGERPRINT
+from ..data import Data
+from ..data.batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
+from ..data.stream import FINGERPRINT
 from ..errors import DataError, RecipeError, RunError
 from ..wrapping import wrap
-from .batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
-from .data import Data
 from .recipe import Recipe, require_trackers
 
 
@@ -91,9 +91,16 @@ def build(recipe: Recipe, data: Data, output: Path) -> TrainingState:
     accelerator = _accelerator(recipe, output)
     if len(set(gather_object([data.fingerprint]))) > 1:
         raise DataError("the processes do not see the same data (its fingerprints differ): set streaming=true or false")
-    train_batches = training_batches(recipe, data, accelerator)
     process, processes = accelerator.process_index, accelerator.num_processes
-    tested = evaluation_batches(recipe, data, accelerator.device, process=process, processes=processes)
+    train_batches = training_batches(
+        data, accelerator.device, augment=recipe.augment, batch_size=recipe.batch_size,
+        parts=recipe.gradient_accumulation, seed=recipe.seed, process=process, processes=processes,
+        buffer=recipe.shuffle_buffer, workers=recipe.workers,
+    )  # fmt: skip
+    tested = evaluation_batches(
+        data, accelerator.device, batch_size=recipe.eval_batch_size,
+        process=process, processes=processes, workers=recipe.workers,
+    )  # fmt: skip
     lowrank = _wrapped(recipe, data).to(accelerator.device)
     if recipe.channels_last:
         lowrank = lowrank.to(memory_format=torch.channels_last)

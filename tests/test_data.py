@@ -1,0 +1,489 @@
+"""Loading, augmenting and batching images: held or streamed, one reader with one set of checks."""
+
+import os
+import shutil
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from parquet_images import DIGITS, TARGET, encoded, png, write, write_shards
+from pyarrow import parquet
+
+from timm_lowrank import data as data_module
+from timm_lowrank.data import load_data, load_images, sources
+from timm_lowrank.data.augment import Transform, crop, flip
+from timm_lowrank.data.batches import EvalBatches, StreamTrainBatches, TrainBatches
+from timm_lowrank.data.decode import Decoder
+from timm_lowrank.data.sources import Shard, Source, Split
+from timm_lowrank.data.stream import stream
+from timm_lowrank.training import DataError, Recipe, RecipeError
+
+CIFAR10 = os.environ.get("TIMM_LOWRANK_CIFAR10")
+CPU = torch.device("cpu")
+PLAIN = Transform([0.0], [1.0], "none", CPU)
+BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["held", "streamed"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Shards that nobody changes."""
+    return write_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Shards to damage."""
+    return write_shards(tmp_path / "own")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Folders are names on the Hub: `datasets` finds their files, and its cache is empty."""
+    monkeypatch.setattr(sources, "local_folder", lambda source: None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def same_images(one, two):
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------- what loads
+
+
+def test_digits_are_a_fixed_stratified_split():
+    data = load_images()
+    assert data.train_images.shape == (1437, 1, 8, 8)
+    assert data.test_images.shape == (360, 1, 8, 8)
+    assert data.train_images.dtype == torch.uint8
+    assert data.train_labels.dtype == torch.int64
+    assert data.test_labels.bincount().min() >= 34
+    pixels = data.train_images.double() / 255
+    assert data.mean[0] == pytest.approx(pixels.mean().item(), abs=1e-4)
+    assert data.std[0] == pytest.approx(pixels.std(correction=0).item(), abs=1e-4)
+    together = torch.cat([data.train_images, data.test_images]).flatten(1).double()
+    assert torch.equal(together.sum(0), torch.from_numpy(DIGITS.reshape(1797, -1).astype(np.float64)).sum(0))
+
+
+def test_fingerprints_stay_what_they_were(folder):
+    """Runs that were begun with an older version are resumed."""
+    expected = {
+        "digits": "5db4d5a06c4217c8c6f4cfdf2759cf5d210e9668cba8949fbeb3dfc2347e44b8",
+        "part of the digits": "8975c1d51c5cc94a46a9df5bfca23d10b4ea3f42c789574b43b8d5d627bd76eb",
+        "folder": "b8d2944131343fd609e39854155c63d63cc387507501b2d617b7c52e6bc96343",
+    }
+    found = {
+        "digits": load_images().fingerprint,
+        "part of the digits": load_images(train_limit=57, test_limit=33).fingerprint,
+        "folder": load_images(str(folder)).fingerprint,
+    }
+    assert found == expected
+    shards = tuple(
+        Shard(f"/anywhere/{n}.parquet", 1000 + n, "image", "label", [(25, 10 * n), (5, 3)], (0, 1), None)
+        for n in range(3)
+    )
+    source = Source("x", Split("train", shards[:2]), Split("test", shards[2:]), ("cat", "dog"))
+    expected = "shards:cda36fb3ecd396d3004b65e369b3ff14a415df34402300d78e5e73600fc73b44"
+    assert stream(source, Decoder("L", (8, 8))).fingerprint == expected
+
+
+def test_a_folder_of_parquet_files(folder):
+    data = load_images(str(folder))
+    assert np.array_equal(data.train_images[:, 0].numpy(), DIGITS[:230])
+    assert np.array_equal(data.test_images[:, 0].numpy(), DIGITS[230:285])
+    assert data.train_labels.tolist() == TARGET[:230].tolist()
+    assert data.class_names == tuple("0123456789")
+    assert same_images(load_images(str(folder), mean=[0.5], std=[0.25]), data)
+
+
+def test_what_the_footers_tell(folder, tmp_path):
+    streamed = load_data(str(folder), streaming=True, mean=[0.25], std=[0.5])
+    assert streamed.counts == (230, 55)
+    assert streamed.class_names == tuple("0123456789")
+    assert streamed.image_size == (1, 8, 8)
+    assert streamed.train.group_rows.tolist() == [25, 25, 25, 15, 25, 25, 25, 15, 25, 25]
+    items = list(streamed.train.read(np.array([95, 91, 3, 4])))
+    assert [item.row for item in items] == [95, 91, 3, 4]
+    assert [item.where for item in items[::2]] == [
+        f"{folder}/train-00001-of-00003.parquet, row 5", f"{folder}/train-00000-of-00003.parquet, row 3",
+    ]  # fmt: skip
+    assert items[1].image == png(DIGITS[91])
+    shutil.copytree(folder, tmp_path / "copy")
+    assert load_data(str(tmp_path / "copy"), streaming=True).fingerprint == streamed.fingerprint
+    write(tmp_path / "copy" / "train-00001-of-00003.parquet", range(91, 181))
+    assert load_data(str(tmp_path / "copy"), streaming=True).fingerprint != streamed.fingerprint
+
+
+@BOTH
+def test_colour_images_and_class_names_from_the_features(tmp_path, streaming):
+    colour = np.stack([DIGITS[:40], 255 - DIGITS[:40], DIGITS[40:80]], axis=-1)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list("zyxwvutsrq"))})
+    for split in ("train", "test"):
+        columns = {"img": encoded(colour), "label": TARGET[:40].tolist()}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    data = load_data(str(tmp_path), streaming=streaming)
+    assert data.class_names == tuple("zyxwvutsrq")
+    assert data.image_size == (3, 8, 8)
+    assert len(data.mean) == 3
+    images = data.subset(40, 40) if streaming else data
+    assert np.array_equal(images.train_images.numpy(), colour.transpose(0, 3, 1, 2))
+
+
+@BOTH
+def test_a_name_on_the_hub_is_read_as_a_folder_is(folder, hub, streaming, monkeypatch):
+    data = load_data(str(folder), streaming=streaming)
+    with pytest.raises(DataError, match="has no split 'validation'; it has train, test"):
+        load_data(str(folder), streaming=streaming, test_split="validation")
+    monkeypatch.undo()
+    local = load_data(str(folder), streaming=streaming)
+    assert data.fingerprint == local.fingerprint
+    assert same_images(data.subset(230, 55), local.subset(230, 55)) if streaming else same_images(data, local)
+
+
+@BOTH
+def test_what_is_not_stored_as_parquet_is_read_from_the_cache_of_datasets(folder, tmp_path, hub, streaming):
+    for split in ("train", "test"):
+        table = pyarrow.concat_tables([parquet.read_table(path) for path in sorted(folder.glob(f"{split}*"))])
+        (tmp_path / "arrow").mkdir(exist_ok=True)
+        with pyarrow.ipc.new_stream(tmp_path / "arrow" / f"{split}-0.arrow", table.schema) as file:
+            file.write_table(table, max_chunksize=50)
+    data = load_data(str(tmp_path / "arrow"), streaming=streaming)
+    held = data.subset(230, 55) if streaming else data
+    assert np.array_equal(held.train_images[:, 0].numpy(), DIGITS[:230])
+    assert held.test_labels.tolist() == TARGET[230:285].tolist()
+
+
+def test_files_elsewhere_are_read_through_their_address(folder, hub, monkeypatch):
+    files = pytest.importorskip("fsspec").filesystem("memory")
+    addresses = []
+    for path in sorted(folder.iterdir()):
+        files.pipe(f"/data/{path.name}", path.read_bytes())
+        addresses.append(f"memory://data/{path.name}")
+    local_files = [sorted(map(str, folder.glob(f"{name}*"))) for name in ("train", "test")]
+    monkeypatch.setattr(sources, "_hub_files", lambda *_: [addresses[1:], addresses[:1]])
+    monkeypatch.setattr(sources, "_cached_files", lambda *_: local_files)
+    remote = load_data("someone/images", streaming=True)
+    assert type(load_data("someone/images")).__name__ == "ImageData"  # from files that were fetched
+    files.pipe("/data/train-00000-of-00003.parquet", b"PAR1")
+    with pytest.raises(DataError, match=r"memory://data/train-00000-of-00003.parquet is truncated, damaged"):
+        load_data("someone/images", streaming=True)
+    files.pipe("/data/train-00000-of-00003.parquet", (folder / "train-00000-of-00003.parquet").read_bytes())
+    monkeypatch.undo()
+    local = load_data(str(folder), streaming=True)
+    assert remote.fingerprint == local.fingerprint
+    batches = [StreamTrainBatches(data, PLAIN, CPU, batch_size=46, workers=1) for data in (remote, local)]
+    for one, two in zip(*(batch.epoch(0) for batch in batches), strict=True):
+        assert torch.equal(one[0], two[0])
+
+
+def test_a_label_column_of_choice_extra_images_and_subfolders(tmp_path):
+    for config, start in (("full", 200), ("cropped", 0)):
+        for split, (first, last) in {"train": (0, 40), "test": (40, 60), "extra": (60, 90)}.items():
+            rows = range(start + first, start + last)
+            coarse = (TARGET[list(rows)] // 5).tolist()
+            write(tmp_path / config / f"{split}-0.parquet", rows, label=None, fine_label=[0] * len(rows), coarse=coarse)
+    with pytest.raises(DataError, match=r"several places \(cropped, full\): name one with data_args.config"):
+        load_images(str(tmp_path), label_column="coarse")
+    options = {"config": "cropped", "label_column": "coarse", "extra": True}
+    data = load_images(str(tmp_path), **options)
+    rows = [*range(40), *range(60, 90)]
+    assert np.array_equal(data.train_images[:, 0].numpy(), DIGITS[rows])
+    assert data.train_labels.tolist() == (TARGET[rows] // 5).tolist()
+    assert load_data(str(tmp_path), **options, streaming=True).counts == (70, 20)
+    # The limit is of both together.
+    part = load_images(str(tmp_path), **options, train_limit=66)
+    assert len(part.train_labels) == 66
+    assert abs(part.train_labels.bincount() - 33).max() <= 1 + max(0, 33 - int(data.train_labels.bincount().min()))
+    assert set(map(bytes, part.train_images.numpy())) <= set(map(bytes, data.train_images.numpy()))
+
+
+def test_limits_take_the_same_number_of_each_class_from_the_front(folder):
+    whole, part = load_images(str(folder)), load_images(str(folder), train_limit=30, test_limit=20)
+    assert part.train_labels.bincount().tolist() == [3] * 10
+    expected = sorted(
+        row for label in range(10) for row in (whole.train_labels == label).nonzero().flatten()[:3].tolist()
+    )
+    assert torch.equal(part.train_images, whole.train_images[expected])
+    assert part.fingerprint != whole.fingerprint
+    odd = load_images(train_limit=57)
+    assert len(odd.train_labels) == 57
+    assert set(odd.train_labels.bincount().tolist()) == {5, 6}
+    with pytest.raises(DataError, match="cannot take limit=2000 of the 1437 images"):
+        load_images(train_limit=2000)
+    with pytest.raises(DataError, match="a stream does not know"):
+        load_data(str(folder), train_limit=20, streaming=True)
+
+
+def test_a_part_of_what_is_streamed_is_held_for_measurements(folder):
+    streamed = load_data(str(folder), streaming=True)
+    part = streamed.subset(40, 20)
+    assert same_images(part, load_images(str(folder), train_limit=40, test_limit=20))
+    assert part.train_labels.bincount(minlength=10).tolist() == [4] * 10
+    assert (part.fingerprint, part.mean, part.std) == (streamed.fingerprint, streamed.mean, streamed.std)
+    assert same_images(streamed.subset(10**6, 10**6), load_images(str(folder)))
+    resized = load_data(str(folder), image_size=6, augment="crop-flip")
+    small = resized.subset(20, 10)
+    assert small.train_images.shape == (20, 1, 6, 6)
+    assert torch.equal(small.train_images, resized.subset(20, 10).train_images), "no random part"
+
+
+def test_data_is_streamed_when_it_does_not_fit(folder, monkeypatch):
+    def kind(data_args=None, **values):
+        values = {"data": str(folder), "data_args": data_args or {}, "epochs": 1, "model": "resnet10_cifar", **values}
+        recipe = Recipe.from_dict(values)
+        return type(load_data(recipe.data, **recipe.data_options())).__name__
+
+    assert kind() == "ImageData"
+    assert kind(streaming=True) == kind(image_size=12) == "StreamedData"
+    needed = 2 * 285 * 64  # twice what the decoded images take
+    monkeypatch.setattr(data_module, "memory_of_a_process", lambda: needed - 1)
+    assert kind() == "StreamedData"
+    assert kind(streaming=False) == "ImageData"
+    assert kind({"train_limit": 200}) == "ImageData"
+    with pytest.raises(DataError, match="a stream does not know"):
+        kind({"train_limit": 230})
+    monkeypatch.setattr(data_module, "memory_of_a_process", lambda: needed)
+    assert kind() == "ImageData"
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
+    alone = data_module.memory_of_a_process()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert data_module.memory_of_a_process() == alone // 4 > 2**20
+
+
+@pytest.mark.skipif(CIFAR10 is None, reason="set TIMM_LOWRANK_CIFAR10 to a folder of CIFAR-10 parquet files")
+def test_cifar10():
+    data = load_images(CIFAR10, train_limit=1000, test_limit=500)
+    assert data.train_images.shape == (1000, 3, 32, 32)
+    assert data.class_names[0] == "airplane"
+    assert data.train_labels.bincount().tolist() == [100] * 10
+    assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.02)
+
+
+# -------------------------------------------------------------------------------------------------- what does not
+
+GREY = encoded(DIGITS[:20])
+SIZE = "the image is 8 x 9 pixels and the first one is 8 x 8: set image_size, so that they are brought to one size"
+GAPS = "labels must be integers without gaps"
+WRONG_FILES = {
+    "no image column": (
+        {"image": None, "picture": GREY}, "no column 'img' or 'image'. It has label, picture. Set data_args.image_col",
+    ),
+    "no label column": (
+        {"label": None, "klass": [0] * 20}, "no column 'label'. It has image, klass. Set data_args.label_column",
+    ),
+    "label too large": (
+        {"label": [0] * 19 + [10]}, r"test-\S*parquet, row 19 has the label 10, outside the 10 classes 0 to 9$",
+    ),
+    "label negative": ({"label": [-1] + [3] * 19}, r"test-\S*parquet, row 0 has the label -1, outside the 10 classes"),
+    "two labels": ({"label": [3, 10, 11] + [3] * 17}, r"row 1 has the label 10, .* \(2 such rows\)"),
+    "labels of text": ({"label": ["a"] * 20}, GAPS),
+    "fractions": ({"label": [0.5] * 20}, GAPS),
+    "no labels": ({"label": [None] * 20}, GAPS),
+    "a gap": ({"label": [None, *range(9), *range(10)]}, GAPS + ", and 1 are missing"),
+    "paths": ({"image": [f"{row}.png" for row in range(20)]}, "must be stored as bytes"),
+    "first image missing": ({"image": [None, *GREY[1:]]}, r"test-\S*parquet, row 0: the image is missing"),
+    "colours": (
+        {"image": encoded(np.stack([DIGITS[:20]] * 3, axis=-1))}, "training images are grey and test images are not",
+    ),
+    "another size": ({"image": encoded(np.zeros((20, 9, 8), np.uint8))}, f"row 0: {SIZE}"),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(("columns", "message"), WRONG_FILES.values(), ids=WRONG_FILES)
+def test_wrong_files_are_one_error_before_training(own, streaming, statistics, columns, message):
+    write(own / "test-00000-of-00001.parquet", range(20), statistics=statistics, **columns)
+    with pytest.raises(DataError, match=message):
+        load_data(str(own), streaming=streaming)
+
+
+@BOTH
+def test_classes_are_known_without_statistics(own, streaming):
+    for path, rows in zip(sorted(own.glob("train*")), (range(90), range(90, 180), range(180, 230)), strict=True):
+        write(path, rows, statistics=False)
+    assert load_data(str(own), streaming=streaming).class_names == tuple("0123456789")
+
+
+@BOTH
+def test_empty_splits_single_classes_and_sizes_that_differ(own, streaming):
+    write(own / "test-00000-of-00001.parquet", range(0))
+    with pytest.raises(DataError, match=r"the test split of .* is empty"):
+        load_data(str(own), streaming=streaming)
+    write_shards(own)
+    write(
+        own / "train-00000-of-00003.parquet",
+        range(20),
+        image=encoded(np.zeros((8 + n, 8), np.uint8) for n in range(20)),
+    )
+    with pytest.raises(DataError, match=r"different sizes \(8 x 8, 8 x 9, 8 x 10\): set image_size"):
+        load_data(str(own), streaming=streaming)
+    assert load_data(str(own), streaming=streaming, image_size=10).image_size == (1, 10, 10)
+    for path in own.iterdir():
+        write(path, range(20), label=[0] * 20)
+    with pytest.raises(DataError, match="holds a single class, 0: there is nothing to learn"):
+        load_data(str(own), streaming=streaming)
+
+
+@BOTH
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_file(own, streaming, keep):
+    path = own / "train-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(DataError, match=r"train-00001-of-00003.parquet is truncated, damaged or not parquet"):
+        load_data(str(own), streaming=streaming)
+
+
+def read_all(folder, streaming, workers):
+    """Every training image, held or streamed."""
+    data = load_data(str(folder), streaming=streaming)
+    for _ in StreamTrainBatches(data, PLAIN, CPU, batch_size=23, workers=workers).epoch(0) if streaming else ():
+        pass
+
+
+DAMAGED = {
+    "cut off": ({"bytes": png(DIGITS[0])[:50], "path": None}, "the image cannot be decoded"),
+    "missing": (None, "the image is missing"),
+    "another size": (encoded(np.zeros((1, 9, 8), np.uint8))[0], SIZE),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (True, 0), (True, 2)])
+@pytest.mark.parametrize(("image", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_damage_names_file_and_row(own, streaming, workers, image, message):
+    images = encoded(DIGITS[90:180])
+    images[57] = image
+    write(own / "train-00001-of-00003.parquet", range(90, 180), image=images)
+    with pytest.raises(DataError, match=rf"^\S*train-00001-of-00003.parquet, row 57: {message}"):
+        read_all(own, streaming, workers)
+
+
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (True, 1)])
+def test_a_file_damaged_in_the_middle(own, streaming, workers):
+    path = own / "train-00002-of-00003.parquet"
+    content = bytearray(path.read_bytes())
+    content[4 : len(content) // 2] = np.random.default_rng(0).bytes(len(content) // 2 - 4)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-00002-of-00003.parquet.*(damaged|cannot be decoded)"):
+        read_all(own, streaming, workers)
+
+
+@BOTH
+def test_folders_names_and_numbers_that_are_not_there(tmp_path, own, streaming):
+    with pytest.raises(DataError, match="must list a number for each of the 1 channels"):
+        load_data(str(own), streaming=streaming, mean=[0.5, 0.5, 0.5])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no train split .* It holds no parquet file at all"):
+        load_data(str(tmp_path / "empty"), streaming=streaming)
+    (own / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"no test split \(test\*.parquet\). It holds train-00000"):
+        load_data(str(own), streaming=streaming)
+    for wrong in ("/no/such/folder", "./here", "~nobody/x/y"):
+        with pytest.raises(DataError, match="is not a folder"):
+            load_data(wrong, streaming=streaming)
+    with pytest.raises(DataError, match="has no extra images"):
+        load_images(extra=True)
+
+
+@pytest.mark.parametrize("streaming", [True, False, "auto"])
+def test_a_hub_name_without_network(monkeypatch, streaming):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = r"(?s)could not load 'nobody-here/no-such-images' from the Hub.*local folder of parquet files with --data"
+    with pytest.raises(DataError, match=message):
+        load_data("nobody-here/no-such-images", streaming=streaming)
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def test_a_crop_is_a_window_of_the_padded_image():
+    images = torch.arange(1, 1 + 40 * 2 * 6 * 6).view(40, 2, 6, 6)
+    cropped = crop(images, 2, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (2,) * 4)
+    places = set()
+    for before, after in zip(padded, cropped, strict=True):
+        windows = [(y, x) for y in range(5) for x in range(5) if torch.equal(before[:, y : y + 6, x : x + 6], after)]
+        assert len(windows) == 1
+        places.add(windows[0])
+    assert len(places) > 12  # 40 draws from 25 places
+
+
+def test_a_flip_mirrors_about_half_of_the_images():
+    images = torch.rand(400, 1, 3, 3)
+    flipped = flip(images, torch.Generator().manual_seed(0))
+    mirrored = [torch.equal(after, before.flip(-1)) for before, after in zip(images, flipped, strict=True)]
+    same = [torch.equal(after, before) for before, after in zip(images, flipped, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, same, strict=True))
+    assert 150 < sum(mirrored) < 250
+
+
+def test_a_transform_normalises_and_depends_on_its_generator_alone():
+    data = load_images()
+    transform = Transform(data.mean, data.std, "crop-flip", CPU)
+    plain = transform(data.train_images)
+    assert plain.dtype == torch.float32
+    assert abs(plain.mean().item()) < 1e-3
+    assert abs(plain.std().item() - 1) < 1e-3
+    state = torch.get_rng_state()
+    one, two, other = (transform(data.train_images, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, plain)
+    assert torch.equal(state, torch.get_rng_state())
+    untouched = Transform(data.mean, data.std, "none", CPU)
+    assert torch.equal(untouched(data.train_images, torch.Generator()), plain)
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(**options) -> TrainBatches:
+    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 1, 8, 8)
+    return TrainBatches(images, torch.arange(100), PLAIN, **{"batch_size": 24, **options})
+
+
+def test_an_epoch_is_a_permutation_of_its_own():
+    loader = batches(seed=1)
+    first = torch.cat(list(loader.indices(0)))
+    assert len(loader) == 4
+    assert len(first) == 96
+    assert len(first.unique()) == 96
+    assert torch.equal(first, torch.cat(list(batches(seed=1).indices(0))))
+    assert not torch.equal(first, torch.cat(list(loader.indices(1))))
+    assert not torch.equal(first, torch.cat(list(batches(seed=2).indices(0))))
+    for images, labels in loader.epoch(0):
+        assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_processes_share_each_batch(parts):
+    whole = torch.cat(list(batches().indices(5))).view(4, 24)
+    shares = [torch.stack(list(batches(parts=parts, process=p, processes=4).indices(5))) for p in range(4)]
+    assert {share.shape for share in shares} == {(4 * parts, 24 // 4 // parts)}
+    together = torch.cat([share.view(4, -1) for share in shares], dim=1)
+    assert torch.equal(together.sort(dim=1).values, whole.sort(dim=1).values)
+
+
+def test_a_batch_that_does_not_fit_is_an_error():
+    with pytest.raises(RecipeError, match="batch_size=24 cannot be divided among 5 processes"):
+        batches(processes=5)
+    with pytest.raises(RecipeError, match="batch_size=101 is more than the 100 training images"):
+        batches(batch_size=101)
+
+
+def test_every_test_image_is_seen_once():
+    images, labels = torch.zeros(101, 1, 8, 8, dtype=torch.uint8), torch.arange(101)
+    seen = [
+        label
+        for process in range(3)
+        for _, part in EvalBatches(images, labels, PLAIN, batch_size=10, process=process, processes=3)
+        for label in part.tolist()
+    ]
+    assert sorted(seen) == list(range(101))

@@ -1,0 +1,252 @@
+"""Batches on their device, out of tensors in memory or out of files: every process takes its share of one common order.
+
+`training_batches` and `evaluation_batches` give those that a data set needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import RecipeError
+from .augment import Transform
+from .images import ImageData
+from .order import EpochOrder, ReadPlan, mix
+from .stream import StreamedData, read_in_workers
+
+
+class TrainBatches:
+    """The training images of one process, in an order that `seed` and the epoch alone decide.
+
+    In every epoch an image is seen once at most, on one process only, and all processes take the same number
+    of steps; the images that do not fill a last batch are left out, others in each epoch. As nothing depends
+    on what was drawn before, a run resumes at any batch without state of its own.
+
+    Args:
+        images: (n, channels, height, width), uint8.
+        labels: (n,), int64.
+        transform: applied to each batch.
+        batch_size: images of one optimizer step, over all processes and parts.
+        parts: forward passes that each process makes of its share of a batch (gradient accumulation).
+        seed: of the order and of the augmentation.
+        process, processes: this process and their number.
+
+    Raises:
+        RecipeError: if `batch_size` cannot be divided, or there are fewer images than that.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Transform,
+        *, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
+    ) -> None:  # fmt: skip
+        self.steps = _steps(len(images), batch_size, parts, processes)
+        self.images, self.labels, self.transform = images, labels, transform
+        self.batch_size, self.parts, self.seed = batch_size, parts, seed
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        """Batches that this process yields in an epoch: optimizer steps times parts."""
+        return self.steps * self.parts
+
+    def indices(self, epoch: int) -> Iterator[Tensor]:
+        """(batch_size / parts / processes,), int64, for each batch of this process."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch, 0))
+        order = torch.randperm(len(self.images), generator=generator)
+        shares = order[: self.steps * self.batch_size].view(len(self), self.processes, -1)
+        yield from shares[:, self.process]
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images (batch, channels, height, width) and their labels (batch,), from batch `first` on."""
+        device = self.images.device
+        generator = torch.Generator(device).manual_seed(mix(self.seed, epoch, 1 + self.process))
+        for number, chosen in enumerate(self.indices(epoch)):
+            rows = chosen.to(device)
+            images = self.transform(self.images[rows], generator)  # also of those left out: it draws what they drew
+            if number >= first:
+                yield images, self.labels[rows]
+
+
+class EvalBatches:
+    """Every test image once, over all processes together, not augmented. Arguments as in `TrainBatches`."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Transform,
+        *, batch_size: int, process: int = 0, processes: int = 1,
+    ) -> None:  # fmt: skip
+        self.images, self.labels = images[process::processes], labels[process::processes]
+        self.transform, self.batch_size = transform, batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.images), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self.transform(self.images[rows]), self.labels[rows]
+
+
+class StreamTrainBatches:
+    """The training images of one process, read from their files; the interface and promises of `TrainBatches`.
+
+    The order, and the random part of each image that the decoder cuts out, are functions of the seed, the epoch and
+    the shards, not of the number of processes and workers: a run goes on at any batch, on any number of processes,
+    with the images that it would have been given. What `transform` draws depends on the process, too.
+
+    Args:
+        data: where the images are.
+        transform: applied to each batch on its device.
+        device: of the batches.
+        batch_size, parts, seed, process, processes: as in `TrainBatches`.
+        buffer: encoded images held for shuffling, over all processes.
+        workers: processes that read and decode; 0 does it in this one.
+
+    Raises:
+        RecipeError: if `batch_size` cannot be divided, or there are fewer images than that.
+    """
+
+    def __init__(
+        self, data: StreamedData, transform: Transform, device: torch.device,
+        *, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
+        buffer: int = 10_000, workers: int = 0,
+    ) -> None:  # fmt: skip
+        self.steps = _steps(len(data.train), batch_size, parts, processes)
+        self.data, self.transform, self.device = data, transform, device
+        self.batch_size, self.parts, self.seed, self.process = batch_size, parts, seed, process
+        whole, share = batch_size // parts, batch_size // parts // processes
+        self.positions = range(process * share, (process + 1) * share)  # of this process in every batch
+        self.workers = min(workers, share)
+        groups, group_bytes = data.train.group_rows, data.train.group_bytes
+        self.order = EpochOrder(groups, whole, self.steps * parts, buffer, seed, group_bytes)
+
+    def __len__(self) -> int:
+        """Batches that this process yields in an epoch: optimizer steps times parts."""
+        return self.steps * self.parts
+
+    def indices(self, epoch: int) -> Iterator[Tensor]:
+        """(batch_size / parts / processes,), int64, for each batch of this process: rows of the training split."""
+        yield from torch.from_numpy(self.order.indices(epoch, self.positions))
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images (batch, channels, height, width) and their labels (batch,), from batch `first` on.
+
+        Raises:
+            DataError: a shard or an image is damaged; the message names file and row.
+        """
+        parts = read_in_workers(
+            self.data.train, self.data.decoder, _TrainPlans(self.order, self.positions, epoch, first),
+            seed=mix(self.seed, epoch), workers=self.workers, device=self.device,
+        )  # fmt: skip
+        width = max(1, self.workers)
+        for number in range(first, len(self)):
+            images, labels = (torch.cat(tensors) for tensors in zip(*(next(parts) for _ in range(width)), strict=True))
+            # A generator for each batch: nothing to catch up on when a run is resumed.
+            generator = torch.Generator(self.device).manual_seed(mix(self.seed, epoch, 1 + self.process, number))
+            yield self.transform(images.to(self.device, non_blocking=True), generator), labels.to(self.device)
+
+
+class StreamEvalBatches:
+    """Every test image once, in the order of the shards, over all processes together.
+
+    A process has neighbouring rows, a worker every so many batches of them. Arguments as in `StreamTrainBatches`.
+    """
+
+    def __init__(
+        self, data: StreamedData, transform: Transform, device: torch.device,
+        *, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0,
+    ) -> None:  # fmt: skip
+        self.data, self.transform, self.device = data, transform, device
+        first, last = (len(data.test) * p // processes for p in (process, process + 1))
+        self.batches = [np.arange(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+        self.workers = min(workers, len(self.batches))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        plans = _EvalPlans(self.batches)
+        for images, labels in read_in_workers(
+            self.data.test, self.data.decoder, plans, workers=self.workers, device=self.device
+        ):
+            yield self.transform(images.to(self.device, non_blocking=True)), labels.to(self.device)
+
+
+TrainingBatches = TrainBatches | StreamTrainBatches
+TestBatches = EvalBatches | StreamEvalBatches
+
+
+def training_batches(
+    data: ImageData | StreamedData, device: torch.device,
+    *, augment: str, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
+    buffer: int = 10_000, workers: int = 0,
+) -> TrainingBatches:  # fmt: skip
+    """The share of a process in the training images.
+
+    Args:
+        data: the images.
+        device: of the batches.
+        augment: "crop-flip", "crop" or "none". Images that are brought to one size while they are read are also cut
+            and mirrored there.
+        batch_size, parts, seed, process, processes: as in `TrainBatches`.
+        buffer, workers: as in `StreamTrainBatches`; in memory they mean nothing.
+
+    Raises:
+        RecipeError: the batch cannot be divided among processes and parts.
+    """
+    share = {"batch_size": batch_size, "parts": parts, "seed": seed, "process": process, "processes": processes}
+    if isinstance(data, ImageData):
+        transform = Transform(data.mean, data.std, augment, device)
+        return TrainBatches(data.train_images.to(device), data.train_labels.to(device), transform, **share)
+    transform = Transform(data.mean, data.std, "none" if data.decoder.resize else augment, device)
+    return StreamTrainBatches(data, transform, device, **share, buffer=buffer, workers=workers)
+
+
+def evaluation_batches(
+    data: ImageData | StreamedData, device: torch.device,
+    *, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0,
+) -> TestBatches:  # fmt: skip
+    """The share of a process in the test images; that of the first of one are all of them."""
+    share = {"batch_size": batch_size, "process": process, "processes": processes}
+    transform = Transform(data.mean, data.std, "none", device)
+    if isinstance(data, ImageData):
+        return EvalBatches(data.test_images.to(device), data.test_labels.to(device), transform, **share)
+    return StreamEvalBatches(data, transform, device, **share, workers=workers)
+
+
+def _steps(images: int, batch_size: int, parts: int, processes: int) -> int:
+    """Optimizer steps of an epoch.
+
+    Raises:
+        RecipeError: `batch_size` cannot be divided among processes and parts, or there are fewer images.
+    """
+    if batch_size % (parts * processes):
+        raise RecipeError(
+            f"batch_size={batch_size} cannot be divided among {processes} processes with gradient_accumulation={parts}"
+        )
+    if images < batch_size:
+        raise RecipeError(f"batch_size={batch_size} is more than the {images} training images")
+    return images // batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainPlans:
+    """What a worker reads: its positions of every batch, so that a batch is put together of one part from each."""
+
+    order: EpochOrder
+    positions: range
+    epoch: int
+    first: int
+
+    def __call__(self, worker: int, workers: int) -> list[ReadPlan]:
+        start, width = self.positions.start, len(self.positions)
+        positions = range(start + width * worker // workers, start + width * (worker + 1) // workers)
+        return self.order.share(self.epoch, positions, self.first)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalPlans:
+    """What a worker reads: whole batches, in turn with the other workers."""
+
+    batches: list[np.ndarray]
+
+    def __call__(self, worker: int, workers: int) -> list[ReadPlan]:
+        batches = self.batches[worker::workers]
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *batches])
+        return [ReadPlan(rows, np.arange(len(rows)), np.array([len(batch) for batch in batches], dtype=np.int64))]
