@@ -14,7 +14,6 @@ import yaml
 from evaluations import SOUND, figure
 from huggingface_hub import ModelCard
 from publishable import FIGURES, REPO, change, edit, evaluation, make_run, share
-from timm_lowrank.suites.context import Context
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError
