@@ -62,7 +62,7 @@ def main() -> None:
         recipe = load_recipe(arguments.config, arguments.overrides, data=arguments.data)
         output = arguments.output or Path("runs") / recipe.name
         train(recipe, output, resume=arguments.resume is not None)
-    except (TrainingError, LowRankError) as error:
+    except (TrainingError, LowRankError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: continue with the same command and --resume auto")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ import pytest
 import torch
 import yaml
 from parquet_images import TARGET, png, write, write_shards
-from safetensors.torch import load_file
+from runs import assert_same_run, metrics
 
 from timm_lowrank.data import load_data, load_images
 from timm_lowrank.data.augment import Transform
@@ -233,28 +232,6 @@ def recipe(folder: Path, **values) -> Recipe:
     return Recipe.from_dict({**SMALL, **given, **values})
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    files = [run / "model" / "model.safetensors", run / "model" / "lowrank.safetensors"]
-    return {f"{file.name} {key}": value for file in files if file.exists() for key, value in load_file(file).items()}
-
-
-def figures(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return [
-            {name: cell for name, cell in row.items() if name not in ("seconds", "images_per_second")}
-            for row in csv.DictReader(file)
-        ]
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    assert figures(one) == figures(two)
-    first, second = weights(one), weights(two)
-    assert first
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
 def test_the_same_images_in_the_same_order_give_the_same_weights(folder, tmp_path, monkeypatch):
     summary = train(recipe(folder, augment="none", workers=1), tmp_path / "streamed")
     assert summary.to_dict()["data"] == {
@@ -322,7 +299,7 @@ def test_options_work_with_a_stream(folder, tmp_path):
     assert summary.data.image_size == (1, 12, 12)
     config = yaml.safe_load((tmp_path / "run" / "model" / "config.json").read_text())["pretrained_cfg"]
     assert (config["crop_pct"], config["interpolation"], config["mean"]) == (0.875, "bicubic", STATISTICS["mean"])
-    rows = figures(tmp_path / "run")
+    rows = metrics(tmp_path / "run")
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
 
 

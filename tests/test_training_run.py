@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
 import json
@@ -20,6 +19,7 @@ import pytest
 import timm
 import torch
 import yaml
+from runs import assert_same_run, metrics
 from safetensors.torch import load_file
 
 import timm_lowrank
@@ -32,7 +32,6 @@ from timm_lowrank.training.run import RunFolder
 from timm_lowrank.training.state import build, seeded
 
 ROOT = Path(__file__).parents[1]
-TIMING = ("images_per_second", "seconds")
 
 # Seven steps an epoch and a projection every ten updates: epochs end between two projections.
 SMALL = {
@@ -69,26 +68,6 @@ def finished(tmp_path_factory):
     """A run that was never interrupted, with its twin and an average of its weights."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     return output, train(recipe(twin=True, ema_decay=0.9), output)
-
-
-def metrics(folder: Path, but: str = "nothing") -> list[dict[str, str]]:
-    """The rows of metrics.csv, without speed and the columns that end in `but`."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in TIMING and not k.endswith(but)} for row in rows]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted((folder / "model").glob("*.safetensors"))
-    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
-
-
-def assert_same_run(one: Path, two: Path, *, but: str = "nothing") -> None:
-    assert metrics(one, but) == metrics(two, but)
-    first, second = weights(one), weights(two)
-    assert first
-    assert first.keys() == second.keys()
-    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
 
 
 def copy(finished, tmp_path: Path) -> Path:
