@@ -1,7 +1,7 @@
 """The list of checkpoints, hub/checkpoints.yaml: show it, add to it.
 
     python hub/checkpoints.py table                     # check it, and print it in Markdown
-    python hub/checkpoints.py table --write README.md   # between the marks of its generated section "checkpoints"
+    python hub/checkpoints.py table --write docs/hub.md   # between the marks of its generated section "checkpoints"
     python hub/checkpoints.py row runs/cifar10-small resnet10-cifar10-2lr recipes/configs/cifar10-small.yaml
 
 `row` prints the row of a run with what it has measured, to be pasted into the list.

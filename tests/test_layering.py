@@ -102,6 +102,7 @@ ORDER = (
     "publish",
     "report",
     "suites",
+    "cli",
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import resource
@@ -469,33 +468,3 @@ def test_trackers_get_every_epoch(tmp_path):
     pytest.importorskip("tensorboard")
     train(recipe(epochs=2, pretrain_epochs=1, trackers=["tensorboard"]), tmp_path / "run")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
-
-
-# ------------------------------------------------------------------------------------------------- the command line
-
-
-@pytest.fixture(scope="module")
-def script():
-    """recipes/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("recipes_train", ROOT / "recipes" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_command_line_explains_itself(script, capsys):
-    with pytest.raises(SystemExit) as left:
-        script.parse_arguments(["--help"])
-    printed = capsys.readouterr().out
-    assert left.value.code == 0
-    assert "cifar10-resnet18" in printed
-    assert "--resume" in printed
-    assert script.parse_arguments([]).config.stem == "digits"
-    assert len((ROOT / "recipes" / "train.py").read_text().splitlines()) < 150
-
-
-def test_a_mistake_on_the_command_line_is_one_message(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--set", "epocs=3", "--output", str(tmp_path / "run")])
-    with pytest.raises(SystemExit, match=r"error: recipe 'digits': there is no key 'epocs'. Did you mean: epochs"):
-        script.main()
-    assert not (tmp_path / "run").exists()

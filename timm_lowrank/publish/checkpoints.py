@@ -188,7 +188,7 @@ def checkpoints_table(checkpoints: Sequence[ListedCheckpoint]) -> str:
     rows = []
     for one in checkpoints:
         name = f"[{escaped(one.name)}]({HUB}/{one.repo})" if one.repo else escaped(one.name)
-        recipe = f"[{escaped(Path(one.recipe).stem)}]({one.recipe})"
+        recipe = code(Path(one.recipe).stem)  # a name that `timm-lowrank train` takes
         ranks = [
             f"{code(layer)} {rank.value}" + (f" (plain {rank.plain})" if rank.plain else "")
             for layer, rank in one.figures.effective_rank.items()

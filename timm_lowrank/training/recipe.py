@@ -102,7 +102,7 @@ class Recipe:
         "in streaming, processes that read and decode, for each training process; 0 does it in that one", 4
     )
     precision: str = _key('"no", "bf16" or "fp16" (mixed precision)', "no")
-    channels_last: bool = _key("whether images and weights lie in memory channel by channel", False)
+    channels_last: bool = _key("whether images and weights lie in memory pixel by pixel, all channels together", False)
     compile: bool = _key("whether torch.compile compiles the network", False)
     ema_decay: float | None = _key(
         "of an exponential moving average of the backbone's weights; null keeps none. With it, the averaged network "

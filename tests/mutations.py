@@ -1,0 +1,136 @@
+"""Shows that the tests catch deliberate faults: each is put into a copy of the code, and its tests must fail.
+
+    python tests/mutations.py                 # all of them, about a minute each
+    python tests/mutations.py --list
+    python tests/mutations.py "radius one ulp too large" "label shifted"
+
+Not part of the suite. A mutation whose text is no longer in the code is an error: move it along with the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One fault: `old` stands exactly once in `file`, and with `new` in its place one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest
+
+
+MUTATIONS = (
+    # ------------------------------------------------------------------------------------------------------ the branch
+    Mutation(
+        "wrong sign in L_c", "timm_lowrank/core/branch.py",
+        "total = self.reconstruction_weight * reconstruction", "total = -self.reconstruction_weight * reconstruction",
+        "tests/test_branch.py",
+    ),
+    Mutation(
+        "projection skipped", "timm_lowrank/core/branch.py",
+        "        if projects:\n            self.weight.project(", "        if False:\n            self.weight.project(",
+        "tests/test_branch.py",
+    ),
+    Mutation(
+        "Update Step in the wrong direction", "timm_lowrank/core/factored.py",
+        "self._gram[:size, size:] * (-step_size / count)", "self._gram[:size, size:] * (step_size / count)",
+        "tests/test_branch.py",
+    ),
+    Mutation(
+        "rank one too large", "timm_lowrank/core/factored.py",
+        "return projection.exact_factored(core, gram, rank)", "return projection.exact_factored(core, gram, rank + 1)",
+        "tests/test_branch.py",
+    ),
+    Mutation(
+        "warm-up ignored", "timm_lowrank/core/branch.py",
+        "return min(1.0, max(0.0, self.updates / warmup - 1.0)) if warmup else 1.0", "return 1.0",
+        "tests/test_branch.py",
+    ),
+    Mutation(
+        "moments not joined", "timm_lowrank/core/branch.py",
+        "            self._moments.join(self.processes)\n", "",
+        "tests/test_processes.py",
+    ),
+    Mutation(
+        "ranks reversed", "timm_lowrank/core/processes.py",
+        "return 0 if self.alone else dist.get_rank(self._group)",
+        "return 0 if self.alone else dist.get_world_size(self._group) - 1 - dist.get_rank(self._group)",
+        "tests/test_processes.py",
+    ),
+    Mutation(
+        "hooks left on the network", "timm_lowrank/core/capture.py",
+        "            setattr(module, kind, hooks)\n\n\ndef _hook", "            pass\n\n\ndef _hook",
+        "tests/test_capture.py tests/test_model.py",
+    ),
+    # --------------------------------------------------------------------------------------------------------- attacks
+    Mutation(
+        "radius one ulp too large", "timm_lowrank/evaluation/attacks/balls.py",
+        "(exact + eps).clamp_max(1), eps)", "(exact + eps).clamp_max(1), eps).nextafter(torch.ones(()))",
+        "tests/test_attacks.py",
+    ),
+)  # fmt: skip
+
+
+def caught(mutation: Mutation, copy: Path) -> tuple[bool, str]:
+    """Whether the tests fail on the mutated copy, and the line in which pytest says so."""
+    path = copy / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        sys.exit(f"{mutation.name}: its text stands {text.count(mutation.old)} times in {mutation.file}, not once")
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        path.write_text(text)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1 and bool(failed), (failed or done.stdout.splitlines() or [done.stderr])[-1]
+
+
+def main() -> None:
+    """Runs the mutations that are named, or all, and prints a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--list", action="store_true")
+    given = parser.parse_args()
+    if unknown := set(given.names) - {mutation.name for mutation in MUTATIONS}:
+        parser.error(f"there is no mutation {', '.join(sorted(unknown))}: see --list")
+    chosen = [mutation for mutation in MUTATIONS if not given.names or mutation.name in given.names]
+    if given.list:
+        print("\n".join(f"{mutation.name:<40} {mutation.file}" for mutation in chosen))
+        return
+    survived = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+        for mutation in chosen:
+            began = time.perf_counter()
+            is_caught, line = caught(mutation, copy)
+            survived += [] if is_caught else [mutation.name]
+            verdict = "caught" if is_caught else "SURVIVED"
+            print(f"{verdict:<9} {mutation.name:<40} {time.perf_counter() - began:4.0f} s  {line}", flush=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
+    sys.exit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()

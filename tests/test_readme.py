@@ -1,0 +1,66 @@
+"""The README and its pages: every Python program of the README runs as written, and every link leads somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text, language):
+    """The contents of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_programs_of_the_readme_run_in_the_order_of_the_page(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    programs = blocks(README, "python")
+    assert len(programs) >= 3
+    names = {}
+    for number, program in enumerate(programs):
+        exec(compile(program, f"README program {number + 1}", "exec"), names)
+    plain, pixels = names["network"], names["pixels"]
+    weights = names["model"].unwrap().state_dict()  # read back by from_pretrained
+    assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+    assert float((names["adversarial"] - names["pictures"]).abs().max()) <= 8 / 255 + 1e-7
+    assert pixels(names["pictures"]).shape == (8, 10)
+
+
+def anchors(page):
+    """The ids that a page's headings have on a code host."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for target in targets:
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name} links to {target}"
+
+
+def test_the_commands_of_the_pages_exist():
+    """Each `timm-lowrank COMMAND` and each script named on a page; arguments are the command line's own tests."""
+    from timm_lowrank.cli import COMMANDS
+
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"^(?:\$ )?timm-lowrank ([a-z]+)", text, re.MULTILINE))
+    assert named
+    assert named <= COMMANDS.keys()
+    scripts = set(re.findall(r"(?:recipes|hub|benchmarks)/\w+\.py", text))
+    assert scripts
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+def test_the_readme_stays_a_page():
+    assert len(README.splitlines()) <= 160

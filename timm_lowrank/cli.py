@@ -1,0 +1,346 @@
+"""The command line: `timm-lowrank COMMAND`, which is also `python -m timm_lowrank COMMAND`.
+
+Each command is two functions: one that declares its arguments and one that runs it. What only one command needs is
+imported when that command runs, so that `layers` works without the packages that training needs. The scripts in
+recipes/ and hub/, which `accelerate launch` and torchrun take, call `main` with their command in front.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import CheckpointError, EvaluationError, LowRankError, RecipeError, TrainingError
+from .files import disk_errors, write_whole
+from .text import columns
+
+PROGRAM = "timm-lowrank"
+Run = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and reports a mistake in one message instead of a traceback.
+
+    Args:
+        arguments: the command and its arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 1 after an error, 2 for arguments that do not exist, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
+    try:
+        given.execute(given)
+    except (LowRankError, CheckpointError, EvaluationError, TrainingError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {given.interrupted}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Low-rank representations for image models: train, measure and publish."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (declare, run, interrupted) in COMMANDS.items():
+        text = inspect.cleandoc(declare.__doc__ or "")
+        command = commands.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        declare(command)
+        command.set_defaults(execute=run, interrupted=interrupted)
+    return parser
+
+
+def _say(*lines: str) -> None:
+    print("\n".join(lines), flush=True)
+
+
+def _next(*commands: str) -> None:
+    """What one would do after this command."""
+    _say("", "next:", *(f"  {command}" for command in commands))
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def _declare_train(parser: argparse.ArgumentParser) -> None:
+    """Train a network with low-rank branches, and its plain twin beside it.
+
+      timm-lowrank train                                 # handwritten digits, about two minutes on two cores
+      timm-lowrank train cifar10-small --data PATH_OR_NAME
+      timm-lowrank train digits --set lowrank.branches=1-LR --set seed=1 --output runs/1-LR
+      accelerate launch -m timm_lowrank train cifar10-resnet18
+
+    The output folder gets config.yaml, metrics.csv, checkpoints/, model/ (loadable by timm), plots/spectrum.png and
+    summary.json; twin/ holds the same of the plain network.
+    """
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe or a YAML file (default: digits)")
+    parser.add_argument("--config", metavar="RECIPE", help="the same as RECIPE")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="change a key of the recipe; dots reach inside: lowrank.reconstruction_weight=0.3",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="PATH_OR_NAME",
+        help='a folder of parquet files, a data set on the Hub such as uoft-cs/cifar10, or "digits"',
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the run goes (default: runs/RECIPE)")
+    parser.add_argument(
+        "--resume", choices=["auto"],
+        help="continue from the newest complete checkpoint in the output folder, if there is one",
+    )  # fmt: skip
+    written = parser.format_help
+    parser.format_help = lambda: f"{written()}\n{_recipe_help()}"  # type: ignore[method-assign] # read when asked for
+
+
+def _recipe_help() -> str:
+    """The recipes that come with the package and the keys of a recipe, for the end of `train --help`."""
+    try:
+        from .training.recipe import Recipe, recipe_names
+    except ImportError as error:
+        return f"The recipes and their keys cannot be shown: {error}\n"
+    fields = Recipe.describe_fields()
+    width = max(len(field.name) for field in fields)
+    lines = [*textwrap.wrap(f"recipes: {', '.join(recipe_names())}", 100, subsequent_indent="  "), ""]
+    lines.append("keys of a recipe, for --set KEY=VALUE, with type, default and meaning:")
+    for field in fields:
+        head = f"  {field.name:<{width}}  "
+        default = "required" if field.required else json.dumps(field.default)
+        text = f"({field.type}; {default}) {field.text}"
+        lines += textwrap.wrap(text, 110, initial_indent=head, subsequent_indent=" " * len(head))
+    return "\n".join(lines) + "\n"
+
+
+def _train(given: argparse.Namespace) -> None:
+    from .training import load_recipe, train
+
+    if given.recipe and given.config:
+        raise RecipeError(f"two recipes, {given.recipe} and --config {given.config}: give one")
+    recipe = load_recipe(given.recipe or given.config or "digits", given.overrides, data=given.data)
+    output = given.output or Path("runs") / recipe.name
+    train(recipe, output, resume=given.resume is not None)
+    if os.environ.get("RANK", "0") == "0":
+        _say("", f"written to {output}: model/ (for timm.create_model), summary.json, plots/spectrum.png")
+        _next(f"{PROGRAM} evaluate {shlex.quote(str(output))}")
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluate
+
+
+def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Evaluate a trained network beside its plain twin: accuracy, attacks, noise, representations, gradient masking.
+
+      timm-lowrank evaluate runs/digits                     # beside runs/digits/twin, about two minutes
+      timm-lowrank evaluate runs/1-LR --against runs/plain --suite paper autoattack
+      torchrun --nproc_per_node 4 -m timm_lowrank evaluate RUN --suite autoattack --limit 1000
+      timm-lowrank evaluate hf-hub:USER/NAME --data uoft-cs/cifar10
+
+    Suites: quick (PGD, transfer, noise, spectrum, compression, diagnosis), paper (every attack and measurement of the
+    paper), autoattack (AutoAttack standard, L_inf 2/255 and 8/255, L2 0.5). Several may be given together.
+
+    The run folder gets evaluation.json, plots/*.png and report.html, one file to read in any browser. A killed
+    evaluation is taken up again by the same command, from evaluation.json.partial.
+    """
+    parser.add_argument(
+        "network", metavar="RUN_OR_MODEL",
+        help="a run folder, a folder with config.json and model.safetensors, hf-hub:USER/NAME, or a timm name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="RUN_OR_MODEL",
+        help="the networks beside it (default: the twin in the run folder, if there is one; none: no other)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--suite", nargs="+", choices=["quick", "paper", "autoattack"], default=["quick"], help="default: quick"
+    )
+    parser.add_argument("--data", metavar="PATH_OR_NAME", help="where the images are, if not where the run says")
+    parser.add_argument("--limit", type=int, metavar="N", help="test images (default: 500 for quick, else 1000)")
+    parser.add_argument(
+        "--train-limit", type=int, metavar="N",
+        help="training images that PCA and linear classifiers are fitted on (default: 2000, for paper 5000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--other-labels", metavar="COLUMN",
+        help="a column of other labels: how well a linear classifier tells them from the representation",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images in a batch (default 100)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes (default: the run folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished evaluation that was another one")
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from .report import text_table
+    from .suites import Options, evaluate, join_processes
+
+    options = Options(
+        network=given.network, against=tuple(given.against), suites=tuple(dict.fromkeys(given.suite)), data=given.data,
+        limit=given.limit, train_limit=given.train_limit, other_labels=given.other_labels, seed=given.seed,
+        chunk=given.batch_size, output=given.output, overwrite=given.overwrite,
+        command=shlex.join([PROGRAM, *given.arguments]),
+    )  # fmt: skip
+    state = join_processes()
+    evaluation = evaluate(options, state)
+    if evaluation is not None:
+        folder = options.folder
+        print(text_table(evaluation))
+        _say("", f"written to {folder}: report.html, evaluation.json, plots/")
+        following = [f"{PROGRAM} push {shlex.quote(str(folder))} USER/NAME --dry-run preview"]
+        _next(*following if (folder / "model").is_dir() else [f"open {folder / 'report.html'}"])
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------- compare
+
+
+def _declare_compare(parser: argparse.ArgumentParser) -> None:
+    """Compare evaluated runs, averaged over seeds: what low rank bought beside the plain twin, and what it cost.
+
+      timm-lowrank compare runs/N-LR-seed* runs/1-LR-seed* runs/2-LR-seed*
+      timm-lowrank compare runs/digits --json figures.json
+
+    Reads the evaluation.json of each run, which `evaluate` makes, and prints clean and robust accuracy, accuracy under
+    noise, and for each layer the effective rank, the share of the test variance in its leading directions and the test
+    accuracy of a max-margin classifier that sees only these. Runs whose names differ in a trailing "-seedN" alone are
+    averaged, with the standard deviation over seeds; networks that were evaluated beside them, such as twins, too.
+    """
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs that were evaluated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures of each run to this file")
+
+
+def _compare(given: argparse.Namespace) -> None:
+    from .training.compare import compare_runs
+
+    comparison = compare_runs(given.runs)
+    print(comparison.table())
+    if given.json:
+        with disk_errors(f"could not write {given.json}", "Choose another file with --json."):
+            write_whole(given.json, json.dumps(comparison.to_dict(), indent=2) + "\n")
+        _say("", f"written to {given.json}")
+
+
+# ------------------------------------------------------------------------------------------------------ push and pull
+
+
+def _declare_push(parser: argparse.ArgumentParser) -> None:
+    """Publish a trained run on the Hugging Face Hub: the network, its branches, its evaluation, and a card.
+
+      timm-lowrank push runs/digits USER/NAME --dry-run preview   # writes what would be pushed, and pushes nothing
+      timm-lowrank push runs/digits USER/NAME
+
+    RUN is a finished run of `train`, evaluated or not. Everything goes in one commit; pushing again updates it, and
+    keeps what was written into the card by hand. Log in with `hf auth login` or set HF_TOKEN.
+    """
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; is made if there is none")
+    parser.add_argument(
+        "--dry-run", type=Path, metavar="FOLDER",
+        help="write exactly what would be pushed to a new folder, and push nothing",
+    )  # fmt: skip
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository a private one")
+    parser.add_argument("--token", help="instead of HF_TOKEN or the one of `hf auth login`; may be seen by others")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch (default: the main one); is made if needed")
+    parser.add_argument(
+        "--license", metavar="ID", help="of the weights, as the Hub names it (default: the card's, or apache-2.0)"
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="the data set's name on the Hub, if the run had a copy of it in a folder"
+    )
+    parser.add_argument("--keep-card", action="store_true", help="leave the repository's README.md as it is")
+
+
+def _push(given: argparse.Namespace) -> None:
+    from .publish.run import publish_run
+
+    outcome = publish_run(
+        given.run, given.repo_id, token=given.token, private=given.private, revision=given.revision,
+        license=given.license, dataset=given.dataset, keep_card=given.keep_card, dry_run=given.dry_run,
+    )  # fmt: skip
+    _say(*outcome.description())
+    target = f"{shlex.quote(str(given.run))} {given.repo_id}"
+    _next(f"{PROGRAM} pull {given.repo_id}" if given.dry_run is None else f"{PROGRAM} push {target}")
+
+
+def _declare_pull(parser: argparse.ArgumentParser) -> None:
+    """Fetch a published checkpoint, verify it, and say what it is and how to load it.
+
+      timm-lowrank pull USER/NAME                  # into huggingface_hub's cache
+      timm-lowrank pull USER/NAME my-model         # into a new folder
+
+    All files but pickles are fetched and compared with the sums that the Hub lists; what is damaged is fetched again.
+    """
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="new or empty (default: the cache)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the main branch)")
+    parser.add_argument("--token", help="instead of HF_TOKEN or the one of `hf auth login`; may be seen by others")
+    parser.add_argument("--sha256", metavar="DIGITS", help="what model.safetensors must have, from someone you trust")
+
+
+def _pull(given: argparse.Namespace) -> None:
+    from .publish import pull
+
+    pulled = pull(given.repo_id, given.folder, revision=given.revision, token=given.token, sha256=given.sha256)
+    _say(*pulled.description())
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+def _declare_layers(parser: argparse.ArgumentParser) -> None:
+    """List the layers of a timm network that a branch can sit on, with their widths.
+
+    timm-lowrank layers resnet18 --depth 1
+    """
+    parser.add_argument("model", metavar="MODEL", help="a timm name, for example resnet18")
+    parser.add_argument(
+        "--depth", type=int, default=2, metavar="N", help="only names of at most N parts (default 2; 0 for all)"
+    )
+    parser.add_argument(
+        "--model-args", type=json.loads, default={}, metavar="JSON",
+        help="keywords for timm.create_model, for example '{\"img_size\": 32}'",
+    )  # fmt: skip
+
+
+def _layers(given: argparse.Namespace) -> None:
+    from .layers import list_layers
+
+    try:
+        listed = list_layers(given.model, **given.model_args)
+    except (ValueError, TypeError) as error:
+        raise LowRankError(str(error)) from error
+    shown = [layer for layer in listed if not given.depth or layer.name.count(".") < given.depth]
+    rows = [("layer", "kind", "shape", "view", "width")]
+    rows += [(x.name, x.kind, " x ".join(map(str, x.shape)), x.view, f"{x.width:,}") for x in shown]
+    print(columns(rows, right=[4]))
+    if shown:
+        _next(f'timm_lowrank.wrap("{given.model}", LowRankConfig(branches={{"{shown[-1].name}": RANK}}))')
+
+
+# name: (declares the arguments; its docstring is the help), (runs the command), what Ctrl-C leaves behind
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Run, str]] = {
+    "train": (_declare_train, _train, "continue with the same command and --resume auto"),
+    "evaluate": (_declare_evaluate, _evaluate, "the same command continues"),
+    "compare": (_declare_compare, _compare, "nothing was written"),
+    "push": (
+        _declare_push, _push, "what had not been committed is not published; the same command begins again",
+    ),
+    "pull": (_declare_pull, _pull, "what has arrived is kept; the same command goes on"),
+    "layers": (_declare_layers, _layers, "nothing was written"),
+}  # fmt: skip
