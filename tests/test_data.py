@@ -18,7 +18,8 @@ from timm_lowrank.data.batches import EvalBatches, StreamTrainBatches, TrainBatc
 from timm_lowrank.data.decode import Decoder
 from timm_lowrank.data.sources import Shard, Source, Split
 from timm_lowrank.data.stream import stream
-from timm_lowrank.training import DataError, Recipe, RecipeError
+from timm_lowrank.errors import DataError, RecipeError
+from timm_lowrank.training import Recipe
 
 CIFAR10 = os.environ.get("TIMM_LOWRANK_CIFAR10")
 CPU = torch.device("cpu")

@@ -23,9 +23,9 @@ from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamEvalBatches, StreamTrainBatches, TrainBatches
 from timm_lowrank.data.decode import Decoder
 from timm_lowrank.data.order import EpochOrder
-from timm_lowrank.errors import DataError, EvaluationError
+from timm_lowrank.errors import DataError, EvaluationError, RecipeError, RunError
 from timm_lowrank.suites import evaluation
-from timm_lowrank.training import Recipe, RecipeError, RunError, load_recipe, train
+from timm_lowrank.training import Recipe, load_recipe, train
 from timm_lowrank.training.run import RunFolder
 
 ROOT = Path(__file__).parents[1]

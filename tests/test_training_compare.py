@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from timm_lowrank.errors import EvaluationError
+from timm_lowrank.errors import EvaluationError, RunError
 from timm_lowrank.evaluation import results
 from timm_lowrank.evaluation.results import Kind
-from timm_lowrank.training import RunError
 from timm_lowrank.training.compare import compare_runs
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ import pytest
 import timm
 
 import timm_lowrank  # noqa: F401 - registers the CIFAR networks
-from timm_lowrank.training import Recipe, RecipeError, load_recipe, recipe_names
+from timm_lowrank.errors import RecipeError
+from timm_lowrank.training import Recipe, load_recipe, recipe_names
 from timm_lowrank.training.recipe import learning_rate, penalty_weight, recipe_path, require_trackers
 
 ROOT = Path(__file__).parents[1]

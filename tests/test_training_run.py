@@ -22,7 +22,9 @@ from runs import assert_same_run, metrics
 from safetensors.torch import load_file
 
 import timm_lowrank
-from timm_lowrank.training import DivergedError, Recipe, RecipeError, Run, RunError, load_images, load_recipe, train
+from timm_lowrank.data import load_images
+from timm_lowrank.errors import DivergedError, RecipeError, RunError
+from timm_lowrank.training import Recipe, Run, load_recipe, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.compare import compare_runs
 from timm_lowrank.training.loop import check_not_at_chance

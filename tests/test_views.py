@@ -263,11 +263,11 @@ def test_a_run_reports_the_spectrum_of_the_samples_of_the_view():
 
 def test_an_evaluation_measures_the_samples_of_the_branch(tmp_path):
     pytest.importorskip("accelerate")
+    from timm_lowrank.data import load_images
     from timm_lowrank.evaluation import activations
     from timm_lowrank.suites.evaluation import build_context
     from timm_lowrank.suites.measurements.representations import Spectrum
     from timm_lowrank.suites.networks import load_network
-    from timm_lowrank.training import load_images
 
     options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2}
     network = timm.create_model("vit_tiny_patch16_224", **options)

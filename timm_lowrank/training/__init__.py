@@ -11,23 +11,8 @@ _missing = [name for name in ("accelerate", "tqdm", "yaml") if importlib.util.fi
 if _missing:
     raise ImportError(f"training recipes need {', '.join(_missing)}: pip install 'timm_lowrank[train]'")
 
-from ..data import ImageData, load_images  # noqa: E402
-from ..errors import DataError, DivergedError, RecipeError, RunError, TrainingError  # noqa: E402
 from .experiment import train  # noqa: E402
 from .recipe import Recipe, load_recipe, recipe_names  # noqa: E402
 from .run import Run  # noqa: E402
 
-__all__ = [
-    "DataError",
-    "DivergedError",
-    "ImageData",
-    "Recipe",
-    "RecipeError",
-    "Run",
-    "RunError",
-    "TrainingError",
-    "load_images",
-    "load_recipe",
-    "recipe_names",
-    "train",
-]
+__all__ = ["Recipe", "Run", "load_recipe", "recipe_names", "train"]
