@@ -96,7 +96,7 @@ def test_what_cannot_be_compared_is_named_at_once(runs, tmp_path):
 def test_the_script_prints_a_column_for_each_group(runs, tmp_path):
     command = [sys.executable, ROOT / "recipes" / "compare.py", *runs, "--json", tmp_path / "figures.json"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    heading, *rows = done.stdout.splitlines()
+    heading, *rows = done.stdout.split("\n\n")[0].splitlines()
     assert heading.split() == ["low", "(2)", "N-LR", "plain", "(2)"]
     assert [row.split()[0] for row in rows] == ["clean", "pgd-20", "compression-layer3-5", "effective-rank-layer3"]
     written = json.loads((tmp_path / "figures.json").read_text())
