@@ -135,7 +135,8 @@ def test_pushed_again_it_updates_and_keeps(hub, run, capsys):
     capsys.readouterr()
     done(push, run, REPO)
     assert set(in_repo(hub)) == {*FILES, "plots/mine.png", "notes.txt"} - {"evaluation.json"}
-    assert "deleted, as of an earlier push: evaluation.json" in capsys.readouterr().out
+    deleted = re.findall("deleted, as of an earlier push: (.*)", capsys.readouterr().out)
+    assert deleted == ["evaluation.json", "plots/variance.png"]
     assert "Nothing was evaluated" in in_repo(hub)["README.md"].decode()
 
 
