@@ -1,4 +1,4 @@
-"""Runs as recipes/train.py and recipes/evaluate.py leave them, made in a moment of a small network."""
+"""Runs as `timm-lowrank train` and `timm-lowrank evaluate` leave them, made in a moment of a small network."""
 
 import dataclasses
 import hashlib

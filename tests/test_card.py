@@ -105,7 +105,7 @@ def test_without_an_evaluation_it_says_so_and_how_to(run):
     assert (clean.metric_value, clean.metric_args["images"]) == (0.9005, 2000)
     robust = section(text, "robustness")
     assert "Nothing was evaluated beyond clean accuracy" in robust
-    assert "recipes/evaluate.py RUN" in robust
+    assert "timm-lowrank evaluate RUN" in robust
     assert "No attack was tried on it" in section(text, "limits")
     assert "effective rank | 7 | 19 | -12 | 500 |" in section(text, "low-rank"), "from the training's own summary"
 

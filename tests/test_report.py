@@ -260,7 +260,7 @@ def test_the_evidence_is_told_in_words(page):
 @pytest.mark.parametrize(
     "words",
     [
-        "accelerate launch recipes/evaluate.py runs/digits --against runs/digits/twin --suite quick --limit 360",
+        "timm-lowrank evaluate runs/digits --against runs/digits/twin --suite quick --limit 360",
         "torch 2.15.0", "in 93 seconds on cpu", "22 November 2026, 17:00 UTC", "100 images at a time", "9f3c2b",
         "layer3 (target rank 20), pre_logits (target rank 10)", "1,234,567 parameters", "95 % confidence",
         f"360 images of 1 {text.TIMES} 8 {text.TIMES} 8", "All AutoAttack figures on digits use 9 target classes.",

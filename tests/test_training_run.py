@@ -235,7 +235,7 @@ def test_what_is_no_finished_run_or_damaged_is_one_clear_error(finished, tmp_pat
 
 
 def test_a_run_that_was_not_evaluated_cannot_be_compared(finished):
-    with pytest.raises(RunError, match=r"not evaluated yet: .*whole .*: python recipes/evaluate.py .*whole"):
+    with pytest.raises(RunError, match=r"not evaluated yet: .*whole .*: timm-lowrank evaluate .*whole"):
         compare_runs([finished[0]])
 
 

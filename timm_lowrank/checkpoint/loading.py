@@ -53,7 +53,7 @@ def from_pretrained(
     optimizer's state is the business of the training run. Only safetensors are read, never a pickle.
 
     Args:
-        source: a folder; the folder of a finished run of recipes/train.py; or a repository on the Hub as
+        source: a folder; the folder of a finished run of `timm-lowrank train`; or a repository on the Hub as
             "USER/NAME" or "hf-hub:USER/NAME". A folder wins over a repository of that name.
         revision: branch, tag or commit of the repository; None is its main branch.
         token: for a private repository; None takes HF_TOKEN or the one that `hf auth login` stored.

@@ -1,6 +1,6 @@
 """What an evaluation found, as types: the one meaning, reader and writer of evaluation.json.
 
-`recipes/evaluate.py` makes an `Evaluation`, and the report, cards, tables and comparisons are made of it:
+`timm-lowrank evaluate` makes an `Evaluation`, and the report, cards, tables and comparisons are made of it:
 
     evaluation = read_evaluation(run / "evaluation.json")   # every problem of the file in one EvaluationError
     clean, pgd, autoattack = headline(evaluation)           # the Figures that a reader wants first, or None
@@ -584,7 +584,7 @@ def evaluation_from_json(content: Mapping[str, Any]) -> Evaluation:
     elif version != FORMAT:
         raise EvaluationError(
             f"this version reads evaluation.json of formats 1 and {FORMAT}, not {version!r}: evaluate again with "
-            "recipes/evaluate.py, or make the report with the version that wrote the file"
+            "`timm-lowrank evaluate`, or make the report with the version that wrote the file"
         )
     problems: list[str] = []
     fields = _fields(Evaluation, content, "", problems)
@@ -600,7 +600,8 @@ def _refuse(problems: Iterable[str]) -> None:
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise EvaluationError(
-            f"evaluation.json is not complete: {'; '.join(problems[:8])}{more}. Evaluate again with recipes/evaluate.py"
+            f"evaluation.json is not complete: {'; '.join(problems[:8])}{more}. "
+            "Evaluate again with `timm-lowrank evaluate`"
         )
 
 
@@ -797,7 +798,7 @@ def _from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
             curve["lines"] = [{columns.get(name, name): row for name, row in line.items()} for line in curve["lines"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise EvaluationError(
-            f"evaluation.json is not complete ({error!r}): evaluate again with recipes/evaluate.py"
+            f"evaluation.json is not complete ({error!r}): evaluate again with `timm-lowrank evaluate`"
         ) from error
     return {**content, **parts, "settings": None}
 

@@ -1,4 +1,4 @@
-"""`read_run`: everything that is known of a finished run of recipes/train.py, checked before anything is sent."""
+"""`read_run`: everything that is known of a finished run of `timm-lowrank train`, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
     """Reads and checks a run.
 
     Args:
-        folder: as recipes/train.py wrote it, with evaluation.json if it was evaluated.
+        folder: as `timm-lowrank train` wrote it, with evaluation.json if it was evaluated.
         sha256: what model.safetensors must have; None takes any.
 
     Raises:
@@ -134,7 +134,7 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
     if own is None:
         raise CheckpointError(
             f"{path} is not about the weights in {run.model}: the network was trained again since, or the file is "
-            "another run's. Evaluate again with recipes/evaluate.py --overwrite, or delete it to publish without"
+            "another run's. Evaluate again with `timm-lowrank evaluate --overwrite`, or delete it to publish without"
         )
     plain = (network.title for network in evaluation.networks if network.title != own and not network.branches)
     return evaluation, own, next(plain, None)

@@ -28,7 +28,7 @@ WHAT = {
     "model.safetensors": "its weights",
     "lowrank.json": "the branches that it was trained with",
     "lowrank.safetensors": "their W and b",
-    "recipe.yaml": "how it was trained: a recipe of recipes/train.py",
+    "recipe.yaml": "how it was trained: a recipe of `timm-lowrank train`",
     "summary.json": "what the training ended with",
     "evaluation.json": "every figure of its evaluation",
 }
@@ -82,7 +82,7 @@ def publish_run(
     """Publishes a run as one commit, or writes what that would hold to a folder.
 
     Args:
-        run: the folder of a finished run of recipes/train.py, or what `read_run` made of it.
+        run: the folder of a finished run of `timm-lowrank train`, or what `read_run` made of it.
         repo_id: USER/NAME.
         token, private, revision: as for `push_to_hub`.
         license: of the weights, an identifier of the Hub; None keeps what the card says; a new one says Apache-2.0.

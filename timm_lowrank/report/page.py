@@ -132,7 +132,7 @@ def _command(evaluation: Evaluation) -> str | None:
     paths = [network.path for network in evaluation.networks if network.path]
     if len(paths) != len(evaluation.networks) or len(paths) > 2:
         return None
-    words = ["accelerate", "launch", "recipes/evaluate.py", paths[0], *(["--against", paths[1]] if paths[1:] else [])]
+    words = ["timm-lowrank", "evaluate", paths[0], *(["--against", paths[1]] if paths[1:] else [])]
     return shlex.join([*words, "--suite", evaluation.suite, "--limit", str(evaluation.data.images)])
 
 

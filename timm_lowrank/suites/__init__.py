@@ -1,4 +1,4 @@
-"""Evaluations behind recipes/evaluate.py: what is measured on which images, shared among processes, and written down.
+"""Evaluations behind `timm-lowrank evaluate`: what is measured on which images, shared among processes, written down.
 
 >>> from accelerate import PartialState
 >>> from timm_lowrank.suites import Options, evaluate

@@ -81,7 +81,7 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
     """Loads a network.
 
     Args:
-        where: a run folder of recipes/train.py, a folder written by `save_pretrained`, a repository on the Hub
+        where: a run folder of timm-lowrank train, a folder written by `save_pretrained`, a repository on the Hub
             ("hf-hub:USER/NAME"), or the name of a timm network with pretrained weights.
         title: what the report calls it; None is made of its branches: "1-LR", "2-LR", "low rank" or "plain".
 
@@ -93,7 +93,7 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
         return _from_folder(folder, title)
     if folder.exists() or where.startswith((".", "/")) or where.endswith("/"):
         raise EvaluationError(
-            f"{where} is no run folder: give the folder that recipes/train.py wrote, a folder with config.json and "
+            f"{where} is no run folder: give the folder that `timm-lowrank train` wrote, a folder with config.json and "
             "model.safetensors, hf-hub:USER/NAME, or the name of a timm network"
         )
     try:

@@ -1,4 +1,4 @@
-"""Training recipes: the recipe, the loop, run folders and reports behind recipes/train.py.
+"""Training recipes: the recipe, the loop, run folders and reports behind `timm-lowrank train`.
 
 >>> from timm_lowrank.training import load_recipe, train
 >>> recipe = load_recipe("digits", ["epochs=3", "pretrain_epochs=1"])

@@ -113,7 +113,7 @@ def _read(runs: Sequence[RunPaths]) -> dict[str, Evaluation]:
     if missing:
         raise RunError(
             f"not evaluated yet: {', '.join(map(str, missing))} (no evaluation.json). Evaluate each with: "
-            f"python recipes/evaluate.py {missing[0]}"
+            f"timm-lowrank evaluate {missing[0]}"
         )
     return {str(run.folder): read_evaluation(run.evaluation_json) for run in runs}
 

@@ -269,17 +269,17 @@ def _require_finished(paths: RunPaths) -> None:
     folder = paths.folder
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise RunError(f"{folder} {what}: give the folder of a finished run of recipes/train.py")
+        raise RunError(f"{folder} {what}: give the folder of a finished run of `timm-lowrank train`")
     if not paths.is_run():
         checkpoint = (folder / "config.json").exists()
         hint = " It is a checkpoint: timm_lowrank.push_to_hub publishes it." if checkpoint else ""
         raise RunError(
-            f"{folder} holds no {RUN_CONFIG}, so it is no run: give the folder that recipes/train.py wrote.{hint}"
+            f"{folder} holds no {RUN_CONFIG}, so it is no run: give the folder that `timm-lowrank train` wrote.{hint}"
         )
     if not paths.is_finished():
         raise RunError(
             f"the run in {folder} has not come to its end (there is no summary.json): continue it with "
-            "recipes/train.py --resume auto"
+            "`timm-lowrank train --resume auto`"
         )
     if not (paths.model / "config.json").is_file():
         raise RunError(f"{folder} holds no {RUN_MODEL}/config.json: the network of this run is gone; train it again")
