@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -197,7 +198,9 @@ def test_a_kill_at_any_moment_changes_nothing(trained, evaluated, tmp_path):
 def wait_for_more(process, path, lines):
     """The number of lines of a file once it has more than `lines`; None if the process ends before that."""
     while process.poll() is None:
-        count = path.read_bytes().count(b"\n") if path.exists() else 0
+        count = 0
+        with contextlib.suppress(FileNotFoundError):  # not begun, or complete and removed
+            count = path.read_bytes().count(b"\n")
         if count > lines:
             return count
         time.sleep(0.02)
