@@ -87,6 +87,7 @@ def test_there_are_no_cycles():
 ORDER = (
     "errors",
     "text",
+    "records",
     "core",
     "files",
     "environment",

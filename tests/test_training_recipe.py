@@ -73,7 +73,7 @@ def test_overrides_reach_inside(tmp_path):
         ({"epochs": True}, r"epochs=True must be an integer"),
         ({"learning_rate": "fast"}, r"learning_rate='fast' must be a number"),
         ({"ema_decay": "no"}, r"ema_decay='no' must be a number or null"),
-        ({"milestones": [1, "b"]}, r"milestones=\[1, 'b'\] must be an integer"),
+        ({"milestones": [1, "b"]}, r"milestones\[1\]='b' must be an integer"),
         ({"milestones": [2, 1]}, r"milestones=\[2, 1\] must be increasing"),
         ({"model_args": 3}, r"model_args=3 must be a mapping"),
         ({"epochs": 0}, r"epochs=0 must be > 0"),
@@ -114,7 +114,7 @@ def test_a_wrong_value_names_its_key(values, message):
 
 
 def test_missing_keys():
-    with pytest.raises(RecipeError, match=r"(?s)'model' is missing.*'epochs' is missing"):
+    with pytest.raises(RecipeError, match="it lacks model, epochs"):
         Recipe.from_dict({})
 
 

@@ -208,19 +208,18 @@ def test_a_finished_run_reads_as_what_was_written(finished):
 
 def test_what_is_no_finished_run_or_damaged_is_one_clear_error(finished, tmp_path):
     output = copy(finished, tmp_path)
-    damages = [
-        ("metrics.csv", "epoch\nx\n", "metrics.csv is damaged", lambda: Run.open(output).metrics()),
-        ("spectrum.json", '{"layer3": 1}', "spectrum.json must be a list", lambda: Run.open(output).spectrum()),
-        ("summary.json", '{"name": "x"}', r"summary.json lacks 'model': run the training again", None),
-        ("summary.json", "{", r"summary.json is not valid JSON", None),
-        ("config.yaml", "epoch: 1", r"(?s)the recipe of the run in .*run cannot be read.*no key 'epoch'", None),
-        ("config.yaml", "a: [", r"config.yaml is not valid YAML", None),
-    ]
-    for name, content, message, read in damages:
+    for name, content, message in [
+        ("metrics.csv", "epoch\nx\n", "metrics.csv is damaged"),
+        ("spectrum.json", '{"layer3": 1}', r"spectrum.json\['layer3'\]=1 must be a list: run the training again"),
+        ("summary.json", '{"name": "x"}', r"summary.json lacks model, lowrank.*, versions: run the training again"),
+        ("summary.json", "{", r"summary.json is not valid JSON"),
+        ("config.yaml", "epoch: 1", r"(?s)the recipe of the run in .*run cannot be read.*no key 'epoch'"),
+        ("config.yaml", "a: [", r"config.yaml is not valid YAML"),
+    ]:
         before = (output / name).read_text()
         (output / name).write_text(content)
         with pytest.raises(RunError, match=message):
-            (read or (lambda: Run.open(output)))()
+            [read(Run.open(output)) for read in (Run.metrics, Run.spectrum)]
         (output / name).write_text(before)
     for name, message in [
         ("model/config.json", "holds no model/config.json: the network of this run is gone"),

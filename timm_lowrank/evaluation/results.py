@@ -21,23 +21,19 @@ could not be computed are NaN here and null in JSON; `Value.known` tells them ap
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import enum
-import functools
 import json
 import math
 import re
 import statistics
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import EvaluationError
 from ..files import read_json, write_whole
+from ..records import decode_fields, encode
 
 FORMAT = 2
 NORMS = {"linf": "L_inf", "l2": "L2", "l1": "L1"}
@@ -568,7 +564,7 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
 
 def evaluation_to_json(evaluation: Evaluation) -> str:
     """The text of evaluation.json: `format` and the fields, without those that have their default; NaN is null."""
-    content = {"format": FORMAT, **_encoded(evaluation)}
+    content = {"format": FORMAT, **encode(evaluation)}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -587,7 +583,7 @@ def evaluation_from_json(content: Mapping[str, Any]) -> Evaluation:
             "`timm-lowrank evaluate`, or make the report with the version that wrote the file"
         )
     problems: list[str] = []
-    fields = _fields(Evaluation, content, "", problems)
+    fields = decode_fields(Evaluation, content, problems)
     parts = [fields.get(name) for name in ("networks", "figures", "curves", "strips", "verdicts")]
     if problems and None not in parts:
         problems += _contradictions(*parts)  # type: ignore[arg-type]
@@ -645,117 +641,6 @@ def _contradictions(
     for title, verdict in verdicts.items():
         if verdict.verdict not in VERDICTS:
             yield f"verdicts[{title!r}] is {verdict.verdict!r}, not one of {', '.join(VERDICTS)}"
-
-
-# ------------------------------------------------------------------------------------------------ dataclasses and JSON
-
-UNIONS = (types.UnionType, typing.Union)  # str | None, and what typing makes of Literal["a"] | None
-_BAD: Any = object()  # stands for what could not be decoded
-
-
-def _encoded(value: Any) -> Any:
-    """Dataclasses as objects without what has its default value, NaN as null, bytes as base64."""
-    if dataclasses.is_dataclass(value):
-        return {
-            field.name: _encoded(entry)
-            for field in dataclasses.fields(value)
-            if (entry := getattr(value, field.name)) != _default(field)
-        }
-    if isinstance(value, Mapping):
-        return {key: _encoded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encoded(entry) for entry in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-def _fields(kind: Any, content: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
-    """The arguments of a dataclass, without what is missing or wrong; `problems` gets what that is."""
-    absent = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.name not in content and _default(field) is dataclasses.MISSING
-    ]
-    if absent:
-        problems.append(f"{where or 'evaluation.json'} lacks {', '.join(absent)}")
-    hints = _hints(kind)
-    decoded = {
-        field.name: _decoded(hints[field.name], content[field.name], f"{where}.{field.name}".lstrip("."), problems)
-        for field in dataclasses.fields(kind)
-        if field.name in content
-    }
-    return {name: value for name, value in decoded.items() if value is not _BAD}
-
-
-def _decoded(kind: Any, content: Any, where: str, problems: list[str]) -> Any:
-    """A value of the type `kind` from JSON, or _BAD with an entry in `problems`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        before = len(problems)
-        if not isinstance(content, Mapping):
-            problems.append(f"{where} is no object")
-            return _BAD
-        fields = _fields(kind, content, where, problems)
-        return kind(**fields) if len(problems) == before else _BAD  # type: ignore[operator]
-    if origin is tuple and isinstance(content, list | tuple):
-        if arguments[-1] is not Ellipsis and len(content) != len(arguments):
-            problems.append(f"{where} has {len(content)} entries, not {len(arguments)}")
-            return _BAD
-        entries = [_decoded(arguments[0], entry, f"{where}[{row}]", problems) for row, entry in enumerate(content)]
-        return tuple(entry for entry in entries if entry is not _BAD)
-    if origin is Mapping and isinstance(content, Mapping):
-        items = {key: _decoded(arguments[1], entry, f"{where}[{key!r}]", problems) for key, entry in content.items()}
-        return {key: entry for key, entry in items.items() if entry is not _BAD}
-    if origin in UNIONS:
-        if content is None and type(None) in arguments:
-            return None
-        options = [option for option in arguments if option is not type(None)]
-        if len(options) == 1:
-            return _decoded(options[0], content, where, problems)
-        if isinstance(content, tuple(options)):
-            return content
-    elif origin is Literal and content in arguments:
-        return content
-    elif isinstance(kind, type) and issubclass(kind, enum.Enum) and content in list(kind):
-        return kind(content)
-    elif kind is float and content is None:
-        return math.nan
-    elif kind is float and isinstance(content, int | float) and not isinstance(content, bool):
-        return content
-    elif kind is bytes and isinstance(content, str):
-        try:
-            return base64.b64decode(content, validate=True)
-        except (binascii.Error, ValueError):
-            return b""  # of no shape
-    elif kind in (str, bool, int) and type(content) is kind:
-        return content
-    problems.append(f"{where} is {_short(content)}, not {_expected(kind)}")
-    return _BAD
-
-
-def _expected(kind: Any) -> str:
-    """A type in words, for an error."""
-    if typing.get_origin(kind) is Literal:
-        return f"one of {', '.join(typing.get_args(kind))}"
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return f"one of {', '.join(kind)}"
-    if typing.get_origin(kind) in UNIONS:
-        return "text or a number"
-    names = {str: "text", float: "a number", int: "a whole number", bool: "true or false", bytes: "base64"}
-    return names.get(kind) or {tuple: "a list", Mapping: "an object"}.get(typing.get_origin(kind), str(kind))
-
-
-def _short(content: Any) -> str:
-    text = repr(content)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ----------------------------------------------------------------------------------------------------- the older format

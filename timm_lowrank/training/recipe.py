@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import inspect
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..core.config import LowRankConfig
 from ..data import load_data
 from ..errors import RecipeError, nearest
 from ..files import parse_yaml
+from ..records import decode_fields, default_of, in_words
 
 # ---------------------------------------------------------------------------------------------------------- the keys
 
@@ -164,18 +164,9 @@ class Recipe:
         Raises:
             RecipeError: unknown keys (the nearest known ones are named), missing keys, values of a wrong type.
         """
-        hints = typing.get_type_hints(cls)
-        fields = {field.name: field for field in cls.describe_fields()}
-        problems = [f"there is no key {key!r}. {nearest(str(key), fields)}" for key in values if key not in fields]
-        problems += [
-            f"the key {name!r} is missing" for name, field in fields.items() if field.required and name not in values
-        ]
-        checked = {}
-        for key in (key for key in values if key in fields):
-            try:
-                checked[key] = typed(values[key], hints[key])
-            except TypeError as error:
-                problems.append(f"{key}={values[key]!r} {error}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        problems = [f"there is no key {key!r}. {nearest(str(key), known)}" for key in values if key not in known]
+        checked = decode_fields(cls, values, problems)
         if problems:
             raise RecipeError(_listed(f"recipe {values.get('name', 'recipe')!r}", problems))
         return cls(**checked)
@@ -191,10 +182,9 @@ class Recipe:
         hints = typing.get_type_hints(cls)
         described = []
         for field in dataclasses.fields(cls):
-            made = field.default_factory
-            default = field.default if made is dataclasses.MISSING else made()
+            default = default_of(field)
             required = default is dataclasses.MISSING
-            words, text = _in_words(hints[field.name]), field.metadata["text"]
+            words, text = in_words(hints[field.name]), field.metadata["text"]
             described.append(FieldInfo(field.name, words, required, None if required else default, text))
         return described
 
@@ -320,80 +310,6 @@ def penalty_weight(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
 
 def _grown(epochs: float, over: int) -> float:
     return min(1.0, epochs / over) if over else 1.0
-
-
-# --------------------------------------------------------------------------------------------------------------- types
-
-_WORDS: dict[Any, str] = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    dict: "a mapping",
-    type(None): "null",
-}
-
-
-def _in_words(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(map(_in_words, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return "a list"
-    return _WORDS[typing.get_origin(hint) or hint]
-
-
-def typed(value: Any, hint: Any) -> Any:
-    """A plain value of YAML or JSON as the type that `hint` names: unions, lists, mappings and dataclasses included.
-
-    Raises:
-        TypeError: it is of another type; the message goes on after what was looked at ("must be an integer").
-    """
-    if hint is Any:
-        return value
-    if isinstance(hint, types.UnionType):
-        for option in typing.get_args(hint):
-            try:
-                return typed(value, option)
-            except TypeError:
-                continue
-        raise TypeError(f"must be {_in_words(hint)}")
-    if dataclasses.is_dataclass(hint):
-        return _as_dataclass(value, hint)
-    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError("must be a list")
-        return tuple(typed(item, inner[0]) for item in value)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
-        raise TypeError(f"must be {_WORDS[origin]}")
-    if origin is dict and inner:
-        return {_typed_key(key, inner[0]): typed(item, inner[1]) for key, item in value.items()}
-    return value
-
-
-def _typed_key(key: Any, hint: Any) -> Any:
-    """JSON has strings for keys alone."""
-    if hint is int and isinstance(key, str) and key.isdecimal():
-        return int(key)
-    return typed(key, hint)
-
-
-def _as_dataclass(value: Any, kind: Any) -> Any:
-    """Keys that the dataclass does not have are left out: a newer version may have written them."""
-    if not isinstance(value, dict):
-        raise TypeError("must be a mapping")
-    hints, arguments = typing.get_type_hints(kind), {}
-    for field in dataclasses.fields(kind):
-        if field.name in value:
-            try:
-                arguments[field.name] = typed(value[field.name], hints[field.name])
-            except TypeError as error:
-                raise TypeError(f"has a wrong {field.name!r}, which {error}") from error
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise TypeError(f"lacks {field.name!r}")
-    return kind(**arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 from ..errors import RecipeError, RunError
 from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, read_json, write_whole
-from .recipe import Recipe, read_recipe, typed
+from ..records import decode
+from .recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -192,7 +193,7 @@ class Summary:
     twin_folder: str | None = None  # relative to that of this run, or what the recipe says
 
     def to_dict(self) -> dict[str, Any]:
-        """As summary.json has it; `from_dict` is the inverse."""
+        """As summary.json has it; `Run.open` reads it."""
         content = dataclasses.asdict(dataclasses.replace(self, twin=None))
         del content["twin"], content["twin_folder"]
         content["data"]["image_size"] = list(self.data.image_size)
@@ -201,18 +202,6 @@ class Summary:
         if self.twin is not None:
             content["twin"] = {"folder": self.twin_folder, **self.twin.to_dict()}
         return content
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Summary:
-        """Keys that this version does not know are left out.
-
-        Raises:
-            TypeError: a key is missing or of a wrong type.
-        """
-        twin = content.get("twin")
-        folder = twin.get("folder") if isinstance(twin, Mapping) else None
-        summary: Summary = typed({**content, "twin": twin or None, "twin_folder": folder}, cls)
-        return summary
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -238,11 +227,10 @@ class Run(RunPaths):
             recipe = Recipe.from_dict(read_recipe(paths.config))
         except RecipeError as error:
             raise RunError(f"the recipe of the run in {folder} cannot be read: {error}") from error
-        try:
-            summary = Summary.from_dict(read_json(paths.summary_json, RunError))
-        except TypeError as error:
-            raise RunError(f"{paths.summary_json} {error}: run the training again") from error
-        return cls(paths.folder, recipe, summary)
+        content = read_json(paths.summary_json, RunError)
+        if isinstance(twin := content.get("twin"), dict):
+            content["twin_folder"] = twin.get("folder")
+        return cls(paths.folder, recipe, _decoded(Summary, content, paths.summary_json))
 
     def spectrum(self) -> Spectrum:
         """The content of spectrum.json.
@@ -250,11 +238,8 @@ class Run(RunPaths):
         Raises:
             RunError: it is not there or damaged.
         """
-        content = read_json(self.spectrum_json, RunError)
-        try:
-            return {layer: list(typed(shares, tuple[float, ...])) for layer, shares in content.items()}
-        except TypeError as error:
-            raise RunError(f"{self.spectrum_json} {error} for each layer: run the training again") from error
+        shares = _decoded(dict[str, tuple[float, ...]], read_json(self.spectrum_json, RunError), self.spectrum_json)
+        return {layer: list(of_layer) for layer, of_layer in shares.items()}
 
     def metrics(self) -> list[EpochMetrics]:
         """The rows of metrics.csv, an epoch each.
@@ -283,6 +268,14 @@ def _require_finished(paths: RunPaths) -> None:
         )
     if not (paths.model / "config.json").is_file():
         raise RunError(f"{folder} holds no {RUN_MODEL}/config.json: the network of this run is gone; train it again")
+
+
+def _decoded(kind: Any, content: Mapping[str, Any], path: Path) -> Any:
+    problems: list[str] = []
+    decoded = decode(kind, content, path.name, problems)
+    if problems:
+        raise RunError(f"the run in {path.parent} is damaged: {'; '.join(problems)}: run the training again")
+    return decoded
 
 
 def _read_metrics(path: Path) -> list[EpochMetrics]:
