@@ -73,7 +73,7 @@ def test_runs_are_averaged_over_seeds_and_every_network_counts_once(runs):
     }  # fmt: skip
     clean, pgd, linear, rank = compared.figures
     assert [one.key for one in compared.figures][::3] == ["clean", "effective-rank-layer3"]  # none of another kind
-    assert clean.averages["low"].values == (0.90, 0.94)
+    assert clean.values["low"] == [0.90, 0.94]
     assert clean.cell("low") == f"92.0 ± {100 * statistics.stdev([0.90, 0.94]):.1f}"
     assert (linear.cell("low"), linear.cell("N-LR")) == ("60.5 ± 0.7", "50.0")
     assert (rank.cell("low"), rank.cell("N-LR")) == ("8 ± 1.4", "30")

@@ -348,7 +348,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(finished, tmp_path):
         with pytest.raises(RunError, match=r"could not write the checkpoint of epoch 2 .*the checkpoint of epoch 1 is"):
             folder.save(state.accelerator, 2)
         with pytest.raises(RunError, match=r"could not write .*summary.json: File too large"):
-            folder.write_summary(dataclasses.replace(finished[1], name="x" * 4000))
+            folder.write_results({}, dataclasses.replace(finished[1], name="x" * 4000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in folder.checkpoint_folder.iterdir()] == ["epoch_0001"]

@@ -18,36 +18,24 @@ KINDS = (Kind.NOISE, Kind.VARIANCE, Kind.COMPRESSION, Kind.EFFECTIVE_RANK)  # be
 
 
 @dataclasses.dataclass(frozen=True)
-class Average:
-    """A figure over the runs of a group."""
-
-    values: tuple[float, ...]  # of each run
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.values)
-
-    @property
-    def deviation(self) -> float | None:
-        """The standard deviation over runs; None of a single one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-
-@dataclasses.dataclass(frozen=True)
 class ComparedFigure:
     """One row of the table."""
 
     key: str
     label: str
     unit: str  # "share", "number" or "count"
-    averages: dict[str, Average]  # group -> average, without groups that it was not measured on
+    values: dict[str, list[float]]  # group -> of each run, without groups that it was not measured on
+
+    def average(self, group: str) -> tuple[float, float | None]:
+        """Mean and standard deviation over the runs of a group; there is no deviation of a single one."""
+        values = self.values[group]
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
     def cell(self, group: str) -> str:
         """Mean and standard deviation, shares in per cent: 63.4 ± 1.2."""
-        average = self.averages.get(group)
-        if average is None:
+        if group not in self.values:
             return "-"
-        mean, deviation = average.mean, average.deviation
+        mean, deviation = self.average(group)
         if self.unit == "share":
             spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
             return percent(mean) + spread
@@ -69,13 +57,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and for each figure and group the values of the runs, their mean and deviation."""
-        figures = {}
+        figures: dict[str, Any] = {}
         for figure in self.figures:
-            by_group = {
-                group: {"mean": average.mean, "deviation": average.deviation, "values": list(average.values)}
-                for group, average in figure.averages.items()
+            groups = {
+                group: dict(zip(("mean", "deviation"), figure.average(group), strict=True), values=values)
+                for group, values in figure.values.items()
             }
-            figures[figure.key] = {"label": figure.label, "unit": figure.unit, "groups": by_group}
+            figures[figure.key] = {"label": figure.label, "unit": figure.unit, "groups": groups}
         return {"groups": {group: list(runs) for group, runs in self.groups.items()}, "figures": figures}
 
 
@@ -92,7 +80,6 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         EvaluationError: an evaluation.json is damaged.
     """
     evaluations = _read([RunPaths(folder) for folder in folders])
-    _check_comparable(evaluations)
     groups: dict[str, list[tuple[str, Evaluation, str]]] = {}  # name of a run, its evaluation and its title there
     seen: set[str] = set()
     own = [(name, evaluation, evaluation.titles[0]) for name, evaluation in evaluations.items()]
@@ -100,7 +87,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     for name, evaluation, title in [*own, *beside]:
         weights = evaluation.networks[evaluation.titles.index(title)].weights
         if weights is None or weights not in seen:
-            groups.setdefault(_without_seed(name), []).append((name, evaluation, title))
+            groups.setdefault(re.sub(r"-seed\d+$", "", Path(name).name), []).append((name, evaluation, title))
         seen |= {weights} if weights else set()
     named = {group: tuple(name for name, _, _ in runs) for group, runs in groups.items()}
     return Comparison(named, tuple(_compared(groups)))
@@ -115,24 +102,17 @@ def _read(runs: Sequence[RunPaths]) -> dict[str, Evaluation]:
             f"not evaluated yet: {', '.join(map(str, missing))} (no evaluation.json). Evaluate each with: "
             f"timm-lowrank evaluate {missing[0]}"
         )
-    return {str(run.folder): read_evaluation(run.evaluation_json) for run in runs}
-
-
-def _check_comparable(evaluations: dict[str, Evaluation]) -> None:
-    """Averages of figures that were measured on different images would mean nothing."""
-    first, *others = evaluations
-    for other in others:
-        one, two = evaluations[first].data, evaluations[other].data
-        for what in ("fingerprint", "images", "train_images"):
-            if getattr(one, what) != getattr(two, what):
+    evaluations = {str(run.folder): read_evaluation(run.evaluation_json) for run in runs}
+    (first, reference), *others = evaluations.items()
+    for other, evaluation in others:
+        for name in ("fingerprint", "images", "train_images"):  # of different ones an average would mean nothing
+            one, two = getattr(reference.data, name), getattr(evaluation.data, name)
+            if one != two:
                 raise RunError(
-                    f"{first} and {other} were evaluated on different images ({what} {getattr(one, what)} and "
-                    f"{getattr(two, what)}): evaluate them again on the same, with --overwrite"
+                    f"{first} and {other} were evaluated on different images ({name} {one} and {two}): "
+                    "evaluate them again on the same, with --overwrite"
                 )
-
-
-def _without_seed(name: str) -> str:
-    return re.sub(r"-seed\d+$", "", Path(name).name)
+    return evaluations
 
 
 def _compared(groups: dict[str, list[tuple[str, Evaluation, str]]]) -> list[ComparedFigure]:
@@ -144,16 +124,12 @@ def _compared(groups: dict[str, list[tuple[str, Evaluation, str]]]) -> list[Comp
             figures |= {figure.key: figure for figure in wanted if figure is not None and figure.key not in figures}
     compared = []
     for key, figure in figures.items():
-        averages = {}
+        values: dict[str, list[float]] = {}
         for group, runs in groups.items():
-            measured = [evaluation.figure(key) for _, evaluation, _ in runs]
-            values = [
-                other.values[title].value
-                for other, (_, _, title) in zip(measured, runs, strict=True)
-                if other is not None and title in other.values and other.values[title].known
-            ]
-            if values:
-                averages[group] = Average(tuple(values))
-        if averages:
-            compared.append(ComparedFigure(key, figure.label, figure.unit, averages))
+            for _, evaluation, title in runs:
+                other = evaluation.figure(key)
+                if other is not None and title in other.values and other.values[title].known:
+                    values.setdefault(group, []).append(other.values[title].value)
+        if values:
+            compared.append(ComparedFigure(key, figure.label, figure.unit, values))
     return compared

@@ -169,23 +169,16 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
         spectra = layer_spectra(state.lowrank, images, recipe.spectrum_images)
         summary = summarize(state, data, spectra, test, folder.last_metrics(), twin[0] if twin else None)
         spectrum = {layer: measured.shares for layer, measured in spectra.items()}
-        _export(state, data, folder)
-        folder.write_spectrum(spectrum)
+        model = state.lowrank if recipe.lowrank_enabled else state.lowrank.unwrap()  # a plain run has no branches
+        with folder.writing(folder.model):
+            save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
         title = "low rank" if recipe.lowrank_enabled else "plain"
         picture = folder.plots / "spectrum.png"
         with folder.writing(picture):
             plot_spectrum(picture, {**({"plain": twin[1]} if twin else {}), title: spectrum}, summary.branches)
-        folder.write_summary(summary)
+        folder.write_results(spectrum, summary)
         print("\n" + table({**({"plain": twin[0]} if twin else {}), title: summary}), flush=True)
         finished = [(summary, spectrum)]
     broadcast_object_list(finished)
     result: Finished = finished[0]
     return result
-
-
-def _export(state: TrainingState, data: Data, folder: RunFolder) -> None:
-    """model/ in timm's Hub layout; a plain run has no branch to put beside it."""
-    # safetensors takes no channels-last weights
-    model = state.lowrank if state.recipe.lowrank_enabled else state.lowrank.unwrap()
-    with folder.writing(folder.model):
-        save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)

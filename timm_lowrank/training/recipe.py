@@ -155,7 +155,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold; `from_dict` is the inverse."""
-        return _plain_values(dataclasses.asdict(self))
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -172,25 +173,19 @@ class Recipe:
         return cls(**checked)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The keys that have one, as `to_dict` gives them."""
-        return _plain_values({field.name: field.default for field in cls.describe_fields() if not field.required})
-
-    @classmethod
     def describe_fields(cls) -> list[FieldInfo]:
         """Every key in the order of the class: name, type in words, default and meaning."""
         hints = typing.get_type_hints(cls)
-        described = []
-        for field in dataclasses.fields(cls):
-            default = default_of(field)
-            required = default is dataclasses.MISSING
-            words, text = in_words(hints[field.name]), field.metadata["text"]
-            described.append(FieldInfo(field.name, words, required, None if required else default, text))
-        return described
-
-
-def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return [
+            FieldInfo(
+                name=field.name,
+                type=in_words(hints[field.name]),
+                required=(required := default_of(field) is dataclasses.MISSING),
+                default=None if required else default_of(field),
+                text=field.metadata["text"],
+            )
+            for field in dataclasses.fields(cls)
+        ]
 
 
 # ------------------------------------------------------------------------------------------------ files and overrides

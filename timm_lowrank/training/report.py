@@ -79,36 +79,24 @@ def layer_spectra(
         with lowrank.capture() as activations:
             lowrank.unwrap()(images)  # not the wrapper: once compiled, it does not see hooks that come later
         for layer, view in views.items():  # the samples that the branch has seen
-            _add(held, layer, view.rows(activations[layer].float()))
+            kept, rows = held[layer], view.rows(activations[layer].float())
+            kept.update(rows) if isinstance(kept, Sketch) else kept.append(rows)
         _sketch_the_largest(held, held_bytes, sketch_size)
         taken += len(images)
         if taken == limit:
             break
-    spectra, uncertain = {}, []
+    spectra: dict[str, LayerSpectrum | None] = {}
     for layer in views:
         try:
             spectra[layer] = _spectrum(held.pop(layer))
-        except _UncertainError:
-            uncertain.append(layer)
         except ValueError as error:
             raise DivergedError(f"the spectrum of layer {layer!r} cannot be measured: {error}") from error
-    if uncertain:
-        spectra |= layer_spectra(
+    certain = {layer: spectrum for layer, spectrum in spectra.items() if spectrum is not None}
+    if uncertain := spectra.keys() - certain:
+        certain |= layer_spectra(
             lowrank, batches, limit, layers=uncertain, held_bytes=held_bytes, sketch_size=2 * sketch_size
         )
-    return {layer: spectra[layer] for layer in views}
-
-
-class _UncertainError(Exception):
-    """A sketch is too small to certify the effective rank."""
-
-
-def _add(held: dict[str, list[Tensor] | Sketch], layer: str, rows: Tensor) -> None:
-    kept = held[layer]
-    if isinstance(kept, Sketch):
-        kept.update(rows)
-    else:
-        kept.append(rows)
+    return {layer: certain[layer] for layer in views}
 
 
 def _sketch_the_largest(held: dict[str, list[Tensor] | Sketch], most: int, size: int) -> None:
@@ -123,15 +111,16 @@ def _sketch_the_largest(held: dict[str, list[Tensor] | Sketch], most: int, size:
             del taken[layer]
 
 
-def _spectrum(kept: list[Tensor] | Sketch) -> LayerSpectrum:
+def _spectrum(kept: list[Tensor] | Sketch) -> LayerSpectrum | None:
+    """None if it is a sketch too small to certify the effective rank."""
     if isinstance(kept, Sketch):
         energies = kept.energies().cpu()
         ratios = dict(zip(DIRECTIONS, (low for low, _ in kept.variance_ratio(DIRECTIONS)), strict=True))
         total = kept.total
         try:
             rank = kept.effective_rank(EFFECTIVE_SHARE)[1]
-        except ValueError as error:
-            raise _UncertainError from error
+        except ValueError:
+            return None
     else:
         energies = singular_energies(torch.cat(kept)).cpu()
         total = float(energies.sum())

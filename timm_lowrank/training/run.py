@@ -37,49 +37,16 @@ class RunPaths:
     """Where the files of a run are."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    @property
-    def config(self) -> Path:
-        """The recipe."""
-        return self.folder / RUN_CONFIG
-
-    @property
-    def metrics_csv(self) -> Path:
-        """A row an epoch."""
-        return self.folder / "metrics.csv"
-
-    @property
-    def summary_json(self) -> Path:
-        """Written last of all: a run that has it is finished."""
-        return self.folder / "summary.json"
-
-    @property
-    def spectrum_json(self) -> Path:
-        return self.folder / "spectrum.json"
-
-    @property
-    def model(self) -> Path:
-        """The folder of the network: what `save_pretrained` writes, and `from_pretrained` and timm read."""
-        return self.folder / RUN_MODEL
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """accelerate's checkpoints, to resume from."""
-        return self.folder / "checkpoints"
-
-    @property
-    def plots(self) -> Path:
-        return self.folder / "plots"
-
-    @property
-    def twin(self) -> Path:
-        """The run of the plain twin."""
-        return self.folder / "twin"
-
-    @property
-    def evaluation_json(self) -> Path:
-        return self.folder / "evaluation.json"
+        self.folder = folder = Path(folder)
+        self.config = folder / RUN_CONFIG  # the recipe
+        self.metrics_csv = folder / "metrics.csv"  # a row an epoch
+        self.summary_json = folder / "summary.json"  # written last of all: a run that has it is finished
+        self.spectrum_json = folder / "spectrum.json"
+        self.evaluation_json = folder / "evaluation.json"
+        self.model = folder / RUN_MODEL  # what `save_pretrained` writes, and `from_pretrained` and timm read
+        self.checkpoint_folder = folder / "checkpoints"  # accelerate's, to resume from
+        self.plots = folder / "plots"
+        self.twin = folder / "twin"  # the run of the plain twin
 
     def is_run(self) -> bool:
         """Whether a run was begun here."""
@@ -324,12 +291,11 @@ class RunFolder(RunPaths):
 
     def _check_same_recipe(self) -> None:
         """Compares with config.yaml, all but the keys in FREE."""
-        now = self.recipe.to_dict()
         # A run that is older than a key was made with its default.
-        before = {**Recipe.defaults(), **read_recipe(self.config)}
-        keys = [key for key in {**before, **now} if key not in FREE and before.get(key) != now.get(key)]
+        before, now = Recipe.from_dict(read_recipe(self.config)).to_dict(), self.recipe.to_dict()
+        keys = [key for key in now if key not in FREE and before[key] != now[key]]
         if keys:
-            changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
+            changes = "; ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in keys)
             raise RunError(
                 f"{self.folder} was started with another recipe ({changes}). Resume it with its own "
                 f"(--config {self.config}), or choose another folder with --output."
@@ -440,14 +406,8 @@ class RunFolder(RunPaths):
         """A block that writes `path`; what a full disk raises inside comes out as a RunError."""
         return disk_errors(f"could not write {path}", "Free some space and continue with --resume auto.")
 
-    def write_spectrum(self, spectrum: Spectrum) -> None:
-        """Writes spectrum.json, whole or not at all."""
-        self._write_json(self.spectrum_json, spectrum)
-
-    def write_summary(self, summary: Summary) -> None:
-        """Writes summary.json, whole or not at all: the run is finished."""
-        self._write_json(self.summary_json, summary.to_dict())
-
-    def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
-        with self.writing(path):
-            write_whole(path, json.dumps(content, indent=2) + "\n")
+    def write_results(self, spectrum: Spectrum, summary: Summary) -> None:
+        """Writes spectrum.json and then summary.json, each whole or not at all: the run is finished."""
+        for path, content in ((self.spectrum_json, spectrum), (self.summary_json, summary.to_dict())):
+            with self.writing(path):
+                write_whole(path, json.dumps(content, indent=2) + "\n")
