@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,22 +59,6 @@ def disk_errors(
         else:
             reason = next(iter(str(problem).splitlines()), type(problem).__name__)
         raise error(f"{what}: {reason}. {advice}") from problem
-
-
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files move to `folder`, each whole, when the block ends well.
-
-    After an error `folder` is as it was; it is made if it does not exist.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-    try:
-        yield staging
-        for file in sorted(staging.iterdir()):
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

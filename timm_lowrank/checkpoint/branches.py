@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from ..core.capture import Tap
 from ..core.config import PRE_LOGITS, BranchOptions, LowRankConfig
 from ..core.model import LowRankModel
 from ..core.views import FLATTEN, VIEWS, View
-from ..errors import CheckpointError, CheckpointWriteError, nearest
-from ..files import disk_errors, read_json, sha256_of, staged
+from ..errors import CheckpointError, nearest
+from ..files import read_json, sha256_of
 from ..layers import tap_on
-from .files import LOWRANK_CONFIG, LOWRANK_WEIGHTS, check_safetensors, check_sha256
+from .files import LOWRANK_CONFIG, LOWRANK_WEIGHTS, check_safetensors, check_sha256, staged
 
 FORMAT = 1  # raised only when an older version could not read the files any more
 
@@ -68,14 +68,13 @@ class LayerDescription:
         Raises:
             CheckpointError: rank and width are no integers, or there is no such view.
         """
-        named = {"view": options.view, "channel_dim": options.channel_dim}
-        known: dict[str, Any] = {**named, **values} if isinstance(values, Mapping) else {}
+        defaults = {"view": options.view, "channel_dim": options.channel_dim, "item": None}
+        known: dict[str, Any] = {**defaults, **values} if isinstance(values, Mapping) else {}
         if not _are_integers(known, "rank", "num_features"):
             raise CheckpointError(f"{where} must have rank and num_features, both integers")
         if known["view"] not in (None, *VIEWS) or not _are_integers(known, "channel_dim", "item", optional=True):
             raise CheckpointError(f"{where} has a view that is none of {', '.join(VIEWS)}")
-        rank, num_features, view, channel_dim = (known[key] for key in ("rank", "num_features", *named))
-        return cls(rank=rank, num_features=num_features, view=view, channel_dim=channel_dim, item=known.get("item"))
+        return cls(**{field.name: known[field.name] for field in dataclasses.fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those that are not known."""
@@ -85,14 +84,12 @@ class LayerDescription:
         """The view, which was the flattened one when there was no other."""
         return View(self.view or FLATTEN.kind, FLATTEN.channel_dim if self.channel_dim is None else self.channel_dim)
 
-    def fits(self, other: LayerDescription) -> bool:
-        """Whether W and b of one could be those of the other. A view that is not known could be any."""
-        if (self.rank, self.num_features) != (other.rank, other.num_features):
+    def fits(self, own: LayerDescription) -> bool:
+        """Whether W and b could be those of a model's `own` branch. A view that is not known could be any."""
+        if (self.rank, self.num_features) != (own.rank, own.num_features):
             return False
-        if self.view is None or other.view is None:
-            return True
-        unknown = None in (self.channel_dim, other.channel_dim)
-        return self.view == other.view if unknown else self.viewed().agrees(other.viewed())
+        agrees = self.view == own.view if self.channel_dim is None else self.viewed().agrees(own.viewed())
+        return self.view is None or agrees
 
     def __str__(self) -> str:
         view = "" if self.view in (None, FLATTEN.kind) else f", view {self.view}"
@@ -183,10 +180,8 @@ class BranchDescription:
 
 
 def _are_integers(values: Mapping[str, Any], *names: str, optional: bool = False) -> bool:
-    found = [values.get(name) for name in names]
-    return all(
-        (isinstance(value, int) and not isinstance(value, bool)) or (optional and value is None) for value in found
-    )
+    kinds = (int, type(None)) if optional else (int,)
+    return all(type(values.get(name)) in kinds for name in names)  # not isinstance: a bool is no integer here
 
 
 def _digests(values: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -238,7 +233,9 @@ def load_branches(model: LowRankModel, folder: str | os.PathLike[str]) -> None:
     if digest := description.sha256.get(LOWRANK_WEIGHTS):
         check_sha256(folder / LOWRANK_WEIGHTS, digest)
     description.require_fit(model, str(folder))
-    _load_state(model, _read_tensors(folder, description), folder)
+    tensors = _read_tensors(folder, description)
+    with _restoring(folder):
+        model.branches.load_state_dict(tensors)
     model.enable(description.enabled)
 
 
@@ -249,24 +246,19 @@ def restore_branches(network: nn.Module, description: BranchDescription, folder:
         CheckpointError: files that are damaged or do not fit each other or the network.
     """
     tensors = _read_tensors(folder, description)
-    try:
-        taps = [
-            dataclasses.replace(tap_on(network, layer), view=one.viewed(), item=one.item)
-            for layer, one in description.layers.items()
-        ]
-        widths = {layer: one.num_features for layer, one in description.layers.items()}
-        ranks = {layer: one.rank for layer, one in description.layers.items()}
-        model = LowRankModel(network, description.config, taps, widths, ranks)
-    except AttributeError as error:  # of get_submodule
-        known = [name for name, _ in network.named_modules() if name]
-        wrong = [layer for layer in description.layers if layer not in (*known, PRE_LOGITS)]
+    known = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+    if wrong := [layer for layer in description.layers if layer not in (*known, PRE_LOGITS)]:
         raise CheckpointError(
             f"{folder / LOWRANK_CONFIG} has branches on layers that {type(network).__name__} does not have: "
             f"{', '.join(wrong)}. {nearest(wrong[0], known)} lowrank=False loads the plain network"
-        ) from error
-    except ValueError as error:
-        raise _cannot_restore(folder, error) from error
-    _load_state(model, tensors, folder)
+        )
+    layers = description.layers.items()
+    with _restoring(folder):
+        taps = [dataclasses.replace(tap_on(network, layer), view=one.viewed(), item=one.item) for layer, one in layers]
+        widths = {layer: one.num_features for layer, one in layers}
+        ranks = {layer: one.rank for layer, one in layers}
+        model = LowRankModel(network, description.config, taps, widths, ranks)
+        model.branches.load_state_dict(tensors)
     return model.enable(description.enabled)
 
 
@@ -282,17 +274,14 @@ def _read_tensors(folder: Path, description: BranchDescription) -> dict[str, Ten
     return tensors
 
 
-def _load_state(model: LowRankModel, tensors: dict[str, Tensor], folder: Path) -> None:
+@contextlib.contextmanager
+def _restoring(folder: Path) -> Iterator[None]:
     try:
-        model.branches.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise _cannot_restore(folder, error) from error
-
-
-def _cannot_restore(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"the branches in {folder} cannot be restored: {error}. lowrank=False loads the plain network"
-    )
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"the branches in {folder} cannot be restored: {error}. lowrank=False loads the plain network"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -307,7 +296,7 @@ def write_branches(model: LowRankModel, folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
     """
-    with write_errors(Path(folder)), staged(Path(folder)) as staging:
+    with staged(Path(folder), (LOWRANK_CONFIG, LOWRANK_WEIGHTS)) as staging:
         write_into(staging, model)
 
 
@@ -322,12 +311,3 @@ def write_into(folder: Path, model: LowRankModel, belong_to: Collection[str] = (
     digests = {name: sha256_of(folder / name) for name in (*belong_to, LOWRANK_WEIGHTS)}
     description = dataclasses.replace(BranchDescription.of(model), sha256=digests)
     (folder / LOWRANK_CONFIG).write_text(json.dumps(description.to_dict(), indent=2) + "\n")
-
-
-def write_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """A block that writes a checkpoint to `folder`: what the disk raises comes out as one CheckpointWriteError."""
-    return disk_errors(
-        f"could not write the checkpoint to {folder}",
-        "What was there is unchanged; free some space or choose another folder",
-        CheckpointWriteError,
-    )

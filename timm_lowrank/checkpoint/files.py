@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,8 +13,8 @@ import timm
 from safetensors import SafetensorError, safe_open
 from timm.models import is_model, model_entrypoint
 
-from ..errors import CheckpointDamagedError, CheckpointError, nearest
-from ..files import sha256_of
+from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError, nearest
+from ..files import disk_errors, sha256_of
 
 NETWORK_CONFIG, NETWORK_WEIGHTS = "config.json", "model.safetensors"
 LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"
@@ -61,10 +64,10 @@ def no_weights(where: str, pickled: list[str]) -> str:
 
 def check_sha256(path: Path, digest: str) -> None:
     """Raises CheckpointDamagedError unless the sha256 of a file is `digest`."""
-    found = sha256_of(path)
-    if found != digest:
+    actual = sha256_of(path)
+    if actual != digest:
         raise CheckpointDamagedError(
-            f"{path} was damaged or exchanged: its sha256 is {found}, and it should be {digest}. Fetch it "
+            f"{path} was damaged or exchanged: its sha256 is {actual}, and it should be {digest}. Fetch it "
             f"again; if the change is wanted, delete {LOWRANK_CONFIG} and {LOWRANK_WEIGHTS}, which belong to "
             "other weights, or write the checkpoint anew with save_pretrained"
         )
@@ -79,6 +82,32 @@ def check_safetensors(path: Path) -> None:
         raise CheckpointDamagedError(
             f"{path} cannot be read as safetensors ({error}): it was cut off or damaged; delete it and fetch it again"
         ) from error
+
+
+@contextlib.contextmanager
+def staged(folder: Path, names: Collection[str]) -> Iterator[Path]:
+    """A folder to write files of a checkpoint into, which move to `folder`, each whole, when the block ends well.
+
+    After an error `folder` is as it was; it is made if it does not exist.
+
+    Args:
+        names: the files that the block may write. Those that it leaves out are removed from `folder`: they belong to
+            another model that was saved there before.
+
+    Raises:
+        CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
+    """
+    advice = "What was there is unchanged; free some space or choose another folder"
+    with disk_errors(f"could not write the checkpoint to {folder}", advice, CheckpointWriteError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-", ignore_cleanup_errors=True) as staging:
+            yield Path(staging)
+            written = set(os.listdir(staging))
+            for name in names:
+                if name in written:
+                    os.replace(Path(staging, name), folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
 
 
 def known_architecture(config: Mapping[str, Any], where: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -72,17 +73,18 @@ def from_pretrained(
             format, or that do not fit each other; says what to do.
     """
     folder = local_folder(source)
+    load = functools.partial(load_folder, lowrank=lowrank, sha256=sha256)
     if folder is None:
         repo_id, revision = _repository(str(source), revision)
-        wanted: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        folder = download(repo_id, **wanted)
+        fetch = functools.partial(download, repo_id, revision=revision, token=token, cache_dir=cache_dir)
         try:
-            verify(folder, sha256=sha256)
+            model = load(fetch())
         except CheckpointDamagedError:  # on the way or in the cache: once more
-            folder = download(repo_id, **wanted, force=True)
+            model = load(fetch(force=True))
     elif revision is not None:
         raise CheckpointError(f"{folder} is a folder: revision={revision!r} is for repositories on the Hub")
-    model = load_folder(folder, lowrank=lowrank, sha256=sha256)
+    else:
+        model = load(folder)
     if lowrank and not isinstance(model, LowRankModel):
         warnings.warn(
             f"{source} holds no {LOWRANK_CONFIG}: loaded as a plain network, without branches. "
@@ -195,35 +197,30 @@ def _load_network(folder: Path, config: dict[str, Any]) -> nn.Module:
     architecture = known_architecture(config, folder)
     source = config.get("pretrained_cfg", {})
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
-    unknown = sorted(source.keys() - known) if isinstance(source, dict) and "pretrained_cfg" in config else []
-    if not unknown:
-        return _create(folder, folder, architecture)
-    warnings.warn(
-        f"{folder / NETWORK_CONFIG}: pretrained_cfg has fields that timm {timm.__version__} does not know: "
-        f"{', '.join(unknown)}. Left out; pip install -U timm may know them.",
-        stacklevel=4,
-    )
-    kept = {key: value for key, value in source.items() if key in known}
+    unknown = sorted(source.keys() - known) if isinstance(source, dict) else []
     with tempfile.TemporaryDirectory() as without:
-        (Path(without) / NETWORK_CONFIG).write_text(json.dumps({**config, "pretrained_cfg": kept}))
-        shutil.copyfile(folder / NETWORK_WEIGHTS, Path(without) / NETWORK_WEIGHTS)
-        return _create(Path(without), folder, architecture)
+        if unknown:
+            warnings.warn(
+                f"{folder / NETWORK_CONFIG}: pretrained_cfg has fields that timm {timm.__version__} does not know: "
+                f"{', '.join(unknown)}. Left out; pip install -U timm may know them.",
+                stacklevel=4,
+            )
+            kept = {key: value for key, value in source.items() if key in known}
+            Path(without, NETWORK_CONFIG).write_text(json.dumps({**config, "pretrained_cfg": kept}))
+            shutil.copyfile(folder / NETWORK_WEIGHTS, Path(without, NETWORK_WEIGHTS))
+        try:
+            return timm.create_model(f"local-dir:{without if unknown else folder}", pretrained=True)
+        except Exception as error:  # timm's constructors raise whatever a wrong argument leads to
+            if isinstance(error, RuntimeError) and "state_dict" in str(error):
+                raise _misfit(folder, error) from error
+            raise CheckpointError(
+                f"timm {timm.__version__} cannot build {architecture!r} as {folder / NETWORK_CONFIG} describes it "
+                f"({type(error).__name__}: {error}). Was it written by a newer version? Then: pip install -U timm"
+            ) from error
 
 
-def _create(folder: Path, shown: Path, architecture: str) -> nn.Module:
-    try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # timm's constructors raise whatever a wrong argument leads to
-        if isinstance(error, RuntimeError) and "state_dict" in str(error):
-            raise _misfit(shown, str(error)) from error
-        raise CheckpointError(
-            f"timm {timm.__version__} cannot build {architecture!r} as {shown / NETWORK_CONFIG} describes it "
-            f"({type(error).__name__}: {error}). Was it written by a newer version? Then: pip install -U timm"
-        ) from error
-
-
-def _misfit(folder: Path, details: str) -> CheckpointError:
-    lines = " ".join(line.strip() for line in details.splitlines()[:4])
+def _misfit(folder: Path, error: RuntimeError) -> CheckpointError:
+    lines = " ".join(line.strip() for line in str(error).splitlines()[:4])
     return CheckpointError(
         f"the weights in {folder / NETWORK_WEIGHTS} do not fit the network that {NETWORK_CONFIG} describes: the two "
         "files do not belong together, or the network was changed after timm had built it, in a way that no argument "
@@ -243,4 +240,4 @@ def _take_over_exactly(network: nn.Module, folder: Path) -> None:
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise _misfit(folder, str(error)) from error
+        raise _misfit(folder, error) from error

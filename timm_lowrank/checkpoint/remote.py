@@ -84,11 +84,12 @@ def download(
         CheckpointError: no such repository, revision or connection; or it is no checkpoint.
     """
     checked_repo_id(repo_id)
+    api = HfApi(token=token)
     with hub_errors("fetch", repo_id, revision):
         if names is None:
-            for name in HfApi(token=token).list_repo_files(repo_id, revision=revision):
+            for name in api.list_repo_files(repo_id, revision=revision):
                 checked_name(name)
-        folder = snapshot_download(
+        fetched = snapshot_download(
             repo_id,
             revision=revision,
             token=token,
@@ -97,18 +98,15 @@ def download(
             ignore_patterns=[f"*{suffix}" for suffix in PICKLES],
             force_download=force,
         )
+    folder = Path(fetched)
     if names is None or NETWORK_WEIGHTS in names:
-        _require_weights(Path(folder), repo_id, revision, token)
-    return Path(folder)
-
-
-def _require_weights(folder: Path, repo_id: str, revision: str | None, token: str | None) -> None:
-    if not (folder / NETWORK_CONFIG).is_file():
-        raise CheckpointError(f"{repo_id} holds no {NETWORK_CONFIG}, so it is no checkpoint in timm's layout")
-    if not (folder / NETWORK_WEIGHTS).is_file():
-        with hub_errors("fetch", repo_id, revision):
-            held = HfApi(token=token).list_repo_files(repo_id, revision=revision)
-        raise CheckpointError(no_weights(repo_id, sorted(name for name in held if name.endswith(PICKLES))))
+        if not (folder / NETWORK_CONFIG).is_file():
+            raise CheckpointError(f"{repo_id} holds no {NETWORK_CONFIG}, so it is no checkpoint in timm's layout")
+        if not (folder / NETWORK_WEIGHTS).is_file():
+            with hub_errors("fetch", repo_id, revision):
+                held = api.list_repo_files(repo_id, revision=revision)
+            raise CheckpointError(no_weights(repo_id, sorted(name for name in held if name.endswith(PICKLES))))
+    return folder
 
 
 @contextlib.contextmanager

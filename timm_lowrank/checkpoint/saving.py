@@ -15,9 +15,8 @@ from torch import nn
 
 from ..core.model import LowRankModel
 from ..errors import CheckpointError
-from ..files import staged
-from .branches import write_errors, write_into
-from .files import LOWRANK_CONFIG, LOWRANK_WEIGHTS, NETWORK_CONFIG, NETWORK_WEIGHTS
+from .branches import write_into
+from .files import CHECKPOINT_FILES, NETWORK_CONFIG, NETWORK_WEIGHTS, staged
 
 
 def save_pretrained(
@@ -55,14 +54,10 @@ def save_pretrained(
     if label_names is not None and len(label_names) != backbone.num_classes:
         raise CheckpointError(f"{len(label_names)} label names for {backbone.num_classes} classes")
     folder = Path(folder)
-    with write_errors(folder):
-        with staged(folder) as staging:
-            _write_backbone(backbone, staging, label_names, data_config)
-            if isinstance(model, LowRankModel):
-                write_into(staging, model, belong_to=[NETWORK_WEIGHTS])
-        if not isinstance(model, LowRankModel):  # branches of another model that was there would not belong here
-            for name in (LOWRANK_CONFIG, LOWRANK_WEIGHTS):
-                (folder / name).unlink(missing_ok=True)
+    with staged(folder, CHECKPOINT_FILES) as staging:
+        _write_backbone(backbone, staging, label_names, data_config)
+        if isinstance(model, LowRankModel):
+            write_into(staging, model, belong_to=[NETWORK_WEIGHTS])
     return folder
 
 
@@ -72,9 +67,8 @@ def _write_backbone(
     if label_names is None:  # at the root of config.json, where transformers looks for them
         known = dict(backbone.pretrained_cfg).get("label_names")  # type: ignore[arg-type]
         label_names = known if known and len(known) == backbone.num_classes else None
-    if not all(
-        tensor.is_contiguous() for tensor in backbone.state_dict().values()
-    ):  # channels-last: safetensors refuses
+    # safetensors refuses the memory format channels-last
+    if not all(tensor.is_contiguous() for tensor in backbone.state_dict().values()):
         backbone = copy.deepcopy(backbone).to(memory_format=torch.contiguous_format)
     timm.models.save_for_hf(
         backbone,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,18 +45,13 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
 
     Args:
         model: the network, or a `LowRankModel` around it. It is wrapped, not copied.
-        criterion: `(output, target) -> scalar loss`; None is made from `criterion_kwargs`, see timm.
-        criterion_kwargs: for `timm.loss.create_classification_loss`.
-        device: where the task's own tensors live.
-        dtype: of the task's own tensors.
-        verbose: whether to log.
+        args, kwargs: further arguments of timm's task: criterion, criterion_kwargs, device, dtype, verbose.
         lowrank: the branches; None is `LowRankConfig()`. Must be None for a `LowRankModel`, which has its own.
         example_input: see `timm_lowrank.wrap`; needed where the images have another size than the network's
             `pretrained_cfg` says.
         start_epoch: epochs of plain training before the branches are switched on (paper: 50). The loop must then
             call `set_epoch`.
         start_update: updates of plain training before the branches are switched on.
-        task_kwargs: further arguments of the base class.
 
     Raises:
         ValueError: unknown layer, a rank larger than its layer, a scripted network, a negative start.
@@ -67,17 +62,12 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
     def __init__(
         self,
         model: nn.Module,
-        criterion: Callable[..., Tensor] | None = None,
-        criterion_kwargs: dict[str, Any] | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        verbose: bool = True,
-        *,
+        *args: Any,
         lowrank: LowRankConfig | None = None,
         example_input: Tensor | None = None,
         start_epoch: int = 0,
         start_update: int = 0,
-        **task_kwargs: Any,
+        **kwargs: Any,
     ):
         if start_epoch < 0 or start_update < 0:
             raise ValueError(f"start_epoch={start_epoch} and start_update={start_update} must not be negative")
@@ -91,15 +81,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
             raise TypeError(
                 "the network is wrapped already: leave out lowrank and example_input, or pass model.unwrap()"
             )
-        super().__init__(
-            wrapped,
-            criterion,
-            criterion_kwargs=criterion_kwargs,
-            device=device,
-            dtype=dtype,
-            verbose=verbose,
-            **task_kwargs,
-        )
+        super().__init__(wrapped, *args, **kwargs)
         # In a tuple: compiled and DDP wrappers come to stand around it, and it must not be a second submodule.
         self._lowrank = (wrapped,)
         self.start_epoch, self.start_update = start_epoch, start_update
@@ -108,7 +90,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         self._forwards, self._penalized = 0, False  # in training, since the last optimizer step
         self._attached = False
         self._due = True
-        if verbose:
+        if self.verbose:
             _logger.info(f"{type(self).__name__}: branches {BranchDescription.of(wrapped)}")
         self._switch()
 
@@ -237,18 +219,14 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         evaluated: nn.Module | None = super().get_eval_model(module, ema)
         return evaluated
 
-    def setup_ema(
-        self,
-        decay: float = 0.9999,
-        use_warmup: bool = False,
-        device: torch.device | None = None,
-        **kwargs: Any,
-    ) -> nn.Module:
-        """An EMA of the plain network: an average of matrices of rank r has not rank r."""
-        self.trainable_module_ema = ModelEmaV3(
-            self.backbone, decay=decay, use_warmup=use_warmup, device=device, **kwargs
-        )
-        ema: nn.Module = self.trainable_module_ema
+    def setup_ema(self, decay: float = 0.9999, **kwargs: Any) -> nn.Module:
+        """An EMA of the plain network: an average of matrices of rank r has not rank r.
+
+        Args:
+            decay, kwargs: for `timm.utils.ModelEmaV3`.
+        """
+        ema: nn.Module = ModelEmaV3(self.backbone, decay=decay, **kwargs)
+        self.trainable_module_ema = ema
         return ema
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:

@@ -136,10 +136,6 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
     """
 
     model_accepts_loss_kwargs: bool  # the Trainer's
-    lowrank: LowRankModel | None  # None until the first training batch
-    _pending: str | None  # folder of branches that wait to be built
-    _image_shape: tuple[int, ...] | None  # of the images that the branches were built for
-    _misnamed: bool  # whether the last checkpoint holds the model's weights under other names
 
     def __init__(
         self,
@@ -152,10 +148,12 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         example_input: Tensor | None = None,
         **keywords: Any,
     ) -> None:
-        self.lowrank = None
+        self.lowrank: LowRankModel | None = None  # until the first training batch
         self._config = lowrank
         self._forward: RecordingForward | None = None
-        self._pending = self._image_shape = None
+        self._pending: str | None = None  # folder of branches that wait to be built
+        self._image_shape: tuple[int, ...] | None = None  # of the images that the branches were built for
+        self._misnamed = False  # whether the last checkpoint holds the model's weights under other names
         self._loss_checked = False
         self._means = _Means()
         self._callback = LowRankCallback(start_epoch=start_epoch, start_step=start_step, checkpoints=False)
@@ -331,8 +329,10 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
             super()._issue_warnings_after_load(load_result)
 
     def _take_checkpoint(self, folder: str) -> None:
-        if self._misnamed:
-            _load_network(self.model, folder)
+        if self._misnamed:  # from_pretrained knows the names of earlier versions
+            with torch.random.fork_rng(devices=[]):
+                saved = type(self.model).from_pretrained(folder, config=copy.deepcopy(self.model.config))
+            self.model.load_state_dict(saved.state_dict())
         if not has_branches(folder):
             warnings.warn(f"{folder} holds no branches: they start anew", LowRankWarning, stacklevel=2)
         elif self.lowrank is not None:
@@ -422,10 +422,3 @@ def _ignores_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         first, second = (model(**few, num_items_in_batch=count) for count in (1, 2))
     key: Any = "loss" if isinstance(first, dict) else 0  # it may be a tuple
     return torch.equal(first[key], second[key])
-
-
-def _load_network(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Load the weights of a `PreTrainedModel` as `from_pretrained` does, which knows the names of earlier versions."""
-    with torch.random.fork_rng(devices=[]):
-        saved = type(model).from_pretrained(folder, config=copy.deepcopy(model.config))
-    model.load_state_dict(saved.state_dict())

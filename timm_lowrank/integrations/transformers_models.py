@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -20,12 +19,6 @@ from ..core.model import LowRankModel
 from ..wrapping import wrap
 
 TIMM = "timm_model"  # the attribute that holds the timm network of a TimmWrapper
-
-
-def network_of(model: nn.Module) -> nn.Module:
-    """The network whose layer names the user gives: the timm network of a TimmWrapper, any other model itself."""
-    inner = getattr(model, TIMM, None)
-    return inner if isinstance(inner, nn.Module) and isinstance(model, PreTrainedModel) else model
 
 
 def is_timm(network: nn.Module) -> bool:
@@ -72,24 +65,18 @@ def wrap_network(model: nn.Module, config: LowRankConfig, images: Tensor) -> Low
     Raises:
         ValueError, CaptureError: as `timm_lowrank.wrap`.
     """
-    network = network_of(model)
-    if network is not model and isinstance(config.branches, Mapping):
+    inner = getattr(model, TIMM, None)
+    network = inner if isinstance(inner, nn.Module) and isinstance(model, PreTrainedModel) else model
+    if network is inner and isinstance(config.branches, Mapping):
         branches = {name.removeprefix(f"{TIMM}."): options for name, options in config.branches.items()}
         config = dataclasses.replace(config, branches=branches)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), images.dtype)
-    with _last_stage_known(network, config):
-        return wrap(network, config, example_input=images.to(dtype))
-
-
-@contextlib.contextmanager
-def _last_stage_known(network: nn.Module, config: LowRankConfig) -> Iterator[None]:
-    """Tells `wrap` for the time being what "2-LR" means for a model of transformers."""
+    images = images.to(dtype)
     if config.branches != "2-LR" or not isinstance(network, PreTrainedModel) or hasattr(network, "lowrank_stage"):
-        yield
-        return
-    network.lowrank_stage = last_stage_input(network)
+        return wrap(network, config, example_input=images)
+    network.lowrank_stage = last_stage_input(network)  # says what "2-LR" means, for the time being
     try:
-        yield
+        return wrap(network, config, example_input=images)
     finally:
         del network.lowrank_stage
 

@@ -61,22 +61,14 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    functions = (
+        counts, date, has_classes, interval, row_length, shared_entries, short_number, text.duration, text.listing,
+        thumbnails, typographic, usual_direction,
+    )  # fmt: skip
     environment.filters |= {
-        "counts": counts,
-        "day": day,
-        "duration": text.duration,
-        "has_classes": has_classes,
-        "interval": interval,
-        "listing": text.listing,
-        "moment": moment,
+        **{function.__name__: function for function in functions},
         "phrases": lambda entries: [typographic(phrase) for phrase in text.phrases(entries)],
         "quantity": lambda *args, **options: typographic(text.quantity(*args, **options)),
-        "row_length": row_length,
-        "shared_entries": shared_entries,
-        "short_number": short_number,
-        "thumbnails": thumbnails,
-        "typographic": typographic,
-        "usual_direction": usual_direction,
     }
     return environment
 
@@ -204,19 +196,16 @@ def thumbnails(pixels: bytes, shape: Sequence[int]) -> list[str]:
     return urls
 
 
-def day(created: str) -> str:
-    """22 November 2026, whatever the language of the machine; a time that cannot be read stays as it is."""
+def date(created: str, *, clock: bool = False) -> str:
+    """22 November 2026, or with `clock` 22 November 2026, 17:00 UTC, whatever the language of the machine.
+
+    A time that cannot be read stays as it is.
+    """
     try:
         time = datetime.fromisoformat(created)
     except ValueError:
         return created
-    return f"{time.day} {MONTHS[time.month - 1]} {time.year}"
-
-
-def moment(created: str) -> str:
-    """22 November 2026, 17:00 UTC; a time that cannot be read stays as it is."""
-    try:
-        time = datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    return f"{day(created)}, {time.astimezone(UTC):%H:%M} UTC" if time.tzinfo else f"{day(created)}, {time:%H:%M}"
+    day = f"{time.day} {MONTHS[time.month - 1]} {time.year}"
+    if not clock:
+        return day
+    return f"{day}, {time.astimezone(UTC):%H:%M} UTC" if time.tzinfo else f"{day}, {time:%H:%M}"

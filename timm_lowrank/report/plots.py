@@ -44,11 +44,6 @@ class Panel:
     class_names: Sequence[str]
     limits: tuple[tuple[float, float], tuple[float, float]] | None = None  # of x and y; None: as the data have them
 
-    @property
-    def names(self) -> list[str]:
-        """What tells lines of the same network apart."""
-        return list(dict.fromkeys(line.name for line in self.lines))
-
     def colour(self, line: Series) -> str:
         return NETWORKS[colour_index(line.network, self.titles)]
 
@@ -227,7 +222,7 @@ def _label(axes: Any, panel: Panel, y_label: bool) -> None:
 
 
 def _draw_lines(axes: Any, panel: Panel) -> dict[str, Any]:
-    names, handles = panel.names, {}
+    names, handles = list(dict.fromkeys(line.name for line in panel.lines)), {}
     for index, line in enumerate(panel.lines):
         label = ", ".join(filter(None, (line.network, line.name if len(names) > 1 else "")))
         (handles[label],) = axes.plot(
