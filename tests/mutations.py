@@ -61,26 +61,86 @@ MUTATIONS = (
         "tests/test_branch.py",
     ),
     Mutation(
-        "moments not joined", "timm_lowrank/core/branch.py",
-        "            self._moments.join(self.processes)\n", "",
-        "tests/test_processes.py",
-    ),
-    Mutation(
-        "ranks reversed", "timm_lowrank/core/processes.py",
-        "return 0 if self.alone else dist.get_rank(self._group)",
-        "return 0 if self.alone else dist.get_world_size(self._group) - 1 - dist.get_rank(self._group)",
-        "tests/test_processes.py",
-    ),
-    Mutation(
         "hooks left on the network", "timm_lowrank/core/capture.py",
         "            setattr(module, kind, hooks)\n\n\ndef _hook", "            pass\n\n\ndef _hook",
         "tests/test_capture.py tests/test_model.py",
+    ),
+    Mutation(
+        "effective rank one too small", "timm_lowrank/suites/measurements/representations.py",
+        "Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of)",
+        "Value(float(sum(share < 0.99 - 1e-12 for share in held)), of=of)",
+        "tests/test_suites.py",
+    ),
+    # ------------------------------------------------------------------------------------------------------- processes
+    Mutation(
+        "moments not joined", "timm_lowrank/core/branch.py",
+        "with full_precision(self.bias.device):\n            self._moments.sum_over(self.processes)\n",
+        "with full_precision(self.bias.device):\n",
+        "tests/test_processes.py",
+    ),
+    Mutation(
+        "ranks reversed", "timm_lowrank/core/distributed.py",
+        "return 0 if self.alone else dist.get_rank(self._group)",
+        "return 0 if self.alone else dist.get_world_size(self._group) - 1 - dist.get_rank(self._group)",
+        "tests/test_processes.py",
     ),
     # --------------------------------------------------------------------------------------------------------- attacks
     Mutation(
         "radius one ulp too large", "timm_lowrank/evaluation/attacks/balls.py",
         "(exact + eps).clamp_max(1), eps)", "(exact + eps).clamp_max(1), eps).nextafter(torch.ones(()))",
         "tests/test_attacks.py",
+    ),
+    Mutation(
+        "normalised with the mean alone", "timm_lowrank/evaluation/pixels.py",
+        "normalised = (images.float() - self.mean) / self.std", "normalised = images.float() - self.mean",
+        "tests/test_evaluation.py tests/test_attacks.py",
+    ),
+    Mutation(
+        "most likely class for the least likely", "timm_lowrank/evaluation/attacks/gradient.py",
+        "len(pixels)).argmin(dim=1)", "len(pixels)).argmax(dim=1)",
+        "tests/test_attacks.py",
+    ),
+    Mutation(
+        "a decisive check of masking overlooked", "timm_lowrank/evaluation/masking/verdict.py",
+        "MASKED if any(check.decisive for check in failed)", "MASKED if all(not check.decisive for check in failed)",
+        "tests/test_masking.py",
+    ),
+    Mutation(
+        "Wilson's interval too narrow", "timm_lowrank/evaluation/results.py",
+        "share, spread = hits / count, z * z / count", "share, spread = hits / count, z / count",
+        "tests/test_results.py tests/test_measurements.py",
+    ),
+    # ---------------------------------------------------------------------------------------------- data and training
+    Mutation(
+        "label shifted", "timm_lowrank/data/batches.py",
+        "yield images, self.labels[rows]\n", "yield images, self.labels[rows.roll(1)]\n",
+        "tests/test_data.py tests/test_training_run.py",
+    ),
+    Mutation(
+        "the same streamed order in every epoch", "timm_lowrank/data/order.py",
+        "starts, begins, offset = self._sequence(epoch)", "starts, begins, offset = self._sequence(0)",
+        "tests/test_data_stream.py",
+    ),
+    Mutation(
+        "branches on one epoch early", "timm_lowrank/training/recipe.py",
+        "epoch < recipe.pretrain_epochs:", "epoch + 1 < recipe.pretrain_epochs:",
+        "tests/test_training_recipe.py tests/test_training_run.py",
+    ),
+    # --------------------------------------------------------------------------------------- checkpoints and publishing
+    Mutation(
+        "view of a branch not written", "timm_lowrank/checkpoint/branches.py",
+        "            view=tap.view.kind,\n", "            view=FLATTEN.kind,\n",
+        "tests/test_checkpoint.py tests/test_trainer.py",
+    ),
+    Mutation(
+        "damaged weights accepted", "timm_lowrank/checkpoint/files.py",
+        "    if found != digest:\n", "    if not digest:\n",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "figure from the twin", "timm_lowrank/publish/record.py",
+        "return _known(figure, self.title)", "return _known(figure, self.plain_title)",
+        "tests/test_card.py",
     ),
 )  # fmt: skip
 
