@@ -37,9 +37,9 @@ def record_one(net, tap, x=None):
     return record.activation(tap)
 
 
-def expect_error(net, layer, *parts, x=None):
+def expect_error(net, layer, *parts):
     with pytest.raises(CaptureError) as caught:
-        record_one(net, Tap.at(layer, layer, net), x)
+        record_one(net, Tap.at(layer, layer, net))
     for part in (repr(layer), *parts):
         assert part in str(caught.value)
     assert hooks(net) == []
@@ -68,6 +68,7 @@ def test_output_and_input():
     assert torch.equal(record_one(net, Tap.at("body", "body", net), x), net.body(x))
     assert torch.equal(record_one(net, Tap.at("p", "head", net, takes_input=True), x), net.body(x))
     assert torch.equal(record_one(net, Tap.at("p", "body", net, takes_input=True), x), x)
+    assert torch.equal(record_one(net, Tap.at("body.1.1", "body.1.1", net), x), net.body(x)), "works in place"
 
 
 def test_the_tensor_itself_is_stored_with_its_graph():
@@ -79,22 +80,17 @@ def test_the_tensor_itself_is_stored_with_its_graph():
 
 
 def test_hooks_live_only_inside_the_block():
-    net = Net()
-    taps = [Tap.at("body", "body", net), Tap.at("p", "head", net, takes_input=True)]
-    with recording(net, taps):
-        assert len(hooks(net)) == 2
-    assert hooks(net) == []
-
-
-def test_no_hook_is_left_after_an_exception():
     def fail(net, x):
         raise KeyError("in the middle of the forward pass")
 
     net = Net(fail)
-    with pytest.raises(KeyError, match="in the middle"):
-        record_one(net, Tap.at("body", "body", net))
+    taps = [Tap.at("body", "body", net), Tap.at("p", "head", net, takes_input=True)]
+    with recording(net, taps):
+        assert len(hooks(net)) == 2
+    with pytest.raises(KeyError, match="in the middle"), recording(net, taps):
+        net(torch.randn(2, 4))
     assert hooks(net) == []
-    with pytest.raises(AttributeError), recording(net, [Tap.at("body", "body", net), Tap("gone", "gone")]):
+    with pytest.raises(AttributeError), recording(net, [taps[0], Tap("gone", "gone")]):
         pass
     assert hooks(net) == []
 
@@ -120,28 +116,17 @@ def test_hooks_of_others_stay():
     assert len(hooks(net)) == 1
 
 
-def test_a_layer_that_does_not_run():
-    expect_error(Net(), "spare", "did not run", "every training forward")
-
-
-def test_a_layer_that_runs_twice():
-    expect_error(Net(lambda net, x: net.head(net.spare(net.spare(net.body(x))))), "spare", "ran 2 times", "runs once")
-
-
-def test_a_layer_that_is_overwritten_in_place():
-    """The ReLU behind body.1.0 works in place: what the hook saw is not what the network goes on with."""
-    expect_error(Net(), "body.1.0", "overwritten in place", "choose the layer that overwrites it")
-    net = Net()
-    assert (record_one(net, Tap.at("body.1.1", "body.1.1", net)) >= 0).all()
-
-
-class Gives(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, x):
-        return self.value(x)
+@pytest.mark.parametrize(
+    ("run", "layer", "parts"),
+    [
+        (None, "spare", ("did not run", "every training forward")),
+        (lambda net, x: net.head(net.spare(net.spare(net.body(x)))), "spare", ("ran 2 times", "runs once")),
+        # The ReLU behind it works in place: what the hook saw is not what the network goes on with.
+        (None, "body.1.0", ("overwritten in place", "choose the layer that overwrites it")),
+    ],
+)
+def test_layers_without_activations_of_their_own(run, layer, parts):
+    expect_error(Net(run), layer, *parts)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +147,7 @@ def test_a_layer_that_gives_no_float_activations(value, message):
         return net.head(net.body(x))
 
     net = Net(run)
-    net.spare = Gives(value)
+    net.spare.forward = value
     expect_error(net, "spare", message)
 
 

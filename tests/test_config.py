@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from timm_lowrank import LowRankConfig
 from timm_lowrank.errors import nearest
 
+WRONG_BRANCHES = [0, -2, 2.5, True, None, {}, {"rank": 5, "reconstruction_weight": -1}]
+WRONG_BRANCHES += [{"rank": 5, "view": "tokens"}, {"rank": 5, "channel_dim": 0}, {"rank": 5, "channel_dim": "last"}]
 WRONG = {
     "scale": ["papers", None, 1],
     "step_rule": ["normalised", ""],
@@ -24,47 +27,21 @@ WRONG = {
     "oversampling": [-1, 0.5, None],
     "warmup_updates": [-1, 2.5, None],
     "seed": [1.5, None, "0"],
-    "branches": [
-        "3-LR",
-        {},
-        None,
-        5,
-        {"layer3": 0},
-        {"layer3": -2},
-        {"layer3": 2.5},
-        {"layer3": True},
-        {"layer3": None},
-        {"layer3": {}},
-        {"layer3": {"rank": 5, "reconstruction_weight": -1}},
-    ],
+    "branches": ["3-LR", {}, None, 5, *({"layer3": spec} for spec in WRONG_BRANCHES)],
 }
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
 def test_wrong_values_are_named(field, value):
-    with pytest.raises(ValueError, match=r"^LowRankConfig: ") as caught:
+    named = "layer3" if isinstance(value, dict) and value else re.escape(f"{field}={value!r}")
+    with pytest.raises(ValueError, match=f"^LowRankConfig: .*{named}"):
         LowRankConfig(**{field: value})
-    message = str(caught.value)
-    if isinstance(value, dict) and value:
-        assert "layer3" in message
-    else:
-        assert f"{field}={value!r}" in message
 
 
 def test_every_problem_is_in_one_message():
-    with pytest.raises(ValueError, match="LowRankConfig") as caught:
+    parts = ["scale='x'.*reference, unit, batch, paper", "project_every=0", "seed=None", "'a'", "'rnak'.*rank[?]"]
+    with pytest.raises(ValueError, match="^LowRankConfig: .*" + ".*; .*".join(parts)):
         LowRankConfig(scale="x", project_every=0, seed=None, branches={"a": 0, "b": {"rank": 3, "rnak": 2}})
-    message = str(caught.value)
-    for part in (
-        "scale='x'",
-        "reference, unit, batch, paper",
-        "project_every=0",
-        "seed=None",
-        "'a'",
-        "'rnak'",
-        "rank?",
-    ):
-        assert part in message
 
 
 def test_the_largest_step_depends_on_the_rule():
@@ -101,16 +78,12 @@ def test_a_dictionary_is_no_view_of_the_configuration():
     assert config.branches["layer3"]["rank"] == 5
 
 
-def test_unknown_keys():
+def test_unknown_keys_and_wrong_values():
     values = {**LowRankConfig(seed=3).to_dict(), "project_evry": 5, "zzz": 1}
-    with pytest.raises(ValueError, match="zzz") as caught:
+    with pytest.raises(ValueError, match=r"'project_evry'\. Did you mean: project_every.*zzz"):
         LowRankConfig.from_dict(values)
-    assert "'project_evry'. Did you mean: project_every" in str(caught.value)
     with pytest.warns(UserWarning, match="project_evry.*Left out"):
         assert LowRankConfig.from_dict(values, strict=False) == LowRankConfig(seed=3)
-
-
-def test_not_strict_does_not_let_wrong_values_through():
     with pytest.raises(ValueError, match="project_every=0"):
         LowRankConfig.from_dict({"project_every": 0}, strict=False)
 
@@ -123,10 +96,8 @@ def test_options_of_one_branch():
         branches={"a": 5, "b": {"rank": 3, "reconstruction_weight": 0.1}, "c": {"rank": 2, "norm_weight": 0}},
     )
     assert config.for_branch("a") == config
-    weights = {
-        layer: (config.for_branch(layer).reconstruction_weight, config.for_branch(layer).norm_weight) for layer in "abc"
-    }
-    assert weights == {"a": (2.0, 0.5), "b": (0.1, 0.5), "c": (2.0, 0)}
+    each = [config.for_branch(layer) for layer in "abc"]
+    assert [(own.reconstruction_weight, own.norm_weight) for own in each] == [(2.0, 0.5), (0.1, 0.5), (2.0, 0)]
     assert config.for_branch("b").branches == {"b": 3}
     assert config.for_branch("b").seed == 9
     defaults = {layer: LowRankConfig().for_branch(layer).reconstruction_weight for layer in ("layer3", "pre_logits")}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import timm_lowrank as tlr
-from timm_lowrank.core.distributed import refuse_deepspeed, refuse_deepspeed_optimizer
+from timm_lowrank.core.distributed import refuse_deepspeed_optimizer
 
 ENGINE = """
 class DeepSpeedEngine:
@@ -44,30 +44,34 @@ def engine(monkeypatch):
     return stand_in(monkeypatch, "deepspeed.runtime.engine", ENGINE)
 
 
-class Asking(nn.Linear):
-    """A module that asks in its forward, where the model does."""
-
-    def forward(self, inputs):
-        refuse_deepspeed(self)
-        return super().forward(inputs)
+@pytest.fixture
+def model(small_net):
+    config = tlr.LowRankConfig(branches={"hidden": 4})
+    return tlr.wrap(small_net(), config, example_input=torch.zeros(1, 1, 8, 8)).train()
 
 
-def test_a_forward_in_an_engine_is_an_error(engine):
-    network, inputs = Asking(2, 2), torch.zeros(1, 2)
-    network(inputs)  # DeepSpeed was imported by something; that alone is no reason
+IMAGES = torch.zeros(2, 1, 8, 8)
+
+
+def test_a_forward_in_an_engine_is_an_error(engine, model):
+    model(IMAGES)  # DeepSpeed was imported by something; that alone is no reason
+    run = engine.DeepSpeedEngine(model)
+    for called in (run, engine.DeepSpeedEngine(nn.Sequential(nn.Identity(), model))):
+        with pytest.raises(tlr.LowRankError, match=ADVICE):
+            called(IMAGES)
+    model.enable(False)
+    run(IMAGES)
+    model.enable().eval()
+    run(IMAGES)  # evaluation is none of the branches' business
+    engine.DeepSpeedEngine(model.train(), hooks=True)
     with pytest.raises(tlr.LowRankError, match=ADVICE):
-        engine.DeepSpeedEngine(network)(inputs)
-    with pytest.raises(tlr.LowRankError, match=ADVICE):
-        engine.DeepSpeedEngine(nn.Sequential(nn.Identity(), network))(inputs)
-    engine.DeepSpeedEngine(network, hooks=True)
-    with pytest.raises(tlr.LowRankError, match=ADVICE):
-        network(inputs)
+        model(IMAGES)
 
 
-def test_nothing_is_looked_at_where_deepspeed_was_never_imported(monkeypatch):
+def test_nothing_is_looked_at_where_deepspeed_was_never_imported(monkeypatch, model):
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     monkeypatch.setattr("sys._getframe", lambda depth: pytest.fail("the frames were walked"))
-    Asking(2, 2)(torch.zeros(1, 2))
+    model(IMAGES)
 
 
 def test_optimizers_of_an_engine_are_refused(engine, monkeypatch):
@@ -78,24 +82,13 @@ def test_optimizers_of_an_engine_are_refused(engine, monkeypatch):
     for optimizer in (zero, wrapper(zero), wrapper(raw), engine.DeepSpeedEngine(nn.Identity(), zero)):
         with pytest.raises(tlr.LowRankError, match=ADVICE):
             refuse_deepspeed_optimizer(optimizer)
-    refuse_deepspeed_optimizer(raw)
-
-
-def test_an_optimizer_of_deepspeed_that_needs_no_engine_is_welcome(monkeypatch):
     source = "import torch\nclass FusedAdam(torch.optim.Adam): pass"
     fused = stand_in(monkeypatch, "deepspeed.ops.adam.fused_adam", source).FusedAdam
-    refuse_deepspeed_optimizer(fused([nn.Parameter(torch.zeros(1))]))
+    for needs_no_engine in (raw, fused(raw.param_groups[0]["params"])):
+        refuse_deepspeed_optimizer(needs_no_engine)
 
 
-def test_the_wrapper_and_attach_ask(engine, small_net):
-    model = tlr.wrap(small_net(), tlr.LowRankConfig(branches={"hidden": 4}), example_input=torch.zeros(1, 1, 8, 8))
-    images = torch.zeros(2, 1, 8, 8)
-    run = engine.DeepSpeedEngine(model.train())
-    with pytest.raises(tlr.LowRankError, match=ADVICE):
-        run(images)
-    run.module.enable(False)(images)
-    model.enable().eval()
-    run(images)  # evaluation is none of the branches' business
+def test_attach_refuses_them(engine, model):
     with pytest.raises(tlr.LowRankError, match=ADVICE):
         tlr.attach(engine.DeepSpeedZeroOptimizer(torch.optim.SGD(model.parameters(), lr=0.1)), model)
 

@@ -1,6 +1,7 @@
 """Layers by name on many families of networks: presets, widths, the table of the command line, and every wrong name."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -28,17 +29,16 @@ def images(size, count=2):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "size", "stage", "stage_width", "width"),
-    FAMILIES,
-    ids=lambda x: x if isinstance(x, str) else "",
-)
+def branch_on(layer, rank=3):
+    return LowRankConfig(branches={layer: rank}, warmup_updates=0)
+
+
+@pytest.mark.parametrize(("name", "options", "size", "stage", "stage_width", "width"), FAMILIES)
 def test_presets(name, options, size, stage, stage_width, width, recwarn):
     model = tlr.wrap(name, LowRankConfig(branches="2-LR"), example_input=images(size), num_classes=3, **options).train()
     sizes = {layer: (branch.num_features, branch.rank) for layer, branch in model.branches.items()}
     assert list(sizes) == [stage, "pre_logits"]
-    tokens = next(tap for tap in model.taps if tap.layer == stage).view.kind == "token"
-    rank = min(500, stage_width // 4) if tokens else min(500, stage_width)
+    rank = min(500, stage_width // 4) if model.branches[stage].view.kind == "token" else min(500, stage_width)
     assert sizes[stage] == (stage_width, rank)
     assert sizes["pre_logits"] == (width, min(100, width))
     short = [layer for layer, rank in ((stage, rank), ("pre_logits", 100)) if sizes[layer][0] <= rank]
@@ -58,9 +58,7 @@ def test_presets(name, options, size, stage, stage_width, width, recwarn):
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
 def test_pre_logits_is_the_input_of_the_classifier(name):
     options = {"img_size": 64} if "vit" in name else {}
-    model = tlr.wrap(
-        name, LowRankConfig(branches={"pre_logits": 3}), example_input=images(64), num_classes=3, **options
-    ).eval()
+    model = tlr.wrap(name, branch_on("pre_logits"), example_input=images(64), num_classes=3, **options).eval()
     with model.capture() as seen, torch.no_grad():
         logits = model(images(64))
     assert torch.allclose(model.get_classifier()(seen["pre_logits"]), logits)
@@ -69,84 +67,70 @@ def test_pre_logits_is_the_input_of_the_classifier(name):
 def test_of_several_classifiers_the_first_counts():
     """A distilled network has one for the labels and one for the teacher."""
     options = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2, "num_classes": 3}
-    config = LowRankConfig(branches={"pre_logits": 3}, warmup_updates=0)
-    model = tlr.wrap("deit_tiny_distilled_patch16_224", config, **options)
+    model = tlr.wrap("deit_tiny_distilled_patch16_224", branch_on("pre_logits"), **options)
     assert isinstance(model.get_classifier(), tuple)
     assert [tap.path for tap in model.taps] == ["head"]
     model.train()(images(32))
     assert float(model.penalty().detach()) > 0
 
 
-def test_example_inputs_decide_the_width():
-    widths = {}
-    for size in (32, 64):
-        model = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 3}), example_input=images(size, 1))
-        widths[size] = model.branches["layer3"].num_features
-    assert widths[64] == 4 * widths[32]
-    default = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 3})).branches["layer3"].num_features
-    assert default == 25 * widths[32], "160 px, of the pretrained_cfg"
-    small = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3}), img_size=32, in_chans=1)
-    assert small.branches["blocks.1"].num_features == 64, "a token is a sample"
-    flattened = LowRankConfig(branches={"blocks.1": {"rank": 3, "view": "flatten"}})
-    oblong = tlr.wrap("test_vit", flattened, img_size=(32, 64))
-    assert oblong.branches["blocks.1"].num_features == 9 * 64
+@pytest.mark.parametrize(
+    ("name", "view", "example", "options", "width"),
+    [
+        ("test_resnet", None, 32, {}, 192 * 2 * 2),
+        ("test_resnet", None, 64, {}, 192 * 4 * 4),
+        ("test_resnet", None, None, {}, 192 * 10 * 10),  # 160 px, of the pretrained_cfg
+        ("test_vit", None, None, {"img_size": 32, "in_chans": 1}, 64),  # a token is a sample
+        ("test_vit", "flatten", None, {"img_size": (32, 64)}, 9 * 64),
+    ],
+)
+def test_example_inputs_decide_the_width(name, view, example, options, width):
+    layer = "layer3" if name == "test_resnet" else "blocks.1"
+    config = LowRankConfig(branches={layer: {"rank": 3, "view": view}})
+    model = tlr.wrap(name, config, example_input=images(example, 1) if example else None, **options)
+    assert model.branches[layer].num_features == width
 
 
 def test_a_network_of_another_size_than_its_configuration_says():
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2)
     with pytest.raises(ValueError, match=r"does not take an image of \(3, 224, 224\).*pass example_input=images"):
-        tlr.wrap(network, LowRankConfig(branches={"blocks.0": 3}))
-    model = tlr.wrap(network, LowRankConfig(branches={"blocks.0": 3}), example_input=images(32))
+        tlr.wrap(network, branch_on("blocks.0"))
+    model = tlr.wrap(network, branch_on("blocks.0"), example_input=images(32))
     assert model.branches["blocks.0"].num_features == 24
 
 
-def test_finding_layers_changes_nothing(random_stream):
+def test_finding_layers_changes_nothing():
     network = timm.create_model("test_resnet", num_classes=3, drop_rate=0.5).train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     stream = torch.get_rng_state()
-    network.layer2.eval()
-    model = tlr.wrap(network, LowRankConfig(branches={"layer3": 3, "pre_logits": 3}), example_input=images(32))
-    list_layers(network, images=images(32))
+    for training in (True, False):
+        network.train(training)
+        model = tlr.wrap(network, LowRankConfig(branches={"layer3": 3, "pre_logits": 3}), example_input=images(32))
+        list_layers(network, images=images(32))
+        assert model.unwrap() is network
+        assert model.training == network.training == training
     assert torch.equal(stream, torch.get_rng_state())
-    assert model.unwrap() is network
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-    assert model.training
-    assert network.training
-
-
-def test_wrapping_keeps_the_mode_of_the_network():
-    assert not tlr.wrap(timm.create_model("test_vit").eval(), LowRankConfig(branches={"blocks.1": 3})).training
-    assert tlr.wrap(timm.create_model("test_vit").train(), LowRankConfig(branches={"blocks.1": 3})).training
 
 
 # Hugging Face transformers
 
 
-def huggingface_resnet():
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+VIT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layer", "width", "classifier_width"),
+    [
+        ("ResNet", RESNET, "resnet.encoder.stages.0", 8 * 8 * 8, 16),
+        ("ViT", {**VIT, "patch_size": 8}, "vit.embeddings", 24, 24),
+    ],
+)
+def test_transformers(family, options, layer, width, classifier_width):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
-    )
-    return transformers.ResNetForImageClassification(config), "resnet.encoder.stages.0", 8 * 8 * 8, 16
-
-
-def huggingface_vit():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-        num_labels=3,
-    )
-    return transformers.ViTForImageClassification(config), "vit.embeddings", 24, 24
-
-
-@pytest.mark.parametrize("build", [huggingface_resnet, huggingface_vit])
-def test_transformers(build):
-    network, layer, width, classifier_width = build()
+    configuration = getattr(transformers, f"{family}Config")(num_labels=3, **options)
+    network = getattr(transformers, f"{family}ForImageClassification")(configuration)
     config = LowRankConfig(branches={layer: 5, "pre_logits": 4}, project_every=2)
     model = tlr.wrap(network.train(), config, example_input=images(32))
     assert model.branches[layer].num_features == width
@@ -172,13 +156,11 @@ def test_list_layers():
     listed = list_layers("resnet18", images=images(32))
     by_name = {info.name: info for info in listed}
     assert len(by_name) == len(listed)
-    assert by_name["layer3"].shape == (256, 2, 2)
-    assert by_name["layer3"].width == 1024
-    assert by_name["layer3"].kind == "Sequential"
+    assert by_name["layer3"] == tlr.LayerInfo("layer3", "Sequential", (256, 2, 2), 1024, "flatten")
     assert by_name["layer4.1.conv2"].kind == "Conv2d"
     assert by_name["fc"].shape == (1000,)
-    assert (listed[-1].name, listed[-1].kind, listed[-1].width) == ("pre_logits", "input of fc", 512)
-    order = [info.name for info in listed]
+    assert listed[-1] == tlr.LayerInfo("pre_logits", "input of fc", (512,), 512, "flatten")
+    order = list(by_name)
     assert order.index("conv1") < order.index("layer1.0.conv1") < order.index("layer3") < order.index("fc")
 
 
@@ -224,71 +206,54 @@ def test_layers_that_give_no_activations_are_not_listed():
 def test_the_table_of_the_command_line():
     command = [sys.executable, "-m", "timm_lowrank", "layers", "resnet18", "--model-args", '{"in_chans": 1}']
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [line.split() for line in result.stdout.splitlines()]
+    table = result.stdout.split("\n\n")[0].splitlines()
+    lines = [line.split() for line in table]
     assert lines[0] == ["layer", "kind", "shape", "view", "width"]
     assert ["layer3", "Sequential", "256", "x", "14", "x", "14", "flatten", "50,176"] in lines
     assert lines[-1] == ["pre_logits", "input", "of", "fc", "512", "flatten", "512"]
-    assert len({len(line) for line in result.stdout.splitlines()}) == 1, "columns are aligned"
+    assert len({len(line) for line in table}) == 1, "columns are aligned"
 
 
-def test_depth_of_the_table(capsys):
+def test_options_of_the_table(capsys):
     counts = []
     for depth in ("1", "2", "0"):
-        assert main(["layers", "test_resnet", "--depth", depth]) == 0
-        counts.append(len(capsys.readouterr().out.splitlines()))
+        assert main(["layers", "test_vit", "--depth", depth, "--model-args", json.dumps({"img_size": 32})]) == 0
+        printed = capsys.readouterr().out
+        assert ("5 x 64" in printed) or depth == "1"
+        counts.append(len(printed.splitlines()))
     assert counts[0] < counts[1] < counts[2]
-
-
-def test_errors_of_the_command_line(capsys):
-    assert main(["layers", "resnet_18"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert "resnet18" in captured.err
-    assert len(captured.err.splitlines()) == 1
     with pytest.raises(SystemExit) as caught:
         main(["layers", "resnet18", "--model-args", "{not json"])
     assert caught.value.code == 2
 
 
-def test_keywords_of_the_command_line(capsys):
-    assert main(["layers", "test_vit", "--model-args", json.dumps({"img_size": 32})]) == 0
-    assert "5 x 64" in capsys.readouterr().out
-
-
 # wrong names
 
 
-def test_an_unknown_timm_name_lists_the_nearest():
-    with pytest.raises(ValueError, match=r"has no model 'resnet19'\. Did you mean: .*resnet18"):
-        tlr.wrap("resnet19")
-    with pytest.raises(ValueError, match=r"'resnt18\.a1_in1k'\. Did you mean: .*resnet18"):
-        tlr.wrap("resnt18.a1_in1k")
+@pytest.mark.parametrize("name", ["resnet19", "resnt18.a1_in1k"])
+def test_an_unknown_timm_name_lists_the_nearest(name):
+    with pytest.raises(ValueError, match=rf"has no model '{re.escape(name)}'\. Did you mean: .*resnet18"):
+        tlr.wrap(name)
 
 
 def test_all_unknown_layers_are_named_with_the_nearest():
-    with pytest.raises(ValueError, match="ResNet has no layer") as caught:
+    each = [r"ResNet has no layer 'layer33'\. Did you mean: layer3.*", r"'prelogits'\. Did you mean: pre_logits.*"]
+    with pytest.raises(ValueError, match="; .*".join([*each, "'stem.conv'"])) as caught:
         tlr.wrap("test_resnet", LowRankConfig(branches={"layer33": 5, "layer3": 5, "prelogits": 3, "stem.conv": 2}))
-    message = str(caught.value)
-    assert "'layer33'. Did you mean: layer3" in message
-    assert "'prelogits'. Did you mean: pre_logits" in message
-    assert "'stem.conv'" in message
-    assert "no layer 'layer3'" not in message
+    assert "no layer 'layer3'" not in str(caught.value)
 
 
 def test_a_rank_that_is_larger_than_the_layer():
-    with pytest.raises(ValueError, match="rank") as caught:
-        tlr.wrap("test_vit", LowRankConfig(branches={"pre_logits": 65, "blocks.1": 1000, "blocks.2": 5}), img_size=32)
-    message = str(caught.value)
-    assert "rank 65 is larger than the 64 features of layer 'pre_logits'" in message
-    assert "rank 1000 is larger than the 64 features of layer 'blocks.1'" in message
-    assert "blocks.2" not in message
+    wide = {"pre_logits": 65, "blocks.1": 1000}
+    each = [f"rank {rank} is larger than the 64 features of layer '{layer}'; " for layer, rank in wide.items()]
+    with pytest.raises(ValueError, match="".join(["^", *each, "a branch needs"])):
+        tlr.wrap("test_vit", LowRankConfig(branches={"blocks.2": 5, **wide}), img_size=32)
 
 
 def test_a_network_without_a_classifier_has_no_pre_logits():
     with pytest.raises(ValueError, match=r"ResNet has no classifier .*num_classes=0.*name a layer"):
         tlr.wrap("test_resnet", num_classes=0)
-    model = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 5}), example_input=images(32), num_classes=0)
+    model = tlr.wrap("test_resnet", branch_on("layer3"), example_input=images(32), num_classes=0)
     assert list(model.branches) == ["layer3"]
 
 
@@ -300,12 +265,19 @@ def test_a_module_without_linear_layers_has_no_pre_logits():
         tlr.wrap(network, LowRankConfig(branches="2-LR"), example_input=images(8))
 
 
-def test_wrong_models():
-    with pytest.raises(TypeError, match=r"a timm name or an nn\.Module is needed, not a int"):
-        tlr.wrap(18)
-    with pytest.raises(TypeError, match=r"num_classes: keywords for timm\.create_model, but the model exists already"):
-        tlr.wrap(timm.create_model("test_vit"), num_classes=3)
-    with pytest.raises(TypeError, match=r"wrapped already; wrap model\.unwrap\(\)"):
-        tlr.wrap(tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": 3})))
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (lambda: 18, {}, r"a timm name or an nn\.Module is needed, not a int"),
+        (lambda: timm.create_model("test_vit"), {"num_classes": 3}, r"num_classes: .* but the model exists already"),
+        (lambda: tlr.wrap("test_vit", branch_on("blocks.1")), {}, r"wrapped already; wrap model\.unwrap\(\)"),
+    ],
+)
+def test_wrong_models(model, options, message):
+    with pytest.raises(TypeError, match=message):
+        tlr.wrap(model(), **options)
+
+
+def test_a_size_that_is_not_known():
     with pytest.raises(ValueError, match="input size of a Linear is not known"):
         tlr.wrap(nn.Linear(3, 3))

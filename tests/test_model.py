@@ -16,18 +16,11 @@ import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, LowRankWarning, attach
 from timm_lowrank.core.model import STEPS_BEFORE_WARNING
 
+PLAIN = {"project_every": 4, "warmup_updates": 0, "reconstruction_weight": 1.0, "scale": "unit"}
+
 
 def config(branches=None, **values):
-    return LowRankConfig(
-        **{
-            "branches": branches or {"body": 5, "pre_logits": 4},
-            "project_every": 4,
-            "warmup_updates": 0,
-            "reconstruction_weight": 1.0,
-            "scale": "unit",
-            **values,
-        }
-    )
+    return LowRankConfig(**{"branches": branches or {"body": 5, "pre_logits": 4}, **PLAIN, **values})
 
 
 @pytest.fixture
@@ -66,6 +59,22 @@ def train(model, optimizer, batches, update=True):
             model.update()
         losses.append(loss.detach())
     return losses
+
+
+def scaled_step(model, optimizer, scaler, images, labels):
+    """A training step with a gradient scaler, of a model that is attached to the optimizer."""
+    loss = nn.functional.cross_entropy(model(images), labels) + model.penalty()
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return model.branches["body"].updates
+
+
+def assert_close_branches(model, twin, atol):
+    for layer, branch in model.branches.items():
+        assert torch.allclose(branch.dense_weight(), twin.branches[layer].dense_weight(), rtol=0, atol=atol)
+        assert torch.allclose(branch.bias, twin.branches[layer].bias, rtol=0, atol=atol)
 
 
 def state_of(module):
@@ -140,10 +149,10 @@ def test_branch_names_and_options(wrapped):
         reconstruction_weight=2.0,
     )
     assert list(model.branches) == list(model.branches.keys()) == ["body.0", "pre_logits"]
-    assert [name for name, _ in model.branches.items()] == ["body.0", "pre_logits"]
     assert "body.0" in model.branches
     assert "body.1" not in model.branches
-    first, second = model.branches["body.0"], model.branches["pre_logits"]
+    (name, first), (_, second) = model.branches.items()
+    assert model.branches[name] is first
     assert (first.rank, first.num_features, first.name) == (3, 8 * 4 * 4, "body.0")
     assert (first.config.reconstruction_weight, first.config.norm_weight) == (0.1, 0.0)
     assert (second.rank, second.num_features) == (4, 32)
@@ -180,31 +189,26 @@ def test_nothing_is_left_on_the_backbone():
     assert all(key.startswith(("backbone.", "branches.")) for key in model.state_dict())
 
 
-@pytest.mark.parametrize("how", ["eval", "disabled"])
-def test_switched_off_it_never_records(wrapped, data, how, monkeypatch):
+@pytest.mark.parametrize("switch_off", [LowRankModel.eval, lambda model: model.enable(False)])
+def test_switched_off_it_never_records(wrapped, data, switch_off, monkeypatch):
     model = wrapped()
     monkeypatch.setattr("timm_lowrank.core.model.recording", None)  # calling it would raise
     ((images, _),) = data(1)
-    before = state_of(model.branches)
-    _ = model.eval() if how == "eval" else model.enable(False)
+    switch_off(model)
     assert torch.equal(model(images), model.backbone(images))
-    assert same(before, state_of(model.branches))
 
 
 def test_switched_off_everything_is_free(wrapped, data):
     model = wrapped().enable(False)
     plain = copy.deepcopy(model.backbone)
     optimizer, twin = sgd(model), sgd(plain)
-    for images, labels in data(5):
-        loss = nn.functional.cross_entropy(model(images), labels)
-        penalty = model.penalty()
-        assert float(penalty) == 0
-        optimizer.zero_grad()
-        (loss + penalty).backward()
-        optimizer.step()
-        model.update()
+    losses = train(model, optimizer, data(5))
+    assert float(model.penalty()) == 0
+    for (images, labels), loss in zip(data(5), losses, strict=True):
+        plain_loss = nn.functional.cross_entropy(plain(images), labels)
+        assert torch.equal(loss, plain_loss)
         twin.zero_grad()
-        nn.functional.cross_entropy(plain(images), labels).backward()
+        plain_loss.backward()
         twin.step()
     assert same(state_of(model.backbone), state_of(plain))
     assert model.branches["body"].updates == 0
@@ -403,10 +407,9 @@ def test_attach_updates_after_each_step(wrapped, data):
 
 def test_attach_says_what_it_needs(wrapped):
     model = wrapped()
-    with pytest.raises(TypeError, match="torch optimizer, not a LowRankModel"):
-        attach(model, model)
-    with pytest.raises(TypeError, match="torch optimizer, not a list"):
-        attach([], model)
+    for wrong in (model, []):
+        with pytest.raises(TypeError, match=f"torch optimizer, not a {type(wrong).__name__}"):
+            attach(wrong, model)
 
 
 def test_a_step_that_a_gradient_scaler_skips_is_no_update(wrapped, data):
@@ -416,27 +419,15 @@ def test_a_step_that_a_gradient_scaler_skips_is_no_update(wrapped, data):
     attach(optimizer, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     batches = data(6)
-
-    def scaled_step(images, labels):
-        loss = nn.functional.cross_entropy(model(images), labels) + model.penalty()
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        return model.branches["body"].updates
-
-    assert scaled_step(*batches[0]) == 1
+    assert scaled_step(model, optimizer, scaler, *batches[0]) == 1
     train(twin, twin_optimizer, batches[:1])
-    overflow = batches[1][0].clone()
-    overflow[:] = float("inf")
-    assert scaled_step(overflow, batches[1][1]) == 1, "skipped"
+    overflow = torch.full_like(batches[1][0], float("inf"))
+    assert scaled_step(model, optimizer, scaler, overflow, batches[1][1]) == 1, "skipped"
     assert scaler.get_scale() == 2.0**9
     for i, batch in enumerate(batches[2:]):
-        assert scaled_step(*batch) == 2 + i
+        assert scaled_step(model, optimizer, scaler, *batch) == 2 + i
     train(twin, twin_optimizer, batches[2:])
-    for layer, branch in model.branches.items():
-        assert torch.allclose(branch.dense_weight(), twin.branches[layer].dense_weight(), atol=1e-4)
-        assert torch.allclose(branch.bias, twin.branches[layer].bias, atol=1e-4)
+    assert_close_branches(model, twin, 1e-4)
 
 
 def test_gradients_that_overflow_leave_the_rows_for_the_next_update(wrapped, data):
@@ -445,20 +436,13 @@ def test_gradients_that_overflow_leave_the_rows_for_the_next_update(wrapped, dat
     optimizer = sgd(model)
     attach(optimizer, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
-    (first, labels), (second, others) = data(2)
-    for images, target in ((first, labels), (second, others)):
-        loss = nn.functional.cross_entropy(model(images), target) + model.penalty()
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    for images in (first, second):
+    for images, labels in data(2):
+        scaled_step(model, optimizer, scaler, images, labels)
         twin(images)
         twin.penalty()
     twin.update()
-    for layer, branch in model.branches.items():
-        assert branch.updates == 1
-        assert torch.equal(branch.dense_weight(), twin.branches[layer].dense_weight())
+    assert model.branches["body"].updates == 1
+    assert_close_branches(model, twin, 0)
 
 
 # accelerate
@@ -493,9 +477,7 @@ def test_attach_under_gradient_accumulation(wrapped, data, fresh_accelerate, pre
     assert updates == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6]
     for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-5), key
-    for layer, branch in model.branches.items():
-        assert torch.allclose(branch.dense_weight(), twin.branches[layer].dense_weight(), atol=1e-4)
-        assert torch.allclose(branch.bias, twin.branches[layer].bias, atol=1e-4)
+    assert_close_branches(model, twin, 1e-4)
 
 
 @pytest.mark.parametrize("storage", ["factored", "dense"])
@@ -524,16 +506,13 @@ def test_a_checkpoint_of_accelerate_resumes_bit_for_bit(wrapped, data, fresh_acc
     assert resumed.branches["body"].updates == 9
 
 
-def test_attach_finds_the_optimizer_inside_a_lookahead(small_net):
+def test_attach_finds_the_optimizer_inside_a_lookahead(wrapped, data):
     """timm's Lookahead is an optimizer itself, but never calls the hooks that it takes."""
-    optim = pytest.importorskip("timm.optim")
-    model = tlr.wrap(small_net(), LowRankConfig(branches={"hidden": 3}), example_input=torch.zeros(2, 1, 8, 8)).train()
-    optimizer = optim.create_optimizer_v2(model, "lookahead_sgd", lr=0.01)
+    model = wrapped()
+    optimizer = timm.optim.create_optimizer_v2(model, "lookahead_sgd", lr=0.01)
     attach(optimizer, model)
-    for _ in range(3):
-        (model(torch.randn(4, 1, 8, 8)).square().mean() + model.penalty()).backward()
-        optimizer.step()
-    assert model.branches["hidden"].updates == 3
+    train(model, optimizer, data(3), update=False)
+    assert model.branches["body"].updates == 3
 
 
 # a loop that forgets half of the branch is told so, once
@@ -547,10 +526,10 @@ def warned(action, *arguments, **options):
     return [str(w.message) for w in caught if issubclass(w.category, LowRankWarning)]
 
 
-def loop(model, steps=STEPS_BEFORE_WARNING, *, compiled=None, penalty=False, update=False):
-    """Training without an optimizer."""
+def loop(model, steps=STEPS_BEFORE_WARNING, *, called=None, penalty=False, update=False):
+    """Training without an optimizer; `called` is what is called around the model."""
     for _ in range(steps):
-        (model if compiled is None else compiled)(torch.rand(8, 1, 8, 8))
+        (called or model)(torch.rand(8, 1, 8, 8))
         if penalty:
             model.penalty()
         if update:
@@ -572,11 +551,8 @@ def test_an_update_that_is_never_called(wrapped):
     assert "call model.update() after optimizer.step(), or timm_lowrank.attach(optimizer, model)" in message
 
 
-def test_a_loop_that_does_both_hears_nothing(wrapped):
-    assert warned(loop, wrapped(), 2 * STEPS_BEFORE_WARNING, penalty=True, update=True) == []
-
-
-def test_forwards_that_are_no_training_do_not_count(wrapped):
+def test_right_loops_and_forwards_that_are_no_training_hear_nothing(wrapped):
+    assert warned(loop, wrapped(), 2 * STEPS_BEFORE_WARNING, penalty=True, update=True) == [], "as it should be"
     model = wrapped().enable(False)
     assert warned(loop, model) == []
     model.enable().eval()
@@ -593,7 +569,7 @@ def test_a_compiled_network_is_told_when_training_pauses(wrapped, used):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     steps = 3 if used else 2 * STEPS_BEFORE_WARNING
     for expected in (not used, False):
-        assert warned(loop, model.train(), steps, compiled=compiled, penalty=used, update=used) == []
+        assert warned(loop, model.train(), steps, called=compiled, penalty=used, update=used) == []
         messages = warned(model.eval)
         assert len(messages) == expected
         assert all("a compiled network was trained, but penalty() was never called" in text for text in messages)

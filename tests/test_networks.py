@@ -43,53 +43,41 @@ def numbers(module):
 
 
 def conv(inputs, outputs, kernel):
-    return inputs * outputs * kernel**2
+    """Parameters of a convolution without bias and the normalisation behind it."""
+    return inputs * outputs * kernel**2 + 2 * outputs
 
 
-def basic_block(inputs, planes, stride):
-    count = conv(inputs, planes, 3) + conv(planes, planes, 3) + 2 * 2 * planes
-    return count + (conv(inputs, planes, 1) + 2 * planes if stride > 1 or inputs != planes else 0)
-
-
-def bottleneck(inputs, planes, stride):
-    outputs = 4 * planes
-    count = conv(inputs, planes, 1) + conv(planes, planes, 3) + conv(planes, outputs, 1)
-    count += 2 * (2 * planes + outputs)
-    return count + (conv(inputs, outputs, 1) + 2 * outputs if stride > 1 or inputs != outputs else 0)
-
-
-def resnet(block, expansion, layers, channels, classes, in_chans=3):
-    """Parameters of a ResNet with a 3 x 3 stem, from the definition."""
-    count, inputs = conv(in_chans, channels[0], 3) + 2 * channels[0], channels[0]
+def resnet(layers, channels, classes, expansion=1, stem=None):
+    """Parameters of a ResNet with a 3 x 3 stem, from the definition; blocks with `expansion` 4 are bottlenecks."""
+    inputs = stem or channels[0]
+    count = conv(3, inputs, 3)
     for stage, (repeats, planes) in enumerate(zip(layers, channels, strict=True)):
+        outputs = planes * expansion
         for index in range(repeats):
-            count += block(inputs, planes, 2 if stage and not index else 1)
-            inputs = planes * expansion
+            if expansion == 1:
+                count += conv(inputs, planes, 3) + conv(planes, planes, 3)
+            else:
+                count += conv(inputs, planes, 1) + conv(planes, planes, 3) + conv(planes, outputs, 1)
+            shortcut = (stage and not index) or inputs != outputs
+            count += conv(inputs, outputs, 1) if shortcut else 0
+            inputs = outputs
     return count + (inputs + 1) * classes
 
 
-def test_listed_by_timm():
+def test_listed_by_timm_without_pretrained_weights():
     assert set(NAMES) <= set(timm.list_models("*_cifar"))
     assert not set(NAMES) & set(timm.list_models("*_cifar", pretrained=True))
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for resnet10_cifar"):
+        timm.create_model("resnet10_cifar", pretrained=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pretrained_cfg(name):
-    cfg = timm.create_model(name, device="meta").pretrained_cfg
-    assert cfg["architecture"] == name
-    assert tuple(cfg["input_size"]) == (3, 32, 32)
-    assert cfg["num_classes"] == 10
-    assert cfg["crop_pct"] == 1.0
-    assert not cfg["url"]
-    assert cfg["mean"] == (0.4914, 0.4822, 0.4465)
-    assert cfg["std"] == (0.2470, 0.2435, 0.2616)
-    assert timm.data.resolve_data_config({}, pretrained_cfg=cfg)["input_size"] == (3, 32, 32)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_and_pool_size_of_the_cfg_are_right(name):
     network = build(name).eval()
     cfg = network.pretrained_cfg
+    assert (cfg["architecture"], cfg["num_classes"], cfg["crop_pct"], cfg["url"]) == (name, 10, 1.0, "")
+    assert (cfg["mean"], cfg["std"]) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    assert timm.data.resolve_data_config({}, pretrained_cfg=cfg)["input_size"] == (3, 32, 32)
     assert network.get_submodule(cfg["first_conv"]).in_channels == 3
     assert network.get_submodule(cfg["classifier"]) is network.get_classifier()
     assert network.get_classifier(name_only=True) == cfg["classifier"]
@@ -98,36 +86,24 @@ def test_names_and_pool_size_of_the_cfg_are_right(name):
     assert tuple(features.shape) == (1, network.num_features, *cfg["pool_size"])
 
 
-def test_pretrained_weights_do_not_exist():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for resnet10_cifar"):
-        timm.create_model("resnet10_cifar", pretrained=True)
-
-
 def test_parameter_counts():
     default, narrow = (64, 128, 256, 512), (16, 32, 64, 128)
     count = {name: numbers(timm.create_model(name, device="meta")) for name in NAMES}
-    assert count["resnet10_cifar"] == resnet(basic_block, 1, (1, 1, 1, 1), narrow, 10)
-    assert count["resnet18_cifar"] == resnet(basic_block, 1, (2, 2, 2, 2), default, 10) == 11_173_962
-    assert count["resnet50_cifar"] == resnet(bottleneck, 4, (3, 4, 6, 3), default, 10) == 23_520_842
+    assert count["resnet10_cifar"] == resnet((1, 1, 1, 1), narrow, 10)
+    assert count["resnet18_cifar"] == resnet((2, 2, 2, 2), default, 10) == 11_173_962
+    assert count["resnet50_cifar"] == resnet((3, 4, 6, 3), default, 10, expansion=4) == 23_520_842
     widths = [3, 64, 64, 128, 128, *[256] * 4, *[512] * 8]
-    convolutions = sum(conv(a, b, 3) + 3 * b for a, b in pairwise(widths))
+    convolutions = sum(conv(a, b, 3) + b for a, b in pairwise(widths))  # with biases
     assert count["vgg19_bn_cifar"] == convolutions + 2 * (512 * 512 + 512) + 513 * 10
 
 
 def test_vgg_is_vgg19_with_three_fully_connected_layers():
     network = timm.create_model("vgg19_bn_cifar", device="meta")
     kinds = [type(module) for module in network.features]
-    assert kinds.count(nn.Conv2d) == 16
-    assert kinds.count(nn.BatchNorm2d) == 16
-    assert kinds.count(nn.MaxPool2d) == 5
+    assert [kinds.count(kind) for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d)] == [16, 16, 5]
     assert kinds[-1] is nn.MaxPool2d
-    assert [type(m) for m in network.pre_logits.children()] == [
-        nn.Conv2d,
-        nn.ReLU,
-        nn.Dropout,
-        nn.Conv2d,
-        nn.ReLU,
-    ]
+    hidden = [type(m) for m in network.pre_logits.children()]
+    assert hidden == [nn.Conv2d, nn.ReLU, nn.Dropout, nn.Conv2d, nn.ReLU]
     assert network.pre_logits.drop.p == network.head.drop.p == 0.5
     assert network.pre_logits.fc1.kernel_size == network.pre_logits.fc2.kernel_size == (1, 1)
 
@@ -231,10 +207,7 @@ def test_resnet10_on_small_images(size, in_chans, stem_stride):
 
 def test_widths_and_stem_of_resnet10():
     network = build("resnet10_cifar", channels=(8, 12, 16, 20), stem_channels=10, num_classes=3)
-    expected = resnet(basic_block, 1, (1, 1, 1, 1), (8, 12, 16, 20), 3)
-    stem_of_10 = conv(3, 10, 3) + 20 + conv(10, 8, 3) + conv(10, 8, 1) + 16
-    stem_of_8 = conv(3, 8, 3) + 16 + conv(8, 8, 3)
-    assert numbers(network) == expected + stem_of_10 - stem_of_8
+    assert numbers(network) == resnet((1, 1, 1, 1), (8, 12, 16, 20), 3, stem=10)
     assert [info["num_chs"] for info in network.feature_info] == [10, 8, 12, 16, 20]
 
 

@@ -51,6 +51,26 @@ def as_core(width, rows, seed=0, positive=True):
     return basis, core, basis.T @ core @ basis
 
 
+METHODS = ("exact", "nystrom", "subspace")
+
+
+def twins(method, width, rank, columns=None, runs=2, oversampling=3):
+    """A method of W (m, m), and of M and B with W = B^T M B, both with the same random choices."""
+    samples = projection.nystrom_samples(width, rank, columns, runs, seeded(3))
+    start = projection.widen(None, width, rank, oversampling, seeded(3))
+    return {
+        "exact": (lambda w: projection.exact(w, rank), lambda m, b: projection.exact_factored(m, b @ b.T, rank)),
+        "nystrom": (
+            lambda w: projection.nystrom(w, rank, columns, runs, seeded(3)),
+            lambda m, b: projection.nystrom_factored(m, b @ b.T, rank, [b[:, sample] for sample in samples]),
+        ),
+        "subspace": (
+            lambda w: projection.subspace(w, rank, None, oversampling, seeded(3)),
+            lambda m, b: projection.subspace_factored(m, b @ b.T, rank, b @ start),
+        ),
+    }[method]
+
+
 # by hand
 
 
@@ -92,33 +112,22 @@ def test_subspace_of_three_by_three():
 # promises about every result
 
 
-@pytest.mark.parametrize("method", [projection.exact, projection.nystrom, projection.subspace])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("width", "rank"), [(12, 3), (12, 12), (5, 1)])
 def test_results_are_symmetric_and_of_the_rank(method, width, rank):
     matrix, _ = symmetric(width, decaying(width, 0.5))
-    options = {} if method is projection.exact else {"generator": seeded()}
-    result = method(matrix, rank, **options)
+    result = twins(method, width, rank)[0](matrix)
     assert torch.allclose(result, result.T, **CLOSE)
     assert rank_of(result) <= rank
     assert float(torch.linalg.eigvalsh(result)[-1]) > 0.3, "something of the largest eigenvalue, which is 1, is kept"
 
 
-@pytest.mark.parametrize("method", [projection.exact, projection.nystrom, projection.subspace])
+@pytest.mark.parametrize("method", METHODS)
 def test_zero_stays_zero(method):
-    options = {} if method is projection.exact else {"generator": seeded()}
-    assert torch.equal(method(torch.zeros(6, 6, dtype=DOUBLE), 2, **options), torch.zeros(6, 6, dtype=DOUBLE))
-
-
-@pytest.mark.parametrize("method", ["exact", "nystrom", "subspace"])
-def test_zero_stays_zero_in_factored_form(method):
-    core, gram, basis = torch.zeros(4, 4, dtype=DOUBLE), random(4, 6) @ random(4, 6).T, random(4, 6)
-    result = {
-        "exact": lambda: projection.exact_factored(core, gram, 2),
-        "nystrom": lambda: projection.nystrom_factored(core, gram, 2, [basis[:, :4], basis[:, 2:]]),
-        "subspace": lambda: projection.subspace_factored(core, gram, 2, basis @ random(6, 3)),
-    }[method]()
-    assert result.vectors.shape == (4, 0)
-    assert result.eigenvalues.shape == (0,)
+    slow, fast = twins(method, 6, 2)
+    assert torch.equal(slow(torch.zeros(6, 6, dtype=DOUBLE)), torch.zeros(6, 6, dtype=DOUBLE))
+    result = fast(torch.zeros(4, 4, dtype=DOUBLE), random(4, 6))
+    assert (result.vectors.shape, result.eigenvalues.shape) == ((4, 0), (0,))
 
 
 def test_random_choices_come_from_the_generator_alone(random_stream):
@@ -157,10 +166,8 @@ def test_exact_twins(rank, positive):
 @pytest.mark.parametrize("columns", [None, 9, 4])
 def test_nystrom_twins(runs, columns):
     basis, core, matrix = as_core(30, 9)
-    samples = projection.nystrom_samples(30, 4, columns, runs, seeded(3))
-    result = projection.nystrom_factored(core, basis @ basis.T, 4, [basis[:, sample] for sample in samples])
-    slow = projection.nystrom(matrix, 4, columns, runs, seeded(3))
-    assert torch.allclose(dense(result, basis), slow, **CLOSE)
+    slow, fast = twins("nystrom", 30, 4, columns, runs)
+    assert torch.allclose(dense(fast(core, basis), basis), slow(matrix), **CLOSE)
 
 
 @pytest.mark.parametrize("oversampling", [0, 3])
@@ -182,27 +189,16 @@ def test_results_are_orthonormal_in_the_basis():
     assert (result.eigenvalues.abs().diff() <= 0).all()
 
 
-@pytest.mark.parametrize("method", ["exact", "nystrom", "subspace"])
+@pytest.mark.parametrize("method", METHODS)
 def test_dependent_rows_do_not_matter(method):
     """Rows that were seen twice make the Gram matrix singular, and so does a row of zeros."""
     basis, core, _ = as_core(30, 9)
     basis = torch.cat([basis, basis[:4], torch.zeros(1, 30, dtype=DOUBLE)])
     root = torch.cat([torch.linalg.cholesky(core), random(5, 9)])
     core = root @ root.T
-    matrix, gram = basis.T @ core @ basis, basis @ basis.T
-    samples = projection.nystrom_samples(30, 4, 12, 2, seeded(3))
-    fast, slow = {
-        "exact": (lambda: projection.exact_factored(core, gram, 4), lambda: projection.exact(matrix, 4)),
-        "nystrom": (
-            lambda: projection.nystrom_factored(core, gram, 4, [basis[:, s] for s in samples]),
-            lambda: projection.nystrom(matrix, 4, 12, 2, seeded(3)),
-        ),
-        "subspace": (
-            lambda: projection.subspace_factored(core, gram, 4, basis @ projection.widen(None, 30, 4, 2, seeded(3))),
-            lambda: projection.subspace(matrix, 4, None, 2, seeded(3)),
-        ),
-    }[method]
-    assert torch.allclose(dense(fast(), basis), slow(), rtol=1e-7, atol=1e-7 * float(matrix.norm()))
+    matrix = basis.T @ core @ basis
+    slow, fast = twins(method, 30, 4, columns=12)
+    assert torch.allclose(dense(fast(core, basis), basis), slow(matrix), rtol=1e-7, atol=1e-7 * float(matrix.norm()))
 
 
 # errors relative to the optimum
@@ -254,9 +250,8 @@ def test_more_runs_of_nystrom_are_better_on_average():
     matrix, _ = symmetric(60, decaying(60, 2))
 
     def error(runs):
-        results = [
-            projection.nystrom(matrix, 4, runs=runs, generator=seeded(seed), truncate=False) for seed in range(12)
-        ]
+        options = {"runs": runs, "truncate": False}
+        results = [projection.nystrom(matrix, 4, generator=seeded(seed), **options) for seed in range(12)]
         return sum(relative_error(result, matrix, 4) for result in results)
 
     assert error(8) < error(1)
@@ -285,18 +280,14 @@ def failing_eigh(monkeypatch):
     return fail
 
 
-def test_no_smoothing_without_need(failing_eigh):
-    tried = failing_eigh(0)
-    matrix, _ = symmetric(10, decaying(10))
-    projection.exact(matrix, 3)
-    assert len(tried) == 1
-    assert torch.equal(tried[0], matrix)
-
-
 def test_a_failure_is_smoothed_by_a_named_amount_which_is_taken_off_again(failing_eigh):
     matrix, _ = symmetric(10, decaying(10))
     expected = best(matrix, 3)
-    tried = failing_eigh(1)
+    tried = failing_eigh(0)
+    projection.exact(matrix, 3)
+    assert len(tried) == 1
+    assert torch.equal(tried.pop(), matrix), "no smoothing without need"
+    failing_eigh(1)
     amount = 1e-3 * float(matrix.diagonal().abs().mean())
     with pytest.warns(ProjectionWarning, match=f"{amount:.1e} I"):
         result = projection.exact(matrix, 3)
@@ -314,10 +305,8 @@ def test_smoothing_grows_and_ends_in_an_error(failing_eigh):
         pytest.raises(CollapseError, match=rf"failed 3 times.*{mean / 100:.1e} I"),
     ):
         projection.exact(matrix, 3)
-    assert [f"{amount * mean:.1e} I" in str(w.message) for w, amount in zip(warned, (1e-3, 1e-2), strict=True)] == [
-        True,
-        True,
-    ]
+    for warning, amount in zip(warned, (1e-3, 1e-2), strict=True):
+        assert f"{amount * mean:.1e} I" in str(warning.message)
     added = [float((m - matrix).diagonal().mean()) for m in tried]
     assert added == pytest.approx([0, mean / 1000, mean / 100])
 

@@ -7,10 +7,18 @@ from torch import nn
 
 import timm_lowrank as tlr
 from timm_lowrank import LowRankBranch, LowRankConfig, list_layers
-from timm_lowrank.core.views import View
+from timm_lowrank.core.views import VIEWS, View
 from timm_lowrank.layers import natural_view
 
 SMALL_SWIN = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}
+
+
+def config(layer, view=None, **values):
+    return LowRankConfig(branches={layer: {"rank": 3, "view": view}}, **values)
+
+
+def vit(view=None, **options):
+    return tlr.wrap("test_vit", config("blocks.1", view), img_size=32, **options)
 
 
 def values(*shape):
@@ -34,7 +42,7 @@ def test_rows_are_images_positions_or_means_over_positions(shape, channel_dim):
         assert View(kind, channel_dim).width(activations) == width
 
 
-@pytest.mark.parametrize("kind", ["flatten", "token", "pool"])
+@pytest.mark.parametrize("kind", VIEWS)
 def test_features_without_positions_are_the_same_in_every_view(kind):
     activations = values(4, 6)
     assert torch.equal(View(kind, -1).rows(activations), activations)
@@ -76,7 +84,7 @@ def test_the_natural_view(network, shape, expected):
 def test_the_default_of_architectures(name, size, options, layer, kind, width):
     images = torch.zeros(2, 3, size, size)
     network = timm.create_model(name, **options)
-    model = tlr.wrap(network, LowRankConfig(branches={layer: 3}), example_input=images)
+    model = tlr.wrap(network, config(layer), example_input=images)
     (tap,) = model.taps
     assert (tap.view.kind, model.branches[layer].num_features) == (kind, width)
     info = next(info for info in list_layers(network, images=images) if info.name == layer)
@@ -84,21 +92,18 @@ def test_the_default_of_architectures(name, size, options, layer, kind, width):
 
 
 def test_the_channels_of_a_swin_are_last():
-    config = LowRankConfig(branches={"layers.2": {"rank": 3, "view": "token"}})
-    model = tlr.wrap("swin_tiny_patch4_window7_224", config, **SMALL_SWIN)
+    model = tlr.wrap("swin_tiny_patch4_window7_224", config("layers.2", "token"), **SMALL_SWIN)
     assert model.branches["layers.2"].num_features == 96
 
 
-@pytest.mark.parametrize("kind", ["flatten", "token", "pool"])
+@pytest.mark.parametrize("kind", VIEWS)
 def test_a_branch_sees_the_rows_of_its_view(kind):
     """The model's penalty and step are those of a branch that is fed the rows by hand."""
-    options = {"rank": 3, "view": kind, "reconstruction_weight": 2.0}
-    config = LowRankConfig(branches={"layer2": options}, warmup_updates=0, project_every=2)
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    model = tlr.wrap("test_resnet", config, example_input=images).train()
+    images = torch.randn(4, 3, 32, 32)
+    model = tlr.wrap("test_resnet", config("layer2", kind, warmup_updates=0, project_every=2), example_input=images)
+    model.train()
     branch = model.branches["layer2"]
-    twin = LowRankBranch(branch.num_features, 3, config.for_branch("layer2"))
-    assert branch.reconstruction_weight == twin.reconstruction_weight == 2.0
+    twin = LowRankBranch(branch.num_features, 3, branch.config)
     for _ in range(3):
         with model.capture() as seen:
             model(images)
@@ -111,19 +116,6 @@ def test_a_branch_sees_the_rows_of_its_view(kind):
         twin.update()
     assert torch.equal(branch.dense_weight(), twin.dense_weight())
     assert float(branch.dense_weight().norm()) > 0
-
-
-def test_no_more_rows_enter_w_than_without_tokens():
-    config = LowRankConfig(branches={"blocks.1": {"rank": 3, "view": "token"}}, update_rows=5, project_every=4)
-    model = tlr.wrap("test_vit", config, img_size=64).train()
-    sizes = []
-    for _ in range(8):
-        model(torch.randn(4, 3, 64, 64))
-        model.penalty()
-        model.update()
-        sizes.append(model.branches["blocks.1"].weight.basis.shape[0])
-    assert max(sizes) <= 3 + 4 * 5
-    assert sizes[3] == sizes[7] == 3
 
 
 class Windows(nn.Module):
@@ -145,14 +137,10 @@ def test_positions_of_windows_are_samples_and_windows_are_no_images():
     images = torch.randn(3, 3, 16, 16)
     with pytest.raises(tlr.CaptureError, match=r"first dimension is not the batch.*or the view .token"):
         tlr.wrap(Windows(), LowRankConfig(branches={"inner": 2}), example_input=images)
-    model = tlr.wrap(
-        Windows(),
-        LowRankConfig(branches={"inner": {"rank": 2, "view": "token", "channel_dim": -1}}),
-        example_input=images,
-    ).train()
+    config = LowRankConfig(branches={"inner": {"rank": 2, "view": "token", "channel_dim": -1}})
+    model = tlr.wrap(Windows(), config, example_input=images).train()
     model(images)
     assert model.penalty().requires_grad
-    model.update()
     assert model.branches["inner"].num_features == 8
 
 
@@ -169,14 +157,15 @@ class Transposed(nn.Module):
         return self.head(self.tokens(self.stem(x)).mean(dim=2))
 
 
-def test_the_channels_can_be_named():
-    images = torch.randn(3, 3, 16, 16)
-    widths = {}
-    for channel_dim in (1, -1):
-        options = {"rank": 2, "view": "token", "channel_dim": channel_dim}
-        model = tlr.wrap(Transposed(), LowRankConfig(branches={"tokens": options}), example_input=images)
-        widths[channel_dim] = model.branches["tokens"].num_features
-    assert widths == {1: 8, -1: 16}
+@pytest.mark.parametrize(("channel_dim", "width"), [(1, 8), (-1, 16)])
+def test_the_channels_can_be_named(channel_dim, width):
+    options = {"rank": 2, "view": "token", "channel_dim": channel_dim}
+    images = torch.zeros(3, 3, 16, 16)
+    model = tlr.wrap(Transposed(), LowRankConfig(branches={"tokens": options}), example_input=images)
+    assert model.branches["tokens"].num_features == width
+    wrong = LowRankConfig(branches={"tokens": {"rank": 2, "channel_dim": 3}})
+    with pytest.raises(ValueError, match=r"channel_dim=3 is outside the 3 dimensions of \(3, 8, 16\)"):
+        tlr.wrap(Transposed(), wrong, example_input=images)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +173,6 @@ def test_the_channels_can_be_named():
     [
         ({"view": "tokens"}, "view of branch 'tokens' is 'tokens'; it must be one of flatten, token, pool"),
         ({"channel_dim": 0}, "channel_dim of branch 'tokens' is 0"),
-        ({"channel_dim": "last"}, "channel_dim of branch 'tokens' is 'last'"),
-        ({"viev": "token"}, "no option 'viev'.*view"),
     ],
 )
 def test_wrong_options(options, message):
@@ -193,28 +180,17 @@ def test_wrong_options(options, message):
         LowRankConfig(branches={"tokens": {"rank": 2, **options}})
 
 
-def test_a_channel_dimension_that_is_not_there():
-    config = LowRankConfig(branches={"tokens": {"rank": 2, "channel_dim": 3}})
-    with pytest.raises(ValueError, match=r"channel_dim=3 is outside the 3 dimensions of \(3, 8, 16\)"):
-        tlr.wrap(Transposed(), config, example_input=torch.zeros(3, 3, 16, 16))
-
-
 def test_a_state_dict_is_refused_by_a_branch_of_another_view():
-    def build(view):
-        options = {"rank": 3, "view": view}
-        return tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": options}), img_size=32)
-
-    saved, other = build("token").state_dict(), build("pool")
+    saved, other = vit("token").state_dict(), vit("pool")
     with pytest.raises(RuntimeError, match=r"kind='token', channel_dim=-1.* do not fit .*kind='pool', channel_dim=-1"):
         other.load_state_dict(saved)
     saved["branches.blocks/1.counters"] = saved["branches.blocks/1.counters"][:2]  # as before there were views
     assert not other.load_state_dict(saved).missing_keys
 
 
-@pytest.mark.parametrize("view", ["flatten", "token", "pool", None])
+@pytest.mark.parametrize("view", [*VIEWS, None])
 def test_a_checkpoint_keeps_the_view(tmp_path, view):
-    options = {"rank": 3} if view is None else {"rank": 3, "view": view}
-    model = tlr.wrap("test_vit", LowRankConfig(branches={"blocks.1": options}), img_size=32, num_classes=3).train()
+    model = vit(view, num_classes=3).train()
     model(torch.randn(2, 3, 32, 32))
     model.penalty()
     model.update()
@@ -224,12 +200,7 @@ def test_a_checkpoint_keeps_the_view(tmp_path, view):
 
 
 def test_a_checkpoint_from_before_there_were_views_is_flattened(tmp_path):
-    model = tlr.wrap(
-        "test_vit",
-        LowRankConfig(branches={"blocks.1": {"rank": 3, "view": "flatten"}}),
-        img_size=32,
-    )
-    tlr.save_pretrained(model, tmp_path)
+    tlr.save_pretrained(vit("flatten"), tmp_path)
     path = tmp_path / "lowrank.json"
     text = path.read_text()
     old = text.replace(',\n      "view": "flatten",\n      "channel_dim": -1', "").replace(

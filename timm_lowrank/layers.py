@@ -87,7 +87,7 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
             if activations.shape[0] == images.shape[0]:
                 layers.append(_info(backbone, name, type(backbone.get_submodule(name)).__name__, activations))
     with contextlib.suppress(ValueError):  # no classifier
-        tap = _pre_logits_tap(backbone, images)
+        tap = tap_on(backbone, PRE_LOGITS, images)
         activations = example_forward(backbone, [tap], images).activation(tap)
         layers.append(_info(backbone, PRE_LOGITS, f"input of {tap.path}", activations))
     return layers
@@ -141,25 +141,26 @@ def _channel_dim(shape: Sequence[int], output_format: str) -> int:
 
 
 def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap:
-    """The tap of a branch on one layer. `images` are needed for "pre_logits" of a network that is not timm's.
+    """The tap of a branch on one layer.
+
+    "pre_logits" is the input of the classifier: of timm's `get_classifier()`, else of the last linear layer that runs.
+    `images` are needed for it where the network is not timm's.
 
     Raises:
         AttributeError: the network has no such layer.
         ValueError: "pre_logits" of a network without a classifier, or of one that is not timm's without images.
     """
-    return _pre_logits_tap(backbone, images) if layer == PRE_LOGITS else Tap.at(layer, layer, backbone)
-
-
-def _pre_logits_tap(backbone: nn.Module, images: Tensor | None) -> Tap:
-    """The tap on the input of the classifier: timm's `get_classifier()`, else the last linear layer that runs."""
+    if layer != PRE_LOGITS:
+        return Tap.at(layer, layer, backbone)
     if hasattr(backbone, "get_classifier") or hasattr(backbone, "pretrained_cfg"):
         classifier = _classifier(backbone)
         for name, module in backbone.named_modules():
             if module is classifier and not isinstance(module, nn.Identity):
                 return Tap.at(PRE_LOGITS, name, backbone, takes_input=True)
+        example = (stage_names(backbone) or [name for name, _ in backbone.named_children()])[-1]
         raise ValueError(
             f"{type(backbone).__name__} has no classifier (an encoder, or num_classes=0?), so there is no "
-            f"{PRE_LOGITS!r}; name a layer instead, for example branches={{{_example(backbone)!r}: 50}}"
+            f"{PRE_LOGITS!r}; name a layer instead, for example branches={{{example!r}: 50}}"
         )
     if images is None:
         raise ValueError(f"{type(backbone).__name__} is no timm network: finding {PRE_LOGITS!r} takes example images")
@@ -182,10 +183,6 @@ def _classifier(backbone: nn.Module) -> Any:
     while hasattr(classifier, "global_pool") and hasattr(classifier, "fc"):  # a head that pools; only its fc classifies
         classifier = classifier.fc
     return classifier
-
-
-def _example(backbone: nn.Module) -> str:
-    return (stage_names(backbone) or [name for name, _ in backbone.named_children()])[-1]
 
 
 def stage_names(backbone: nn.Module) -> list[str]:

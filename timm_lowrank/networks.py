@@ -65,8 +65,8 @@ class CifarResNet(ResNet):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_resnet(layers, channels, stem_stride, kwargs)
-        stem = _stem_channels(channels[0] if stem_channels is None else stem_channels)
+        _check_resnet(layers, channels, stem_channels, stem_stride, kwargs)
+        stem = channels[0] if stem_channels is None else stem_channels
         super().__init__(
             block,
             tuple(layers),
@@ -91,11 +91,18 @@ class CifarResNet(ResNet):
         self.feature_info += [{**info, "reduction": info["reduction"] * stem_stride // 4} for info in stages]
 
 
-def _check_resnet(layers: Sequence[int], channels: Sequence[int], stem_stride: int, kwargs: dict[str, Any]) -> None:
+def _check_resnet(
+    layers: Sequence[int], channels: Sequence[int], stem_channels: int | None, stem_stride: int, kwargs: dict[str, Any]
+) -> None:
     if len(channels) != 4 or len(layers) != 4:
         raise ValueError(
             f"a ResNet has four stages: got channels={tuple(channels)} and layers={tuple(layers)}, "
             "give four numbers each"
+        )
+    stem = channels[0] if stem_channels is None else stem_channels
+    if stem < 2 or stem % 2:
+        raise ValueError(
+            f"the stem needs an even number of channels, got {stem}: pass an even channels[0], or stem_channels"
         )
     if stem_stride not in (1, 2):
         raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride!r}")
@@ -104,15 +111,6 @@ def _check_resnet(layers: Sequence[int], channels: Sequence[int], stem_stride: i
             f"{', '.join(sorted(fixed))}: the stem of a CIFAR network is one 3 x 3 convolution, "
             "set stem_channels and stem_stride instead"
         )
-
-
-def _stem_channels(stem_channels: int) -> int:
-    if stem_channels < 2 or stem_channels % 2:
-        raise ValueError(
-            f"the stem needs an even number of channels, got {stem_channels}: "
-            "pass an even channels[0], or stem_channels"
-        )
-    return stem_channels
 
 
 def _timm_output_stride(output_stride: int, stem_stride: int) -> int:
@@ -158,15 +156,15 @@ class CifarVGG(VGG):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             cfg,
             num_classes=0,
             mlp_ratio=1 / 4096,  # timm's 4,096 x 25,088 head is replaced below: never allocate it
             act_layer=act_layer,
             conv_layer=conv_layer,
-            device=device,
-            dtype=dtype,
             **kwargs,
+            **factory,
         )
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -177,12 +175,9 @@ class CifarVGG(VGG):
             drop_rate=drop_rate,
             act_layer=act_layer,
             conv_layer=conv_layer,
-            device=device,
-            dtype=dtype,
+            **factory,
         )
-        self.head = ClassifierHead(
-            hidden_size, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
-        )
+        self.head = ClassifierHead(hidden_size, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory)
         self.head_hidden_size = self.head.num_features
         for layer in self.pre_logits.children():
             if isinstance(layer, nn.Conv2d):
@@ -280,9 +275,6 @@ def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "vgg19_bn_cifar",
         pretrained,
         model_cfg=vgg_layouts["vgg19"],
-        feature_cfg={
-            "flatten_sequential": True,
-            "out_indices": kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5)),
-        },
+        feature_cfg={"flatten_sequential": True, "out_indices": kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5))},
         **kwargs,
     )

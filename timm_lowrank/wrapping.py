@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .core.capture import Tap
 from .core.config import PRE_LOGITS, LowRankConfig
 from .core.model import LowRankModel
-from .core.views import View
 from .errors import CaptureError, LowRankError, nearest
 from .layers import create_backbone, default_input, example_forward, natural_view, pick_item, stage_names, tap_on
 
@@ -48,14 +47,11 @@ def wrap(
     config = config or LowRankConfig()
     if isinstance(model, LowRankModel):
         raise TypeError("the model is wrapped already; wrap model.unwrap() to change its branches")
-    if isinstance(model, str):
-        backbone = create_backbone(model, **create_kwargs)
-    elif isinstance(model, nn.Module):
-        if create_kwargs:
-            raise TypeError(f"{', '.join(create_kwargs)}: keywords for timm.create_model, but the model exists already")
-        backbone = model
-    else:
+    if not isinstance(model, str | nn.Module):
         raise TypeError(f"a timm name or an nn.Module is needed, not a {type(model).__name__}")
+    if create_kwargs and isinstance(model, nn.Module):
+        raise TypeError(f"{', '.join(create_kwargs)}: keywords for timm.create_model, but the model exists already")
+    backbone = create_backbone(model, **create_kwargs) if isinstance(model, str) else model
     images = default_input(backbone, **create_kwargs) if example_input is None else example_input
     try:
         taps, widths, ranks = find_taps(backbone, config, images)
@@ -84,7 +80,12 @@ def find_taps(
             than the width of their layer.
         CaptureError: a layer that one forward of `images` does not run exactly once, or without float activations.
     """
-    wanted = _wanted_ranks(backbone, config)
+    if isinstance(config.branches, Mapping):
+        wanted = config.ranks()
+    elif config.branches == "1-LR":
+        wanted = {PRE_LOGITS: PRE_LOGITS_RANK}
+    else:
+        wanted = {_last_stage_input(backbone): STAGE_RANK, PRE_LOGITS: PRE_LOGITS_RANK}
     _raise_if_unknown(backbone, wanted)
     taps = [tap_on(backbone, layer, images) for layer in wanted]
     record = example_forward(backbone, taps, images)
@@ -95,28 +96,16 @@ def find_taps(
     for tap in taps:
         value, options = record.activation(tap), config.options(tap.layer)
         view = natural_view(backbone, value, options.view, options.channel_dim)
-        _raise_if_no_samples(tap.layer, value, view, len(images))
+        if len(value) != len(images) and view.kind != "token":
+            raise CaptureError(
+                f"layer {tap.layer!r} gives a tensor of shape {tuple(value.shape)} for {len(images)} images; its first "
+                'dimension is not the batch, so its rows are not images: choose another layer, or the view "token"'
+            )
         viewed.append(dataclasses.replace(tap, view=view))
         widths[tap.layer] = view.width(value)
         if isinstance(config.branches, str) and view.kind == "token" and value.dim() > 2:
             wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
     return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
-
-
-def _raise_if_no_samples(layer: str, value: Tensor, view: View, images: int) -> None:
-    if value.shape[0] != images and view.kind != "token":
-        raise CaptureError(
-            f"layer {layer!r} gives a tensor of shape {tuple(value.shape)} for {images} images; its first dimension is "
-            'not the batch, so its rows are not images: choose another layer, or the view "token"'
-        )
-
-
-def _wanted_ranks(backbone: nn.Module, config: LowRankConfig) -> dict[str, int]:
-    if isinstance(config.branches, Mapping):
-        return config.ranks()
-    if config.branches == "1-LR":
-        return {PRE_LOGITS: PRE_LOGITS_RANK}
-    return {_last_stage_input(backbone): STAGE_RANK, PRE_LOGITS: PRE_LOGITS_RANK}
 
 
 def _last_stage_input(backbone: nn.Module) -> str:
@@ -136,12 +125,9 @@ def _raise_if_unknown(backbone: nn.Module, wanted: Mapping[str, int]) -> None:
     known = [name for name, _ in backbone.named_modules() if name]
     unknown = [layer for layer in wanted if layer != PRE_LOGITS and layer not in known]
     if unknown:
-        raise ValueError(
-            "; ".join(
-                f"{type(backbone).__name__} has no layer {layer!r}. " + nearest(layer, [*known, PRE_LOGITS], count=5)
-                for layer in unknown
-            )
-        )
+        kind = type(backbone).__name__
+        advice = {layer: nearest(layer, [*known, PRE_LOGITS], count=5) for layer in unknown}
+        raise ValueError("; ".join(f"{kind} has no layer {layer!r}. {names}" for layer, names in advice.items()))
 
 
 def _fitting_ranks(wanted: Mapping[str, int], widths: Mapping[str, int], *, capped: bool) -> dict[str, int]:

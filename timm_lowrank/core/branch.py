@@ -20,6 +20,10 @@ from .factored import FactoredWeight, full_precision
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
 
+# Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
+# a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
+_DEAD, _BLOWN_UP = 1e-3, 1e4
+
 
 class LowRankBranch(nn.Module):
     """The low-rank branch of one layer: W of rank r and the bias b, with their losses and their Update Step.
@@ -364,8 +368,3 @@ class LowRankBranch(nn.Module):
         saved = View(VIEWS[kind] if kind < len(VIEWS) else "unknown", channel_dim)
         if not saved.agrees(self.view):
             raise ValueError(f"W and b of the view {saved} do not fit a branch of the view {self.view}")
-
-
-# Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
-# a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
-_DEAD, _BLOWN_UP = 1e-3, 1e4

@@ -100,7 +100,8 @@ class ActivationBuffer:
         sampled = self._lowest(sum(map(sum, sizes)))
         slots, parts = [], []
         for number, rows in enumerate(self._batches):
-            positions = _offset(sizes, number, process) + rows.positions
+            before = sum(sum(own[:number]) for own in sizes)  # a process may have had fewer batches than another
+            positions = before + sum(sum(own[number : number + 1]) for own in sizes[:process]) + rows.positions
             own = torch.isin(positions, sampled, assume_unique=True).nonzero().flatten()
             slots.append(torch.searchsorted(sampled, positions[own]))
             parts.append(rows.select(own))
@@ -121,12 +122,6 @@ class ActivationBuffer:
         for rows in self._batches:
             rows.values, rows.factors = rows.values.to(device), rows.factors.to(device)
             rows.products = None if rows.products is None else rows.products.to(device)
-
-
-def _offset(sizes: Sequence[Sequence[int]], batch: int, process: int) -> int:
-    """The position of a batch's first row in the common order; a process may have had fewer batches than another."""
-    before = sum(sum(own[:batch]) for own in sizes)
-    return before + sum(own[batch] for own in sizes[:process] if batch < len(own))
 
 
 class Moments:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 
-_MESSAGE = 16  # numbers in one message; longer lists take several
-
 # Small numbers travel between the hosts: over the devices' own backend, reading them would make each host wait for its
 # device. One extra group for each group of processes, for as long as the latter lives.
 _host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
@@ -58,8 +56,9 @@ class Processes:
         """
         if self.alone:
             return [list(numbers)]
-        own = common()
-        gathered = self._gather([*own.values(), *numbers])
+        own, group = common(), self._host_group()
+        gathered: list[list[int]] = [[]] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, [*own.values(), *numbers], group=group)
         for rank, other in enumerate(gathered):
             differing = [name for name, one, two in zip(own, gathered[0], other, strict=False) if one != two]
             if differing:
@@ -82,25 +81,6 @@ class Processes:
         dist.all_reduce(flat, group=self._group)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The numbers of every process, in the order of their ranks; they may be of different lengths."""
-        messages = self._all_gather([len(numbers), *numbers[: _MESSAGE - 1]])
-        lengths = [message[0] for message in messages]
-        gathered = [message[1:] for message in messages]
-        for start in range(_MESSAGE - 1, max(lengths), _MESSAGE):
-            messages = self._all_gather(list(numbers[start : start + _MESSAGE]))
-            gathered = [one + two for one, two in zip(gathered, messages, strict=True)]
-        return [one[:length] for one, length in zip(gathered, lengths, strict=True)]
-
-    def _all_gather(self, numbers: list[int]) -> list[list[int]]:
-        """The message of every process: at most `_MESSAGE` numbers, and zeros behind them."""
-        message = torch.zeros(_MESSAGE, dtype=torch.int64)
-        message[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
-        group = self._host_group()
-        messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(messages, message, group=group)
-        return [other.tolist() for other in messages]
 
     def _host_group(self) -> dist.ProcessGroup:
         group = self._group if self._group is not None else dist.group.WORLD
@@ -185,7 +165,11 @@ def refuse_deepspeed(model: nn.Module) -> None:
     if torch.compiler.is_compiling() or "deepspeed" not in sys.modules:
         return
     hooks = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]  # the engine leaves some on its module
-    if any(_is_within(getattr(hook, "__module__", None), _ENGINE) for hook in hooks) or _called_by_engine():
+    within = any(_is_within(getattr(hook, "__module__", None), _ENGINE) for hook in hooks)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not within:  # on a model inside the engine's module it leaves none
+        within, frame = _is_within(frame.f_globals.get("__name__"), _ENGINE), frame.f_back
+    if within:
         raise LowRankError(f"the model runs in a DeepSpeed engine: {_ADVICE}")
 
 
@@ -202,16 +186,6 @@ def refuse_deepspeed_optimizer(optimizer: object) -> None:
         if wraps or any(_is_within(kind.__module__, _ENGINE) for kind in classes):
             raise LowRankError(f"{type(inner).__name__} belongs to DeepSpeed: {_ADVICE}")
         inner = getattr(inner, "optimizer", None)
-
-
-def _called_by_engine() -> bool:
-    """Also where the model is a part of the engine's module, on which the engine leaves nothing."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if _is_within(frame.f_globals.get("__name__"), _ENGINE):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _is_within(module: object, package: str) -> bool:

@@ -105,7 +105,7 @@ class LowRankModel(nn.Module):
         """What the next `penalty` is of: for a loop that records the forward of a larger model around the backbone."""
         self._recording = record
         if not torch.compiler.is_compiling():  # a count would be compiled in, and compiled anew whenever it changes
-            self._usage.forward()
+            self._usage.count_forward()
 
     def penalty(self) -> Tensor:
         """The summed penalty of all branches for the last training forward, a scalar with a graph (Alg. 2, line 8).
@@ -124,7 +124,7 @@ class LowRankModel(nn.Module):
                 "it was called without one, or twice for the same one"
             )
         record, self._recording = self._recording, None
-        self._usage.penalty()
+        self._usage.count_penalty()
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
         return torch.stack([self.branches[layer].penalty(value) for layer, value in activations.items()]).sum()
 
@@ -150,7 +150,7 @@ class LowRankModel(nn.Module):
             LowRankError: the branches of the processes are not alike.
         """
         if self.enabled:
-            self._usage.update()
+            self._usage.done = True
             for branch in self.branches.values():
                 branch.update()
 
@@ -166,7 +166,7 @@ class LowRankModel(nn.Module):
     def train(self, mode: bool = True) -> LowRankModel:
         """As of any module."""
         if not mode and self.training:
-            self._usage.end(unused=self._recording is not None)
+            self._usage.pause(unused=self._recording is not None)
         return super().train(mode)
 
     def train_within(self, group: torch.distributed.ProcessGroup) -> LowRankModel:
@@ -217,18 +217,16 @@ class UsageCheck:
     """
 
     def __init__(self) -> None:
-        self.forwards = 0  # since switch-on; those of a compiled network are not seen
+        self.forwards = 0  # in training; those of a compiled network are not seen
         self.penalties = 0
-        self._done = False
+        self.done = False  # the loop was found to be right, or was warned
 
-    def forward(self) -> None:
-        """A training forward happened."""
+    def count_forward(self) -> None:
         self.forwards += 1
         if self.forwards >= STEPS_BEFORE_WARNING and not self.penalties:
             self._warn(f"{self.forwards} training forwards passed, but penalty() was never called")
 
-    def penalty(self) -> None:
-        """The penalty of a forward was asked for."""
+    def count_penalty(self) -> None:
         self.penalties += 1
         if self.penalties >= STEPS_BEFORE_WARNING:
             self._warn(
@@ -236,22 +234,19 @@ class UsageCheck:
                 "call model.update() after optimizer.step(), or timm_lowrank.attach(optimizer, model) once",
             )
 
-    def update(self) -> None:
-        """The Update Step was made: the loop is right."""
-        self._done = True
+    def pause(self, unused: bool) -> None:
+        """Training ends or is interrupted: where alone the forwards of a compiled network can be noticed.
 
-    def end(self, unused: bool) -> None:
-        """Training pauses; `unused` says whether the last forward's activations were never asked for.
-
-        The forwards of a compiled network can only be noticed here.
+        Args:
+            unused: whether the penalty of the last forward was never asked for.
         """
         if unused and not self.forwards and not self.penalties:
             self._warn("a compiled network was trained, but penalty() was never called")
 
     def _warn(self, what: str, advice: str | None = None) -> None:
-        if self._done:
+        if self.done:
             return
-        self._done = True
+        self.done = True
         advice = advice or (
             "add model.penalty() to the loss, or use timm_lowrank.LossHook(criterion, model) as the criterion. "
             "To train without the branches, model.enable(False)"

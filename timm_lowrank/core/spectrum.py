@@ -127,14 +127,14 @@ class Sketch:
     `size`, plus the measured rounding of the rows to `dtype` (of the order of 1e-6 of the total for float32) and
     an allowance of 1e-14 of the total for each decomposition in float64.
 
-    Memory is 2 * size * num_features elements of `dtype`, 64 MiB for 16,384 features at size 512 in float32,
+    It lives where its first batch does, or on the CPU where that device has no float64. Memory is
+    2 * size * num_features elements of `dtype`, 64 MiB for 16,384 features at size 512 in float32,
     besides blocks of 32 MiB and matrices of 2 * size x 2 * size. Each `size` rows cost one shrink,
     12 * size^2 * num_features flops in float64.
 
     Args:
         num_features: m, the width of the rows.
         size: directions kept after a shrink, capped at num_features. Take at least twice the rank of interest.
-        device: of the sketch; None takes the first batch's (the CPU where the device has no float64).
         dtype: in which rows are kept, torch.float32 or torch.float64; sums and decompositions are float64.
 
     Raises:
@@ -145,7 +145,6 @@ class Sketch:
         self,
         num_features: int,
         size: int = _DEFAULT_SIZE,
-        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if num_features < 1 or size < 1:
@@ -157,7 +156,6 @@ class Sketch:
         self.dtype = dtype
         self.count = 0  # rows seen
         self.total = 0.0  # tr S, exact up to float64
-        self._device = None if device is None else _compute_device(torch.device(device))
         self._rows = torch.empty(0, num_features, dtype=dtype)  # B, (2 * size, m) from the first row on
         self._mean = torch.zeros(num_features, dtype=torch.float64)
         self._filled = 0
@@ -214,12 +212,10 @@ class Sketch:
             return
         _check_values(batch, _LARGEST[self.dtype])
         if not self.count:
-            self._device = self._device or _compute_device(batch.device)
-            shape = (2 * self.size, self.num_features)
-            self._rows = torch.zeros(shape, device=self._device, dtype=self.dtype)
-            self._mean = self._mean.to(self._device)
+            shape, device = (2 * self.size, self.num_features), _compute_device(batch.device)
+            self._rows, self._mean = torch.zeros(shape, device=device, dtype=self.dtype), self._mean.to(device)
         for chunk in batch.split(max(1, BLOCK_ELEMENTS // self.num_features)):
-            rows = chunk.to(self._device).double()
+            rows = chunk.to(self._mean.device).double()
             self._raw += float(rows.square().sum())
             mean = rows.mean(0)
             shift = mean - self._mean
@@ -298,21 +294,14 @@ class Sketch:
         while len(rows):
             if self._filled == 2 * self.size:
                 self._shrink()
-            space = 2 * self.size - self._filled
-            self._store(rows[:space], self._filled)
-            self._filled += len(rows[:space])
-            rows = rows[space:]
-
-    def _store(self, rows: Tensor, start: int) -> None:
-        """Writes float64 rows (k, m) into the buffer and books what rounding them to `dtype` may change.
-
-        For X stored as X + E, ||(X + E)^T (X + E) - X^T X||_2 <= 2 ||X||_F ||E||_F + ||E||_F^2.
-        """
-        target = self._rows[start : start + len(rows)]
-        target.copy_(rows)
-        if self.dtype != torch.float64:
-            error = float((target.double() - rows).norm())
-            self._rounding += (2.0 * float(rows.norm()) + error) * error
+            stored = rows[: 2 * self.size - self._filled]
+            target = self._rows[self._filled : self._filled + len(stored)]
+            target.copy_(stored)
+            error = float((target.double() - stored).norm())
+            # For X stored as X + E: ||(X + E)^T (X + E) - X^T X||_2 <= 2 ||X||_F ||E||_F + ||E||_F^2.
+            self._rounding += (2.0 * float(stored.norm()) + error) * error
+            self._filled += len(stored)
+            rows = rows[len(stored) :]
 
     def _gram(self) -> Tensor:
         """B B^T of the filled rows, float64, in blocks of columns."""
@@ -332,20 +321,15 @@ class Sketch:
         kept = values[: self.size].clamp(min=torch.finfo(torch.float64).tiny)
         scales = (1.0 - cut / kept).clamp(min=0.0).sqrt()
         rotation = scales[:, None] * vectors[:, : self.size].T  # (size, 2 * size)
-        self._delta += float(cut)
-        self._decompositions += 1
-        self._rotate(rotation)
-
-    def _rotate(self, rotation: Tensor) -> None:
-        """B <- rotation B in blocks of columns, with the rounding booked for all blocks together."""
         error, energy = 0.0, 0.0
         for block in self._rows.split(max(1, BLOCK_ELEMENTS // len(self._rows)), dim=1):
             rotated = rotation @ block.double()
             block[: self.size].copy_(rotated)
-            if self.dtype != torch.float64:
-                error += float((block[: self.size].double() - rotated).square().sum())
-                energy += float(rotated.square().sum())
+            error += float((block[: self.size].double() - rotated).square().sum())
+            energy += float(rotated.square().sum())
         self._rounding += 2.0 * math.sqrt(energy * error) + error
+        self._delta += float(cut)
+        self._decompositions += 1
         self._filled = self.size
 
 
