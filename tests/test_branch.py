@@ -457,15 +457,15 @@ def test_half_precision_activations(dtype):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("backward_too", [True, False])
-def test_autocast_changes_nothing(storage, backward_too):
+def test_autocast_changes_nothing(storage):
+    """Nor does a backward() in its block, which torch advises against, where the branch has a backward of its own."""
     branch, twin = (build(dtype=torch.float32, storage=storage) for _ in range(2))
     for rows in batches(6):
         expected, expected_gradient = train(twin, rows.float())
         rows = rows.float().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             loss = branch.penalty(rows)
-        with torch.autocast("cpu", torch.bfloat16, enabled=backward_too):
+        with torch.autocast("cpu", torch.bfloat16, enabled=storage == "factored"):
             loss.backward()
             branch.update()
         assert torch.equal(loss, expected)

@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -509,7 +510,7 @@ def test_a_checkpoint_of_accelerate_resumes_bit_for_bit(wrapped, data, fresh_acc
 def test_attach_finds_the_optimizer_inside_a_lookahead(wrapped, data):
     """timm's Lookahead is an optimizer itself, but never calls the hooks that it takes."""
     model = wrapped()
-    optimizer = timm.optim.create_optimizer_v2(model, "lookahead_sgd", lr=0.01)
+    optimizer = create_optimizer_v2(model, "lookahead_sgd", lr=0.01)
     attach(optimizer, model)
     train(model, optimizer, data(3), update=False)
     assert model.branches["body"].updates == 3
@@ -529,7 +530,7 @@ def warned(action, *arguments, **options):
 def loop(model, steps=STEPS_BEFORE_WARNING, *, called=None, penalty=False, update=False):
     """Training without an optimizer; `called` is what is called around the model."""
     for _ in range(steps):
-        (called or model)(torch.rand(8, 1, 8, 8))
+        (model if called is None else called)(torch.rand(8, 1, 8, 8))
         if penalty:
             model.penalty()
         if update:
