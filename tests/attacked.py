@@ -1,4 +1,4 @@
-"""The network that the tests of the attacks attack, trained once, and the attacks as a textbook would write them."""
+"""The network that the tests of the attacks attack, trained once, and what is put around it to mask it."""
 
 import torch
 from torch import nn
@@ -51,40 +51,3 @@ def right(model, images, labels):
     """Which images are classified as their label."""
     with torch.no_grad():
         return model(images).argmax(dim=1) == labels
-
-
-def margin(logits, labels):
-    """The label's logit minus the largest other one."""
-    losses = []
-    for row, label in zip(logits, labels.tolist(), strict=True):
-        losses.append(row[label] - max(row[j] for j in range(len(row)) if j != label))
-    return torch.stack(losses)
-
-
-def textbook_pgd(network, images, labels, *, eps, steps, step_size, norm="linf", loss="cross_entropy", choose=None):
-    """float64 images after so many steps from the image, one image after the other; `network` is in float64.
-
-    `choose`, of the logits (classes,), names a target to approach.
-    """
-    found = []
-    for image, label in zip(images.double(), labels, strict=True):
-        point = image.clone()
-        for _ in range(steps):
-            point.requires_grad_()
-            logits = network(point[None])
-            if choose is not None:
-                value = -cross_entropy(logits, choose(logits.detach()[0])[None])
-            elif loss == "margin":
-                value = -margin(logits, label[None])[0]
-            else:
-                value = cross_entropy(logits, label[None])
-            (gradient,) = torch.autograd.grad(value, point)
-            if norm == "linf":
-                change = point.detach() + step_size * gradient.sign() - image
-                change = change.clamp(-eps, eps)
-            else:
-                change = point.detach() + step_size * gradient / gradient.norm() - image
-                change = change * min(1, eps / change.norm())
-            point = (image + change).clamp(0, 1)
-        found.append(point.detach())
-    return torch.stack(found)

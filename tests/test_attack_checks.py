@@ -29,11 +29,11 @@ def suspicions(model, images, labels, **settings):
     """What is said of a network, having checked that each sentence is a warning too."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = check_before_attack(model, images, labels, **settings)
+        sentences = check_before_attack(model, images, labels, **settings)
     texts = [str(warning.message) for warning in caught if warning.category is EvaluationWarning]
-    assert texts == found
+    assert texts == sentences
     assert all(warning.filename == __file__ for warning in caught if warning.category is EvaluationWarning)
-    return found
+    return sentences
 
 
 # ---- nothing to say ----

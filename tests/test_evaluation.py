@@ -27,10 +27,9 @@ def test_a_pixel_model_normalises_inside(network):
     wrapped = tlr.wrap(network, tlr.LowRankConfig(branches={"pre_logits": 2}))
     assert torch.equal(PixelModel(wrapped)(images), expected)
     assert PixelModel(network).state_dict().keys() == {f"network.{key}" for key in network.state_dict()}
-
-
-def test_a_pixel_model_returns_float32_logits(network):
-    assert PixelModel(copy.deepcopy(network).bfloat16())(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+    assert PixelModel(copy.deepcopy(network).bfloat16())(images).dtype == torch.float32
+    with pytest.raises(ValueError, match="pass mean and std"):
+        PixelModel(torch.nn.Conv2d(3, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -44,11 +43,6 @@ def test_a_pixel_model_returns_float32_logits(network):
 def test_a_pixel_model_refuses_what_is_no_pixel(network, images, message):
     with pytest.raises(ValueError, match=message):
         PixelModel(network)(images)
-
-
-def test_a_pixel_model_needs_to_know_the_normalisation():
-    with pytest.raises(ValueError, match="pass mean and std"):
-        PixelModel(torch.nn.Conv2d(3, 2, 3))
 
 
 def test_predictions_are_those_of_eval_mode_in_any_batch(network):
@@ -86,7 +80,13 @@ def test_the_readings_of_the_noise_are_what_their_names_say():
     assert set(NOISE_READINGS) >= {STANDARD_DEVIATION.name, VARIANCE.name}
     assert len(NOISE_READINGS) == 4
     for name, reading in NOISE_READINGS.items():
-        noisy = pixel_noise(images, 1.0, **reading.arguments(), generator=torch.Generator().manual_seed(0))
+        noisy = pixel_noise(
+            images,
+            1.0,
+            sigma=reading.sigma,
+            per_channel=reading.per_channel,
+            generator=torch.Generator().manual_seed(0),
+        )
         # Clipping at 0 and 1 hides the spread; the share that reaches neither end gives it away.
         sigma = 128 / 255 if "standard" in name else (128 / 255) ** 0.5
         inside = math.erf(0.5 / sigma / 2**0.5)
@@ -97,7 +97,8 @@ def test_the_readings_of_the_noise_are_what_their_names_say():
 def test_pixel_noise_stays_in_the_box_and_follows_its_generator_alone(random_stream):
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     first, second = (pixel_noise(images, 0.6, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    named = pixel_noise(images, 0.6, **STANDARD_DEVIATION.arguments(), generator=torch.Generator().manual_seed(3))
+    options = {"sigma": STANDARD_DEVIATION.sigma, "per_channel": STANDARD_DEVIATION.per_channel}
+    named = pixel_noise(images, 0.6, **options, generator=torch.Generator().manual_seed(3))
     assert torch.equal(first, second)
     assert torch.equal(first, named), "the default is the first reading"
     assert first.min() >= 0

@@ -3,7 +3,7 @@
 from . import attacks, masking
 from .checks import check_before_attack
 from .cushion import layer_cushion
-from .maxmargin import HybridModel, label_transfer, linear_accuracy, max_margin_classifiers, parameters_behind
+from .maxmargin import HybridModel, linear_accuracy, max_margin_classifiers, parameters_behind
 from .noise import NOISE_READINGS, pixel_noise
 from .pixels import PixelModel, classified_right, predictions
 from .representations import activations, class_variance_ratio, fit_plane, rho, stability
@@ -20,7 +20,6 @@ __all__ = [
     "classified_right",
     "deepfool_rho",
     "fit_plane",
-    "label_transfer",
     "layer_cushion",
     "linear_accuracy",
     "masking",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.model import LowRankModel
 from ..errors import EvaluationError, EvaluationWarning
+from ..text import counted, listing
 from .arguments import check_labels, check_logits, checked
 from .attacks.auto import CLASSES_NEEDED, TARGETS
 from .pixels import PixelModel, attackable, bare, random_state_kept
@@ -48,26 +49,19 @@ def check_before_attack(
     _check_mode(model)
     _check_normalisation(model)
     with attackable(model) as logits_of, random_state_kept(), torch.no_grad():
-        few, wanted = images[:LOOKED_AT], labels[:LOOKED_AT]
+        few = images[:LOOKED_AT]
         logits = check_logits(logits_of(few), len(few))
         _check_logit_values(logits)
-        _check_classes(labels, logits.shape[1], classes)
-        suspicions = [
-            *_image_range(images),
-            *_stability(logits_of, few, logits),
-            *_class_count(logits.shape[1]),
-            *_precision(model),
-            *_accuracy(logits, wanted),
-        ]
+        given = logits.shape[1]
+        if classes is not None and classes != given:
+            raise EvaluationError(
+                f"the data has {classes} classes, the model gives {given}: was it trained on this data?"
+            )
+        check_labels(labels, given)
+        suspicions = list(_suspicions(model, logits_of, images, labels[:LOOKED_AT], logits))
     for text in suspicions:
         warnings.warn(text, EvaluationWarning, stacklevel=2)
     return suspicions
-
-
-def _check_classes(labels: Tensor, given: int, classes: int | None) -> None:
-    if classes is not None and classes != given:
-        raise EvaluationError(f"the data has {classes} classes, the model gives {given}: was it trained on this data?")
-    check_labels(labels, given)
 
 
 def _check_mode(model: nn.Module) -> None:
@@ -105,53 +99,49 @@ def _check_logit_values(logits: Tensor) -> None:
         )
 
 
-def _image_range(images: Tensor) -> Iterator[str]:
+def _suspicions(
+    model: nn.Module, logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, logits: Tensor
+) -> Iterator[str]:
+    """A sentence for each; `logits` are those of the first images, and `labels` as many."""
     brightest = images.max().item()
     if brightest <= 1.5 / 255:
         yield f"the brightest pixel is {brightest:.2g}: were the images divided by 255 twice?"
 
-
-def _stability(logits_of: Callable[[Tensor], Tensor], images: Tensor, logits: Tensor) -> Iterator[str]:
-    scale = logits.abs().max().item()
-    change = (logits_of(images) - logits).abs().max().item()
-    if change > AGREE * scale:
+    few, agree = images[: len(logits)], AGREE * logits.abs().max().item()
+    change = (logits_of(few) - logits).abs().max().item()
+    if change > agree:
         yield (
             f"the logits of the same images change by {change:.2g} from one forward pass to the next: attack the "
             f'expectation, AutoAttack with version="rand"'
         )
-    elif len(images) > 1:
-        alone = torch.cat([logits_of(image) for image in images.split(1)])
+    elif len(few) > 1:
+        alone = torch.cat([logits_of(image) for image in few.split(1)])
         change = (alone - logits).abs().max().item()
-        if change > AGREE * scale:
+        if change > agree:
             yield (
                 f"the logits of an image change by {change:.2g} with the rest of its batch: the figures depend on the "
                 f"batch size (a batch normalisation without running statistics?)"
             )
 
-
-def _class_count(count: int) -> Iterator[str]:
-    if count <= TARGETS:
-        without = [attack for attack, needed in CLASSES_NEEDED.items() if count < needed]
-        noun = "class" if count == 2 else "classes"
-        but = f" and is run without {' and '.join(without)}" if without else ""
+    classes = logits.shape[1]
+    if classes <= TARGETS:
+        without = [attack for attack, needed in CLASSES_NEEDED.items() if classes < needed]
+        but = f" and is run without {listing(without)}" if without else ""
+        others = counted(classes - 1, "other class", "other classes")
         yield (
-            f"the model has {count} classes: AutoAttack aims at {count - 1} other {noun} instead of {TARGETS}{but}, "
+            f"the model has {classes} classes: AutoAttack aims at {others} instead of {TARGETS}{but}, "
             f"so its figures do not compare with those of ten classes"
         )
 
-
-def _precision(model: nn.Module) -> Iterator[str]:
     narrow = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype.itemsize < 4}
     if narrow:
         yield (
-            f"the model's parameters are {' and '.join(sorted(narrow))}: equal logits stall DeepFool and weaken FAB; "
+            f"the model's parameters are {listing(sorted(narrow))}: equal logits stall DeepFool and weaken FAB; "
             f"attack a float32 copy"
         )
 
-
-def _accuracy(logits: Tensor, labels: Tensor) -> Iterator[str]:
     right = (logits.argmax(dim=1) == labels).float().mean().item()
-    if len(labels) >= LOOKED_AT and right <= 1 / logits.shape[1]:
+    if len(labels) >= LOOKED_AT and right <= 1 / classes:
         yield (
             f"only {right:.0%} of the first {len(labels)} images are classified correctly, no more than chance: are "
             f"labels, normalisation and the order of the classes those of the training?"

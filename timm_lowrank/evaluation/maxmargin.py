@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -132,30 +132,6 @@ def linear_accuracy(
         raise EvaluationError(f"{len(test)} activations and {shape} labels: give as many, at least one")
     classifiers = max_margin_classifiers(train, train_labels, directions, seed=seed)
     return [float((each.predict(test) == test_labels).double().mean()) for each in classifiers]
-
-
-def label_transfer(
-    train: Tensor,  # (n, m) activations of training images
-    test: Tensor,  # (k, m) activations of test images
-    labels: Mapping[str, tuple[Tensor, Tensor]],  # {name: ((n,), (k,))} int64, training and test
-    *,
-    dimensions: int | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """How well one representation serves several sets of labels: {name: (k,) bool, test image classified right}.
-
-    Table 7c: `labels={"coarse": ..., "fine": ...}` of a network that was trained on the coarse ones.
-
-    Raises:
-        EvaluationError, ImportError: as `max_margin_classifiers`.
-    """
-    right = {}
-    for name, (seen, new) in labels.items():
-        if new.shape != test.shape[:1]:
-            raise EvaluationError(f"labels {name!r}: {len(test)} test images need as many, not {tuple(new.shape)}")
-        (classifier,) = max_margin_classifiers(train, seen, [dimensions], seed=seed)
-        right[name] = classifier.predict(test) == new
-    return right
 
 
 def _checked(train: Tensor, labels: Tensor, dimensions: Sequence[int | None]) -> Tensor:

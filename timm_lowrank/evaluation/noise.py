@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ..errors import EvaluationError
 from .arguments import check_images
-
-
-class NoiseArguments(TypedDict):
-    """Keywords of `pixel_noise`."""
-
-    sigma: float
-    per_channel: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +18,6 @@ class NoiseReading:
     name: str
     sigma: float  # standard deviation, of pixels in [0, 1]
     per_channel: bool  # whether the channels of a pixel that is hit get values of their own, or one together
-
-    def arguments(self) -> NoiseArguments:
-        """The keywords for `pixel_noise`."""
-        return {"sigma": self.sigma, "per_channel": self.per_channel}
 
 
 STANDARD_DEVIATION = NoiseReading("standard deviation 128/255", 128 / 255, True)
@@ -60,8 +48,7 @@ def pixel_noise(
     `STANDARD_DEVIATION`. A pixel is hit in all its channels or in none.
 
     Args:
-        sigma: standard deviation of the noise.
-        per_channel: whether the channels of a pixel that is hit get values of their own, or one together.
+        sigma, per_channel: as of a `NoiseReading`.
         generator: on the images' device. Images are drawn for in their order, so a chunk of images gets noise of
             its own whatever else is measured, if it comes with a generator of its own.
 

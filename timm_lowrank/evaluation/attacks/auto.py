@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import EvaluationError
@@ -44,19 +43,10 @@ def autoattack(
     labels: Tensor,  # (n,) int64
     *,
     eps: float,
-    norm: str = "linf",
-    version: str = "standard",
-    seed: int = 0,
-    batch_size: int = 250,
-    attacks: Sequence[str] | None = None,
-    iterations: int = ITERATIONS,
-    queries: int = QUERIES,
+    **options: Any,
 ) -> Tensor:
     """The adversarial images of `run_autoattack`, (n, channels, height, width) float32; the same arguments."""
-    return run_autoattack(
-        model, images, labels, eps=eps, norm=norm, version=version, seed=seed, batch_size=batch_size,
-        attacks=attacks, iterations=iterations, queries=queries,
-    ).images  # fmt: skip
+    return run_autoattack(model, images, labels, eps=eps, **options).images
 
 
 def run_autoattack(
@@ -115,9 +105,14 @@ def run_autoattack(
         check_labels(labels, classes)
         right = predicted == labels
         plan = _plan(version, attacks, classes, flags)
-        if set(plan) != {"square"}:
-            _flag_dead_gradients(logits_of, images, labels, right, batch_size, flags)
-        runner = _runner(package, logits_of, eps, norm, version, seed, images.device)
+        # The package looks for zero gradients with its other losses alone, so that apgd-ce would fail in silence.
+        if set(plan) != {"square"} and (dead := _dead_gradients(logits_of, images[right], labels[right], batch_size)):
+            flags.add(f"the gradient of the cross-entropy is zero for {dead} of {int(right.sum())} images")
+        settings = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "version": version}
+        if package.__name__ == "autoattack":
+            settings["verbose"] = False
+        # A version of the package's own is built and then edited: "custom" would bring other restarts.
+        runner = package.AutoAttack(logits_of, device=images.device, **settings)
         _configure(runner, classes, iterations, queries, flags)
         adversarial, broken_by = _cascade(runner, plan, images, labels, right, batch_size, flags)
     return AutoAttackResult(adversarial, tuple(broken_by), flags.texts(), name)
@@ -155,22 +150,6 @@ def _run(runner: Any, images: Tensor, labels: Tensor, batch_size: int) -> tuple[
     return runner.run_standard_evaluation(images, labels, bs=batch_size, return_labels=True)  # type: ignore[no-any-return]
 
 
-def _runner(
-    package: ModuleType,
-    logits_of: Callable[[Tensor], Tensor],
-    eps: float,
-    norm: str,
-    version: str,
-    seed: int,
-    device: torch.device,
-) -> Any:
-    """The package's driver. A version of its own is built and then edited: "custom" would bring other restarts."""
-    settings = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "version": version}
-    if package.__name__ == "autoattack":
-        settings["verbose"] = False
-    return package.AutoAttack(logits_of, device=device, **settings)
-
-
 def _configure(runner: Any, classes: int, iterations: int, queries: int, flags: _Flags) -> None:
     """Edits what the version has set: targets that exist, and the length where it is not the standard one."""
     runner.logger = runner.apgd.logger = runner.apgd_targeted.logger = flags
@@ -205,22 +184,14 @@ def _plan(version: str, chosen: Sequence[str] | None, classes: int, flags: _Flag
     return tuple(plan)
 
 
-def _flag_dead_gradients(
-    logits_of: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    right: Tensor,
-    batch_size: int,
-    flags: _Flags,
-) -> None:
-    """The package looks for these with its other losses alone, so that apgd-ce would fail in silence."""
+def _dead_gradients(logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int) -> int:
+    """For how many images the gradient of the cross-entropy is zero."""
     dead = 0
-    for rows in right.nonzero().flatten().split(batch_size):
-        points = images[rows].requires_grad_()
-        gradient = input_gradient(cross_entropy(logits_of(points), labels[rows]), points)
-        dead += int((gradient.flatten(1) == 0).all(dim=1).sum())
-    if dead:
-        flags.add(f"the gradient of the cross-entropy is zero for {dead} of {int(right.sum())} images")
+    for points, wanted in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        points.requires_grad_()
+        gradient = input_gradient(cross_entropy(logits_of(points), wanted), points)
+        dead += int((gradient == 0).flatten(1).all(dim=1).sum())
+    return dead
 
 
 def find_package() -> tuple[ModuleType, ModuleType, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil, exp, lgamma, log
 from typing import NamedTuple
 
@@ -93,7 +93,8 @@ def _observed(observations: Mapping[str, Tensor]) -> _Observed:
         if len(values) != 1:
             raise EvaluationError(f"{name.removeprefix(SETTING)} must be the same in all parts of the observations")
         settings[name.removeprefix(SETTING)] = float(values)
-    return _Observed({name: column for name, column in observations.items() if name not in names}, settings)
+    eps, budget = settings.pop("eps"), Budget(**{name: int(value) for name, value in settings.items()})
+    return _Observed({name: column for name, column in observations.items() if name not in names}, eps, budget)
 
 
 def _summary(checks: tuple[Check, ...], count: int) -> str:
@@ -114,28 +115,22 @@ def _summary(checks: tuple[Check, ...], count: int) -> str:
 
 @dataclass(frozen=True)
 class _Observed:
-    """Columns (n,) of `observe`, and the settings that they were made with."""
+    """Columns (n,) of `observe`, and the radius and the lengths of the attacks that they were made with."""
 
     columns: Mapping[str, Tensor]
-    settings: Mapping[str, float]
-
-    @property
-    def radius(self) -> str:
-        """8/255 where it is a whole number of levels."""
-        eps = self.settings["eps"]
-        levels = round(255 * eps)
-        return f"{levels}/255" if levels and abs(255 * eps - levels) < 1e-6 else f"{eps:.3g}"
+    eps: float
+    budget: Budget
 
     @property
     def pgd(self) -> str:
-        return f"PGD-{self.setting('steps')} at {self.radius}"
+        """PGD-20 at 8/255, where the radius is a whole number of levels."""
+        levels = round(255 * self.eps)
+        whole = levels and abs(255 * self.eps - levels) < 1e-6
+        return f"PGD-{self.budget.steps} at {f'{levels}/255' if whole else f'{self.eps:.3g}'}"
 
     @property
     def randomised(self) -> bool:
         return not bool(self.columns["repeats"].all())
-
-    def setting(self, name: str) -> int:
-        return int(self.settings[name])
 
     def count(self, name: str) -> int:
         return int(self.columns[name].sum())
@@ -182,11 +177,6 @@ def paired(
     return Paired(float(first.double().mean()), float(second.double().mean()), chance)
 
 
-def share_exceeds(hits: int, count: int, limit: float) -> bool:
-    """Whether so many hits are unlikely if a share of `limit` of all images were hit."""
-    return at_least(hits, count, limit) < CHANCE
-
-
 def at_least(hits: int, count: int, probability: float) -> float:
     """The probability of `hits` or more in `count` independent trials."""
     if hits <= 0:
@@ -222,61 +212,63 @@ def made(
     return Check(name, None, value, limit, f"{says}: too few images to tell that from chance.", decisive)
 
 
+def made_of_share(name: str, hits: Tensor, limit: float, says: str, meaning: str, *, decisive: bool = True) -> Check:
+    """`made` of the share of hits (n,) bool; chance is that a share of `limit` of all images would be hit."""
+    count = int(hits.sum())
+    beyond_chance = at_least(count, len(hits), limit) < CHANCE
+    return made(name, count / len(hits), limit, beyond_chance, says, meaning, decisive=decisive)
+
+
 def not_made(name: str, limit: float, says: str, *, decisive: bool = True) -> Check:
     """A check that could not be made, and why."""
     return Check(name, None, None, limit, says, decisive)
 
 
-def black_box(observed: _Observed) -> Check:
-    return _ahead(
-        observed, "black box", "transfer", "the same attack crafted on another network", FAR,
+@dataclass(frozen=True)
+class Rival:
+    """An attack that may be little further ahead of PGD, since it does or knows less, or aims at one thing alone."""
+
+    name: str  # of the check
+    column: str
+    attack: str  # in words, with lengths of the `Budget` in braces
+    limit: float
+    meaning: str  # of a lead beyond the limit
+    without: str = ""  # why there may be no such column
+
+    def check(self, observed: _Observed) -> Check:
+        if self.column not in observed.columns:
+            return not_made(self.name, self.limit, self.without)
+        words = self.attack.format(saturated=observed.percent("saturated"), **asdict(observed.budget))
+        pair = paired(observed.columns["pgd"], observed.columns[self.column])
+        says = f"{observed.pgd} leaves {percent(pair.first)} % right, {words} {percent(pair.second)} %"
+        return made(self.name, pair.gap, self.limit, pair.beyond_chance, says, self.meaning)
+
+
+RIVALS = (
+    Rival(
+        "black box", "transfer", "the same attack crafted on another network", FAR,
         "a gradient that knows nothing of this network fools it better than its own does",
-        without="There was no other network to craft a black-box attack on.",
-    )  # fmt: skip
-
-
-def square(observed: _Observed) -> Check:
-    return _ahead(
-        observed, "Square", "square", f"the Square attack with {observed.setting('queries')} queries", FAR,
-        "queries alone do better than gradients", without="The Square attack was not run.",
-    )  # fmt: skip
-
-
-def autoattack(observed: _Observed) -> Check:
-    return _ahead(
-        observed, "AutoAttack", "autoattack", "AutoAttack", FAR_FOR_BETTER_ATTACKS,
-        "the accuracy under PGD is that attack's failure", without="AutoAttack was not run.",
-    )  # fmt: skip
-
-
-def random_signs(observed: _Observed) -> Check:
-    attack = f"the best of {observed.setting('signs')} random sign perturbations"
-    return _ahead(observed, "random signs", "signs", attack, FAR, "chance does better than gradients")
-
-
-def single_step(observed: _Observed) -> Check:
-    return _ahead(
-        observed, "single step", "fgsm", "a single step", FAR, "one step along the gradient does better than many"
-    )
-
-
-def saturated_logits(observed: _Observed) -> Check:
-    return _ahead(
-        observed, "saturated logits", "pgd_margin",
-        f"with the margin of the logits as its loss (the softmax is exactly 1 on {observed.percent('saturated')} of "
-        f"the images)", FAR_FOR_BETTER_ATTACKS, "the cross-entropy hides the gradient that the logits have",
-    )  # fmt: skip
-
-
-def _ahead(
-    observed: _Observed, name: str, column: str, attack: str, limit: float, meaning: str, without: str = ""
-) -> Check:
-    """Whether an attack is further ahead of PGD than it may be."""
-    if column not in observed.columns:
-        return not_made(name, limit, without)
-    pair = paired(observed.columns["pgd"], observed.columns[column])
-    says = f"{observed.pgd} leaves {percent(pair.first)} % right, {attack} {percent(pair.second)} %"
-    return made(name, pair.gap, limit, pair.beyond_chance, says, meaning)
+        "There was no other network to craft a black-box attack on.",
+    ),
+    Rival(
+        "Square", "square", "the Square attack with {queries} queries", FAR,
+        "queries alone do better than gradients", "The Square attack was not run.",
+    ),
+    Rival(
+        "AutoAttack", "autoattack", "AutoAttack", FAR_FOR_BETTER_ATTACKS,
+        "the accuracy under PGD is that attack's failure", "AutoAttack was not run.",
+    ),
+    Rival(
+        "random signs", "signs", "the best of {signs} random sign perturbations", FAR,
+        "chance does better than gradients",
+    ),
+    Rival("single step", "fgsm", "a single step", FAR, "one step along the gradient does better than many"),
+    Rival(
+        "saturated logits", "pgd_margin",
+        "with the margin of the logits as its loss (the softmax is exactly 1 on {saturated} of the images)",
+        FAR_FOR_BETTER_ATTACKS, "the cross-entropy hides the gradient that the logits have",
+    ),
+)  # fmt: skip
 
 
 def averaged_gradients(observed: _Observed) -> Check:
@@ -288,7 +280,7 @@ def averaged_gradients(observed: _Observed) -> Check:
     pair = paired(observed.columns["pgd"][measured], observed.columns["pgd_averaged"][measured] > 0)
     says = (
         f"{observed.pgd} leaves {percent(pair.first)} % right, "
-        f"with gradients averaged over {observed.setting('draws')} forwards {percent(pair.second)} %"
+        f"with gradients averaged over {observed.budget.draws} forwards {percent(pair.second)} %"
     )
     return made(name, pair.gap, limit, pair.beyond_chance, says, "noise hides the gradient")
 
@@ -301,40 +293,33 @@ def more_steps(observed: _Observed) -> Check:
         pair, meaning = paired(pgd, longer), "the shorter attack had not come to its end, its figure is too good"
     says = (
         f"{observed.pgd} leaves {observed.percent('pgd')} right, "
-        f"with {observed.setting('more_steps')} steps {observed.percent('pgd_more_steps')}"
+        f"with {observed.budget.more_steps} steps {observed.percent('pgd_more_steps')}"
     )
     return made("more steps", pair.gap, FAR, pair.beyond_chance, says, meaning, decisive=False)
 
 
 def restarts(observed: _Observed) -> Check:
     """The share of the images that only the later half of the further random starts breaks."""
-    name, count, withstood = "restarts", observed.setting("restarts"), observed.columns["restarts_withstood"]
+    name, count, withstood = "restarts", observed.budget.restarts, observed.columns["restarts_withstood"]
     if observed.randomised:
         says = "The network is randomised and errs at some time whatever the start: restarts tell nothing."
         return not_made(name, LATE_RESTARTS, says, decisive=False)
     middle, last = withstood >= count // 2, withstood >= count
-    late = int((middle & ~last).sum())
     says = (
         f"{observed.pgd} leaves {observed.percent('pgd')} right, after {count // 2} more random starts "
         f"{percent(float(middle.double().mean()))} %, after {count} {percent(float(last.double().mean()))} %"
     )
-    return made(
-        name, late / len(last), LATE_RESTARTS, share_exceeds(late, len(last), LATE_RESTARTS), says,
-        "they go on helping, as tries at random do", decisive=False,
-    )  # fmt: skip
+    meaning = "they go on helping, as tries at random do"
+    return made_of_share(name, middle & ~last, LATE_RESTARTS, says, meaning, decisive=False)
 
 
 def unbounded_radius(observed: _Observed) -> Check:
-    count = len(observed.columns["pgd_unbounded"])
     says = (
-        f"PGD-{observed.setting('steps')} that may make any image of any other leaves "
+        f"PGD-{observed.budget.steps} that may make any image of any other leaves "
         f"{observed.percent('pgd_unbounded')} right"
     )
-    return made(
-        "unbounded radius", observed.share("pgd_unbounded"), UNBOUNDED,
-        share_exceeds(observed.count("pgd_unbounded"), count, UNBOUNDED), says,
-        "the gradient does not lead to errors that exist",
-    )  # fmt: skip
+    meaning = "the gradient does not lead to errors that exist"
+    return made_of_share("unbounded radius", observed.columns["pgd_unbounded"], UNBOUNDED, says, meaning)
 
 
 def double_radius(observed: _Observed) -> Check:
@@ -362,10 +347,7 @@ def zero_gradients(observed: _Observed) -> Check:
         f"The gradient of the cross-entropy is zero on {observed.percent('zero_gradient')} of the images and "
         f"not finite on {percent(1 - observed.share('finite_gradient'))} %"
     )
-    return made(
-        "zero gradients", float(bad.double().mean()), ZERO_GRADIENTS,
-        share_exceeds(int(bad.sum()), len(bad), ZERO_GRADIENTS), says, "attacks have nothing to follow there",
-    )  # fmt: skip
+    return made_of_share("zero gradients", bad, ZERO_GRADIENTS, says, "attacks have nothing to follow there")
 
 
 def smooth_loss(observed: _Observed) -> Check:
@@ -375,15 +357,13 @@ def smooth_loss(observed: _Observed) -> Check:
     if 2 * len(known) < len(ratios):
         says = "Most of the images have no gradient along which to step."
         return not_made(name, UNSMOOTH, says, decisive=False)
-    broken = int((known < BROKEN_PROMISE).sum())
+    broken = known < BROKEN_PROMISE
     says = (
         f"Small steps along the gradient bring {float(known.median()):.2f} times what it promises (median), and less "
-        f"than a quarter on {percent(broken / len(known))} % of the images"
+        f"than a quarter on {percent(float(broken.double().mean()))} % of the images"
     )
-    return made(
-        name, broken / len(known), UNSMOOTH, share_exceeds(broken, len(known), UNSMOOTH), says,
-        "the gradient says little about the loss a step away", decisive=False,
-    )  # fmt: skip
+    meaning = "the gradient says little about the loss a step away"
+    return made_of_share(name, broken, UNSMOOTH, says, meaning, decisive=False)
 
 
 def deterministic(observed: _Observed) -> Check:
@@ -396,6 +376,6 @@ def deterministic(observed: _Observed) -> Check:
 
 
 CHECKS = (
-    black_box, square, autoattack, random_signs, single_step, saturated_logits, averaged_gradients, zero_gradients,
-    unbounded_radius, smooth_loss, deterministic, double_radius, more_steps, restarts,
+    *(rival.check for rival in RIVALS), averaged_gradients, zero_gradients, unbounded_radius, smooth_loss,
+    deterministic, double_radius, more_steps, restarts,
 )  # fmt: skip

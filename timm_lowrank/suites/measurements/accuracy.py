@@ -64,10 +64,10 @@ class PixelNoise(Measurement):
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, labels = context.chunk_of(rows)
+        reading, generator = NOISE_READINGS[self.reading], context.generator(self.key, rows.start)
         noisy = pixel_noise(
-            images, self.probability, **NOISE_READINGS[self.reading].arguments(),
-            generator=context.generator(self.key, rows.start),
-        )  # fmt: skip
+            images, self.probability, sigma=reading.sigma, per_channel=reading.per_channel, generator=generator
+        )
         return {"correct": column(predictions(context.networks[title].model, noisy) == labels)}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:

@@ -9,7 +9,6 @@ from ...errors import EvaluationError
 from ...evaluation.maxmargin import (
     HybridModel,
     judge_hybrid,
-    label_transfer,
     max_margin_classifiers,
     parameters_behind,
 )
@@ -134,11 +133,12 @@ class OtherLabels(Measurement):
             raise EvaluationError("there are no other labels: name their column")
         train = context.representations(title, train=True)
         test = context.representations(title, train=False)
+        seen, new = context.other_labels
         columns: Columns = {}
         for layer in context.layers:
-            labels = {"other": context.other_labels}
             seed = context.integer_seed("other", layer)
-            columns[layer] = column(label_transfer(train[layer], test[layer], labels, seed=seed)["other"])
+            (classifier,) = max_margin_classifiers(train[layer], seen, seed=seed)
+            columns[layer] = column(classifier.predict(test[layer]) == new)
         return columns
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
