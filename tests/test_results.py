@@ -1,4 +1,4 @@
-"""evaluation.json: read back as it was written, older files too, and all that is wrong with it in one message."""
+"""evaluation.json: read back as it was written, and all that is wrong with it in one message."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ from evaluations import FIGURES, PGD, figure, full_evaluation, make_evaluation
 
 from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation.results import (
-    AttackProtocol,
     Kind,
     NoiseProtocol,
     Protocol,
@@ -50,8 +49,9 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda e: e.update(format=3), "formats 1 and 2, not 3"),
-        (lambda e: e.pop("format"), "formats 1 and 2, not None"),
+        (lambda e: e.update(format=3), "of format 2, not 3: evaluate again"),
+        (lambda e: e.update(format=1), "of format 2, not 1: evaluate again with `timm-lowrank evaluate --overwrite`"),
+        (lambda e: e.pop("format"), "of format 2, not None"),
         (lambda e: [e.pop("seed"), e.pop("curves")], "it lacks seed, curves"),
         (lambda e: e["figures"][0].pop("kind"), r"figures\[0\] lacks kind"),
         (lambda e: e["figures"][0].update(kind="fast"), r"figures\[0\].kind='fast' must be one of clean, attack"),
@@ -97,106 +97,6 @@ def test_all_problems_come_in_one_message(tmp_path):
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(EvaluationError, match="not valid JSON"):
         read_evaluation(tmp_path / "evaluation.json")
-
-
-# ----------------------------------------------------------------------------------------------------- the older format
-
-
-@pytest.mark.parametrize(
-    ("key", "kind", "layer", "directions"),
-    [
-        ("clean", Kind.CLEAN, None, None),
-        ("pgd-madry-20-x5-8-255", Kind.ATTACK, None, None),
-        ("transfer-madry-20-8-255", Kind.TRANSFER, None, None),
-        ("iter-ll-fgsm-stop-10-8-255", Kind.ATTACK, None, None),
-        ("iter-ll-fgsm-stop-10-8-255-rho", Kind.PERTURBATION, None, None),
-        ("transfer-iter-ll-fgsm-10-8-255-hit", Kind.TARGET_HIT, None, None),
-        ("deepfool-accuracy", Kind.ATTACK, None, None),
-        ("deepfool-transfer-accuracy", Kind.TRANSFER, None, None),
-        ("deepfool-transfer-length", Kind.PERTURBATION, None, None),
-        ("minimum-transfer-iter-fgsm", Kind.MINIMUM_RADIUS, None, None),
-        ("minimum-iter-fgsm-rho", Kind.PERTURBATION, None, None),
-        ("autoattack-linf-8-255", Kind.ATTACK, None, None),
-        ("autoattack-linf-8-255-apgd-ce", Kind.BROKEN_BY, None, None),
-        ("transfer-autoattack-linf-8-255", Kind.TRANSFER, None, None),
-        ("noise-standard-deviation-0.4", Kind.NOISE, None, None),
-        ("variance-layer3.0.conv1-10", Kind.VARIANCE, "layer3.0.conv1", 10),
-        ("class-variance-layer3", Kind.CLASS_VARIANCE, "layer3", None),
-        ("effective-rank-layer3", Kind.EFFECTIVE_RANK, "layer3", None),
-        ("compression-pre_logits-5", Kind.COMPRESSION, "pre_logits", 5),
-        ("compression-pre_logits-all", Kind.COMPRESSION, "pre_logits", None),
-        ("hybrid-layer3-fooled", Kind.HYBRID, "layer3", None),
-        ("other-labels-layer3", Kind.OTHER_LABELS, "layer3", None),
-        ("stability-layer3", Kind.STABILITY, "layer3", None),
-        ("cushion-layer3.0.conv1", Kind.CUSHION, "layer3.0.conv1", None),
-        ("mine", Kind.OTHER, None, None),
-    ],
-)
-def test_figures_of_format_1_are_told_by_their_keys(key, kind, layer, directions):
-    read = evaluation_from_json(format_1(key, {"images": 24, "seed": 0})).figures[0]
-    assert (read.kind, read.layer, read.directions) == (kind, layer, directions)
-
-
-def format_1(key, protocol, **changes):
-    """What an earlier version wrote: no kinds, flat protocols."""
-    made = content(make_evaluation())
-    made["figures"] = [
-        {"key": key, "group": "g", "label": "l", "unit": "share", "better": "higher", "protocol": protocol,
-         "values": {"2-LR": {"value": None, "of": 0}, "plain": {"value": 0.5, "low": 0.4, "high": 0.6, "of": 24}}}
-    ]  # fmt: skip
-    return {**made, "format": 1, "settings": {"format": 1, "seed": 0}, **changes}
-
-
-@pytest.mark.parametrize(
-    ("flat", "protocol"),
-    [
-        (
-            {"attack": "PGD, L_inf, cross-entropy, last iterate", "setting": "Madry", "eps": "1.5/255", "steps": 20,
-             "step_size": "0.5/255", "random_start": True, "restarts": 1, "images": 24, "seed": 0,
-             "crafted_on": "plain for 2-LR; 2-LR for plain"},
-            Protocol(images=24, seed=0, attack=AttackProtocol(
-                name="PGD", eps=1.5 / 255, steps=20, step_size=0.5 / 255, random_start=True, restarts=1,
-                setting="Madry", notes=("cross-entropy", "last iterate"),
-                crafted_on={"2-LR": "plain", "plain": "2-LR"},
-            )),
-        ),
-        (
-            {"attack": "AutoAttack standard, L2", "eps": "0.5", "norm": "L2", "square_queries": 5000},
-            Protocol(attack=AttackProtocol(name="AutoAttack", version="standard", norm="l2", eps=0.5),
-                     details={"square_queries": 5000}),
-        ),
-        (
-            {"attack": "Iter-FGSM, stops at success", "steps": 40, "step_size": "eps/4", "radii": "1/255, 2/255"},
-            Protocol(attack=AttackProtocol(name="Iter-FGSM", steps=40, stops_at_success=True),
-                     details={"step_size": "eps/4", "radii": "1/255, 2/255"}),
-        ),
-        (
-            {"noise": "Gaussian, variance 128/255, clipped to [0, 1]", "probability": 0.4},
-            Protocol(noise=NoiseProtocol(0.4, "variance 128/255")),
-        ),
-    ],
-)  # fmt: skip
-def test_protocols_of_format_1_keep_their_meaning(flat, protocol):
-    read = evaluation_from_json(format_1("pgd-x", flat)).figures[0].protocol
-    assert read == protocol
-    assert read.entries().get("eps") == flat.get("eps")
-
-
-def test_the_rest_of_format_1_is_read_too():
-    line = {"network": "plain", "name": "conv1", "edges": [0, 1, 2], "counts": [3, 4]}
-    cloud = {"network": "plain", "name": "", "x": [1.0, None], "y": [1.0, 2.0], "label": [0, 1]}
-    shared = {"group": "g", "title": "t", "x_label": "x", "y_label": "y", "protocol": {}}
-    curves = [
-        {"key": "cushion", "kind": "histogram", "lines": [line], **shared},
-        {"key": "plane", "kind": "scatter", "lines": [cloud], **shared},
-    ]
-    evaluation = evaluation_from_json(format_1("clean", {}, curves=curves))
-    assert evaluation.settings is None
-    assert (evaluation.curves[0].lines[0].x, evaluation.curves[0].lines[0].y) == ((0, 1, 2), (3, 4))
-    assert evaluation.curves[1].lines[0].labels == (0, 1)
-    assert math.isnan(evaluation.curves[1].lines[0].x[1])
-    with pytest.raises(EvaluationError, match=r"not complete \(KeyError\('figures'\)\)"):
-        evaluation_from_json({"format": 1, "networks": []})
 
 
 # ------------------------------------------------------------------------------------------------ what is read from it

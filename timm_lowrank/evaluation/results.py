@@ -25,7 +25,6 @@ import dataclasses
 import enum
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,13 +144,19 @@ class Difference:
 
 
 def difference(one: Value | None, other: Value | None) -> Difference | None:
-    """one - other, with Newcombe's interval for a difference of two independent figures; None unless both are known."""
+    """one - other, of figures measured independently of each other; None unless both are known.
+
+    Its interval is Newcombe's (1998), method 10: the distances between the figures and the ends of their own intervals,
+    squared and added. He gives it for shares with Wilson's intervals; the same recipe holds for other figures.
+    """
     if one is None or other is None or not (one.known and other.known):
         return None
     gap = one.value - other.value
     if one.interval is None or other.interval is None:
         return Difference(gap)
-    return Difference(gap, *newcombe((one.value, *one.interval), (other.value, *other.interval)))
+    (low, high), (other_low, other_high) = one.interval, other.interval
+    below = math.hypot(one.value - low, other_high - other.value)
+    return Difference(gap, gap - below, gap + math.hypot(high - one.value, other.value - other_low))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,23 +263,6 @@ def wilson(hits: int, count: int, confidence: float = 0.95) -> tuple[float, floa
     half = (spread * (share * (1 - share) + spread / 4)) ** 0.5 / (1 + spread)
     # The ends at no and at all hits are 0 and 1 exactly; round-off would leave 1e-17 of them.
     return (0.0 if hits == 0 else centre - half), (1.0 if hits == count else centre + half)
-
-
-def newcombe(
-    one: tuple[float, float, float],
-    other: tuple[float, float, float],
-) -> tuple[float, float]:
-    """The interval of one - other, each given as (value, low, high) and measured independently of each other.
-
-    Newcombe (1998), method 10: the distances between the shares and the ends of their own Wilson intervals, squared and
-    added. The same recipe holds for other figures with intervals.
-    """
-    value, low, high = one
-    other_value, other_low, other_high = other
-    gap = value - other_value
-    return gap - math.hypot(value - low, other_high - other_value), gap + math.hypot(
-        high - value, other_value - other_low
-    )
 
 
 # ------------------------------------------------------------------------------------------------- curves and pictures
@@ -451,7 +439,7 @@ class Evaluation:
     warnings: tuple[str, ...]
     processes: int = 1
     command: str | None = None  # that gives the same again
-    settings: Settings | None = None  # None: the file is of an older format
+    settings: Settings | None = None  # None: it was not made by `timm-lowrank evaluate`
 
     def __post_init__(self) -> None:
         _refuse(_contradictions(self.networks, self.figures, self.curves, self.strips, self.verdicts))
@@ -484,9 +472,7 @@ class Evaluation:
     def all_warnings(self) -> tuple[str, ...]:
         """`warnings`, and one for every value that could not be computed."""
         unknown = (
-            f"{title}, {figure.label}: not a number (of {value.of} images)"
-            if value.of is not None
-            else f"{title}, {figure.label}: not a number"
+            f"{title}, {figure.label}: not a number{'' if value.of is None else f' (of {value.of} images)'}"
             for figure in self.figures
             for title, value in figure.values.items()
             if not value.known
@@ -510,13 +496,10 @@ def headline(evaluation: Evaluation) -> Headline:
     """
     clean = next((figure for figure in evaluation.by_kind(Kind.CLEAN) if figure.values), None)
     in_linf = [
-        (figure, figure.protocol.attack, figure.protocol.attack.eps)
+        (figure, attack, attack.eps)
         for figure in evaluation.by_kind(Kind.ATTACK)
-        if figure.values
-        and figure.protocol.attack
-        and figure.protocol.attack.eps is not None
-        and figure.protocol.attack.norm == "linf"
-        and not figure.protocol.attack.targeted
+        if figure.values and (attack := figure.protocol.attack)
+        if attack.eps is not None and attack.norm == "linf" and not attack.targeted
     ]
     limit = 8 / 255
 
@@ -549,7 +532,7 @@ def _radius(eps: float | None) -> str | None:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Reads evaluation.json of this format or of format 1.
+    """Reads evaluation.json.
 
     Raises:
         EvaluationError: it cannot be read, is of another format, or is not complete: every problem in one message.
@@ -574,13 +557,10 @@ def evaluation_from_json(content: Mapping[str, Any]) -> Evaluation:
     Raises:
         EvaluationError: as `read_evaluation`.
     """
-    version = content.get("format")
-    if version == 1:
-        content = _from_format_1(content)
-    elif version != FORMAT:
+    if (version := content.get("format")) != FORMAT:
         raise EvaluationError(
-            f"this version reads evaluation.json of formats 1 and {FORMAT}, not {version!r}: evaluate again with "
-            "`timm-lowrank evaluate`, or make the report with the version that wrote the file"
+            f"this version reads evaluation.json of format {FORMAT}, not {version!r}: evaluate again with "
+            "`timm-lowrank evaluate --overwrite`, or make the report with the version that wrote the file"
         )
     problems: list[str] = []
     fields = decode_fields(Evaluation, content, problems)
@@ -641,85 +621,3 @@ def _contradictions(
     for title, verdict in verdicts.items():
         if verdict.verdict not in VERDICTS:
             yield f"verdicts[{title!r}] is {verdict.verdict!r}, not one of {', '.join(VERDICTS)}"
-
-
-# ----------------------------------------------------------------------------------------------------- the older format
-
-_KEYS_OF_FORMAT_1 = (
-    (r"clean", Kind.CLEAN),
-    (r"noise-.*", Kind.NOISE),
-    (r"variance-(?P<layer>.+)-(?P<directions>\d+)", Kind.VARIANCE),
-    (r"class-variance-(?P<layer>.+)", Kind.CLASS_VARIANCE),
-    (r"effective-rank-(?P<layer>.+)", Kind.EFFECTIVE_RANK),
-    (r"compression-(?P<layer>.+)-((?P<directions>\d+)|all)", Kind.COMPRESSION),
-    (r"hybrid-(?P<layer>.+)-(clean|fooled|attacked)", Kind.HYBRID),
-    (r"other-labels-(?P<layer>.+)", Kind.OTHER_LABELS),
-    (r"stability-(?P<layer>.+)", Kind.STABILITY),
-    (r"cushion-(?P<layer>.+)", Kind.CUSHION),
-    (r"(deepfool|minimum|(transfer-)?iter)-.*(rho|length)", Kind.PERTURBATION),
-    (r"minimum-.*", Kind.MINIMUM_RADIUS),
-    (r"(transfer-)?iter-ll-fgsm-.*-hit", Kind.TARGET_HIT),
-    (r"autoattack-.*-(apgd-.*|fab.*|square)", Kind.BROKEN_BY),
-    (r"transfer-.*|deepfool-transfer-accuracy", Kind.TRANSFER),
-    (r"(pgd|iter|autoattack|deepfool)-.*", Kind.ATTACK),
-)
-_ATTACK_OF_FORMAT_1 = ("steps", "random_start", "restarts", "setting", "stops_at_success")
-
-
-def _from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures had no kind, layer or directions, which their keys tell; protocols were flat, with radii as text."""
-    try:
-        titles = [network["title"] for network in content["networks"]]
-        columns = {"edges": "x", "counts": "y", "label": "labels"}
-        parts = {
-            name: [
-                {**part, "protocol": _protocol_of_format_1(part.get("protocol") or {}, titles)}
-                for part in content[name]
-            ]
-            for name in ("figures", "curves", "strips")
-        }
-        parts["figures"] = [{**figure, **_coordinates_of_format_1(figure["key"])} for figure in parts["figures"]]
-        for curve in parts["curves"]:
-            curve["lines"] = [{columns.get(name, name): row for name, row in line.items()} for line in curve["lines"]]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise EvaluationError(
-            f"evaluation.json is not complete ({error!r}): evaluate again with `timm-lowrank evaluate`"
-        ) from error
-    return {**content, **parts, "settings": None}
-
-
-def _coordinates_of_format_1(key: str) -> dict[str, Any]:
-    for pattern, kind in _KEYS_OF_FORMAT_1:
-        if match := re.fullmatch(pattern, key):
-            named = match.groupdict()
-            directions = named.get("directions")
-            return {"kind": kind, "layer": named.get("layer"), "directions": directions and int(directions)}
-    return {"kind": Kind.OTHER}
-
-
-def _protocol_of_format_1(flat: Mapping[str, Any], titles: Sequence[str]) -> dict[str, Any]:
-    left = {name: value for name, value in flat.items() if value is not None}
-    protocol: dict[str, Any] = {name: left.pop(name) for name in ("images", "seed") if name in left}
-    if "attack" in left:
-        attack = {name: left.pop(name) for name in _ATTACK_OF_FORMAT_1 if name in left}
-        (name, *words), norms = str(left.pop("attack")).split(", "), {shown: norm for norm, shown in NORMS.items()}
-        attack["name"], _, version = name.partition(" ")
-        attack |= {"version": version or None, "targeted": name == "Iter-LL-FGSM"}
-        attack["norm"] = next((norms[word] for word in [*words, left.pop("norm", None)] if word in norms), "linf")
-        if "stops at success" in words:
-            attack["stops_at_success"] = True
-        attack["notes"] = [word for word in words if word not in norms and word != "stops at success"]
-        for length in ("eps", "step_size"):
-            if written := re.fullmatch(r"([\d.e-]+)(?:/(\d+))?", str(left.get(length))):  # 8/255, 0.5, but not eps/4
-                attack[length] = float(written[1]) / float(written[2] or 1)
-                del left[length]
-        pairs = str(left.pop("crafted_on", "")).split("; ")  # plain for 2-LR; 2-LR for plain
-        ends = [(pair, title, f" for {title}") for pair in pairs for title in titles]
-        attack["crafted_on"] = {
-            title: pair.removesuffix(end) for pair, title, end in ends if pair.endswith(end)
-        } or None
-        protocol["attack"] = attack
-    if "noise" in left and "probability" in left:
-        reading = str(left.pop("noise")).removeprefix("Gaussian, ").removesuffix(", clipped to [0, 1]")
-        protocol["noise"] = {"probability": left.pop("probability"), "reading": reading}
-    return {**protocol, "details": left}
