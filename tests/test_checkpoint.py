@@ -24,8 +24,8 @@ from timm_lowrank.files import sha256_of
 FILES = {"config.json", "model.safetensors", "lowrank.json", "lowrank.safetensors"}
 
 
-def images(size=32, count=4):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+def images(size=32, seed=0):
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -36,10 +36,17 @@ def model():
     )
     model = tlr.wrap("test_resnet", config, num_classes=3, example_input=images()).train()
     for seed in range(5):
-        torch.manual_seed(seed)
-        (model(images() + torch.randn(4, 3, 32, 32)).square().mean() + model.penalty()).backward()
-        model.update()
+        train_step(model, seed)
     return model.eval()
+
+
+def train_step(model, seed):
+    """One step of SGD and the branches, on data that depends on the seed alone."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.zero_grad()
+    (model(images(seed=seed)).square().mean() + model.penalty()).backward()
+    optimizer.step()
+    model.update()
 
 
 def contents(folder):
@@ -70,54 +77,36 @@ def folder(model, tmp_path):
     return save_pretrained(model, tmp_path / "checkpoint")
 
 
-def test_timm_loads_the_network_without_this_package_s_help(model, tmp_path):
-    assert save_pretrained(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
-    network = loaded(tmp_path / "new" / "folder")
-    assert type(network) is type(model.unwrap())
-    assert same(network.state_dict(), model.unwrap().state_dict())
-    assert torch.equal(network(images()), model(images()))
-
-
 def test_what_lies_in_the_folder(model, tmp_path):
-    save_pretrained(model, str(tmp_path))
-    assert contents(tmp_path).keys() == FILES, "nothing temporary and no pickle"
-    config = read(tmp_path, "config.json")
+    folder = tmp_path / "new" / "folder"
+    assert save_pretrained(model, str(folder)) == folder
+    assert contents(folder).keys() == FILES, "nothing temporary and no pickle"
+    config = read(folder, "config.json")
     assert (config["architecture"], config["num_classes"]) == ("test_resnet", 3)
     assert "num_classes" not in config.get("model_args", {})
-    assert load_file(tmp_path / "model.safetensors").keys() == model.unwrap().state_dict().keys()
-    description = read(tmp_path)
+    assert same(load_file(folder / "model.safetensors"), model.unwrap().state_dict())
+    description = read(folder)
     assert description["format"] == 1
     assert LowRankConfig.from_dict(description["config"]) == model.lowrank_config
     assert description["layers"] == {
         "layer3": {"rank": 6, "num_features": 768, "view": "flatten", "channel_dim": 1},
         "pre_logits": {"rank": 4, "num_features": 96, "view": "flatten", "channel_dim": -1},
     }
-    assert same(load_file(tmp_path / "lowrank.safetensors"), model.branches.state_dict())
+    assert same(load_file(folder / "lowrank.safetensors"), model.branches.state_dict())
+    assert torch.equal(loaded(folder)(images()), model(images()))
 
 
-def test_transformers_load_it_as_well(model, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    save_pretrained(model, tmp_path)
-    network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    weights = {key.removeprefix("timm_model."): value for key, value in network.state_dict().items()}
-    assert same(weights, model.unwrap().state_dict())
-    torch.testing.assert_close(network(images()).logits, model(images()), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"), [("test_vit", {"img_size": 32}), ("resnet10_cifar", {"channels": [8, 8, 8, 8]})]
-)
-def test_arguments_of_the_architecture_travel_along(tmp_path, name, options):
-    model = tlr.wrap(name, LowRankConfig(branches={"pre_logits": 3}), num_classes=3, **options).eval()
+def test_arguments_of_the_architecture_travel_along(tmp_path):
+    config = LowRankConfig(branches={"pre_logits": 3})
+    model = tlr.wrap("resnet10_cifar", config, num_classes=3, channels=[8, 8, 8, 8]).eval()
     save_pretrained(model, tmp_path)
     assert torch.equal(loaded(tmp_path)(images()), model(images()))
 
 
 def test_channels_last(model, tmp_path):
-    expected = model(images())
     model.to(memory_format=torch.channels_last)
     save_pretrained(model, tmp_path)
-    assert torch.allclose(loaded(tmp_path)(images()), expected, atol=1e-6)
+    assert same(loaded(tmp_path).state_dict(), model.unwrap().state_dict())
     assert model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last), "the model itself stays as it is"
 
 
@@ -198,21 +187,9 @@ def test_a_full_disk(model, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert isinstance(caught.value, OSError)
     assert contents(tmp_path) == before
-    assert isinstance(from_pretrained(tmp_path), LowRankModel)
 
 
 # from_pretrained
-
-
-def train_step(model, seed):
-    """One step of SGD and the branches, on data that depends on the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = torch.randn(4, 3, 32, 32, generator=generator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    optimizer.zero_grad()
-    (model(batch).square().mean() + model.penalty()).backward()
-    optimizer.step()
-    model.update()
 
 
 def test_everything_comes_back_bit_for_bit(model, folder):
@@ -221,7 +198,6 @@ def test_everything_comes_back_bit_for_bit(model, folder):
     assert not any(module.training for module in again.modules())
     assert torch.equal(again(images()), model(images()))
     assert (again.lowrank_config, again.taps) == (model.lowrank_config, model.taps)
-    assert list(again.state_dict()) == list(model.state_dict())
     assert same(again.state_dict(), model.state_dict())
     for layer, branch in model.branches.items():
         assert (again.branches[layer].rank, again.branches[layer].name, branch.updates) == (branch.rank, layer, 5)
@@ -332,7 +308,6 @@ def test_fields_of_a_newer_version_are_named_and_left_out(model, folder, where):
     with pytest.warns(UserWarning, match=r"colour.*[Ll]eft out"):
         again = from_pretrained(folder)
     assert same(again.state_dict(), model.state_dict())
-    assert again.lowrank_config == model.lowrank_config
 
 
 # the branches of one model in another
@@ -376,26 +351,26 @@ def test_branches_of_another_kind_are_refused_with_both(tmp_path, other, shown):
         checkpoint.load_branches(viewed(**other), tmp_path)
 
 
-def without_views(path, **config):
+def without_views(folder, **config):
     """Make of lowrank.json what LowRankTrainer wrote before views were written down."""
-    description = json.loads(path.read_text())
+    description = read(folder)
     layers = {
         layer: {key: size[key] for key in ("rank", "num_features")} for layer, size in description["layers"].items()
     }
-    path.write_text(json.dumps({**description, "layers": layers, "config": {**description["config"], **config}}))
+    rewrite(folder / "lowrank.json", layers=layers, config={**description["config"], **config})
 
 
 def test_branches_without_a_view_take_that_of_the_model(tmp_path):
     model, other = viewed("token"), viewed("token")
     model.branches["blocks.1"].bias += 1
     checkpoint.write_branches(model, tmp_path)
-    without_views(tmp_path / "lowrank.json", branches={"blocks.1": 3})
+    without_views(tmp_path, branches={"blocks.1": 3})
     checkpoint.load_branches(other, tmp_path)
     assert same(model.branches.state_dict(), other.branches.state_dict())
     with pytest.raises(CheckpointError, match=r"are blocks\.1 \(rank 3 of 64\), and those of this model .*of 320\)"):
         checkpoint.load_branches(viewed("flatten"), tmp_path)
     checkpoint.write_branches(model, tmp_path)
-    without_views(tmp_path / "lowrank.json")  # but the configuration names one
+    without_views(tmp_path)  # but the configuration names one
     with pytest.raises(CheckpointError, match=r"rank 3 of 64, view token\), and those .*rank 3 of 64, view pool"):
         checkpoint.load_branches(viewed("pool"), tmp_path)
 
@@ -418,7 +393,6 @@ def test_branches_that_are_damaged_or_not_there(tmp_path):
 
 
 def test_what_is_no_checkpoint(folder, tmp_path):
-    refused(tmp_path / "nowhere", "does not exist")
     refused(str(tmp_path / "nowhere"), "does not exist")
     refused(folder / "config.json", "is a file")
     refused(tmp_path, r"holds no config\.json, so it is no checkpoint: give the folder")
@@ -446,14 +420,10 @@ def test_a_file_that_was_cut_off_or_changed(folder, name):
     for damaged in (whole[:-1000], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         (folder / name).write_bytes(damaged)
         refused(folder, f"{name} was damaged or exchanged")
-    description = read(folder)
     rewrite(folder / "lowrank.json", sha256={})
     for damaged in (whole[:-1000], whole[:5], b"", b"\xff" * 100):
         (folder / name).write_bytes(damaged)
         refused(folder, f"{name} cannot be read as safetensors.*cut off or damaged")
-    (folder / name).write_bytes(whole)
-    rewrite(folder / "lowrank.json", sha256=description["sha256"])
-    assert isinstance(from_pretrained(folder), LowRankModel)
 
 
 def test_weights_of_a_network_that_was_changed_after_timm_had_built_it(tmp_path):
@@ -476,7 +446,6 @@ def test_weights_that_timm_would_resample(tmp_path):
     [
         ({"num_classes": 5}, "do not belong together"),
         ({"architecture": "test_vit"}, "cannot build 'test_vit'"),
-        ({"model_args": {"channels": [8, 8, 8, 8]}}, "do not belong together"),
         (
             {"architecture": "resnet18_cifra"},
             "no architecture 'resnet18_cifra' in timm .*pip install -U timm.*import that package first "
@@ -615,9 +584,7 @@ def test_cifar_sized_networks_load_where_this_package_is_not(tmp_path):
             folders.append(tmp_path / f"{name}-{preset}")
             save_pretrained(model, folders[-1])
             with torch.no_grad():
-                data = {"images": images(), "logits": model.eval()(images())}
-            save_file(data, f"{folders[-1]}.safetensors")
-            assert torch.equal(from_pretrained(folders[-1])(images()), data["logits"])
+                save_file({"images": images(), "logits": model.eval()(images())}, f"{folders[-1]}.safetensors")
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, *map(str, folders)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

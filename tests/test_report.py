@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import io
 import itertools
+import json
 import math
 import re
 
@@ -52,16 +53,15 @@ MARKED = """1-LR <b>& "friends"</b> 'x' {{ 7 * 7 }}"""
 
 def hard_evaluation():
     """Three networks with long and hostile titles, 100 classes, values that are missing or not a number."""
-    titles = (LONG, "plain", MARKED)
-    networks = [dataclasses.replace(network, title=title) for network, title in zip(NETWORKS, titles, strict=False)]
+    renamed = evaluation_to_json(full_evaluation()).replace('"2-LR"', json.dumps(LONG))
+    evaluation = evaluation_from_json(json.loads(renamed))
     figures = [
-        dataclasses.replace(one, values={**{titles[title == "plain"]: value for title, value in one.values.items()},
-                                         **({MARKED: Value.share(7 * row, 360)} if row % 3 else {})})
-        for row, one in enumerate(FIGURES)
-    ]  # fmt: skip
-    figures = [
-        dataclasses.replace(one, protocol=dataclasses.replace(one.protocol, details={"note": MARKED}))
-        for one in figures
+        dataclasses.replace(
+            one,
+            values={**one.values, **({MARKED: Value.share(7 * row, 360)} if row % 3 else {})},
+            protocol=dataclasses.replace(one.protocol, details={"note": MARKED}),
+        )
+        for row, one in enumerate(evaluation.figures)
     ]
     figures[0] = dataclasses.replace(CLEAN, values={LONG: Value.share(346, 360), "plain": Value(math.nan, 0.9, 1.0)})
     figures[1] = dataclasses.replace(figures[1], label=MARKED, key=MARKED)
@@ -69,15 +69,13 @@ def hard_evaluation():
     draws = np.random.default_rng(2)
     points = {"x": tuple(draws.normal(size=300)), "y": tuple(draws.normal(size=300)), "labels": (*range(100),) * 3}
     cloud = Series(network=MARKED, name="pre_logits", **points)
-    curves = [dataclasses.replace(curve, lines=tuple(
-        dataclasses.replace(line, network=titles[line.network == "plain"]) for line in curve.lines
-    )) for curve in make_curves()]  # fmt: skip
-    curves[3] = dataclasses.replace(curves[3], title=MARKED, lines=(*curves[3].lines, cloud))
-    return make_evaluation(
-        networks=(*networks, NetworkInfo(title=MARKED, model=MARKED, branches={MARKED: 3})),
+    *curves, plane = evaluation.curves
+    return dataclasses.replace(
+        evaluation,
+        networks=(*evaluation.networks, NetworkInfo(title=MARKED, model=MARKED, branches={MARKED: 3})),
         figures=tuple(figures),
-        curves=tuple(curves),
-        strips=(make_strip(titles, 12, "an automobile & a <truck>"),),
+        curves=(*curves, dataclasses.replace(plane, title=MARKED, lines=(*plane.lines, cloud))),
+        strips=(make_strip((LONG, "plain", MARKED), 12, "an automobile & a <truck>"),),
         data=dataclasses.replace(DATA, class_names=tuple(f"class <{number}>" for number in range(100))),
         verdicts={LONG: SUSPECTED, MARKED: dataclasses.replace(SOUND, summary=MARKED)},
         warnings=(MARKED,),

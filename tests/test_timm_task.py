@@ -42,21 +42,17 @@ def batches(digits):
     return list(zip(images.split(8), digits[1][:96].split(8), strict=True))
 
 
-def train(task, optimizer, batches, *, accumulate=1, scaler=None, start=0, ema=True):
+def train(task, optimizer, batches, *, accumulate=1, start=0, ema=True):
     """Steps as timm's script makes them; the losses."""
     task.get_trainable_module().train()
     losses = []
     for index, (images, labels) in enumerate(batches):
         loss = task(images, labels)["loss"] / accumulate
-        (scaler.scale(loss) if scaler else loss).backward()
+        loss.backward()
         losses.append(loss.item())
         if (index + 1) % accumulate:
             continue
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
         if ema:
             task.update_ema(step=start + (index + 1) // accumulate)
@@ -119,30 +115,6 @@ def test_an_attached_optimizer_makes_the_update_and_update_ema_no_second_one(bat
         assert attached.attach(optimizer) is attached
         train(attached, optimizer, batches, accumulate=2, ema=ema)
         assert same(plain.lowrank.state_dict(), attached.lowrank.state_dict())
-
-
-def test_a_step_that_the_gradient_scaler_skips_does_not_count(batches):
-    task = make_task()
-    optimizer = sgd(task)
-    task.attach(optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    before = copy.deepcopy(task.backbone.fc.state_dict())
-    overflow = task.backbone.fc.weight.register_hook(lambda gradient: gradient * torch.inf)
-    train(task, optimizer, batches[:1], scaler=scaler)
-    overflow.remove()
-    assert same(task.backbone.fc.state_dict(), before)
-    assert (task.updates, updates(task)) == (0, {0})
-    train(task, optimizer, batches[1:4], scaler=scaler)
-    assert (task.updates, updates(task)) == (3, {3})
-
-
-@pytest.mark.parametrize("name", ["lookahead_sgd", "adamw"])
-def test_attach_finds_the_optimizer_that_calls_hooks(batches, name):
-    task = make_task()
-    optimizer = create_optimizer_v2(task.get_trainable_module(), name, lr=1e-3)
-    task.attach(optimizer)
-    train(task, optimizer, batches[:3])
-    assert updates(task) == {3}
 
 
 @pytest.mark.parametrize(
@@ -311,19 +283,13 @@ def test_a_checkpoint_of_plain_training_is_a_start_with_new_branches(batches, ca
     assert updates(task) == {0}
 
 
-@pytest.mark.parametrize(
-    ("branches", "shown"),
-    [
-        ({"pre_logits": 5}, r"pre_logits \(rank 5 of 96\)"),
-        ({"layer3": {"rank": 8, "view": "pool"}, "pre_logits": 6}, r"layer3 \(rank 8 of 192, view pool, "),
-    ],
-)
-def test_a_checkpoint_with_other_branches_is_refused(branches, shown):
-    tokens = {"layer3": {"rank": 8, "view": "token"}, "pre_logits": 6}
+def test_a_checkpoint_with_other_branches_is_refused():
+    tokens, other = ({"layer3": {"rank": 8, "view": view}, "pre_logits": 6} for view in ("token", "pool"))
     state = make_task(config=LowRankConfig(branches=tokens)).get_task_state()
     saved = r"layer3 \(rank 8 of 192, view token, channel_dim 1\), pre_logits \(rank 6 of 96\)"
-    with pytest.raises(ValueError, match=f"in the checkpoint are {saved}, and those of this model {shown}"):
-        make_task(config=LowRankConfig(branches=branches)).load_task_state(state)
+    own = r"layer3 \(rank 8 of 192, view pool, "
+    with pytest.raises(ValueError, match=f"in the checkpoint are {saved}, and those of this model {own}"):
+        make_task(config=LowRankConfig(branches=other)).load_task_state(state)
 
 
 def test_the_state_of_the_task_needs_no_pickled_code_and_may_be_an_older_one(batches):
@@ -354,7 +320,7 @@ def test_soft_and_multi_label_targets(batches):
     images, labels = batches[0]
     soft = nn.functional.one_hot(labels, 10).float() * 0.8 + 0.02
     mixed = make_task(criterion_kwargs={"soft_targets": True})
-    assert train(mixed, sgd(mixed), [(images, soft)] * 3)[-1] > 0
+    train(mixed, sgd(mixed), [(images, soft)] * 3)
     several = make_task(LowRankMultiLabelTask, threshold=0.4)
     train(several, sgd(several), [(images, soft)] * 3)
     assert updates(mixed) == updates(several) == {3}

@@ -1,4 +1,4 @@
-"""A small train script of the shape of timm's: arguments, a task, an optimizer, resume, EMA, compile, DDP, a saver.
+"""A small train script of the shape of timm's: arguments, a task, an optimizer, resume, EMA, DDP, a saver.
 
 Run by tests through `timm_lowrank.integrations.timm_train`, and by itself as its plain counterpart. It knows nothing of
 low rank. The data are scikit-learn's digits at twice their size, in an order that depends on the epoch alone.
@@ -6,7 +6,6 @@ low rank. The data are scikit-learn's digits at twice their size, in an order th
 
 import argparse
 import contextlib
-import logging
 import os
 
 import torch
@@ -23,8 +22,6 @@ from timm.task import (
     load_task_ema_checkpoint,
     resume_task_checkpoint,
 )
-
-_logger = logging.getLogger("standin")
 
 parser = argparse.ArgumentParser(description="Train on digits")
 parser.add_argument("data", nargs="?", metavar="DIR")
@@ -43,7 +40,6 @@ parser.add_argument("--bce-loss", action="store_true")
 parser.add_argument("--multi-label", action="store_true")
 parser.add_argument("--kd-model-name")
 parser.add_argument("--model-ema", action="store_true")
-parser.add_argument("--torchcompile", metavar="BACKEND")
 parser.add_argument("--torchscript", action="store_true")
 parser.add_argument("--resume", default="")
 parser.add_argument("--output")
@@ -129,10 +125,6 @@ def main():
         task.setup_ema(decay=0.8)
         if args.resume:
             load_task_ema_checkpoint(task, args.resume)
-    eval_model = task.get_eval_model()
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile)
-        eval_model = task.get_eval_model()
     if args.distributed:
         task.prepare_distributed(device_ids=[device])
     saver = None
@@ -148,7 +140,7 @@ def main():
         loss = train_one_epoch(
             epoch, task.get_trainable_module(), (images, labels), optimizer, args, task=task, scaler=scaler
         )
-        accuracy = validate(eval_model, (images, labels))
+        accuracy = validate(task.get_eval_model(), (images, labels))
         if utils.is_primary(args):
             print(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.2f}")
         if saver is not None:

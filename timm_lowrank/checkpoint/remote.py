@@ -136,7 +136,6 @@ def _explanation(error: Exception, doing: str, revision: str | None) -> str:
         error.__cause__, HTTPError | OSError
     ):
         error = error.__cause__  # what kept it from the Hub, or broke an upload off
-    offline = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
     said = str(getattr(error, "server_message", None) or error).strip().split("\n")[0]
     if isinstance(error, GatedRepoError):
         return f"its owner has to grant access: accept the conditions on its page, then {_LOG_IN}"
@@ -150,7 +149,7 @@ def _explanation(error: Exception, doing: str, revision: str | None) -> str:
         return f"{known} (status {status}: {said})" + f"; {_AGAIN[doing]}" * (status >= 500)
     if _is_of_the_disk(error):
         return f"{error}: free some space on the disk or choose another cache_dir, and {_AGAIN[doing]}"
-    if offline:
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return "there is no connection to the Hub, or HF_HUB_OFFLINE is set, and the cache does not hold it"
     if isinstance(error, HTTPError | OSError):
         return f"the connection broke ({type(error).__name__}: {said}); {_AGAIN[doing]}"

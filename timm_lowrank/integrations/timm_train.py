@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,7 @@ from .timm_task import LowRankMultiLabelTask, LowRankTask
 _PROG = "python -m timm_lowrank.integrations.timm_train"
 _OWN = "--lowrank"  # no argument of timm's begins so
 _MODULE = "timm_train_script"  # not the file's own name: "train" may be a module of the user's
+_TASKS = {ClassificationTask: LowRankTask, MultiLabelClassificationTask: LowRankMultiLabelTask}
 _ADVICE = f"take train.py from the source of timm {timm.__version__}, which is installed"
 
 
@@ -255,19 +256,15 @@ class ScriptPatch:
         for name, value in list(names.items()):
             if isinstance(value, type) and issubclass(value, TrainingTask) and value is not TrainingTask:
                 names[name] = self._task_class(value)
-        if "resolve_data_config" in names:
-            names["resolve_data_config"] = self._notes_size(names["resolve_data_config"])
-        if "create_optimizer_v2" in names:
-            names["create_optimizer_v2"] = self._attaches_optimizer(names["create_optimizer_v2"])
+        for name, then in (("resolve_data_config", self._note_size), ("create_optimizer_v2", self._attach)):
+            if name in names:
+                names[name] = _followed_by(names[name], then)
         if self.start_epoch:
             names["train_one_epoch"] = self._sets_epoch(names.get("train_one_epoch"))
 
     def _task_class(self, kind: type[TrainingTask]) -> type[TrainingTask]:
-        if kind is ClassificationTask:
-            base = LowRankTask
-        elif kind is MultiLabelClassificationTask:
-            base = LowRankMultiLabelTask
-        else:
+        base = _TASKS.get(kind)
+        if base is None:
             return type(kind.__name__, (kind,), {"__init__": _refuse})
 
         def init(task: LowRankTask, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -285,24 +282,12 @@ class ScriptPatch:
         except (ValueError, CaptureError) as problem:
             raise ScriptError(str(problem)) from problem
 
-    def _notes_size(self, resolve: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        @functools.wraps(resolve)
-        def exchanged(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            data_config = resolve(*args, **kwargs)
-            self.input_size = tuple(data_config["input_size"])
-            return data_config
+    def _note_size(self, data_config: Mapping[str, Any]) -> None:
+        self.input_size = tuple(data_config["input_size"])
 
-        return exchanged
-
-    def _attaches_optimizer(self, create: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-        @functools.wraps(create)
-        def exchanged(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-            optimizer = create(*args, **kwargs)
-            if self.task is not None:
-                self.task.attach(optimizer)
-            return optimizer
-
-        return exchanged
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.task is not None:
+            self.task.attach(optimizer)
 
     def _sets_epoch(self, train: Callable[..., Any] | None) -> Callable[..., Any]:
         signature = inspect.signature(train) if train is not None else None
@@ -316,6 +301,16 @@ class ScriptPatch:
             return train(*args, **kwargs)
 
         return exchanged
+
+
+def _followed_by(function: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def exchanged(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        then(result)
+        return result
+
+    return exchanged
 
 
 def _refuse(task: TrainingTask, *args: Any, **kwargs: Any) -> None:

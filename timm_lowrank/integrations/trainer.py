@@ -382,10 +382,7 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
 
 
 class LowRankTrainer(LowRankMixin, Trainer):  # type: ignore[misc]
-    """transformers.Trainer with low-rank branches, see `LowRankMixin`.
-
-    trainer = LowRankTrainer(model=model, args=args, lowrank=LowRankConfig(branches={"layer3": 20}), train_dataset=data)
-    """
+    """transformers.Trainer with low-rank branches, see `LowRankMixin`."""
 
 
 class _Means:
