@@ -1,7 +1,6 @@
 """`LowRankModel`, `LossHook` and `attach`: on timm networks, in real training loops, copied, compiled and resumed."""
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -9,6 +8,7 @@ import accelerate
 import pytest
 import timm
 import torch
+from states import same
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -82,10 +82,6 @@ def state_of(module):
     return {key: value.detach().clone() for key, value in module.state_dict().items()}
 
 
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
 def hooks(module):
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [hook for child in module.modules() for name in names for hook in getattr(child, name).values()]
@@ -111,8 +107,9 @@ def test_the_penalty_is_the_sum_of_the_branches_own(wrapped, data):
         twin(images)
     parts = [twin.branches[layer].penalty(value.flatten(1)) for layer, value in activations.items()]
     assert torch.equal(total, sum(parts))
-    assert set(model.losses()) == {"body", "pre_logits"}
-    assert set(model.losses()["body"]) == {"reconstruction", "norm", "activation_norm"}
+    for parts in model.losses().values():
+        assert set(parts) == {"reconstruction", "norm", "activation_norm"}
+    assert model.losses().keys() == activations.keys() == {"body", "pre_logits"}
 
 
 def test_the_penalty_trains_what_lies_before_the_layer(wrapped, data):
@@ -180,7 +177,6 @@ def test_nothing_is_left_on_the_backbone():
     backbone = model.unwrap()
     plain = timm.create_model("test_resnet", num_classes=3)
     assert type(backbone) is type(plain)
-    assert backbone.state_dict().keys() == plain.state_dict().keys()
     assert hooks(backbone) == []
     plain.load_state_dict(backbone.state_dict())
     assert torch.equal(plain.eval()(images), backbone.eval()(images))
@@ -224,30 +220,19 @@ def test_switched_off_everything_is_free(wrapped, data):
 def test_a_penalty_needs_a_forward_of_its_own(wrapped, data):
     model = wrapped()
     ((images, _),) = data(1)
-    with pytest.raises(CaptureError, match="needs a forward pass in train mode"):
-        model.penalty()
-    model(images)
-    model.penalty()
-    with pytest.raises(CaptureError, match="twice for the same one"):
-        model.penalty()
-    model.eval()(images)
-    with pytest.raises(CaptureError, match="needs a forward pass in train mode"):
-        model.penalty()
-    model.train()(images)
-    model.enable(False).enable()
-    with pytest.raises(CaptureError, match="needs a forward pass"):
+
+    def used():
+        model(images)
         model.penalty()
 
+    def switched_off_since():
+        model.train()(images)
+        model.enable(False).enable()
 
-def test_a_layer_that_dropped_out_of_a_training_forward_is_named(wrapped, data):
-    model = wrapped({"act": 3})
-    ((images, _),) = data(1)
-    model.backbone.forward = lambda x: model.backbone.classifier(
-        model.backbone.hidden(model.body(model.stem(x)).flatten(1))
-    )
-    model(images)
-    with pytest.raises(CaptureError, match="'act' did not run"):
-        model.penalty()
+    for without in (lambda: None, used, lambda: model.eval()(images), switched_off_since):
+        without()
+        with pytest.raises(CaptureError, match=r"needs a forward pass in train mode before each call; .* twice for"):
+            model.penalty()
 
 
 def test_a_frozen_part_in_front_of_the_layer_is_an_error(wrapped, data):
@@ -341,10 +326,6 @@ def test_deepcopy_and_pickle_with_a_graph_that_waits(data):
     train(model, optimizer, [(images, labels)] * 3)
     model(images)  # activations with a graph are held now
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    copies.append(torch.load(file, weights_only=False))
     for twin in copies:
         assert same(state_of(twin), state_of(model))
         assert torch.equal(twin(images), model(images))
@@ -354,16 +335,6 @@ def test_deepcopy_and_pickle_with_a_graph_that_waits(data):
     assert same(before, state_of(model)), "a copy shares nothing"
     with pytest.raises(CaptureError, match="needs a forward"):
         copy.deepcopy(model).penalty()
-
-
-def test_a_copy_of_the_backbone_for_an_average_is_a_plain_network(wrapped, data):
-    """An average of rank-r matrices is not of rank r: average the backbone only."""
-    model = wrapped()
-    average = timm.utils.ModelEmaV3(model.backbone, decay=0.5)
-    train(model, sgd(model), data(3))
-    average.update(model.backbone)
-    assert average.module.state_dict().keys() == model.backbone.state_dict().keys()
-    assert not any(isinstance(module, tlr.LowRankBranch) for module in average.module.modules())
 
 
 # the loop

@@ -193,16 +193,12 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2])
-@pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("size", [8, 28])
-def test_resnet10_on_small_images(size, in_chans, stem_stride):
-    network = build("resnet10_cifar", in_chans=in_chans, stem_stride=stem_stride, num_classes=4)
-    x = images(2, in_chans, size)
-    nn.functional.cross_entropy(network(x), torch.tensor([0, 3])).backward()
-    assert network.conv1.weight.shape == (16, in_chans, 3, 3)
-    assert network.conv1.weight.grad.isfinite().all()
+def test_resnet10_on_small_grey_images(size, stem_stride):
+    network = build("resnet10_cifar", in_chans=1, stem_stride=stem_stride)
+    assert network.conv1.weight.shape == (16, 1, 3, 3)
     side = math.ceil(math.ceil(size / stem_stride) / 8)
-    assert network.forward_features(x).shape == (2, 128, side, side)
+    assert network.forward_features(images(2, 1, size)).shape == (2, 128, side, side)
 
 
 def test_widths_and_stem_of_resnet10():

@@ -69,14 +69,10 @@ def test_two_processes_train_as_one(ranks, digits, name):
     assert_same_bits(first["state"], second["state"])  # the factor, the counters, everything that is saved
     apart, where = distance(first["outcome"], alone(BY_NAME[name], digits))
     assert apart < TOLERANCE, where
-
-
-@pytest.mark.parametrize("name", [name for name, scenario in BY_NAME.items() if scenario.config.get("update_rows")])
-def test_the_factor_grows_with_update_rows_and_not_with_the_global_batch(ranks, name):
     settings = tlr.LowRankConfig(**BY_NAME[name].config)
-    rank = 6  # of the larger branch
-    for result in both(ranks, name):
-        assert 0 < result["rows"] <= rank + settings.project_every * settings.update_rows or settings.storage == "dense"
+    assert (first["rows"] > 0) == (settings.storage == "factored")
+    if settings.update_rows:  # with them the factor grows, and not with the global batch; 6 is the larger rank
+        assert max(first["rows"], second["rows"]) <= 6 + settings.project_every * settings.update_rows
 
 
 @pytest.mark.parametrize("scenario", FSDP, ids=lambda scenario: scenario.name)

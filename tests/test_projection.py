@@ -74,11 +74,10 @@ def twins(method, width, rank, columns=None, runs=2, oversampling=3):
 # by hand
 
 
-def test_exact_keeps_the_largest_magnitude_not_the_largest_value():
-    matrix = torch.tensor([[1.0, 0, 0], [0, -3, 0], [0, 0, 2]], dtype=DOUBLE)
-    assert torch.allclose(projection.exact(matrix, 1), torch.diag(torch.tensor([0.0, -3, 0], dtype=DOUBLE)))
-    assert torch.allclose(projection.exact(matrix, 2), torch.diag(torch.tensor([0.0, -3, 2], dtype=DOUBLE)))
-    assert torch.allclose(projection.exact(matrix, 3), matrix)
+@pytest.mark.parametrize(("rank", "kept"), [(1, [0, -3, 0]), (2, [0, -3, 2]), (3, [1, -3, 2])])
+def test_exact_keeps_the_largest_magnitude_not_the_largest_value(rank, kept):
+    matrix, expected = (torch.diag(torch.tensor(values, dtype=DOUBLE)) for values in ([1, -3, 2], kept))
+    assert torch.allclose(projection.exact(matrix, rank), expected)
 
 
 def test_exact_of_two_by_two():

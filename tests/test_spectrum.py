@@ -114,13 +114,6 @@ def test_rank_deficient_activations_reach_exactly_one():
         assert (singular_energies(matrix) > 0).sum() == 5
 
 
-def test_shift_scale_and_rotation_do_not_matter():
-    matrix = decaying(50, 20, 1.0)
-    rotation = torch.linalg.qr(torch.randn(20, 20, generator=seeded(1)).double())[0]
-    expected = variance_ratio(matrix, [1, 4])
-    assert variance_ratio(1e4 + 1e-3 * matrix @ rotation, [1, 4]) == pytest.approx(expected, abs=1e-6)
-
-
 def test_higher_dimensions_and_views_are_flattened():
     maps = decaying(40, 96, 1.0).reshape(40, 6, 4, 4)
     expected = singular_energies(maps.flatten(1))
@@ -209,6 +202,7 @@ def test_no_cancellation_far_from_the_origin():
     """E[x^2] - mean^2 would lose every digit of this spread."""
     matrix = 1e6 + 1e-4 * decaying(300, 40, 1.0)
     expected = reference(matrix)
+    torch.testing.assert_close(singular_energies(matrix)[:5], expected[:5], rtol=1e-3, atol=0)
     summary = Sketch.of(matrix.split(1), 40)
     torch.testing.assert_close(summary.energies()[:5], expected[:5], rtol=1e-3, atol=0)
     assert summary.total == pytest.approx(float(expected.sum()), rel=1e-3)

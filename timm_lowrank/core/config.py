@@ -93,40 +93,33 @@ class LowRankConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [*self._wrong_choices(), *self._wrong_numbers(), *self._wrong_branches()]
+        problems = [*self._wrong_values(), *self._wrong_branches()]
         if problems:
             raise ValueError("LowRankConfig: " + "; ".join(problems))
 
-    def _wrong_choices(self) -> list[str]:
-        choices = {"scale": SCALES, "step_rule": STEP_RULES, "projection": PROJECTIONS, "storage": STORAGES}
-        return [
-            f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
-
-    def _wrong_numbers(self) -> list[str]:
+    def _wrong_values(self) -> list[str]:
         top = 1.0 if self.step_rule == "normalized" else math.inf
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "reconstruction_weight": (lambda v: v is None or _is_weight(v), "be a finite number >= 0"),
-            "norm_weight": (_is_weight, "be a finite number >= 0"),
+            "reconstruction_weight": (lambda v: v is None or _is_weight(v), "must be a finite number >= 0"),
+            "norm_weight": (_is_weight, "must be a finite number >= 0"),
             "step_size": (
                 lambda v: _is_number(v) and 0 < v <= top,
-                f"lie in (0, {top}] with step_rule={self.step_rule!r}",
+                f"must lie in (0, {top}] with step_rule={self.step_rule!r}",
             ),
-            "bias_momentum": (lambda v: _is_number(v) and 0 <= v <= 1, "lie in [0, 1]"),
-            "project_every": (_is_count, "be an integer >= 1"),
-            "nystrom_runs": (_is_count, "be an integer >= 1"),
-            "nystrom_columns": (lambda v: v is None or _is_count(v), "be an integer >= 1 or None"),
-            "update_rows": (lambda v: v is None or _is_count(v), "be an integer >= 1 or None"),
-            "oversampling": (lambda v: _is_int(v) and v >= 0, "be an integer >= 0"),
-            "warmup_updates": (lambda v: _is_int(v) and v >= 0, "be an integer >= 0"),
-            "seed": (_is_int, "be an integer"),
+            "bias_momentum": (lambda v: _is_number(v) and 0 <= v <= 1, "must lie in [0, 1]"),
+            "project_every": (_is_count, "must be an integer >= 1"),
+            "nystrom_runs": (_is_count, "must be an integer >= 1"),
+            "nystrom_columns": (lambda v: v is None or _is_count(v), "must be an integer >= 1 or None"),
+            "update_rows": (lambda v: v is None or _is_count(v), "must be an integer >= 1 or None"),
+            "oversampling": (lambda v: _is_int(v) and v >= 0, "must be an integer >= 0"),
+            "warmup_updates": (lambda v: _is_int(v) and v >= 0, "must be an integer >= 0"),
+            "seed": (_is_int, "must be an integer"),
         }
+        choices = {"scale": SCALES, "step_rule": STEP_RULES, "projection": PROJECTIONS, "storage": STORAGES}
+        texts = {name: f"is not one of {', '.join(allowed)}" for name, allowed in choices.items()}
+        rules = {**{name: (choices[name].__contains__, text) for name, text in texts.items()}, **rules}
         values = {name: getattr(self, name) for name in rules}
-        return [
-            f"{name}={values[name]!r} must {text}" for name, (good, text) in rules.items() if not good(values[name])
-        ]
+        return [f"{name}={values[name]!r} {text}" for name, (good, text) in rules.items() if not good(values[name])]
 
     def _wrong_branches(self) -> list[str]:
         if isinstance(self.branches, str):
