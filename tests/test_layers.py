@@ -251,10 +251,12 @@ def test_a_rank_that_is_larger_than_the_layer():
 
 
 def test_a_network_without_a_classifier_has_no_pre_logits():
-    with pytest.raises(ValueError, match=r"ResNet has no classifier .*num_classes=0.*name a layer"):
-        tlr.wrap("test_resnet", num_classes=0)
-    model = tlr.wrap("test_resnet", branch_on("layer3"), example_input=images(32), num_classes=0)
-    assert list(model.branches) == ["layer3"]
+    """The error names a layer that can be used; listing the layers works without a classifier."""
+    network = timm.create_model("test_resnet", num_classes=0)
+    with pytest.raises(ValueError, match=r"has no classifier \(an encoder, .*name a layer.*branches=\{'layer4': 50\}"):
+        tlr.wrap(network, example_input=images(32))
+    assert {info.name for info in list_layers(network, images=images(32))} & {"layer4", "pre_logits"} == {"layer4"}
+    assert list(tlr.wrap(network, branch_on("layer4"), example_input=images(32)).branches) == ["layer4"]
 
 
 def test_a_module_without_linear_layers_has_no_pre_logits():

@@ -124,15 +124,6 @@ def test_the_input_of_the_classifier_is_pooled(name, options, path, width):
     assert model.branches["pre_logits"].num_features == width
 
 
-def test_an_encoder_has_no_classifier():
-    """The error names a layer that can be used; listing the layers works without a classifier."""
-    network = small("resnet10_cifar")
-    network.get_classifier = lambda: nn.Identity()
-    with pytest.raises(ValueError, match=r"has no classifier \(an encoder, .*name a layer.*branches=\{'layer4': 50\}"):
-        wrap(network, example_input=images(32))
-    assert {info.name for info in list_layers(network, images=images(32))} & {"layer4", "pre_logits"} == {"layer4"}
-
-
 def test_the_encoder_of_a_language_model(sweep):
     """On the meta device: it is large. A branch on a named layer works."""
     row = sweep.check("qwen3_vit_88m_enc", meta_above=0)

@@ -112,8 +112,6 @@ def natural_view(
     space, which every block adds to and the last one still mixes; to flatten them would tie the branch to the number of
     tokens, which changes with the size of the image, and make W as wide as 151,296 features for ViT-B/16.
 
-    Outputs (batch, features), such as the input of most classifiers, are the same in every view.
-
     Args:
         backbone: the network; timm's `output_fmt` of it settles where the channels are if the shape does not.
         activations: the layer's output for an example, (batch, ...).

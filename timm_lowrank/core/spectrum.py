@@ -304,13 +304,8 @@ class Sketch:
             rows = rows[len(stored) :]
 
     def _gram(self) -> Tensor:
-        """B B^T of the filled rows, float64, in blocks of columns."""
-        rows = self._rows[: self._filled]
-        gram = rows.new_zeros((len(rows), len(rows)), dtype=torch.float64)
-        for block in rows.split(max(1, BLOCK_ELEMENTS // max(len(rows), 1)), dim=1):
-            wide = block.double()
-            gram.addmm_(wide, wide.T)
-        return gram
+        """B B^T of the filled rows, float64."""
+        return _gram_of_rows(self._rows[: self._filled], centred=False)[0]
 
     def _shrink(self) -> None:
         """Rotates B to its principal directions, lowers every energy by the (size + 1)-th, keeps `size` rows."""
@@ -343,22 +338,23 @@ def _exact_energies(
     rows, columns = matrix.shape
     _check_rows(rows)
     _check_values(matrix, largest=1e140)
-    gram, raw = _gram_of_rows(matrix) if rows <= columns else _gram_of_columns(matrix)
+    gram, raw = _gram_of_rows(matrix, centred=True) if rows <= columns else _gram_of_columns(matrix)
     _check_variance(float(gram.trace()), raw)
     energies = torch.linalg.eigvalsh(gram).flip(0)
     noise = len(energies) * torch.finfo(torch.float64).eps * energies[0]
     return torch.where(energies > noise, energies, 0.0)
 
 
-def _gram_of_rows(matrix: Tensor) -> tuple[Tensor, float]:
-    """C C^T (n, n) of the centred matrix C, and the energy before centring, in blocks of columns."""
+def _gram_of_rows(matrix: Tensor, *, centred: bool) -> tuple[Tensor, float]:
+    """C C^T (n, n) of the matrix C, centred or as it is, and its energy before that, in blocks of columns."""
     device = _compute_device(matrix.device)
     gram = torch.zeros(len(matrix), len(matrix), device=device, dtype=torch.float64)
     raw = 0.0
     for block in matrix.split(max(1, BLOCK_ELEMENTS // len(matrix)), dim=1):
         wide = block.to(device).double()
         raw += float(wide.square().sum())
-        wide = wide - wide.mean(0)
+        if centred:
+            wide = wide - wide.mean(0)
         gram.addmm_(wide, wide.T)
     return gram, raw
 
