@@ -43,6 +43,8 @@ def test_a_sound_network_raises_no_suspicion(net, batch, random_stream):
     assert suspicions(net, *batch, classes=10) == []
     assert suspicions(PixelModel(net, mean=(0.0,), std=(1.0,)), *batch) == []
     assert suspicions(net, batch[0][:1], batch[1][:1]) == []
+    assert suspicions(net, batch[0][:5], (batch[1][:5] + 1) % 10) == [], "too few to tell"
+    assert suspicions(Around(net, after=nn.LogSoftmax(dim=1)).eval(), *batch) == []
     assert random_stream()
     assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
 
@@ -50,62 +52,59 @@ def test_a_sound_network_raises_no_suspicion(net, batch, random_stream):
 # ---- errors ----
 
 
-def test_train_mode_is_an_error_that_names_the_module(net, batch):
+def partly_in_train_mode(net):
     net.hidden.train()
-    with pytest.raises(EvaluationError, match=r"train mode \(hidden\): call model.eval\(\) first"):
-        check_before_attack(net, *batch)
-    with pytest.raises(EvaluationError, match=r"train mode \(the model itself and \d+ more\)"):
-        check_before_attack(net.train(), *batch)
-    assert net.training
+    return net
 
 
-def test_probabilities_are_an_error(net, batch):
-    with pytest.raises(EvaluationError, match="gives probabilities: attacks need logits"):
-        check_before_attack(Around(net, after=nn.Softmax(dim=1)).eval(), *batch)
-    assert suspicions(Around(net, after=nn.LogSoftmax(dim=1)).eval(), *batch) == []
+def with_logits(change):
+    return lambda net, x, y: (Around(net, after=change).eval(), x, y)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x, y: (x * 255, y), r"pixels must lie in \[0, 1\], these in \[0, 255\]: divide by 255"),
-        (lambda x, y: ((x - 0.5) / 0.25, y), r"these in \[-2, 2\].*leave the normalisation to a PixelModel"),
-        (lambda x, y: (torch.where(x == x.max(), torch.nan, x), y), r"pixels must lie in \[0, 1\]"),
-        (lambda x, y: ((x * 255).byte(), y), "images must be floating point"),
-        (lambda x, y: (x[:, 0], y), r"images must be floating point \(n, channels, height, width\)"),
-        (lambda x, y: (x[:0], y), "labels must be integers"),
-        (lambda x, y: (x[:0], y[:0]), "there are no images to attack"),
-        (lambda x, y: (x, y.float()), "labels must be integers"),
-        (lambda x, y: (x, y[1:]), r"labels must be integers \(64,\)"),
-        (lambda x, y: (x, torch.nn.functional.one_hot(y)), r"labels must be integers \(64,\), one for each image"),
-        (lambda x, y: (x, torch.cat([y[:-1], torch.tensor([10])])), r"labels must lie in 0\.\.9, the model's classes"),
-        (lambda x, y: (x, torch.cat([y[:-1], torch.tensor([-1])])), r"not in -1\.\.9"),
-    ],
-)
-def test_what_is_no_pixel_or_label_is_an_error(net, batch, change, message):
+WRONG = {
+    "a module in train mode": (
+        lambda net, x, y: (partly_in_train_mode(net), x, y), r"train mode \(hidden\): call model.eval\(\) first"
+    ),
+    "train mode": (lambda net, x, y: (net.train(), x, y), r"train mode \(the model itself and \d+ more\)"),
+    "probabilities": (with_logits(nn.Softmax(dim=1)), "gives probabilities: attacks need logits"),
+    "nan": (
+        with_logits(lambda z: torch.cat([z[:1] * torch.nan, z[1:]])), "3% of the images get logits that are NaN or inf"
+    ),
+    "infinite": (with_logits(lambda z: torch.cat([z[:1] + torch.inf, z[1:]])), "3% of the images get logits that are"),
+    "no logits": (
+        lambda net, x, y: (nn.Identity().eval(), x, y), r"must give logits \(32, classes\), not \(32, 1, 8, 8\)"
+    ),
+    "one class": (with_logits(lambda z: z[:, :1]), "at least two classes"),
+    "levels": (lambda net, x, y: (net, x * 255, y), r"pixels must lie in \[0, 1\], these in \[0, 255\]: divide by 255"),
+    "normalised": (
+        lambda net, x, y: (net, (x - 0.5) / 0.25, y), r"these in \[-2, 2\].*leave the normalisation to a PixelModel"
+    ),
+    "pixels, nan": (lambda net, x, y: (net, torch.where(x == x.max(), torch.nan, x), y), r"must lie in \[0, 1\]"),
+    "bytes": (lambda net, x, y: (net, (x * 255).byte(), y), "images must be floating point"),
+    "no channels": (lambda net, x, y: (net, x[:, 0], y), r"floating point \(n, channels, height, width\)"),
+    "labels of no images": (lambda net, x, y: (net, x[:0], y), "labels must be integers"),
+    "no images": (lambda net, x, y: (net, x[:0], y[:0]), "there are no images to attack"),
+    "labels, dtype": (lambda net, x, y: (net, x, y.float()), "labels must be integers"),
+    "labels, number": (lambda net, x, y: (net, x, y[1:]), r"labels must be integers \(64,\)"),
+    "one-hot": (lambda net, x, y: (net, x, nn.functional.one_hot(y)), r"integers \(64,\), one for each image"),
+    "label too large": (lambda net, x, y: (net, x, y.index_fill(0, torch.tensor([63]), 10)), r"must lie in 0\.\.9"),
+    "label below 0": (lambda net, x, y: (net, x, y.index_fill(0, torch.tensor([63]), -1)), r"not in -1\.\.9"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_attacked_is_an_error(name, net, batch):
+    change, message = WRONG[name]
+    model, images, labels = change(net, *batch)
+    modes = [module.training for module in model.modules()]
     with pytest.raises(EvaluationError, match=message):
-        check_before_attack(net, *change(*batch))
+        check_before_attack(model, images, labels)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_another_number_of_classes_than_the_data_is_an_error(net, batch):
     with pytest.raises(EvaluationError, match="the data has 100 classes, the model gives 10"):
         check_before_attack(net, *batch, classes=100)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error(net, batch, value):
-    def spoil(logits):
-        return torch.cat([logits[:1] + value, logits[1:]])
-
-    with pytest.raises(EvaluationError, match="3% of the images get logits that are NaN or infinite"):
-        check_before_attack(Around(net, after=spoil).eval(), *batch)
-
-
-def test_what_gives_no_logits_is_an_error(small_net, batch):
-    with pytest.raises(EvaluationError, match=r"must give logits \(32, classes\), not \(32, 1, 8, 8\)"):
-        check_before_attack(nn.Identity().eval(), *batch)
-    with pytest.raises(EvaluationError, match="at least two classes"):
-        check_before_attack(small_net(1).eval(), batch[0], batch[1] * 0)
 
 
 def test_a_timm_network_without_its_normalisation_is_an_error(digits):
@@ -123,13 +122,6 @@ def test_a_timm_network_without_its_normalisation_is_an_error(digits):
 
 
 # ---- suspicions ----
-
-
-def test_noise_in_the_network_is_noticed_and_draws_nothing_for_good(net, batch, random_stream):
-    (text,) = suspicions(Around(net, noisy).eval(), *batch)
-    assert "from one forward pass to the next" in text
-    assert 'version="rand"' in text
-    assert random_stream()
 
 
 def test_logits_that_depend_on_the_batch_are_noticed(batch):
@@ -158,20 +150,20 @@ def test_fewer_than_ten_classes_are_noticed(small_net, batch, classes, says):
     assert text.startswith(f"the model has {classes} classes: AutoAttack aims at {says}")
 
 
-def test_half_precision_is_noticed(net, batch):
-    model = PixelModel(net.bfloat16(), mean=(0.0,), std=(1.0,))
-    (text,) = suspicions(model, *batch)
-    assert "are bfloat16: equal logits stall DeepFool" in text
-
-
-def test_an_accuracy_of_chance_is_noticed(net, batch):
-    (text,) = suspicions(net, batch[0], (batch[1] + 1) % 10)
-    assert "of the first 32 images are classified correctly, no more than chance" in text
-    assert suspicions(net, batch[0][:5], (batch[1][:5] + 1) % 10) == [], "too few to tell"
-
-
-def test_images_divided_by_255_twice_are_noticed(net, batch):
-    assert any("divided by 255 twice?" in text for text in suspicions(net, batch[0] / 255, batch[1]))
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda net, x, y: (Around(net, noisy).eval(), x, y), "from one forward pass to the next"),
+        (lambda net, x, y: (Around(net, noisy).eval(), x, y), 'version="rand"'),
+        (lambda net, x, y: (PixelModel(net.bfloat16(), (0.0,), (1.0,)), x, y), "bfloat16: equal logits stall DeepFool"),
+        (lambda net, x, y: (net, x, (y + 1) % 10), "of the first 32 images are classified correctly, no more than"),
+        (lambda net, x, y: (net, x / 255, net(x / 255).argmax(dim=1)), "divided by 255 twice?"),
+    ],
+)
+def test_what_may_be_meant_is_noticed_and_draws_nothing_for_good(net, batch, change, says, random_stream):
+    (text,) = suspicions(*change(net, *batch))
+    assert says in text
+    assert random_stream()
 
 
 # ---- the state during an attack ----

@@ -15,6 +15,7 @@ from timm_lowrank.evaluation.results import (
     Protocol,
     Settings,
     Value,
+    difference,
     evaluation_from_json,
     evaluation_to_json,
     headline,
@@ -163,6 +164,15 @@ def test_values_are_shares_means_and_medians():
     assert not Value.mean([]).known
     assert Value(math.nan, 0.1, 0.2).interval is None
     assert [radius_text(eps) for eps in (8 / 255, 0.5, 1.5 / 255, 0.0)] == ["8/255", "0.5", "1.5/255", "0"]
+
+
+def test_the_interval_of_a_difference_is_that_of_newcombe():
+    gap = difference(Value.share(56, 70), Value.share(48, 80))  # Newcombe (1998), Table II, method 10
+    assert (gap.value, gap.low, gap.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert gap.distinguishable
+    assert not difference(Value.share(3, 7), Value.share(2, 7)).distinguishable
+    assert difference(Value(0.5), Value.share(2, 7)).distinguishable is None
+    assert difference(Value(math.nan), Value.share(2, 7)) is None
 
 
 def test_a_protocol_is_told_in_order():

@@ -146,9 +146,14 @@ def _observe_batch(
         return pgd(by, points, aims, generator=torch.Generator().manual_seed(stream), **settings)  # type: ignore[arg-type]
 
     columns["fgsm"] = attacked(partial(fgsm, eps=eps))
-    longer = _Stops(partial(climb, steps=budget.more_steps), budget.steps)
-    columns["pgd_more_steps"] = attacked(longer)
-    columns["pgd"] = attacked(lambda *_: longer.on_the_way)
+    on_the_way: list[Tensor] = []  # where the longer attack was when the shorter one, of the same start, would end
+
+    def remember(step: int, points: Tensor, _: Tensor) -> None:
+        if step == budget.steps:
+            on_the_way.append(points.clone())
+
+    columns["pgd_more_steps"] = attacked(partial(climb, steps=budget.more_steps, on_step=remember))
+    columns["pgd"] = attacked(lambda *_: on_the_way[0])
     columns["pgd_margin"] = attacked(partial(climb, loss="margin"))
     # Stopping at the first hit saves time, but a randomised network errs at some time on the way to anywhere.
     keep = "first_hit" if columns["repeats"].all() else "last"
@@ -165,21 +170,6 @@ def _observe_batch(
     if not columns["repeats"].all():
         columns["pgd_averaged"] = attacked(climb, by=Averaged(model, budget.draws)).float()
     return columns
-
-
-class _Stops:
-    """An attack that remembers where it was after `step` steps: the result of the shorter attack of the same start."""
-
-    def __init__(self, climb: Callable[..., Tensor], step: int) -> None:
-        self.climb, self.step = climb, step
-        self.on_the_way = torch.empty(0)
-
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        return self.climb(model, images, labels, on_step=self._remember)
-
-    def _remember(self, step: int, points: Tensor, _: Tensor) -> None:
-        if step == self.step:
-            self.on_the_way = points.clone()
 
 
 def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Tensor]:
