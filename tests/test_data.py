@@ -82,8 +82,7 @@ def test_fingerprints_stay_what_they_were(folder):
     }
     assert found == expected
     shards = tuple(
-        Shard(f"/anywhere/{n}.parquet", 1000 + n, "image", "label", [(25, 10 * n), (5, 3)], (0, 1), None)
-        for n in range(3)
+        Shard(f"/anywhere/{n}.parquet", 1000 + n, "image", "label", [(25, 10 * n), (5, 3)], None) for n in range(3)
     )
     source = Source("x", Split("train", shards[:2]), Split("test", shards[2:]), ("cat", "dog"))
     expected = "shards:cda36fb3ecd396d3004b65e369b3ff14a415df34402300d78e5e73600fc73b44"

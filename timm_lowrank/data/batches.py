@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +20,35 @@ from .order import EpochOrder, ReadPlan, mix
 from .stream import StreamedData, read_in_workers
 
 
-class TrainBatches:
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Shares:
+    """How an epoch of training is divided; `TrainBatches` says what the fields are."""
+
+    batch_size: int
+    parts: int = 1
+    seed: int = 0
+    process: int = 0
+    processes: int = 1
+    steps: int = dataclasses.field(init=False)  # optimizer steps of an epoch
+
+    def _divide(self, images: int) -> None:
+        """Sets `steps`; raises a RecipeError if `batch_size` cannot be divided or there are fewer images."""
+        if self.batch_size % (self.parts * self.processes):
+            raise RecipeError(
+                f"batch_size={self.batch_size} cannot be divided among {self.processes} processes "
+                f"with gradient_accumulation={self.parts}"
+            )
+        if images < self.batch_size:
+            raise RecipeError(f"batch_size={self.batch_size} is more than the {images} training images")
+        self.steps = images // self.batch_size
+
+    def __len__(self) -> int:
+        """Batches that this process yields in an epoch: optimizer steps times parts."""
+        return self.steps * self.parts
+
+
+@dataclasses.dataclass(eq=False)
+class TrainBatches(_Shares):
     """The training images of one process, in an order that `seed` and the epoch alone decide.
 
     In every epoch an image is seen once at most, on one process only, and all processes take the same number
@@ -39,18 +68,12 @@ class TrainBatches:
         RecipeError: if `batch_size` cannot be divided, or there are fewer images than that.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, transform: Transform,
-        *, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
-    ) -> None:  # fmt: skip
-        self.steps = _steps(len(images), batch_size, parts, processes)
-        self.images, self.labels, self.transform = images, labels, transform
-        self.batch_size, self.parts, self.seed = batch_size, parts, seed
-        self.process, self.processes = process, processes
+    images: Tensor
+    labels: Tensor
+    transform: Transform
 
-    def __len__(self) -> int:
-        """Batches that this process yields in an epoch: optimizer steps times parts."""
-        return self.steps * self.parts
+    def __post_init__(self) -> None:
+        self._divide(len(self.images))
 
     def indices(self, epoch: int) -> Iterator[Tensor]:
         """(batch_size / parts / processes,), int64, for each batch of this process."""
@@ -86,7 +109,8 @@ class EvalBatches:
             yield self.transform(self.images[rows]), self.labels[rows]
 
 
-class StreamTrainBatches:
+@dataclasses.dataclass(eq=False)
+class StreamTrainBatches(_Shares):
     """The training images of one process, read from their files; the interface and promises of `TrainBatches`.
 
     The order, and the random part of each image that the decoder cuts out, are functions of the seed, the epoch and
@@ -105,23 +129,21 @@ class StreamTrainBatches:
         RecipeError: if `batch_size` cannot be divided, or there are fewer images than that.
     """
 
-    def __init__(
-        self, data: StreamedData, transform: Transform, device: torch.device,
-        *, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
-        buffer: int = 10_000, workers: int = 0,
-    ) -> None:  # fmt: skip
-        self.steps = _steps(len(data.train), batch_size, parts, processes)
-        self.data, self.transform, self.device = data, transform, device
-        self.batch_size, self.parts, self.seed, self.process = batch_size, parts, seed, process
-        whole, share = batch_size // parts, batch_size // parts // processes
-        self.positions = range(process * share, (process + 1) * share)  # of this process in every batch
-        self.workers = min(workers, share)
-        groups, group_bytes = data.train.group_rows, data.train.group_bytes
-        self.order = EpochOrder(groups, whole, self.steps * parts, buffer, seed, group_bytes)
+    data: StreamedData
+    transform: Transform
+    device: torch.device
+    _: dataclasses.KW_ONLY
+    buffer: int = 10_000
+    workers: int = 0
 
-    def __len__(self) -> int:
-        """Batches that this process yields in an epoch: optimizer steps times parts."""
-        return self.steps * self.parts
+    def __post_init__(self) -> None:
+        self._divide(len(self.data.train))
+        whole = self.batch_size // self.parts
+        share = whole // self.processes
+        self.positions = range(self.process * share, (self.process + 1) * share)  # of this process in every batch
+        self.workers = min(self.workers, share)
+        split = self.data.train
+        self.order = EpochOrder(split.group_rows, whole, len(self), self.buffer, self.seed, split.group_bytes)
 
     def indices(self, epoch: int) -> Iterator[Tensor]:
         """(batch_size / parts / processes,), int64, for each batch of this process: rows of the training split."""
@@ -133,8 +155,9 @@ class StreamTrainBatches:
         Raises:
             DataError: a shard or an image is damaged; the message names file and row.
         """
+        plans = functools.partial(_train_plans, self.order, self.positions, epoch, first)
         parts = read_in_workers(
-            self.data.train, self.data.decoder, _TrainPlans(self.order, self.positions, epoch, first),
+            self.data.train, self.data.decoder, plans,
             seed=mix(self.seed, epoch), workers=self.workers, device=self.device,
         )  # fmt: skip
         width = max(1, self.workers)
@@ -161,10 +184,9 @@ class StreamEvalBatches:
         self.workers = min(workers, len(self.batches))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        plans = _EvalPlans(self.batches)
-        for images, labels in read_in_workers(
-            self.data.test, self.data.decoder, plans, workers=self.workers, device=self.device
-        ):
+        plans = functools.partial(_eval_plans, self.batches)
+        read = read_in_workers(self.data.test, self.data.decoder, plans, workers=self.workers, device=self.device)
+        for images, labels in read:
             yield self.transform(images.to(self.device, non_blocking=True)), labels.to(self.device)
 
 
@@ -173,10 +195,8 @@ TestBatches = EvalBatches | StreamEvalBatches
 
 
 def training_batches(
-    data: ImageData | StreamedData, device: torch.device,
-    *, augment: str, batch_size: int, parts: int = 1, seed: int = 0, process: int = 0, processes: int = 1,
-    buffer: int = 10_000, workers: int = 0,
-) -> TrainingBatches:  # fmt: skip
+    data: ImageData | StreamedData, device: torch.device, *, augment: str, buffer: int, workers: int, **share: int
+) -> TrainingBatches:
     """The share of a process in the training images.
 
     Args:
@@ -184,13 +204,12 @@ def training_batches(
         device: of the batches.
         augment: "crop-flip", "crop" or "none". Images that are brought to one size while they are read are also cut
             and mirrored there.
-        batch_size, parts, seed, process, processes: as in `TrainBatches`.
         buffer, workers: as in `StreamTrainBatches`; in memory they mean nothing.
+        share: batch_size, parts, seed, process and processes as in `TrainBatches`.
 
     Raises:
         RecipeError: the batch cannot be divided among processes and parts.
     """
-    share = {"batch_size": batch_size, "parts": parts, "seed": seed, "process": process, "processes": processes}
     if isinstance(data, ImageData):
         transform = Transform(data.mean, data.std, augment, device)
         return TrainBatches(data.train_images.to(device), data.train_labels.to(device), transform, **share)
@@ -199,54 +218,29 @@ def training_batches(
 
 
 def evaluation_batches(
-    data: ImageData | StreamedData, device: torch.device,
-    *, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0,
-) -> TestBatches:  # fmt: skip
-    """The share of a process in the test images; that of the first of one are all of them."""
-    share = {"batch_size": batch_size, "process": process, "processes": processes}
+    data: ImageData | StreamedData, device: torch.device, *, workers: int, **share: int
+) -> TestBatches:
+    """The share of a process in the test images; without process and processes all of them."""
     transform = Transform(data.mean, data.std, "none", device)
     if isinstance(data, ImageData):
         return EvalBatches(data.test_images.to(device), data.test_labels.to(device), transform, **share)
     return StreamEvalBatches(data, transform, device, **share, workers=workers)
 
 
-def _steps(images: int, batch_size: int, parts: int, processes: int) -> int:
-    """Optimizer steps of an epoch.
-
-    Raises:
-        RecipeError: `batch_size` cannot be divided among processes and parts, or there are fewer images.
-    """
-    if batch_size % (parts * processes):
-        raise RecipeError(
-            f"batch_size={batch_size} cannot be divided among {processes} processes with gradient_accumulation={parts}"
-        )
-    if images < batch_size:
-        raise RecipeError(f"batch_size={batch_size} is more than the {images} training images")
-    return images // batch_size
+# What a worker reads. Functions of the module, which travel to other processes.
 
 
-@dataclasses.dataclass(frozen=True)
-class _TrainPlans:
-    """What a worker reads: its positions of every batch, so that a batch is put together of one part from each."""
-
-    order: EpochOrder
-    positions: range
-    epoch: int
-    first: int
-
-    def __call__(self, worker: int, workers: int) -> list[ReadPlan]:
-        start, width = self.positions.start, len(self.positions)
-        positions = range(start + width * worker // workers, start + width * (worker + 1) // workers)
-        return self.order.share(self.epoch, positions, self.first)
+def _train_plans(
+    order: EpochOrder, positions: range, epoch: int, first: int, worker: int, workers: int
+) -> list[ReadPlan]:
+    """Its positions of every batch, so that a batch is put together of one part from each worker."""
+    start, width = positions.start, len(positions)
+    own = range(start + width * worker // workers, start + width * (worker + 1) // workers)
+    return order.share(epoch, own, first)
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvalPlans:
-    """What a worker reads: whole batches, in turn with the other workers."""
-
-    batches: list[np.ndarray]
-
-    def __call__(self, worker: int, workers: int) -> list[ReadPlan]:
-        batches = self.batches[worker::workers]
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *batches])
-        return [ReadPlan(rows, np.arange(len(rows)), np.array([len(batch) for batch in batches], dtype=np.int64))]
+def _eval_plans(batches: list[np.ndarray], worker: int, workers: int) -> list[ReadPlan]:
+    """Whole batches, in turn with the other workers."""
+    own = batches[worker::workers]
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *own])
+    return [ReadPlan(rows, np.arange(len(rows)), np.array([len(batch) for batch in own], dtype=np.int64))]

@@ -55,7 +55,6 @@ class Shard:
         size: in bytes.
         image, label: the names of its columns.
         groups: (rows, bytes as decompressed) of each row group.
-        label_range: the smallest and the largest label; None if the file is empty.
         class_names: as the `datasets` library notes them, if it does.
         footer: of a parquet file.
         table: what is in memory is not read from `path`.
@@ -66,7 +65,6 @@ class Shard:
     image: str
     label: str
     groups: list[tuple[int, int]]
-    label_range: tuple[int, int] | None
     class_names: tuple[str, ...] | None
     footer: Any = dataclasses.field(default=None, repr=False)
     table: Any = dataclasses.field(default=None, repr=False)
@@ -107,6 +105,21 @@ class Shard:
 
     def _table(self) -> Any:
         return _arrow_table(self.path) if self.table is None else self.table
+
+    @functools.cached_property
+    def label_range(self) -> tuple[int, int] | None:
+        """The smallest and the largest label, from the footer if it notes them; None if the file is empty.
+
+        Raises:
+            DataError: as `labels`.
+        """
+        numbers = [number for number, (rows, _) in enumerate(self.groups) if rows]
+        noted = [self.footer and _noted_range(self.footer.row_group(number), self.label) for number in numbers]
+        ranges = [both for both in noted if both is not None]
+        if len(ranges) < len(noted):  # nothing about labels, or that some are missing
+            labels = self.labels()
+            return int(labels.min()), int(labels.max())
+        return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
 
     def labels(self) -> np.ndarray:
         """(rows,), int64: all labels of the file.
@@ -221,12 +234,10 @@ def open_source(
             raise DataError("data='digits' has no extra images: set data_args.extra=false")
         splits = _digits()
     else:
-        folder = local_folder(name)
-        addresses = None if folder is not None or download else _hub_files(name, config, names)
-        if folder is not None:
+        if (folder := local_folder(name)) is not None:
             paths = [[str(path) for path in files_of(folder, config, split)] for split in names]
         else:
-            paths = addresses or _cached_files(name, config, names)
+            paths = (None if download else _hub_files(name, config, names)) or _cached_files(name, config, names)
         splits = [
             Split(f"the {split} split of {name}", _shards(files, image_column, label_column))
             for split, files in zip(names, paths, strict=True)
@@ -336,15 +347,16 @@ def _named(source: str, splits: Any, name: str) -> Any:
 
 def _shards(paths: Sequence[str], image: str | None, label: str) -> tuple[Shard, ...]:
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        return tuple(pool.map(lambda path: _scanned(path, image, label), paths))
+        shards = tuple(pool.map(lambda path: _scanned(path, image, label), paths))
+        list(pool.map(lambda shard: shard.label_range, shards))  # what has to be read for it is read now
+    return shards
 
 
 def _scanned(path: str, image_column: str | None, label_column: str) -> Shard:
     if path.endswith(".arrow"):
         with _damage(path):
             table, size = _arrow_table(path), Path(path).stat().st_size
-        shard = _arrow_shard(path, size, table, image_column, label_column)
-        return dataclasses.replace(shard, table=None)
+        return dataclasses.replace(_arrow_shard(path, size, table, image_column, label_column), table=None)
     parquet = require("pyarrow.parquet", "pyarrow")
     with _damage(path), _opened(path) as file:
         held = parquet.ParquetFile(file)
@@ -352,14 +364,7 @@ def _scanned(path: str, image_column: str | None, label_column: str) -> Shard:
     image, label = _pick_columns(path, schema, footer.num_rows, image_column, label_column)
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    shard = Shard(path, size, image, label, sizes, None, _class_names_in(schema, label), footer)
-    ranges = [_noted_range(group, label) for group in groups if group.num_rows]
-    if None in ranges:  # nothing about labels, or that some are missing
-        labels = shard.labels()
-        ranges = [(int(labels.min()), int(labels.max()))]
-    known = [noted for noted in ranges if noted is not None]
-    label_range = (min(low for low, _ in known), max(high for _, high in known)) if known else None
-    return dataclasses.replace(shard, label_range=label_range)
+    return Shard(path, size, image, label, sizes, _class_names_in(schema, label), footer)
 
 
 def _noted_range(group: Any, label: str) -> tuple[int, int] | None:
@@ -373,10 +378,8 @@ def _noted_range(group: Any, label: str) -> tuple[int, int] | None:
 
 def _arrow_shard(path: str, size: int, table: Any, image_column: str | None, label_column: str) -> Shard:
     image, label = _pick_columns(path, table.schema, len(table), image_column, label_column)
-    labels = _as_labels(path, table[label])
-    label_range = (int(labels.min()), int(labels.max())) if len(labels) else None
     groups = [(len(batch), batch.nbytes) for batch in table.to_batches()]
-    return Shard(path, size, image, label, groups, label_range, _class_names_in(table.schema, label), table=table)
+    return Shard(path, size, image, label, groups, _class_names_in(table.schema, label), table=table)
 
 
 def _pick_columns(where: str, schema: Any, rows: int, image: str | None, label: str) -> tuple[str, str]:
