@@ -1,7 +1,8 @@
-"""Loading, augmenting and batching images: held or streamed, one reader with one set of checks."""
+"""Loading and decoding images: held or streamed, one reader with one set of checks."""
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,12 +14,13 @@ from pyarrow import parquet
 
 from timm_lowrank import data as data_module
 from timm_lowrank.data import load_data, load_images, sources
-from timm_lowrank.data.augment import Transform, crop, flip
-from timm_lowrank.data.batches import EvalBatches, StreamTrainBatches, TrainBatches
+from timm_lowrank.data.augment import Transform
+from timm_lowrank.data.batches import StreamTrainBatches
 from timm_lowrank.data.decode import Decoder
 from timm_lowrank.data.sources import Shard, Source, Split
 from timm_lowrank.data.stream import stream
-from timm_lowrank.errors import DataError, RecipeError
+from timm_lowrank.errors import DataError, EvaluationError
+from timm_lowrank.suites import evaluation
 from timm_lowrank.training import Recipe
 
 CIFAR10 = os.environ.get("TIMM_LOWRANK_CIFAR10")
@@ -400,90 +402,50 @@ def test_a_hub_name_without_network(monkeypatch, streaming):
         load_data("nobody-here/no-such-images", streaming=streaming)
 
 
-# ------------------------------------------------------------------------------------------------------ augmentation
+# ------------------------------------------------------------------------------------------------------- decoding
 
 
-def test_a_crop_is_a_window_of_the_padded_image():
-    images = torch.arange(1, 1 + 40 * 2 * 6 * 6).view(40, 2, 6, 6)
-    cropped = crop(images, 2, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images, (2,) * 4)
-    places = set()
-    for before, after in zip(padded, cropped, strict=True):
-        windows = [(y, x) for y in range(5) for x in range(5) if torch.equal(before[:, y : y + 6, x : x + 6], after)]
-        assert len(windows) == 1
-        places.add(windows[0])
-    assert len(places) > 12  # 40 draws from 25 places
+def test_large_images_are_cut_and_resized(random_stream):
+    pixels = np.zeros((60, 90, 3), dtype=np.uint8)
+    pixels[:, 30:60] = 200  # a grey square in the middle of black
+    encoded = png(pixels)
+    decode = Decoder("RGB", (24, 24), resize=True, crop_pct=0.75, augment="crop-flip")
+    shown = decode(encoded, "here")
+    assert shown.shape == (3, 24, 24)
+    # Resized to 32 x 48 and cut from column 12 to 36: the square of columns 16 to 32 lies at 4 to 20.
+    row = shown[0, 12].tolist()
+    assert row[:3] == [0, 0, 0] == row[-3:]
+    assert row[6:18] == [200] * 12
+    cut = [decode(encoded, "here", seed) for seed in range(8)]
+    assert all(np.array_equal(image, decode(encoded, "here", seed)) for seed, image in enumerate(cut))
+    assert len({tuple(image.flatten().tolist()) for image in cut}) == 8
+    assert random_stream()
+    untouched = Decoder("RGB", (24, 24), resize=True, crop_pct=0.75, augment="none")
+    assert np.array_equal(untouched(encoded, "here", 3), shown)
+    assert Decoder("L", (24, 24), resize=True)(encoded, "here").shape == (1, 24, 24)
 
 
-def test_a_flip_mirrors_about_half_of_the_images():
-    images = torch.rand(400, 1, 3, 3)
-    flipped = flip(images, torch.Generator().manual_seed(0))
-    mirrored = [torch.equal(after, before.flip(-1)) for before, after in zip(images, flipped, strict=True)]
-    same = [torch.equal(after, before) for before, after in zip(images, flipped, strict=True)]
-    assert all(a != b for a, b in zip(mirrored, same, strict=True))
-    assert 150 < sum(mirrored) < 250
+def test_mirroring_is_for_crop_flip_alone():
+    pixels = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (60, 1))  # brighter to the right
+    rising = {
+        augment: {
+            bool(image[0, 8, -1] > image[0, 8, 0])
+            for image in (Decoder("L", (16, 16), True, 1.0, augment)(png(pixels), "", seed) for seed in range(12))
+        }
+        for augment in ("crop", "crop-flip")
+    }
+    assert rising == {"crop": {True}, "crop-flip": {True, False}}
 
 
-def test_a_transform_normalises_and_depends_on_its_generator_alone():
-    data = load_images()
-    transform = Transform(data.mean, data.std, "crop-flip", CPU)
-    plain = transform(data.train_images)
-    assert plain.dtype == torch.float32
-    assert abs(plain.mean().item()) < 1e-3
-    assert abs(plain.std().item() - 1) < 1e-3
-    state = torch.get_rng_state()
-    one, two, other = (transform(data.train_images, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
-    assert not torch.equal(one, plain)
-    assert torch.equal(state, torch.get_rng_state())
-    untouched = Transform(data.mean, data.std, "none", CPU)
-    assert torch.equal(untouched(data.train_images, torch.Generator()), plain)
-
-
-# ----------------------------------------------------------------------------------------------------------- batches
-
-
-def batches(**options) -> TrainBatches:
-    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 1, 8, 8)
-    return TrainBatches(images, torch.arange(100), PLAIN, **{"batch_size": 24, **options})
-
-
-def test_an_epoch_is_a_permutation_of_its_own():
-    loader = batches(seed=1)
-    first = torch.cat(list(loader.indices(0)))
-    assert len(loader) == 4
-    assert len(first) == 96
-    assert len(first.unique()) == 96
-    assert torch.equal(first, torch.cat(list(batches(seed=1).indices(0))))
-    assert not torch.equal(first, torch.cat(list(loader.indices(1))))
-    assert not torch.equal(first, torch.cat(list(batches(seed=2).indices(0))))
-    for images, labels in loader.epoch(0):
-        assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-def test_processes_share_each_batch(parts):
-    whole = torch.cat(list(batches().indices(5))).view(4, 24)
-    shares = [torch.stack(list(batches(parts=parts, process=p, processes=4).indices(5))) for p in range(4)]
-    assert {share.shape for share in shares} == {(4 * parts, 24 // 4 // parts)}
-    together = torch.cat([share.view(4, -1) for share in shares], dim=1)
-    assert torch.equal(together.sort(dim=1).values, whole.sort(dim=1).values)
-
-
-def test_a_batch_that_does_not_fit_is_an_error():
-    with pytest.raises(RecipeError, match="batch_size=24 cannot be divided among 5 processes"):
-        batches(processes=5)
-    with pytest.raises(RecipeError, match="batch_size=101 is more than the 100 training images"):
-        batches(batch_size=101)
-
-
-def test_every_test_image_is_seen_once():
-    images, labels = torch.zeros(101, 1, 8, 8, dtype=torch.uint8), torch.arange(101)
-    seen = [
-        label
-        for process in range(3)
-        for _, part in EvalBatches(images, labels, PLAIN, batch_size=10, process=process, processes=3)
-        for label in part.tolist()
-    ]
-    assert sorted(seen) == list(range(101))
+def test_an_evaluation_of_a_streamed_run_reads_a_part(folder):
+    recipe = Recipe(model="resnet10_cifar", data=str(folder), image_size=12, epochs=1)
+    network = SimpleNamespace(recipe=recipe)
+    images = evaluation.images_of(evaluation.Options(network="runs/x"), [network], 30, 20)
+    assert (images.image_size, images.counts) == ((1, 12, 12), (30, 20))
+    streamed = load_data(str(folder), streaming=True, image_size=12)
+    assert images.fingerprint == streamed.fingerprint
+    assert streamed.data_config == {
+        "input_size": (1, 12, 12), "mean": (0.449,), "std": (0.226,), "crop_pct": 0.875, "interpolation": "bicubic"
+    }  # fmt: skip
+    with pytest.raises(EvaluationError, match="--other-labels needs images that fit into memory"):
+        evaluation.images_of(evaluation.Options(network="runs/x", other_labels="coarse"), [network], 30, 20)

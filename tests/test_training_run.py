@@ -18,12 +18,15 @@ import pytest
 import timm
 import torch
 import yaml
+from parquet_images import write_shards
 from runs import assert_same_run, metrics
 from safetensors.torch import load_file
 
 import timm_lowrank
-from timm_lowrank.data import load_images
-from timm_lowrank.errors import DivergedError, RecipeError, RunError
+from timm_lowrank.data import load_data, load_images
+from timm_lowrank.data.augment import Transform
+from timm_lowrank.data.batches import StreamTrainBatches, TrainBatches
+from timm_lowrank.errors import DivergedError, RecipeError, RunError, TrainingError
 from timm_lowrank.training import Recipe, Run, load_recipe, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.compare import compare_runs
@@ -49,6 +52,18 @@ SMALL = {
     "augment": "crop",
     "keep_checkpoints": 9,
 }
+# With batches of 32 and 230 images in shards, seven steps an epoch again.
+STREAMED = {
+    "epochs": 3,
+    "pretrain_epochs": 1,
+    "batch_size": 32,
+    "keep_checkpoints": 99,
+    "streaming": True,
+    "shuffle_buffer": 60,
+    "workers": 0,
+    "spectrum_images": 30,
+}
+LARGE = {"image_size": 16, "augment": "crop-flip", "save_every_steps": 3, "workers": 2}
 VIT = {
     "model": "vit_tiny_patch16_224",
     "model_args": {"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 24},
@@ -62,6 +77,17 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 def recipe(**values) -> Recipe:
     return Recipe.from_dict({**SMALL, **values})
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Shards that nobody changes."""
+    return write_shards(tmp_path_factory.mktemp("data"), test="validation")
+
+
+def streamed(shards: Path, **values) -> Recipe:
+    statistics = {"test_split": "validation", "mean": [0.3], "std": [0.37]}
+    return recipe(**{"data": str(shards), "data_args": statistics, **STREAMED, **values})
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +213,22 @@ def test_an_existing_plain_run_serves_as_twin(finished, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_same_images_in_the_same_order_give_the_same_weights(shards, tmp_path, monkeypatch):
+    made = streamed(shards, augment="none", workers=1)
+    data = load_data(made.data, **made.data_options())
+    summary = train(made, tmp_path / "streamed")
+    assert summary.to_dict()["data"] == {
+        "source": str(shards), "fingerprint": data.fingerprint, "train_images": 230, "test_images": 55,
+        "streamed": True, "image_size": [1, 8, 8], "classes": 10,
+    }  # fmt: skip
+    # In memory, with nothing changed but the order.
+    transform = Transform([0.0], [1.0], "none", torch.device("cpu"))
+    batches = StreamTrainBatches(data, transform, torch.device("cpu"), batch_size=32, buffer=60)
+    monkeypatch.setattr(TrainBatches, "indices", lambda _, epoch: batches.indices(epoch))
+    train(streamed(shards, augment="none", streaming=False), tmp_path / "memory")
+    assert_same_run(tmp_path / "streamed", tmp_path / "memory")
+
+
 # ------------------------------------------------------------------------------------------- a finished run, read
 
 
@@ -257,32 +299,63 @@ def test_resuming_gives_the_run_that_was_never_interrupted(finished, tmp_path, e
     assert not leftover.exists()
 
 
-def test_a_killed_run_resumes_to_the_same_figures_and_weights(tmp_path):
-    config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump({**SMALL, "epochs": 14, "pretrain_epochs": 1, "keep_checkpoints": 1}))
-    killed = start(config, tmp_path / "killed")
-    table = tmp_path / "killed" / "metrics.csv"
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({"epochs": 14, "pretrain_epochs": 1}, "epoch_0003*"),
+        ({"streaming": True, **LARGE, "epochs": 6, "ema_decay": 0.9}, "epoch_0002_step_*"),
+    ],
+    ids=["between epochs", "inside an epoch of a stream"],
+)
+def test_a_killed_run_resumes_to_the_same_figures_and_weights(shards, tmp_path, values, kept):
+    config, output = tmp_path / "small.yaml", tmp_path / "killed"
+    made = streamed(shards, **values) if "streaming" in values else recipe(**values)
+    config.write_text(yaml.safe_dump({**made.to_dict(), "keep_checkpoints": 2}))
+    killed = start(config, output)
     deadline = time.monotonic() + 120
-    while not (table.exists() and table.read_text().count("\n") >= 4):
+    while not list(output.glob(f"checkpoints/{kept}")):
         assert killed.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    resumed = start(config, tmp_path / "killed", "--resume", "auto")
+    assert not (output / "summary.json").exists()
+    # Without workers now: what is read does not depend on who reads it.
+    resumed = start(config, output, "--resume", "auto", "--set", "workers=0")
     out, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0
     assert "resumed after epoch" in out
-    train(load_recipe(config), tmp_path / "whole")
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["epoch_0014"]
+    train(load_recipe(config, ["workers=0"]), tmp_path / "whole")
+    assert_same_run(output, tmp_path / "whole")
+    assert max(path.name for path in (output / "checkpoints").iterdir()) == f"epoch_{made.epochs:04d}"
 
 
 def start(config: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, ROOT / "recipes" / "train.py", "--config", config, "--output", output, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({**LARGE, "workers": 0, "gradient_accumulation": 2, "twin": True}, "epoch_0001_step_00000003"),
+        ({"save_every_steps": 2, "streaming": "auto", "augment": "crop"}, "epoch_0002_step_00000004"),
+        ({"save_every_steps": 5, "augment": "crop-flip", "ema_decay": 0.9}, "epoch_0000_step_00000005"),
+    ],
+    ids=["accumulation and twin", "in memory", "small images"],
+)
+def test_resuming_inside_an_epoch(shards, tmp_path, values, kept, capsys):
+    train(streamed(shards, **values), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if path.name > kept:
+            shutil.rmtree(path)
+    train(streamed(shards, **values), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    epoch, step = int(kept[6:10]), int(kept[-8:])
+    assert f"resumed after epoch {epoch}, step {step} of the next" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_trained_again(finished, tmp_path):
@@ -305,6 +378,21 @@ def test_resume_refuses_another_recipe_other_data_and_other_folders(finished, tm
     state = build(plain, load_images(train_limit=400, test_limit=100), output / "twin")
     with pytest.raises(RunError, match="the data is not what this run was started with"):
         RunFolder(output / "twin", plain, resume=True).load_newest(state.accelerator)
+
+
+def test_how_the_data_is_read_may_change_but_not_the_data(shards, tmp_path):
+    train(streamed(shards, epochs=2), tmp_path / "run")
+    for path in ("summary.json", "checkpoints/epoch_0002"):
+        target = tmp_path / "run" / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    with pytest.raises(RunError, match="that was streamed, so set streaming=true"):
+        train(streamed(shards, epochs=2, streaming="auto"), tmp_path / "run", resume=True)
+    with pytest.raises(RunError, match="shuffle_buffer was 60 and is 61"):
+        train(streamed(shards, epochs=2, shuffle_buffer=61), tmp_path / "run", resume=True)
+    newer = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    del newer["optimizer"]  # as in a run that is older than the key
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(newer))
+    RunFolder(tmp_path / "run", streamed(shards, epochs=2, workers=3), resume=True)
 
 
 def test_a_damaged_checkpoint_says_what_to_do(finished, tmp_path):
@@ -380,10 +468,11 @@ def test_old_checkpoints_go_and_the_global_generators_are_left_alone(tmp_path):
         ({"lowrank": {"branches": {"pre_logits": 4000}}}, r"4000"),
         ({"model_args": {"in_chans": 3}}, r"in_chans=3, but the images have 1"),
         ({"batch_size": 500}, r"more than the 450 training images"),
+        ({"data_args": {"train_limit": 2000}}, r"cannot take limit=2000 of the 1437 images"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(values, message, tmp_path):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(TrainingError, match=message):
         train(recipe(twin=True, **values), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -420,12 +509,16 @@ def test_an_accuracy_that_falls_back_to_chance_stops_the_run(tmp_path):
         {"precision": "fp16"},
         {"gradient_accumulation": 2, "clip_norm": 1.0, "nesterov": True, "ramp_epochs": 1, "ema_decay": 0.9},
         {**VIT, "augment": "crop-flip", "spectrum_images": 30, "learning_rate": 0.002},
+        {
+            "streaming": True, "image_size": 12, "precision": "bf16", "channels_last": True, "gradient_accumulation": 2,
+            "optimizer": "adamw", "clip_norm": 1.0, "ema_decay": 0.9, "learning_rate": 0.01, "weight_decay": 0.05,
+        },
     ],
-    ids=["bf16", "fp16", "accumulation", "a ViT with AdamW"],
+    ids=["bf16", "fp16", "accumulation", "a ViT with AdamW", "a stream"],
 )  # fmt: skip
-def test_options_train_and_update_once_a_step(options, tmp_path):
-    values = {**SMALL, "epochs": 3, "pretrain_epochs": 1, **options}
-    summary = train(Recipe.from_dict(values), tmp_path / "run")
+def test_options_train_and_update_once_a_step(options, shards, tmp_path):
+    values = {"epochs": 3, "pretrain_epochs": 1, **options}
+    summary = train(streamed(shards, **values) if "streaming" in values else recipe(**values), tmp_path / "run")
     assert summary.optimizer_steps == 21
     saved = load_file(tmp_path / "run" / "model" / "lowrank.safetensors")
     counters = [value for name, value in saved.items() if name.endswith("counters")]
