@@ -193,8 +193,10 @@ def test_an_epoch_is_a_permutation_of_its_own():
     assert torch.equal(first, torch.cat(list(batches(seed=1).indices(0))))
     assert not torch.equal(first, torch.cat(list(loader.indices(1))))
     assert not torch.equal(first, torch.cat(list(batches(seed=2).indices(0))))
-    for images, labels in loader.epoch(0):
+    for (images, labels), chosen in zip(loader.epoch(0), loader.indices(0), strict=True):
         assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+        assert torch.equal(labels, chosen)
+    assert torch.equal(torch.cat([labels for _, labels in loader.epoch(0, first=2)]), first[48:])
 
 
 @pytest.mark.parametrize("parts", [1, 3])

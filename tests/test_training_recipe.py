@@ -14,7 +14,7 @@ from timm_lowrank.training.recipe import learning_rate, penalty_weight, recipe_p
 
 ROOT = Path(__file__).parents[1]
 
-PAPER = {"epochs": 350, "milestones": [150, 250], "pretrain_epochs": 50}
+GOOD = "model: resnet10_cifar\nepochs: 3\n"
 
 
 def recipe(**values: object) -> Recipe:
@@ -58,7 +58,7 @@ def test_the_paper_recipe_is_the_paper_recipe():
 
 def test_overrides_reach_inside(tmp_path):
     path = tmp_path / "one.yaml"
-    path.write_text("model: resnet10_cifar\nepochs: 3\nlowrank: {reconstruction_weight: 1}\n")
+    path.write_text(GOOD + "lowrank: {reconstruction_weight: 1}\n")
     overrides = ["lowrank.reconstruction_weight=3e-1", "weight_decay=5e-4", "lowrank.branches.layer3.0=7", "seed = 4"]
     loaded = load_recipe(path, overrides, data="digits")
     assert loaded.lowrank == {"reconstruction_weight": 0.3, "branches": {"layer3.0": 7}}
@@ -113,29 +113,23 @@ def test_a_wrong_value_names_its_key(values, message):
         recipe(**values)
 
 
-def test_missing_keys():
-    with pytest.raises(RecipeError, match="it lacks model, epochs"):
-        Recipe.from_dict({})
-
-
-def test_mistakes_in_the_file_or_the_override(tmp_path):
-    good = tmp_path / "good.yaml"
-    good.write_text("model: resnet10_cifar\nepochs: 3\n")
-    with pytest.raises(RecipeError, match=r"cannot read the recipe .*goood.yaml.* Recipes there: good"):
-        load_recipe(tmp_path / "goood.yaml")
-    with pytest.raises(RecipeError, match="write it as key=value"):
-        load_recipe(good, ["epochs"])
-    with pytest.raises(RecipeError, match="epochs is 3, which has no keys inside"):
-        load_recipe(good, ["epochs.more=3"])
-    with pytest.raises(RecipeError, match="not valid YAML"):
-        load_recipe(good, ["milestones=[1"])
-    bad = tmp_path / "bad.yaml"
-    bad.write_text("model: [")
-    with pytest.raises(RecipeError, match=r"bad\.yaml is not valid YAML"):
-        load_recipe(bad)
-    bad.write_text("- a list")
-    with pytest.raises(RecipeError, match="must hold a mapping"):
-        load_recipe(bad)
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        (GOOD, ["epochs"], "write it as key=value"),
+        (GOOD, ["epochs.more=3"], "epochs is 3, which has no keys inside"),
+        (GOOD, ["milestones=[1"], "not valid YAML"),
+        ("model: [", [], r"one\.yaml is not valid YAML"),
+        ("- a list", [], "must hold a mapping"),
+        ("{}", [], "it lacks model, epochs"),
+    ],
+)
+def test_mistakes_in_the_file_or_the_override(tmp_path, content, overrides, message):
+    (tmp_path / "one.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "one.yaml", overrides)
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*oone.yaml.* Recipes there: one"):
+        load_recipe(tmp_path / "oone.yaml")
 
 
 def test_the_twin_differs_in_the_branch_alone():
@@ -163,8 +157,8 @@ def test_the_penalty_is_off_in_pretraining_and_then_grows():
     ramped = recipe(epochs=6, pretrain_epochs=2, ramp_epochs=2)
     assert [penalty_weight(ramped, epoch, 9, 10) for epoch in range(6)] == [0, 0, 0.5, 1, 1, 1]
     assert penalty_weight(ramped, 2, 0, 10) == pytest.approx(0.05)
-    assert penalty_weight(recipe(**PAPER), 49, 0, 10) == 0
-    assert penalty_weight(recipe(**PAPER), 50, 0, 10) == 1
+    paper = load_recipe("cifar10-resnet18")
+    assert (penalty_weight(paper, 49, 0, 10), penalty_weight(paper, 50, 0, 10)) == (0, 1)
     assert penalty_weight(ramped.plain(), 5, 0, 10) == 0
 
 

@@ -116,12 +116,12 @@ def balanced_rows(labels: np.ndarray, limit: int, classes: int) -> np.ndarray:
         limit: at most n.
         classes: how many there are.
     """
-    place_in_class = np.empty(len(labels), dtype=np.int64)
+    number_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(classes):
         rows = np.flatnonzero(labels == label)
-        place_in_class[rows] = np.arange(len(rows))
-    # Sorted by place within the class, the first `limit` rows take every class in turn.
-    return np.sort(np.lexsort((np.arange(len(labels)), place_in_class))[:limit])
+        number_in_class[rows] = np.arange(len(rows))
+    # Sorted by number within the class, the first `limit` rows take every class in turn.
+    return np.sort(np.lexsort((np.arange(len(labels)), number_in_class))[:limit])
 
 
 def fingerprint(class_names: Sequence[str], pieces: Iterable[bytes | memoryview]) -> str:
