@@ -62,9 +62,9 @@ def trained(digits):
 
 def test_the_two_accuracies_by_hand():
     predicted = torch.tensor([[1, 1, 0, 1], [2, 2, 2, 2], [0, 3, 3, 0], [5, 5, 5, 6]])
-    found = step_accuracies(predicted)
-    assert found.instantaneous == [1.0, 0.75, 0.5, 0.75]
-    assert found.cumulative == [1.0, 0.75, 0.5, 0.25]
+    accuracies = step_accuracies(predicted)
+    assert accuracies.instantaneous == [1.0, 0.75, 0.5, 0.75]
+    assert accuracies.cumulative == [1.0, 0.75, 0.5, 0.25]
     by_label = step_accuracies(predicted, torch.tensor([1, 0, 3, 5]))
     assert by_label.instantaneous == [0.5, 0.75, 0.5, 0.25]
     assert by_label.cumulative == [0.5, 0.5, 0.25, 0.0]
@@ -74,18 +74,18 @@ def test_the_two_accuracies_by_hand():
 def test_the_trajectory_is_that_of_attacks_of_each_length(trained, digits):
     net, images, labels = trained, digits[0][1500:1524], digits[1][1500:1524]
     attack = partial(attacks.iterative_fgsm, eps=0.1, step_size=0.02)
-    found = trajectory(net, images, labels, partial(attack, steps=6))
-    assert found.shape == (24, 7)
+    classes = trajectory(net, images, labels, partial(attack, steps=6))
+    assert classes.shape == (24, 7)
     for steps in range(1, 7):
         with torch.no_grad():
             expected = net(attack(net, images, labels, steps=steps)).argmax(1)
-        assert torch.equal(found[:, steps], expected)
+        assert torch.equal(classes[:, steps], expected)
     with torch.no_grad():
-        assert torch.equal(found[:, 0], net(images).argmax(1))
+        assert torch.equal(classes[:, 0], net(images).argmax(1))
     halves = [slice(None, 10), slice(10, None)]
     chunks = [trajectory(net, images[half], labels[half], partial(attack, steps=6)) for half in halves]
-    assert torch.equal(torch.cat(chunks), found)
-    accuracies = step_accuracies(found, labels)
+    assert torch.equal(torch.cat(chunks), classes)
+    accuracies = step_accuracies(classes, labels)
     assert accuracies.instantaneous[0] > accuracies.instantaneous[-1] + 0.2
 
 
@@ -93,21 +93,9 @@ def test_another_network_may_be_the_judge(small_net, digits):
     source, judge = small_net().eval(), small_net()
     images, labels = digits[0][:12], digits[1][:12]
     attack = partial(attacks.iterative_fgsm, eps=0.2, step_size=0.1)
-    found = trajectory(source, images, labels, partial(attack, steps=2), judge=judge)
+    classes = trajectory(source, images, labels, partial(attack, steps=2), judge=judge)
     with torch.no_grad():
-        assert torch.equal(found[:, 2], judge.eval()(attack(source, images, labels, steps=2)).argmax(1))
-
-
-def test_a_trajectory_needs_images_and_steps(grey):
-    net = Threshold()
-    with pytest.raises(EvaluationError, match="no images"):
-        trajectory(net, grey[0][:0], grey[1][:0], attacks.iterative_fgsm)
-    with pytest.raises(EvaluationError, match="never called on_step"):
-        trajectory(net, *grey, lambda model, images, labels, on_step: images)
-    with pytest.raises(EvaluationError, match="as many labels"):
-        step_accuracies(torch.zeros(3, 2), torch.zeros(2))
-    with pytest.raises(EvaluationError, match="n >= 1"):
-        step_accuracies(torch.zeros(0, 2))
+        assert torch.equal(classes[:, 2], judge.eval()(attack(source, images, labels, steps=2)).argmax(1))
 
 
 # The smallest perturbation
@@ -120,24 +108,24 @@ def stopping(model, step_size=0.01, steps=60):
 
 def test_the_smallest_radius_is_the_distance_to_the_border(grey):
     net = Threshold()
-    found = smallest_radii(net, *grey, stopping(net), [0.03, 0.25, 0.12])
-    assert found.radius.tolist() == [0.12, 0.03, 0.12, math.inf, 0.0]
+    smallest = smallest_radii(net, *grey, stopping(net), [0.03, 0.25, 0.12])
+    assert smallest.radius.tolist() == [0.12, 0.03, 0.12, math.inf, 0.0]
     # Steps of 0.01 cross the border: by how much, a uniform image shows.
     crossing = [0.11 / 0.6, 0.03 / 0.52, 0.06 / 0.45]
-    assert found.rho[:3].tolist() == pytest.approx(crossing, abs=0.01 / 0.45)
-    assert found.rho[3].isnan()
-    assert found.rho[4] == 0
+    assert smallest.rho[:3].tolist() == pytest.approx(crossing, abs=0.01 / 0.45)
+    assert smallest.rho[3].isnan()
+    assert smallest.rho[4] == 0
     halves = [slice(None, 2), slice(2, None)]
     one, two = (smallest_radii(net, grey[0][half], grey[1][half], stopping(net), [0.03, 0.12, 0.25]) for half in halves)
-    assert torch.equal(torch.cat([one.radius, two.radius]), found.radius)
-    assert torch.allclose(torch.cat([one.rho, two.rho]), found.rho, rtol=1e-6, equal_nan=True)
+    assert torch.equal(torch.cat([one.radius, two.radius]), smallest.radius)
+    assert torch.allclose(torch.cat([one.rho, two.rho]), smallest.rho, rtol=1e-6, equal_nan=True)
 
 
 def test_the_smallest_radius_is_that_of_a_loop_over_images_and_radii(trained, digits):
     net, images, labels = trained, digits[0][1500:1520], digits[1][1500:1520]
     grid = [0.02, 0.08, 0.14]
     attack = stopping(net, 0.02, 10)
-    found = smallest_radii(net, images, labels, attack, grid)
+    smallest = smallest_radii(net, images, labels, attack, grid)
     for index in range(20):
         one, label = images[index : index + 1], labels[index : index + 1]
         with torch.no_grad():
@@ -150,9 +138,9 @@ def test_the_smallest_radius_is_that_of_a_loop_over_images_and_radii(trained, di
                     expected = eps
                     distance = float((adversarial - one).double().norm() / one.double().norm())
                     break
-        assert found.radius[index].item() == expected
-        assert found.rho[index].item() == pytest.approx(distance, nan_ok=True)
-    assert 0 < found.radius.isinf().sum() < 18
+        assert smallest.radius[index].item() == expected
+        assert smallest.rho[index].item() == pytest.approx(distance, nan_ok=True)
+    assert 0 < smallest.radius.isinf().sum() < 18
 
 
 def by_hand():
@@ -162,12 +150,12 @@ def by_hand():
 
 
 def test_the_minimum_perturbation_by_hand():
-    found = by_hand()
-    assert minimum_perturbation(found, 0.5) == (0.1, pytest.approx(0.4), 2, 4)
-    assert minimum_perturbation(found, 0.75) == (0.2, pytest.approx(0.4), 3, 4)  # that rho is of an image of zeros
-    assert minimum_perturbation(found, 0.99) == (None, None, 3, 4)
-    assert minimum_perturbation(found, 0.6, count_misclassified=True) == (0.1, pytest.approx(0.8 / 3), 3, 5)
-    assert minimum_perturbation(found, 0.2, count_misclassified=True) == (0.0, 0.0, 1, 5)
+    radii = by_hand()
+    assert minimum_perturbation(radii, 0.5) == (0.1, pytest.approx(0.4), 2, 4)
+    assert minimum_perturbation(radii, 0.75) == (0.2, pytest.approx(0.4), 3, 4)  # that rho is of an image of zeros
+    assert minimum_perturbation(radii, 0.99) == (None, None, 3, 4)
+    assert minimum_perturbation(radii, 0.6, count_misclassified=True) == (0.1, pytest.approx(0.8 / 3), 3, 5)
+    assert minimum_perturbation(radii, 0.2, count_misclassified=True) == (0.0, 0.0, 1, 5)
 
 
 @pytest.mark.parametrize("count", [1, 99, 100, 101, 200, 700, 1000])
@@ -182,10 +170,10 @@ def test_99_per_cent_are_counted_exactly(count):
 def test_a_zero_image_is_fooled_at_an_undefined_rho():
     net = Threshold(0.1)
     with pytest.warns(EvaluationWarning, match="zero everywhere"):
-        found = smallest_radii(net, torch.zeros(1, 1, 2, 2), torch.tensor([0]), stopping(net), [0.5])
-    assert found.radius.tolist() == [0.5]
-    assert found.rho.isnan().all()
-    assert minimum_perturbation(found) == (0.5, None, 1, 1)
+        smallest = smallest_radii(net, torch.zeros(1, 1, 2, 2), torch.tensor([0]), stopping(net), [0.5])
+    assert smallest.radius.tolist() == [0.5]
+    assert smallest.rho.isnan().all()
+    assert minimum_perturbation(smallest) == (0.5, None, 1, 1)
 
 
 def test_a_black_box_stops_when_the_judge_is_fooled(grey):
@@ -201,8 +189,8 @@ def test_a_black_box_stops_when_the_judge_is_fooled(grey):
     )
     wrong = attack(images[2:3], labels[2:3], 0.2)
     assert torch.equal(wrong, images[2:3])  # the judge misclassifies it from the start
-    found = smallest_radii(judge, images, labels, attack, [0.2, 0.3])
-    assert found.radius.tolist() == [0.3, 0.2, 0.0, math.inf, 0.2]
+    smallest = smallest_radii(judge, images, labels, attack, [0.2, 0.3])
+    assert smallest.radius.tolist() == [0.3, 0.2, 0.0, math.inf, 0.2]
 
 
 def test_a_network_that_judges_itself_stops_as_the_attack_does(trained, digits):
@@ -220,36 +208,42 @@ def test_deepfool_s_rho_is_that_of_its_images(trained, digits):
     labels = torch.where(torch.arange(30) < 25, labels, (labels + 1) % 10)  # some are wrong from the start
     adversarial = attacks.deepfool(net, images, labels)
     right, still = (classified_right(net, x, labels) for x in (images, adversarial))
-    found = deepfool_rho(net, images, labels)
+    smallest = deepfool_rho(net, images, labels)
     fooled = right & ~still
     assert fooled.any()
-    assert torch.equal(found.rho[fooled], rho(images, adversarial)[fooled])
+    assert torch.equal(smallest.rho[fooled], rho(images, adversarial)[fooled])
     lengths = (adversarial.double() - images.double()).flatten(1).norm(dim=1)
-    assert torch.equal(found.radius[fooled], lengths[fooled])
-    assert (found.radius[~right] == 0).all()
-    assert (found.rho[~right] == 0).all()
+    assert torch.equal(smallest.radius[fooled], lengths[fooled])
+    assert (smallest.radius[~right] == 0).all()
+    assert (smallest.rho[~right] == 0).all()
 
 
 def test_deepfool_may_be_judged_by_another_network(grey):
     images, labels = grey
-    found = deepfool_rho(Threshold(0.5), images, labels, judge=Threshold(0.35))
-    assert found.radius[[0, 1, 3, 4]].isinf().all()  # it stops at 0.5, where the judge still says 1
-    assert found.radius[2] == 0
-    assert found.rho[[0, 1, 3, 4]].isnan().all()
+    smallest = deepfool_rho(Threshold(0.5), images, labels, judge=Threshold(0.35))
+    assert smallest.radius[[0, 1, 3, 4]].isinf().all()  # it stops at 0.5, where the judge still says 1
+    assert smallest.radius[2] == 0
+    assert smallest.rho[[0, 1, 3, 4]].isnan().all()
 
 
-def test_what_cannot_be_measured_is_named(grey):
-    net = Threshold()
-    images, labels = grey
-    with pytest.raises(EvaluationError, match="radii must be positive"):
-        smallest_radii(net, images, labels, stopping(net), [])
-    with pytest.raises(EvaluationError, match="radii must be positive"):
-        smallest_radii(net, images, labels, stopping(net), [0.1, 0.0])
-    with pytest.raises(EvaluationError, match="as many labels"):
-        smallest_radii(net, images, labels[1:], stopping(net), [0.1])
-    with pytest.raises(EvaluationError, match="no images"):
-        deepfool_rho(net, images[:0], labels[:0])
-    with pytest.raises(EvaluationError, match="share"):
-        minimum_perturbation(by_hand(), 99)
-    with pytest.raises(EvaluationError, match="no image was classified"):
-        minimum_perturbation(SmallestRadii(torch.zeros(2), torch.zeros(2)))
+NET, IMAGES, LABELS = Threshold(), torch.full((2, 1, 2, 2), 0.6), torch.tensor([1, 1])
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (lambda: smallest_radii(NET, IMAGES, LABELS, stopping(NET), []), "radii must be positive"),
+        (lambda: smallest_radii(NET, IMAGES, LABELS, stopping(NET), [0.1, 0.0]), "radii must be positive"),
+        (lambda: smallest_radii(NET, IMAGES, LABELS[1:], stopping(NET), [0.1]), "as many labels"),
+        (lambda: deepfool_rho(NET, IMAGES[:0], LABELS[:0]), "no images"),
+        (lambda: minimum_perturbation(by_hand(), 99), "share"),
+        (lambda: minimum_perturbation(SmallestRadii(torch.zeros(2), torch.zeros(2))), "no image was classified"),
+        (lambda: trajectory(NET, IMAGES[:0], LABELS[:0], attacks.iterative_fgsm), "no images"),
+        (lambda: trajectory(NET, IMAGES, LABELS, lambda *images, on_step: images[1]), "never called on_step"),
+        (lambda: step_accuracies(torch.zeros(3, 2), torch.zeros(2)), "as many labels"),
+        (lambda: step_accuracies(torch.zeros(0, 2)), "n >= 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(measure, message):
+    with pytest.raises(EvaluationError, match=message):
+        measure()

@@ -181,18 +181,13 @@ def test_private(hub, run):
 def test_what_is_refused_before_the_hub_is_asked(hub, run, monkeypatch):
     refused("'tiny' is no repository: the name of a repository has the form USER/NAME", push, run, "tiny")
     refused("does not exist: give the folder of a finished run", push, run.parent / "nowhere", REPO)
-    refused("holds no config.yaml", push, run / "model", REPO)
     monkeypatch.delenv("HF_TOKEN")
     refused("there is no token. Log in with `hf auth login`, set HF_TOKEN", push, run, REPO)
-    (run / "summary.json").unlink()
-    refused("has not come to its end", push, run, REPO)
     assert not hub.calls
 
 
 def test_what_the_hub_refuses(hub, run):
     refused("the Hub does not accept the token", push, run, REPO, "--token", "hf_wrong")
-    refused("this token has no permission for it", push, run, REPO, "--token", "hf_alice_read")
-    assert REPO not in hub.repos
     hub.seed(REPO, {"README.md": "---\nlibrary_name: 3\n---\n"})
     refused('cannot publish alice/tiny: .*"library_name" must be a string', push, run, REPO)
     assert set(in_repo(hub)) == {"README.md"}
@@ -255,10 +250,10 @@ for name, snippet in json.load(sys.stdin):
             logits = network(images)
         state = (network.unwrap() if hasattr(network, "unwrap") else network).state_dict()
         digest = hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
-        found = {"logits": getattr(logits, "logits", logits).tolist(), "weights": digest}
-        found["ours"] = "timm_lowrank" in sys.modules
+        loaded = {"logits": getattr(logits, "logits", logits).tolist(), "weights": digest}
+        loaded["ours"] = "timm_lowrank" in sys.modules
         with open(os.path.join(sys.argv[1], name), "w") as file:
-            json.dump(found, file)
+            json.dump(loaded, file)
         os._exit(0)
     assert os.wait()[1] == 0, name
 """
@@ -272,20 +267,18 @@ def test_the_snippets_of_the_card_load_it_in_fresh_processes(hub, tmp_path):
         model = make_run(tmp_path / kind, name, evaluated=False, **options)
         done(push, tmp_path / kind, f"alice/{kind}")
         blocks = re.findall(r"```python\n(.*?)```", in_repo(hub, f"alice/{kind}")["README.md"].decode(), re.DOTALL)
-        assert len(blocks) == 3
+        state = model.unwrap().state_dict()
+        digest = hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
         for library_name, block in zip(("timm", "transformers", "timm_lowrank"), blocks, strict=True):
             snippets.append((f"{kind}-{library_name}", block))
-            with torch.no_grad():
-                state = model.unwrap().state_dict()
-                digest = hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
-                expected[f"{kind}-{library_name}"] = model(images()), digest
+            expected[f"{kind}-{library_name}"] = model(images()).detach(), digest
     arguments = [sys.executable, "-c", RUNNER, str(tmp_path), json.dumps(images().shape[1:])]
     subprocess.run(arguments, input=json.dumps(snippets), text=True, check=True, env=os.environ, cwd=tmp_path)
     for name, (logits, digest) in expected.items():
-        found = json.loads((tmp_path / name).read_text())
-        assert found["weights"] == digest, name
-        torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-5, atol=1e-6, msg=name)
-        assert found["ours"] is (name not in ("timms-timm", "timms-transformers")), name
+        loaded = json.loads((tmp_path / name).read_text())
+        assert loaded["weights"] == digest, name
+        torch.testing.assert_close(torch.tensor(loaded["logits"]), logits, rtol=1e-5, atol=1e-6, msg=name)
+        assert loaded["ours"] is (name not in ("timms-timm", "timms-transformers")), name
 
 
 def test_pulled_and_verified(hub, run, tmp_path, capsys):

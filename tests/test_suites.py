@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -46,6 +47,7 @@ RECIPE = {
     "schedule": "cosine",
     "twin": True,
 }
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 VARIES = {"created": "", "seconds": 0.0, "processes": 1, "command": None}
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -64,13 +66,9 @@ def trained(tmp_path_factory):
 def small(monkeypatch):
     """A suite of a second: one measurement of each kind, chunked and whole, with and without a second network."""
 
-    def measurements():
-        wanted = ("clean", "pgd-madry-20-8-255", "transfer", "noise-standard-deviation-1", "spectrum", "compression")
-        return [
-            measurement for measurement in plan.SUITES["quick"].measurements() if measurement.key.startswith(wanted)
-        ]
-
-    monkeypatch.setitem(plan.SUITES, "small", plan.Suite(measurements, 40, 200))
+    wanted = ("clean", "pgd-madry-20-8-255", "transfer", "noise-standard-deviation-1", "spectrum", "compression")
+    measurements = [one for one in plan.SUITES["quick"].measurements() if one.key.startswith(wanted)]
+    monkeypatch.setitem(plan.SUITES, "small", plan.Suite(lambda: measurements, 40, 200))
     return ("small",)
 
 
@@ -88,10 +86,8 @@ def evaluated_in(run, output, **changes):
 
 
 def command(run, output):
-    return [
-        str(ROOT / "recipes" / "evaluate.py"), str(run), "--output", str(output), "--limit", "24",
-        "--train-limit", "200", "--batch-size", "16",
-    ]  # fmt: skip
+    arguments = ["--limit", "24", "--train-limit", "200", "--batch-size", "16"]
+    return [str(ROOT / "recipes" / "evaluate.py"), str(run), "--output", str(output), *arguments]
 
 
 def content(folder):
@@ -179,10 +175,8 @@ def test_a_kill_at_any_moment_changes_nothing(trained, evaluated, tmp_path):
     output = tmp_path / "killed"
     lines = 0
     for _ in range(60):
-        process = subprocess.Popen(
-            [sys.executable, *command(trained, output)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, *command(trained, output)], env=ENVIRONMENT, **silent)
         grown = wait_for_more(process, output / "evaluation.json.partial", lines)
         if grown is None:
             break
@@ -210,10 +204,8 @@ def wait_for_more(process, path, lines):
 
 def test_two_processes_give_the_figures_of_one(trained, evaluated, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    result = subprocess.run(
-        [*launch, "--main_process_port", "0", *command(trained, tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    launch += ["--main_process_port", "0", *command(trained, tmp_path)]
+    result = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert read_evaluation(tmp_path / "evaluation.json").processes == 2
     assert content(tmp_path) == content(evaluated[0])
@@ -228,22 +220,17 @@ def test_processes_that_form_no_group_stop(monkeypatch):
         join_processes()
 
 
-def full_after(calls):
-    """An os.fsync that finds the disk full after some calls."""
-    real, left = os.fsync, iter(range(calls))
+def test_a_full_disk_keeps_what_is_finished(trained, tmp_path, monkeypatch, small):
+    sync, left = os.fsync, iter(range(6))
 
-    def fsync(descriptor):
+    def full(descriptor):
         if next(left, None) is None:
             raise OSError(28, "No space left on device")
-        real(descriptor)
+        sync(descriptor)
 
-    return fsync
-
-
-def test_a_full_disk_keeps_what_is_finished(trained, tmp_path, monkeypatch, small):
     with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full_after(6))
-        with pytest.raises(RunError, match="No space left"):
+        patch.setattr("os.fsync", full)
+        with pytest.raises(RunError, match=r"No space left.*same command"):
             evaluated_in(trained, tmp_path / "out", suites=small)
     assert (tmp_path / "out" / "evaluation.json.partial").read_text().count("\n") >= 6
     evaluated_in(trained, tmp_path / "out", suites=small)
@@ -324,14 +311,6 @@ def test_bytes_that_are_no_partial_results_are_replaced(partial):
     assert as_text(partial.units()) == as_text(UNITS)
 
 
-def test_a_unit_that_finds_the_disk_full_loses_no_other(partial, monkeypatch):
-    fill(partial)
-    monkeypatch.setattr("os.fsync", full_after(0))
-    with pytest.raises(RunError, match=r"No space left.*same command"):
-        partial.append(0, Unit("late", "plain", 0), {"x": [1]})
-    assert UNITS.keys() <= partial.units().keys()
-
-
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -353,30 +332,18 @@ def test_mistakes_are_one_error_before_anything_is_written(trained, tmp_path, ch
 
 
 def test_a_damaged_or_unfinished_run_says_so(trained, tmp_path):
-    unfinished = shutil.copytree(trained, tmp_path / "unfinished")
-    (unfinished / "summary.json").unlink()
-    with pytest.raises(EvaluationError, match="not finished"):
-        evaluated_in(unfinished, tmp_path / "out")
-    damaged = shutil.copytree(trained, tmp_path / "damaged")
-    weights = damaged / "model" / "model.safetensors"
+    def refused(run, message):
+        with pytest.raises(EvaluationError, match=message):
+            evaluated_in(run, tmp_path / "out", against=("none",))
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(EvaluationError, match="cannot be loaded"):
-        evaluated_in(damaged, tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match="neither a finished run nor a checkpoint"):
-        evaluated_in(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(EvaluationError, match="give --data"):
-        evaluated_in(trained / "model", tmp_path / "out", against=("none",))
-
-
-def test_a_command_line_mistake_is_one_line(tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "evaluate.py"), str(tmp_path / "nothing")],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert result.stderr.strip().startswith("error:")
-    assert "Traceback" not in result.stderr
+    refused(run, "cannot be loaded")
+    (run / "summary.json").unlink()
+    refused(run, "not finished")
+    refused(run / "plots", "neither a finished run nor a checkpoint")
+    refused(trained / "model", "give --data")
 
 
 def test_too_few_images_for_a_verdict_are_a_warning(trained, tmp_path, monkeypatch):
@@ -410,14 +377,7 @@ def test_every_measurement_of_a_suite_has_a_name_of_its_own(suite):
 
 
 def test_units_cover_every_image_once():
-    class TwoNetworks:
-        networks = {"a": None, "b": None}
-        images = torch.zeros(7, 1, 1, 1)
-        chunk = 3
-
-        def other(self, title):
-            return None
-
+    context = SimpleNamespace(networks=dict.fromkeys("ab"), images=range(7), chunk=3, other=lambda title: None)
     measurements = [Clean(), PGD("madry", 8 / 255, 2, black_box=True), plan.SUITES["quick"].measurements()[-1]]
-    units = plan_units(TwoNetworks(), measurements)
+    units = plan_units(context, measurements)
     assert units == [(key, title, k) for title in "ab" for key, n in (("clean", 3), ("strip-pgd", 1)) for k in range(n)]

@@ -19,7 +19,7 @@ def hashes(folder: Path) -> dict[str, tuple[str, int]]:
     terms), its terms, as many again for verification if flag 31 is set, and one with the sha256 if flag 30 is set.
     A record that begins with 32 bytes 0xFF ends the list.
     """
-    found = {}
+    known = {}
     for shard in folder.glob("xet/xorbs/shards/*.mdb"):
         data, at = shard.read_bytes(), 48
         while (name := data[at : at + 32]) != b"\xff" * 32:
@@ -27,24 +27,21 @@ def hashes(folder: Path) -> dict[str, tuple[str, int]]:
             size = sum(struct.unpack_from("<I", data, at + 48 * (n + 1) + 36)[0] for n in range(terms))
             at += 48 * (1 + terms * (2 if flags >> 31 & 1 else 1))
             if flags >> 30 & 1:
-                found[_text(data[at : at + 32])] = (_text(name), size)
+                known[_text(data[at : at + 32])] = (_text(name), size)
                 at += 48
-    return found
+    return known
 
 
-def read(folder: Path, sha256: str) -> bytes | None:
+def read(folder: Path, sha256: str) -> bytes:
     """The content of a file in the storage."""
     import hf_xet
 
-    known = hashes(folder).get(sha256)
-    if known is None:
-        return None
     with tempfile.TemporaryDirectory() as scratch:
         # The client that is still uploading holds the lock of the index: read a copy.
         shutil.copytree(folder / "xet", Path(scratch, "storage", "xet"))
         target = Path(scratch, "file")
         with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{scratch}/storage") as group:
-            group.start_download_file(hf_xet.XetFileInfo(*known), str(target))
+            group.start_download_file(hf_xet.XetFileInfo(*hashes(folder)[sha256]), str(target))
         return target.read_bytes()
 
 

@@ -21,6 +21,7 @@ from huggingface_hub.utils import yaml_dump
 from ..checkpoint.remote import checked_repo_id
 from ..errors import CheckpointError, nearest
 from ..evaluation.results import Value
+from ..records import default_of, encode
 from ..text import markdown_table, percent
 from .card import HUB, code, escaped, share
 from .merging import replaced
@@ -113,13 +114,11 @@ def _row(row: object) -> ListedCheckpoint:
     fields = _fields(ListedCheckpoint, row, "row")
     figures = _fields(Figures, fields["figures"], "figures")
     ranks = figures.get("effective_rank", {})
-    known: dict[str, Any] = {
+    known = {
         key: Accuracy(**_fields(Accuracy, value, key)) for key, value in figures.items() if key != "effective_rank"
     }
-    known["effective_rank"] = {
-        layer: Rank(**_fields(Rank, rank, f"the rank of {layer}")) for layer, rank in ranks.items()
-    }
-    return ListedCheckpoint(**{**fields, "figures": Figures(**known)})
+    ranks = {layer: Rank(**_fields(Rank, rank, f"the rank of {layer}")) for layer, rank in ranks.items()}
+    return ListedCheckpoint(**{**fields, "figures": Figures(**known, effective_rank=ranks)})
 
 
 def _fields(kind: type[Any], values: object, what: str) -> dict[str, Any]:
@@ -131,8 +130,7 @@ def _fields(kind: type[Any], values: object, what: str) -> dict[str, Any]:
         if key not in fields:
             raise ValueError(f"{what}: there is no key {key!r}. {nearest(str(key), fields)}")
     for name, field in fields.items():
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if name not in values and not optional:
+        if name not in values and default_of(field) is dataclasses.MISSING:
             raise ValueError(f"{what}: the key {name!r} is missing")
     return values
 
@@ -170,15 +168,7 @@ def row_of(record: RunRecord, name: str, recipe: str, repo: str | None = None) -
         repo: USER/NAME on the Hub, if it is there.
     """
     row = ListedCheckpoint(name=name, repo=repo, recipe=recipe, sha256=record.sha256, figures=figures_of(record))
-    return str(yaml_dump([_without_none(dataclasses.asdict(row)) | {"repo": repo}], sort_keys=False))
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if value is not None or key == "repo"
-    }
+    return str(yaml_dump([encode(row)], sort_keys=False))
 
 
 def checkpoints_table(checkpoints: Sequence[ListedCheckpoint]) -> str:

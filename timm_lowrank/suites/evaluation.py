@@ -89,8 +89,9 @@ def evaluate(options: Options, state: PartialState) -> Evaluation | None:
     limit = max(suite.images for suite in suites) if options.limit is None else options.limit
     train_limit = max(s.train_images for s in suites) if options.train_limit is None else options.train_limit
     data = images_of(options, networks, train_limit, limit)
+    layers = list(dict.fromkeys(layer for network in networks for layer in network.layers)) or ["pre_logits"]
     context = build_context(
-        networks, data, _layers(networks), state.device, seed=options.seed, chunk=options.chunk, limit=limit,
+        networks, data, layers, state.device, seed=options.seed, chunk=options.chunk, limit=limit,
         train_limit=train_limit, other_labels=_load_other_labels(options, networks),
     )  # fmt: skip
     settings = settings_of(context, measurements)
@@ -119,7 +120,7 @@ def evaluate(options: Options, state: PartialState) -> Evaluation | None:
         curves=tuple(results.curves),
         strips=tuple(results.strips),
         verdicts=results.verdicts,
-        warnings=(*_other_data(networks, data), *oddities, *results.warnings),
+        warnings=(*oddities, *results.warnings),
         settings=settings,
     )
     with disk_errors(f"could not write to {options.folder}", ADVICE):
@@ -222,24 +223,14 @@ def _load_other_labels(options: Options, networks: Sequence[EvaluatedNetwork]) -
     return load_images(options.data or recipe.data, **arguments)  # type: ignore[union-attr]
 
 
-def _layers(networks: Sequence[EvaluatedNetwork]) -> list[str]:
-    """The layers that any of the networks was measured at when it was trained; without any the last one."""
-    return list(dict.fromkeys(layer for network in networks for layer in network.layers)) or ["pre_logits"]
-
-
-def _other_data(networks: Sequence[EvaluatedNetwork], data: ImageData) -> list[str]:
-    """A warning for each network that was trained on other images."""
-    return [
-        f"{network.title} was trained on other images than these (their fingerprints differ)"
-        for network in networks
-        if network.data_fingerprint not in (None, data.fingerprint)
-    ]
-
-
 def _oddities(context: Context) -> list[str]:
     """What is odd about networks and images, before hours are spent on them."""
     images, labels = context.chunk_of(range(context.chunk))
-    oddities = []
+    oddities = [
+        f"{title} was trained on other images than these (their fingerprints differ)"
+        for title, network in context.networks.items()
+        if network.data_fingerprint not in (None, context.data.fingerprint)
+    ]
     for title, network in context.networks.items():
         with warnings.catch_warnings():  # they go into the report
             warnings.simplefilter("ignore", EvaluationWarning)

@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from ..checkpoint.branches import read_description
+from ..checkpoint.branches import BranchDescription, read_description
 from ..core.views import View
 from ..errors import EvaluationError
 from ..evaluation import PixelModel
@@ -116,32 +116,31 @@ def _from_folder(folder: Path, title: str | None) -> EvaluatedNetwork:
     except Exception as error:  # timm passes on what json, safetensors, torch and its own registry raise
         raise EvaluationError(f"the checkpoint {checkpoint} cannot be loaded: {error}") from error
     run = Run.open(folder) if paths.is_run() else None
-    if description is None or (run and not run.summary.lowrank):
-        loaded = _evaluated(network, title, str(folder))
-    else:
-        views = {layer: one.viewed() for layer, one in description.layers.items()}
-        loaded = dataclasses.replace(
-            _evaluated(network, title, str(folder), {layer: one.rank for layer, one in description.layers.items()}),
-            views={layer: view for layer, view in views.items() if view.kind != "flatten"},
-        )
-    if run is None:
-        return loaded
-    return dataclasses.replace(
-        loaded, layers=tuple(run.summary.branches), recipe=run.recipe, data_fingerprint=run.summary.data.fingerprint
-    )
+    if run and not run.summary.lowrank:
+        description = None
+    return _evaluated(network, title, str(folder), description, run)
 
 
 def _evaluated(
-    network: nn.Module, title: str | None, path: str, branches: Mapping[str, int] | None = None
+    network: nn.Module,
+    title: str | None,
+    path: str,
+    description: BranchDescription | None = None,
+    run: Run | None = None,
 ) -> EvaluatedNetwork:
-    branches = branches or {}
+    layers = description.layers if description else {}
+    branches = {layer: one.rank for layer, one in layers.items()}
+    views = {layer: one.viewed() for layer, one in layers.items()}
     return EvaluatedNetwork(
         title=title or _title(branches),
         path=path,
         model=PixelModel(network.eval()).eval(),
         weights=weights_sha256(network.state_dict()),
         branches=branches,
-        layers=tuple(branches),
+        layers=tuple(run.summary.branches if run else branches),
+        views={layer: view for layer, view in views.items() if view.kind != "flatten"},
+        recipe=run.recipe if run else None,
+        data_fingerprint=run.summary.data.fingerprint if run else None,
     )
 
 

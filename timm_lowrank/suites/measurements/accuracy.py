@@ -110,10 +110,7 @@ class PGD(AttackMeasurement):
         about = pgd_protocol(self.eps, self.steps, self.setting, self.restarts)
         label = f"PGD-{self.steps}, {radius_text(self.eps)} ({about.setting})"
         label += f", {self.restarts} restarts" if self.restarts > 1 else ""
-        results.figures.append(Figure(
-            key=self.key, kind=self.kind, group=self.group, label=label,
-            values=shares(context, observed, "withstood"), protocol=self.protocol(context, observed, about),
-        ))  # fmt: skip
+        results.figures.append(self.accuracy(context, observed, label, self.protocol(context, observed, about)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +131,13 @@ class AutoAttack(AttackMeasurement):
 
     @property
     def key(self) -> str:
-        kind = "transfer-autoattack" if self.black_box else "autoattack"
+        kind = f"{'transfer-' * self.black_box}autoattack"
         version = "" if self.version == "standard" else f"-{self.version}"
         return f"{kind}{version}-{self.norm}-{radius_key(self.eps)}"
+
+    @property
+    def group(self) -> str:
+        return super().group if self.black_box else "AutoAttack"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, labels = context.chunk_of(rows)
@@ -163,16 +164,12 @@ class AutoAttack(AttackMeasurement):
         protocol = self.protocol(context, observed, about, attacks=parts, square_queries=5000, batch=context.chunk)
         name = "AutoAttack" if standard else f"AutoAttack {self.version}"
         label = f"{name}, {'L_inf' if self.norm == 'linf' else 'L2'} {radius_text(self.eps)}"
-        group = self.group if self.black_box else "AutoAttack"
-        results.figures.append(Figure(
-            key=self.key, kind=self.kind, group=group, label=label,
-            values=shares(context, observed, "withstood"), protocol=protocol,
-        ))  # fmt: skip
+        results.figures.append(self.accuracy(context, observed, label, protocol))
         broken_by = {title: columns["broken_by"] for title, columns in observed.items() if "broken_by" in columns}
         for part in dict.fromkeys(by for parts in broken_by.values() for by in parts if by not in (None, "clean")):
             broke = {title: share(context, (by == part for by in parts)) for title, parts in broken_by.items()}
             results.figures.append(Figure(
-                key=f"{self.key}-{part}", kind=Kind.BROKEN_BY, group=group, label=f"{label}: broken by {part}",
+                key=f"{self.key}-{part}", kind=Kind.BROKEN_BY, group=self.group, label=f"{label}: broken by {part}",
                 values=broke, protocol=protocol, better=None,
             ))  # fmt: skip
         for title, columns in observed.items():

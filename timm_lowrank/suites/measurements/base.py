@@ -213,6 +213,13 @@ class AttackMeasurement(Measurement):
             attack = dataclasses.replace(attack, crafted_on=crafted_on)
         return dataclasses.replace(context.protocol(attack=attack), details=details)
 
+    def accuracy(self, context: Context, observed: Mapping[str, Columns], label: str, protocol: Protocol) -> Figure:
+        """The figure of the column "withstood": the accuracy under the attack."""
+        return Figure(
+            key=self.key, kind=self.kind, group=self.group, label=label, protocol=protocol,
+            values=shares(context, observed, "withstood"),
+        )  # fmt: skip
+
 
 def column(values: Tensor) -> list[Any]:
     """A tensor (n, ...) of any dtype as a column. float32 goes through JSON and back without a change."""

@@ -86,13 +86,8 @@ class IteratedFGSM(IteratedAttackMeasurement):
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         label = f"{self.name}, {self.steps} steps, {radius_text(self.eps)}{', stops at success' * self.stop_at_success}"
-        accuracy = Figure(
-            key=self.key, kind=self.kind, group=self.group, label=label,
-            values=shares(context, observed, "withstood"),
-            protocol=self.protocol(
-                context, observed, self.about(self.eps, self.steps, stops=self.stop_at_success)
-            ),
-        )  # fmt: skip
+        about = self.about(self.eps, self.steps, stops=self.stop_at_success)
+        accuracy = self.accuracy(context, observed, label, self.protocol(context, observed, about))
         sizes = {title: Value.median(columns["rho"], context.confidence) for title, columns in observed.items()}
         results.figures += [
             accuracy,
@@ -227,11 +222,9 @@ class DeepFool(AttackMeasurement):
             title: Value.median((length for length, _ in pairs), context.confidence) for title, pairs in fooled.items()
         }
         about = AttackProtocol(name="DeepFool", norm="l2", steps=self.steps)
-        accuracy = Figure(
-            key=f"{self.key}-accuracy", kind=self.kind, group=self.group, label="DeepFool: accuracy",
-            values=shares(context, observed, "withstood"),
-            protocol=self.protocol(context, observed, about, overshoot=self.overshoot),
-        )  # fmt: skip
+        protocol = self.protocol(context, observed, about, overshoot=self.overshoot)
+        accuracy = self.accuracy(context, observed, "DeepFool: accuracy", protocol)
+        accuracy = dataclasses.replace(accuracy, key=f"{self.key}-accuracy")
         which = "of the images that were right and are fooled"
         median_length = dataclasses.replace(
             accuracy, key=f"{self.key}-length", kind=Kind.PERTURBATION, label=f"DeepFool: median L2 length {which}",
