@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils.sha import git_hash
 
 from ..checkpoint import download, read_description, verify
 from ..checkpoint.files import NETWORK_WEIGHTS
@@ -112,7 +112,7 @@ def _sums(repo_id: str, commit: str, token: str | None) -> dict[str, str]:
 def _damaged(folder: Path, sums: Mapping[str, str]) -> list[str]:
     """The files that are not what the Hub lists."""
     there = [name for name in sums if (folder / name).is_file()]
-    return [name for name in there if sums[name] not in (sha256_of(folder / name), _git_sum(folder / name))]
+    return [name for name in there if sums[name] != _sum_like(sums[name], folder / name)]
 
 
 def _check(folder: Path, sums: Mapping[str, str], sha256: str | None) -> None:
@@ -121,12 +121,9 @@ def _check(folder: Path, sums: Mapping[str, str], sha256: str | None) -> None:
     verify(folder, sha256=sha256)
 
 
-def _git_sum(path: Path) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _sum_like(digest: str, path: Path) -> str:
+    """The sha256 of a file, or git's own sum of it, whichever `digest` is."""
+    return sha256_of(path) if len(digest) == 64 else git_hash(path.read_bytes())
 
 
 def _copy(fetched: Path, folder: Path, names: tuple[str, ...], sums: Mapping[str, str], sha256: str | None) -> None:
