@@ -190,6 +190,8 @@ def test_a_network_is_readied_for_attack_and_put_back(net, batch):
         assert {name: module.training for name, module in net.named_modules()} == modes
         assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == required
         assert all(parameter.grad is None for parameter in net.parameters())
+    with attackable(net.bfloat16()) as logits_of:
+        assert logits_of(batch[0].bfloat16()).dtype == torch.float32
 
 
 def test_the_network_inside_its_wrappers_is_found(net):

@@ -293,7 +293,8 @@ def test_masked_gradients_and_their_discovery_by_square_are_flagged(net, batch):
     assert broken > 2
     assert any(flag.startswith(f"Square, which sees no gradients, broke {broken} of 24") for flag in result.flags)
     assert sum("points with zero gradient" in flag for flag in result.flags) == 1
-    sound = run_autoattack(net, *batch, eps=0.2, iterations=10, queries=20)
+    corner = torch.arange(64).view(8, 8) == 0  # a gradient that is zero in one pixel is none that is zero
+    sound = run_autoattack(Around(net, lambda x: x.masked_fill(corner, 0)), *batch, eps=0.2, iterations=10, queries=20)
     assert all(flag.startswith("shortened") for flag in sound.flags)
 
 

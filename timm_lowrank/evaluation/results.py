@@ -1,4 +1,4 @@
-"""What an evaluation found, as types: the one meaning, reader and writer of evaluation.json.
+"""The results of an evaluation, as types: the one meaning, reader and writer of evaluation.json.
 
 `timm-lowrank evaluate` makes an `Evaluation`, and the report, cards, tables and comparisons are made of it:
 
@@ -203,7 +203,7 @@ class Protocol:
     details: Mapping[str, Detail] = dataclasses.field(default_factory=dict)  # whatever else a reader should know
 
     def entries(self) -> dict[str, Detail]:
-        """All of it flat, in the order in which it is told: {"attack": "PGD, L_inf", "eps": "8/255", "steps": 20, ...}.
+        """All of it flat, in the order of a page: {"attack": "PGD, L_inf", "eps": "8/255", "steps": 20, ...}.
 
         What is not known is left out. For showing alone: programs read the fields.
         """
