@@ -38,14 +38,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(
-    what: str,
+    action: str,
     advice: str = "Choose another folder with --output.",
     error: type[Exception] = RunError,
 ) -> Iterator[None]:
     """Turns what a full or unwritable disk raises inside into `error`. torch and safetensors have types of their own.
 
     Args:
-        what: what was being done, for the message.
+        action: what was being done, for the message.
         advice: what to do about it.
         error: the type to raise; one that is raised inside passes as it is.
     """
@@ -58,7 +58,7 @@ def disk_errors(
             reason = problem.strerror
         else:
             reason = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise error(f"{what}: {reason}. {advice}") from problem
+        raise error(f"{action}: {reason}. {advice}") from problem
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

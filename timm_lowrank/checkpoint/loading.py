@@ -111,8 +111,8 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
         return within
     named = not isinstance(source, str) or text.startswith(("local-dir:", "/", "./", "../", "~")) or path.exists()
     if named or "\\" in text or text.count("/") > 1:
-        what = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}: give the folder of a checkpoint, or a repository as USER/NAME")
+        reason = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {reason}: give the folder of a checkpoint, or a repository as USER/NAME")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Low-rank branches inside other people's training loops: a room for each loop, imported by its own name.
+"""Low-rank branches inside other people's training loops: a module for each loop, imported by its own name.
 
     from timm_lowrank.integrations.timm_task import LowRankTask
     from timm_lowrank.integrations.trainer import LowRankTrainer, LowRankCallback

@@ -270,20 +270,28 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         return items * world / num_items_in_batch
 
     def _check_loss(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> None:
-        """Finds out, once, whether the model's loss heeds the number of items that it is given."""
+        """Finds out, once, whether the model's loss heeds the number of items that it is given.
+
+        If it is the same for any number, it is a plain mean. Two images are enough to see it.
+        """
         own_loss = self.compute_loss_func is None and self.label_smoother is None and "labels" in inputs
         if self._loss_checked or num_items_in_batch is None or not (self.model_accepts_loss_kwargs and own_loss):
             return
         self._loss_checked = True
-        if _ignores_items(self.model, inputs):
-            self.model_accepts_loss_kwargs = False
-            if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
-                warnings.warn(
-                    f"the loss of {type(self.model).__name__} takes num_items_in_batch and ignores it: under gradient "
-                    "accumulation and on several processes it would be too large. It is averaged instead",
-                    LowRankWarning,
-                    stacklevel=2,
-                )
+        few = {key: value[:2] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        with evaluating(self.model):
+            outputs = [self.model(**few, num_items_in_batch=count) for count in (1, 2)]
+        key: Any = "loss" if isinstance(outputs[0], dict) else 0  # it may be a tuple
+        if not torch.equal(outputs[0][key], outputs[1][key]):
+            return
+        self.model_accepts_loss_kwargs = False
+        if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
+            warnings.warn(
+                f"the loss of {type(self.model).__name__} takes num_items_in_batch and ignores it: under gradient "
+                "accumulation and on several processes it would be too large. It is averaged instead",
+                LowRankWarning,
+                stacklevel=2,
+            )
 
     # ---------------------------------------------------------------------------------------------------- logging
 
@@ -406,16 +414,3 @@ class _Means:
         means = {name: float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
-
-
-def _ignores_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether a model that takes `num_items_in_batch` gives the same loss for any number: then it is a plain mean.
-
-    Args:
-        inputs: keyword arguments of the forward, labels among them; two images are enough.
-    """
-    few = {key: value[:2] if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    with evaluating(model):
-        first, second = (model(**few, num_items_in_batch=count) for count in (1, 2))
-    key: Any = "loss" if isinstance(first, dict) else 0  # it may be a tuple
-    return torch.equal(first[key], second[key])
