@@ -219,13 +219,11 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         evaluated: nn.Module | None = super().get_eval_model(module, ema)
         return evaluated
 
-    def setup_ema(self, decay: float = 0.9999, **kwargs: Any) -> nn.Module:
-        """An EMA of the plain network: an average of matrices of rank r has not rank r.
-
-        Args:
-            decay, kwargs: for `timm.utils.ModelEmaV3`.
-        """
-        ema: nn.Module = ModelEmaV3(self.backbone, decay=decay, **kwargs)
+    def setup_ema(
+        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """An EMA of the plain network: an average of matrices of rank r has not rank r."""
+        ema: nn.Module = ModelEmaV3(self.backbone, decay=decay, use_warmup=use_warmup, device=device, **kwargs)
         self.trainable_module_ema = ema
         return ema
 
