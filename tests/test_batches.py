@@ -215,6 +215,8 @@ def test_a_batch_that_does_not_fit_is_an_error(streamed):
     for made, count in ((batches, 100), (from_shards, 230)):
         with pytest.raises(RecipeError, match="batch_size=24 cannot be divided among 5 processes"):
             made(processes=5)
+        with pytest.raises(RecipeError, match="among 4 processes with gradient_accumulation=4"):
+            made(processes=4, parts=4)
         with pytest.raises(RecipeError, match=f"batch_size={count + 1} is more than the {count} training images"):
             made(batch_size=count + 1)
 

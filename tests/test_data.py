@@ -280,7 +280,7 @@ WRONG_FILES = {
     "labels of text": ({"label": ["a"] * 20}, GAPS),
     "fractions": ({"label": [0.5] * 20}, GAPS),
     "no labels": ({"label": [None] * 20}, GAPS),
-    "a gap": ({"label": [None, *range(9), *range(10)]}, GAPS + ", and 1 are missing"),
+    "a gap": ({"label": [None, *range(9), *range(10)], "group": 5}, GAPS + ", and 1 are missing"),
     "paths": ({"image": [f"{row}.png" for row in range(20)]}, "must be stored as bytes"),
     "first image missing": ({"image": [None, *GREY[1:]]}, r"test-\S*parquet, row 0: the image is missing"),
     "colours": (

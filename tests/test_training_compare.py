@@ -60,7 +60,7 @@ def evaluated(folder, weights, rank, images=200, title="2-LR", twin="t", **hits)
 def runs(tmp_path):
     return [
         evaluated(tmp_path / "low-seed0", "a", rank=7.0, clean=90, linear=60, pgd=20),
-        evaluated(tmp_path / "low-seed1", "b", rank=9.0, clean=94, linear=61, twin="another"),
+        evaluated(tmp_path / "low-seed1", "b", rank=9.0, clean=94, linear=61, pgd=float("nan"), twin="another"),
         evaluated(tmp_path / "N-LR-seed0", "t", rank=30.0, clean=50, linear=50, title="plain run", twin="u"),
     ]
 
@@ -77,7 +77,7 @@ def test_runs_are_averaged_over_seeds_and_every_network_counts_once(runs):
     assert clean.cell("low") == f"92.0 ± {100 * statistics.stdev([0.90, 0.94]):.1f}"
     assert (linear.cell("low"), linear.cell("N-LR")) == ("60.5 ± 0.7", "50.0")
     assert (rank.cell("low"), rank.cell("N-LR")) == ("8 ± 1.4", "30")
-    assert (pgd.cell("low"), pgd.cell("N-LR")) == ("20.0", "-")  # measured on one of two, and on none
+    assert (pgd.cell("low"), pgd.cell("N-LR")) == ("20.0", "-")  # a number on one of two, and measured on none
 
 
 def test_what_cannot_be_compared_is_named_at_once(runs, tmp_path):
