@@ -114,12 +114,12 @@ MUTATIONS = (
     Mutation(
         "label shifted", "timm_lowrank/data/batches.py",
         "yield images, self.labels[rows]\n", "yield images, self.labels[rows.roll(1)]\n",
-        "tests/test_data.py tests/test_training_run.py",
+        "tests/test_batches.py tests/test_training_run.py",
     ),
     Mutation(
         "the same streamed order in every epoch", "timm_lowrank/data/order.py",
         "starts, begins, offset = self._sequence(epoch)", "starts, begins, offset = self._sequence(0)",
-        "tests/test_data_stream.py",
+        "tests/test_batches.py",
     ),
     Mutation(
         "branches on one epoch early", "timm_lowrank/training/recipe.py",
@@ -134,7 +134,7 @@ MUTATIONS = (
     ),
     Mutation(
         "damaged weights accepted", "timm_lowrank/checkpoint/files.py",
-        "    if found != digest:\n", "    if not digest:\n",
+        "    if actual != digest:\n", "    if not digest:\n",
         "tests/test_checkpoint.py",
     ),
     Mutation(
