@@ -76,7 +76,7 @@ def test_runs_are_averaged_over_seeds_and_every_network_counts_once(runs):
     assert clean.values["low"] == [0.90, 0.94]
     assert clean.cell("low") == f"92.0 ± {100 * statistics.stdev([0.90, 0.94]):.1f}"
     assert (linear.cell("low"), linear.cell("N-LR")) == ("60.5 ± 0.7", "50.0")
-    assert (rank.cell("low"), rank.cell("N-LR")) == ("8 ± 1.4", "30")
+    assert (rank.cell("low"), rank.cell("N-LR")) == ("8.0 ± 1.4", "30")
     assert (pgd.cell("low"), pgd.cell("N-LR")) == ("20.0", "-")  # a number on one of two, and measured on none
 
 

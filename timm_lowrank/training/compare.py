@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -39,7 +40,11 @@ class ComparedFigure:
         if self.unit == "share":
             spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
             return percent(mean) + spread
-        return f"{mean:.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+        decimals = max(0, 2 - math.floor(math.log10(abs(mean)))) if mean else 2  # three digits of the mean
+        if self.unit == "count":
+            decimals = 0 if deviation is None else min(decimals, 1)
+        spread = "" if deviation is None else f" ± {deviation:,.{decimals}f}"
+        return f"{mean:,.{decimals}f}{spread}"
 
 
 @dataclasses.dataclass(frozen=True)
