@@ -563,7 +563,7 @@ def evaluation_from_json(content: Mapping[str, Any]) -> Evaluation:
             "`timm-lowrank evaluate --overwrite`, or make the report with the version that wrote the file"
         )
     problems: list[str] = []
-    fields = decode_fields(Evaluation, content, problems)
+    fields = decode_fields(Evaluation, content, problems, nulls=True)
     parts = [fields.get(name) for name in ("networks", "figures", "curves", "strips", "verdicts")]
     if problems and None not in parts:
         problems += _contradictions(*parts)  # type: ignore[arg-type]
