@@ -23,7 +23,7 @@ from torch import nn
 from ..core.model import LowRankModel
 from ..errors import CheckpointDamagedError, CheckpointError
 from ..files import RUN_CONFIG, RUN_MODEL, read_json
-from .branches import has_branches, read_description, recorded_sha256, restore_branches
+from .branches import BranchDescription, has_branches, read_description, recorded_sha256, restore_branches
 from .files import (
     LOWRANK_CONFIG,
     LOWRANK_WEIGHTS,
@@ -33,6 +33,7 @@ from .files import (
     check_sha256,
     checked_name,
     known_architecture,
+    module_to_import,
     require_checkpoint,
 )
 from .remote import checked_repo_id, download
@@ -241,3 +242,46 @@ def _take_over_exactly(network: nn.Module, folder: Path) -> None:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise _misfit(folder, error) from error
+
+
+# -------------------------------------------------------------------------------------------------- what a folder says
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What config.json and lowrank.json say of a checkpoint."""
+
+    architecture: str
+    classes: int | None
+    input_size: tuple[int, ...]  # (channels, height, width)
+    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    branches: BranchDescription | None  # None: a plain network
+
+    @property
+    def package(self) -> str | None:
+        """What has to be imported before timm knows the architecture."""
+        return module_to_import(self.architecture)
+
+
+def read_info(folder: Path, *, branches: bool = True) -> CheckpointInfo:
+    """Reads the descriptions in a checkpoint folder.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        branches: whether to read lowrank.json, if there is one.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or timm does not have the architecture.
+    """
+    config = read_json(folder / NETWORK_CONFIG)
+    classes, cfg = config.get("num_classes"), config.get("pretrained_cfg")
+    known = {key: value for key, value in cfg.items() if isinstance(value, list)} if isinstance(cfg, dict) else {}
+    return CheckpointInfo(
+        architecture=known_architecture(config, folder),
+        classes=classes if isinstance(classes, int) else None,
+        input_size=tuple(known.get("input_size", ())),
+        mean=tuple(known.get("mean", ())),
+        std=tuple(known.get("std", ())),
+        branches=read_description(folder) if branches else None,
+    )

@@ -13,11 +13,9 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from .. import text
-from ..checkpoint import BranchDescription, read_description
-from ..checkpoint.files import NETWORK_CONFIG, known_architecture, module_to_import
+from ..checkpoint.loading import read_info
 from ..evaluation.noise import STANDARD_DEVIATION
 from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
-from ..files import read_json
 
 if TYPE_CHECKING:
     from .record import RunRecord  # which needs more than is installed with this package
@@ -35,52 +33,12 @@ RECIPE = (  # what the card quotes of it, where it is set
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointInfo:
-    """What config.json and lowrank.json say of a checkpoint."""
-
-    architecture: str
-    classes: int | None
-    input_size: tuple[int, ...]  # (channels, height, width)
-    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
-    std: tuple[float, ...]
-    branches: BranchDescription | None  # None: a plain network
-
-    @property
-    def package(self) -> str | None:
-        """What has to be imported before timm knows the architecture."""
-        return module_to_import(self.architecture)
-
-
-@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set as a card names it."""
 
     kind: str  # an identifier, that of the Hub where it is there
     name: str
     on_hub: bool
-
-
-def read_info(folder: Path, *, branches: bool = True) -> CheckpointInfo:
-    """Reads the descriptions in a checkpoint folder.
-
-    Args:
-        folder: as `save_pretrained` writes it.
-        branches: whether to read lowrank.json, if there is one.
-
-    Raises:
-        CheckpointError: one of them cannot be read, or timm does not have the architecture.
-    """
-    config = read_json(folder / NETWORK_CONFIG)
-    classes, cfg = config.get("num_classes"), config.get("pretrained_cfg")
-    known = {key: value for key, value in cfg.items() if isinstance(value, list)} if isinstance(cfg, dict) else {}
-    return CheckpointInfo(
-        architecture=known_architecture(config, folder),
-        classes=classes if isinstance(classes, int) else None,
-        input_size=tuple(known.get("input_size", ())),
-        mean=tuple(known.get("mean", ())),
-        std=tuple(known.get("std", ())),
-        branches=read_description(folder) if branches else None,
-    )
 
 
 def short_card(folder: Path, repo_id: str) -> str:

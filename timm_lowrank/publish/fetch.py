@@ -15,12 +15,13 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..checkpoint import download, read_description, verify
 from ..checkpoint.files import NETWORK_WEIGHTS
+from ..checkpoint.loading import read_info
 from ..checkpoint.remote import hub_errors
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from ..evaluation.results import Value
 from ..files import disk_errors, sha256_of
 from ..text import listing
-from .card import OURS, one_line, read_info, share
+from .card import OURS, one_line, share
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from ..checkpoint import verify
 from ..checkpoint.files import NETWORK_WEIGHTS
-from ..checkpoint.loading import load_folder
+from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
 from ..evaluation.results import Evaluation, Figure, Headline, Kind, Value, read_evaluation
 from ..files import sha256_of, weights_sha256
 from ..training.run import Run, Summary
-from .card import CheckpointInfo, read_info
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 EPS = 8 / 255  # radius of the attacks that a card and the list of checkpoints name first
