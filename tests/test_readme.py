@@ -1,5 +1,6 @@
 """The README and its pages: every Python program of the README runs as written, and every link leads somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -64,3 +65,18 @@ def test_the_commands_of_the_pages_exist():
 
 def test_the_readme_stays_a_page():
     assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md"])
+def test_the_table_of_three_seeds_is_what_was_measured(page):
+    figures = json.loads((ROOT / "docs" / "cifar10-small.json").read_text())["figures"].values()
+    shares = [one["groups"] for one in figures if one["unit"] == "share"]
+    measured = {
+        tuple(f"{100 * groups[name]['mean']:.1f} ± {100 * groups[name]['deviation']:.1f}" for name in ("N-LR", "2-LR"))
+        for groups in shares
+    }
+    head = "| | plain (N-LR) | 2-LR |\n| --- | ---: | ---: |\n"
+    table = (ROOT / page).read_text().split(head)[1].split("\n\n")[0]
+    rows = [tuple(cell.strip() for cell in row.split("|")[2:4]) for row in table.splitlines() if "rank" not in row]
+    assert len(rows) >= 9
+    assert set(rows) <= measured
