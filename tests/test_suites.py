@@ -21,10 +21,11 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
+from timm_lowrank.core import spectrum
 from timm_lowrank.data import load_images
 from timm_lowrank.data.images import balanced_rows
 from timm_lowrank.errors import EvaluationError, RunError
-from timm_lowrank.evaluation import PixelModel
+from timm_lowrank.evaluation import PixelModel, activations
 from timm_lowrank.evaluation.results import Kind, Settings, read_evaluation
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes, plan
@@ -122,7 +123,7 @@ def test_an_evaluation_leaves_report_plots_and_figures(evaluated):
 
 
 def test_figures_are_those_of_the_networks(trained, evaluated):
-    """Recomputed by hand from the exported weights: clean accuracy, an image alone in its batch."""
+    """Recomputed from the exported weights: clean accuracy, an image alone in its batch; the spectrum of a layer."""
     _, evaluation = evaluated
     data = load_images(**RECIPE["data_args"])
     rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 24, 10))
@@ -134,6 +135,10 @@ def test_figures_are_those_of_the_networks(trained, evaluated):
     radius = [hits[f"pgd-madry-20-{level}-255"] for level in (2, 4, 8)]
     assert right >= radius[0] >= radius[1] >= radius[2]
     assert evaluation.figure("noise-standard-deviation-0.4").values["2-LR"].of == 24
+    values = activations(model, images, ["layer3"])["layer3"]
+    ratios = {key: evaluation.figure(f"variance-layer3-{key}").values["2-LR"].value for key in (1, 5, 10)}
+    assert list(ratios.values()) == pytest.approx(spectrum.variance_ratio(values, list(ratios)), rel=1e-4)
+    assert evaluation.figure("effective-rank-layer3").values["2-LR"].value == spectrum.effective_rank(values)
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(trained, evaluated, capsys):
