@@ -23,7 +23,7 @@ from .push import CARD, Published, push_to_hub
 from .record import RunRecord, read_run
 
 TIMEOUT = 10.0  # seconds for the Hub to say what a repository holds
-WHAT = {
+FILE_DESCRIPTIONS = {
     "config.json": "the network, in timm's layout",
     "model.safetensors": "its weights",
     "lowrank.json": "the branches that it was trained with",
@@ -57,7 +57,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class RepositoryState:
     """What a repository holds before the push."""
 
     commit: str | None = None
@@ -108,7 +108,9 @@ def publish_run(
         where = f"{CARD} of {repo_id}"
         named = license or (LICENSE if card is None else license_of(card, where))
         beside = [name for name in CHECKPOINT_FILES if (record.run.model / name).is_file()]
-        about = {name: WHAT.get(name, "a picture of its training or evaluation") for name in (*beside, *files)}
+        about = {
+            name: FILE_DESCRIPTIONS.get(name, "a picture of its training or evaluation") for name in (*beside, *files)
+        }
         new = run_card(record, repo_id, about, license=named, dataset=dataset, revision=revision)
         if card is None:
             card = new
@@ -131,19 +133,19 @@ def publish_run(
 # --------------------------------------------------------------------------------------- what the Hub has already
 
 
-def _held(repo_id: str, revision: str | None, token: str | None, dry: bool) -> Held:
+def _held(repo_id: str, revision: str | None, token: str | None, dry: bool) -> RepositoryState:
     if not dry and not (token or get_token()):
-        return Held()  # push_to_hub says what to do, and asks nobody
+        return RepositoryState()  # push_to_hub says what to do, and asks nobody
     try:
         with hub_errors("fetch" if dry else "publish", repo_id, revision):
             return _ask(HfApi(token=token, library_name="timm_lowrank"), repo_id, revision)
     except CheckpointError as error:
         if not dry:
             raise
-        return Held(notes=(f"written as for a new repository: {error}",))
+        return RepositoryState(notes=(f"written as for a new repository: {error}",))
 
 
-def _ask(api: HfApi, repo_id: str, revision: str | None) -> Held:
+def _ask(api: HfApi, repo_id: str, revision: str | None) -> RepositoryState:
     try:
         try:
             info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT)
@@ -152,7 +154,7 @@ def _ask(api: HfApi, repo_id: str, revision: str | None) -> Held:
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:  # or no access, which the push will tell
-        return Held()
+        return RepositoryState()
     files = frozenset(file.rfilename for file in info.siblings or ())
     card = None
     if CARD in files:
@@ -161,10 +163,10 @@ def _ask(api: HfApi, repo_id: str, revision: str | None) -> Held:
             card = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{CARD} of {repo_id} is not UTF-8 text: repair it first") from error
-    return Held(info.sha, files, card, public=info.private is False)
+    return RepositoryState(info.sha, files, card, public=info.private is False)
 
 
-def _stale(held: Held, files: Collection[str]) -> list[str]:
+def _stale(held: RepositoryState, files: Collection[str]) -> list[str]:
     """Files of an earlier push, as its card lists them, that are no more; the owner's own are not among them."""
     try:
         listed = section(held.card, "files") if held.card else None

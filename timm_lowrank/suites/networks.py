@@ -81,7 +81,7 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
     """Loads a network.
 
     Args:
-        where: a run folder of timm-lowrank train, a folder written by `save_pretrained`, a repository on the Hub
+        where: a run folder of `timm-lowrank train`, a folder written by `save_pretrained`, a repository on the Hub
             ("hf-hub:USER/NAME"), or the name of a timm network with pretrained weights.
         title: what the report calls it; None is made of its branches: "1-LR", "2-LR", "low rank" or "plain".
 
