@@ -17,7 +17,9 @@ from timm_lowrank.evaluation.representations import (
     activation_batches,
     activations,
     class_variance_ratio,
+    cut_spectrum,
     fit_plane,
+    preactivations,
     rho,
     stability,
 )
@@ -361,3 +363,40 @@ def test_what_cannot_be_measured_is_named(name, model, images):
     call, message = WRONG_CALLS[name]
     with pytest.raises(EvaluationError, match=message):
         call(model, images)
+
+
+# Low-rank pre-activations
+
+
+def test_preactivations_are_what_the_last_function_of_a_layer_takes(model, network, images):
+    values, function = preactivations(model, images, "layer3", batch_size=2)
+    assert function is network.layer3[-1].act2
+    assert torch.equal(values.relu(), activations(model, images, ["layer3"])["layer3"])
+    assert (values < 0).any()
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    for layer in ("pre_logits", "layer3.0.conv1"):
+        with pytest.raises(EvaluationError, match="does not end in an elementwise activation function"):
+            preactivations(model, images, layer)
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_cut_pre_activations_of_low_rank_give_activations_of_more(shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    spectrum = cut_spectrum(values, torch.relu, 3)
+    u, s, v = torch.linalg.svd(values.double(), full_matrices=False)  # the slow twin
+    behind = torch.linalg.svd(((u[:, :3] * s[:3]) @ v[:3]).relu()).S
+    assert torch.allclose(spectrum.singular_values, behind, atol=1e-10)
+    assert spectrum.rank == 12
+    assert spectrum.share == pytest.approx(float(behind[:3].square().sum() / behind.square().sum()), abs=1e-12)
+    assert cut_spectrum(values, lambda matrix: matrix, 3).rank == 3
+    for rank in (0, 12):
+        with pytest.raises(EvaluationError, match="a rank of 1 to 11"):
+            cut_spectrum(values, torch.relu, rank)
+    with pytest.raises(EvaluationError, match="not finite"):
+        cut_spectrum(values / 0, torch.relu, 3)
+
+
+def test_the_papers_counter_example_to_low_rank_pre_activations():
+    matrix = torch.tensor([[1.0, -1, 1], [-1, 1, -1]])
+    assert torch.linalg.matrix_rank(matrix) == 1
+    assert cut_spectrum(matrix, torch.relu, 1).rank == 2

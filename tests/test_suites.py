@@ -29,8 +29,11 @@ from timm_lowrank.evaluation import PixelModel, activations
 from timm_lowrank.evaluation.results import Kind, Settings, read_evaluation
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes, plan
+from timm_lowrank.suites import evaluation as evaluation_module
 from timm_lowrank.suites.measurements import accuracy
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis
+from timm_lowrank.suites.measurements.classifiers import LeadingFeatures
+from timm_lowrank.suites.measurements.representations import CutPreactivations, Sparsity
 from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
 from timm_lowrank.training import Recipe, train
 
@@ -171,6 +174,42 @@ def test_a_checkpoint_without_its_run_takes_data_by_name(trained, tmp_path, smal
     evaluation = evaluated_in(trained / "model", tmp_path, data="digits", limit=10, suites=small)
     assert evaluation.data.source == "digits"
     assert evaluation.networks[0].branches == {"layer3": 6, "pre_logits": 4}
+
+
+def test_chosen_measurements_against_a_source_that_is_not_measured(trained, tmp_path):
+    measurements = (
+        PGD("madry", 8 / 255, 2, black_box=True), Sparsity(), CutPreactivations(), LeadingFeatures((2, 5, 50)),
+    )  # fmt: skip
+    images = load_images(**RECIPE["data_args"])
+    options = Options(
+        str(trained), measurements=measurements, source=str(trained / "twin"), limit=30, train_limit=200, pages=False,
+        output=tmp_path,
+    )  # fmt: skip
+    evaluation = evaluate(options, PartialState(), images)
+    assert evaluation == read_evaluation(tmp_path / "evaluation.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert evaluation.titles == ("2-LR",)
+    transfer, *_ = evaluation.figures
+    assert transfer.protocol.attack.crafted_on == {"2-LR": "plain"}
+    assert evaluation.settings.networks.keys() == {"2-LR", "source plain"}
+
+    rows = torch.from_numpy(balanced_rows(images.test_labels.numpy(), 30, 10))
+    model = PixelModel(timm.create_model(f"local-dir:{trained / 'model'}", pretrained=True).eval())
+    layers = activations(model, images.test_images[rows].float() / 255, ["layer3", "pre_logits"])
+    value = {figure.key: figure.values["2-LR"].value for figure in evaluation.figures}
+    for layer, values in layers.items():
+        assert value[f"sparsity-{layer}"] == pytest.approx(float((values == 0).double().mean()), abs=1e-12)
+    assert value["cut-preactivations-layer3-rank"] > 15  # 30 images, cut to 15
+    assert 0 < value["cut-preactivations-layer3-share"] < 1
+    assert value["cut-preactivations-layer3-next"] > 0
+    assert [figure.directions for figure in evaluation.by_kind(Kind.LEADING_FEATURES)] == [2, 5]  # of 16 features
+    assert not any("pre_logits" in key for key in value if key.startswith("cut"))
+
+
+def test_layers_run_from_the_input_to_the_output_whatever_comes_first(trained):
+    one, two = (SimpleNamespace(layers=layers) for layers in (("pre_logits",), ("layer3", "pre_logits")))
+    assert evaluation_module._layers([one, two]) == evaluation_module._layers([two]) == ["layer3", "pre_logits"]
+    assert evaluation_module._layers([SimpleNamespace(layers=())]) == ["pre_logits"]
 
 
 # ------------------------------------------------------------------------------------- kills, processes, full disks

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,109 @@ def class_variance_ratio(
             stacklevel=2,
         )
     return by_class
+
+
+# ---- low-rank pre-activations (paper, Appendix A) ----
+
+
+class Preactivations(NamedTuple):
+    """What the activation function at the end of a layer takes, and the function."""
+
+    values: Tensor  # (n, features), of the network's dtype
+    function: nn.Module  # elementwise
+
+
+def preactivations(
+    model: nn.Module,
+    images: Tensor,  # (n, channels, height, width) float in [0, 1]
+    layer: str,
+    batch_size: int = 500,
+) -> Preactivations:
+    """The pre-activations of a layer that ends in an elementwise activation function, in eval mode, no graph.
+
+    Args:
+        model, layer, batch_size: as of `activations`.
+
+    Raises:
+        EvaluationError: the layer ends in no such function, and as `activations`.
+    """
+    (tap,) = taps_of(model, images, [layer])
+    module = network_of(model).get_submodule(tap.path)
+    refused = EvaluationError(f"layer {layer!r} does not end in an elementwise activation function")
+    ran: list[nn.Module] = []
+    leaves = [] if tap.takes_input else [one for one in module.modules() if not list(one.children())]
+    _with_hook(model, tap, images[:1], leaves, lambda one, _: ran.append(one))
+    if not ran:
+        raise refused
+    function, before, after = ran[-1], [], []
+    for batch in images.split(check_count(batch_size, "batch_size")):
+        seen = _with_hook(model, tap, batch, [function], lambda _, taken: before.append(taken[0].clone()))
+        after.append(seen)
+    values = torch.cat(before).flatten(1)
+    try:
+        same = torch.equal(function(values.clone()), torch.cat(after))
+    except (RuntimeError, ValueError):  # a convolution or a norm, which does not take rows
+        same = False
+    if not same:
+        raise refused
+    return Preactivations(values, function)
+
+
+def _with_hook(
+    model: nn.Module, tap: Tap, images: Tensor, modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any], None]
+) -> Tensor:
+    """The activations of one forward pass, before which `hook` is put on modules and after which it is gone."""
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        with evaluating(model):
+            return captured(model, [tap], images)[tap.layer]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class CutSpectrum(NamedTuple):
+    """The singular values of activations whose pre-activations were cut to a rank, all as they are: not centred."""
+
+    cut: int  # the rank of the pre-activations
+    singular_values: Tensor  # (min(n, features),) float64, descending
+
+    @property
+    def rank(self) -> int:
+        """Singular values above round-off."""
+        values = self.singular_values
+        return int((values > len(values) * torch.finfo(values.dtype).eps * values[0]).sum())
+
+    @property
+    def share(self) -> float:
+        """Of the squared singular values, what the first `cut` hold."""
+        energies = self.singular_values.square()
+        return float(energies[: self.cut].sum() / energies.sum())
+
+
+def cut_spectrum(
+    values: Tensor,  # (n, features) pre-activations
+    function: Callable[[Tensor], Tensor],  # elementwise
+    rank: int,
+) -> CutSpectrum:
+    """Cuts pre-activations to their best approximation of a rank and applies the activation function.
+
+    The paper (Appendix A) does so to show that pre-activations of low rank, which low-rank weights give, do not make
+    activations of low rank.
+
+    Raises:
+        EvaluationError: a rank below 1 or not below that of the matrix's smaller side; values that are not finite.
+    """
+    most = min(values.shape)
+    if not 1 <= rank < most:
+        raise EvaluationError(f"pre-activations {tuple(values.shape)} can be cut to a rank of 1 to {most - 1}")
+    if not values.isfinite().all():
+        raise EvaluationError("the pre-activations are not finite: is the network trained?")
+    matrix = values.double()
+    wide = matrix.shape[1] > matrix.shape[0]
+    vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix).eigenvectors[:, -rank:]
+    low = vectors @ (vectors.T @ matrix) if wide else (matrix @ vectors) @ vectors.T
+    return CutSpectrum(rank, torch.linalg.svdvals(function(low)))
 
 
 @dataclasses.dataclass(frozen=True)

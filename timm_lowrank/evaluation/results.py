@@ -57,10 +57,13 @@ class Kind(enum.StrEnum):
     CLASS_VARIANCE = "class variance"  # of one class in its first direction, median over the classes
     EFFECTIVE_RANK = "effective rank"  # directions that hold 99 % of a layer's variance
     COMPRESSION = "compression"  # max-margin accuracy on `directions` leading directions of a layer; None: all features
+    LEADING_FEATURES = "leading features"  # the same on the first `directions` features as they are, without PCA
     HYBRID = "hybrid"  # accuracy of a network that ends in a max-margin classifier behind a layer
     OTHER_LABELS = "other labels"  # max-margin accuracy for labels that the network was not trained on
     STABILITY = "stability"  # shift of a layer's representation over that of the attacked image
     CUSHION = "cushion"  # layer cushion
+    SPARSITY = "sparsity"  # share of a layer's activations that are zero
+    CUT_PREACTIVATIONS = "cut pre-activations"  # of activations whose pre-activations were cut to a rank
     OTHER = "other"
 
 

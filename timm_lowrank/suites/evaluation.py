@@ -21,8 +21,8 @@ from ..evaluation.checks import check_before_attack
 from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation, write_evaluation
 from ..files import disk_errors
 from ..report import write_plots, write_report
-from .measurements.base import Context
-from .networks import EvaluatedNetwork, load_networks
+from .measurements.base import Context, Measurement
+from .networks import NO_TWIN, EvaluatedNetwork, load_network, load_networks
 from .plan import chosen_suites, measurements_of
 from .runner import ADVICE, PartialResults, run, settings_of
 
@@ -37,6 +37,8 @@ class Options:
         network: a run folder, a checkpoint folder, hf-hub:USER/NAME or a timm name.
         against: the networks beside it; without any the twin in the run folder if there is one, ("none",) nothing.
         suites: of "quick", "paper" and "autoattack".
+        measurements: what to measure instead of all that the suites have; their numbers of images stay.
+        source: a network that black-box attacks are crafted on, beside `network` alone; it is not measured itself.
         data: where the images are; None is where the run's recipe says.
         limit, train_limit: test images, and training images that classifiers and PCA are fitted on, as many of
             each class as there are; None are those of the suite.
@@ -46,11 +48,14 @@ class Options:
         output: where evaluation.json, plots/ and report.html go; None is the run folder.
         overwrite: whether a finished evaluation that was another one may be replaced.
         command: how to repeat it, for the report.
+        pages: whether plots/ and report.html are made; evaluation.json always is.
     """
 
     network: str
     against: tuple[str, ...] = ()
     suites: tuple[str, ...] = ("quick",)
+    measurements: tuple[Measurement, ...] = ()
+    source: str | None = None
     data: str | None = None
     limit: int | None = None
     train_limit: int | None = None
@@ -60,6 +65,7 @@ class Options:
     output: Path | None = None
     overwrite: bool = False
     command: str | None = None
+    pages: bool = True
 
     @property
     def folder(self) -> Path:
@@ -70,8 +76,11 @@ class Options:
         return run if run.is_dir() else Path("evaluations") / self.network.replace("/", "_").replace(":", "_")
 
 
-def evaluate(options: Options, state: PartialState) -> Evaluation | None:
+def evaluate(options: Options, state: PartialState, images: ImageData | None = None) -> Evaluation | None:
     """Evaluates, on all processes of `state` together, and writes the files on the main process.
+
+    Args:
+        images: what `options.data` would give, if it has been read already.
 
     Returns:
         The content of evaluation.json; None on other processes.
@@ -82,17 +91,18 @@ def evaluate(options: Options, state: PartialState) -> Evaluation | None:
     """
     began = time.monotonic()
     suites = chosen_suites(options.suites)
-    measurements = measurements_of(suites)
+    measurements = list(options.measurements) or measurements_of(suites)
     if options.chunk < 1:
         raise EvaluationError(f"--batch-size must be at least 1, not {options.chunk}")
-    networks = load_networks(options.network, options.against)
+    source = None if options.source is None else load_network(options.source)
+    networks = load_networks(options.network, options.against if source is None else (NO_TWIN,))
     limit = max(suite.images for suite in suites) if options.limit is None else options.limit
     train_limit = max(s.train_images for s in suites) if options.train_limit is None else options.train_limit
-    data = images_of(options, networks, train_limit, limit)
-    layers = list(dict.fromkeys(layer for network in networks for layer in network.layers)) or ["pre_logits"]
+    data = images or images_of(options, networks, train_limit, limit)
+    layers = _layers([*networks, *([] if source is None else [source])])
     context = build_context(
         networks, data, layers, state.device, seed=options.seed, chunk=options.chunk, limit=limit,
-        train_limit=train_limit, other_labels=_load_other_labels(options, networks),
+        train_limit=train_limit, other_labels=_load_other_labels(options, networks), source=source,
     )  # fmt: skip
     settings = settings_of(context, measurements)
     finished = _finished(options, settings)
@@ -125,11 +135,19 @@ def evaluate(options: Options, state: PartialState) -> Evaluation | None:
     )
     with disk_errors(f"could not write to {options.folder}", ADVICE):
         options.folder.mkdir(parents=True, exist_ok=True)
-        write_plots(evaluation, options.folder / "plots")
-        write_report(evaluation, options.folder)
+        if options.pages:
+            write_plots(evaluation, options.folder / "plots")
+            write_report(evaluation, options.folder)
         write_evaluation(evaluation, options.folder / "evaluation.json")
     partial.remove()
     return evaluation
+
+
+def _layers(networks: Sequence[EvaluatedNetwork]) -> list[str]:
+    """The layers of all networks, from the input to the output: a network with one branch may come before its twin,
+    which was measured at two."""
+    by_count = sorted(networks, key=lambda network: -len(network.layers))
+    return list(dict.fromkeys(layer for network in by_count for layer in network.layers)) or ["pre_logits"]
 
 
 def build_context(
@@ -143,6 +161,7 @@ def build_context(
     limit: int,
     train_limit: int,
     other_labels: ImageData | None = None,
+    source: EvaluatedNetwork | None = None,
 ) -> Context:
     """Takes `limit` test and `train_limit` training images, as many of each class as there are.
 
@@ -150,7 +169,7 @@ def build_context(
         EvaluationError: networks and data do not fit each other.
     """
     classes = len(data.class_names)
-    for network in networks:
+    for network in [*networks, *([] if source is None else [source])]:
         have = getattr(network.model.network, "num_classes", classes)
         if have != classes:
             raise EvaluationError(
@@ -179,6 +198,7 @@ def build_context(
         seed=seed,
         chunk=chunk,
         other_labels=(other_labels.train_labels[train], other_labels.test_labels[test]) if other_labels else None,
+        source=source,
     )  # fmt: skip
 
 

@@ -9,15 +9,16 @@ from ..errors import EvaluationError
 from ..evaluation.noise import VARIANCE
 from .measurements.accuracy import PGD, AccuracyByRadius, AutoAttack, Clean, Diagnosis, PixelNoise
 from .measurements.base import Measurement
-from .measurements.classifiers import Compression, Hybrid, OtherLabels
+from .measurements.classifiers import Compression, Hybrid, LeadingFeatures, OtherLabels
 from .measurements.perturbations import AdversarialStrip, DeepFool, IteratedFGSM, MinimumPerturbation, OverSteps
-from .measurements.representations import Cushion, Plane, Spectrum, Stability
+from .measurements.representations import Cushion, CutPreactivations, Plane, Sparsity, Spectrum, Stability
 
 LEVEL = 1 / 255
 NOISE = (0.4, 0.6, 0.8, 1.0)  # paper, Table 4
 TABLE_RADII = tuple(level * LEVEL for level in (8, 10, 16, 20))  # paper, Table 1
 SMALL_RADII = tuple(level * LEVEL for level in (2, 4, 8))
 DIMENSIONS = (5, 10, 20)  # paper, Tables 5 and 8
+EMBEDDINGS = (2, *DIMENSIONS, 50, 100, 200, 512)  # numbers per image that somebody might store
 DIAGNOSED_RADIUS = 8 * LEVEL
 GRID = tuple(level * LEVEL for level in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32))
 
@@ -55,7 +56,10 @@ def _paper() -> list[Measurement]:
         *(PixelNoise(probability) for probability in NOISE),
         *(PixelNoise(probability, VARIANCE.name) for probability in NOISE),
         Spectrum(),
-        Compression(DIMENSIONS),
+        Compression(EMBEDDINGS),
+        LeadingFeatures(EMBEDDINGS),
+        Sparsity(),
+        CutPreactivations(),
         Stability(8 * LEVEL, 20),
         Cushion(),
         Hybrid(8 * LEVEL, 20),

@@ -40,7 +40,8 @@ def settings_of(context: Context, measurements: Sequence[Measurement]) -> Settin
         images=len(context.images),
         train_images=len(context.train_images),
         data=str(context.data.fingerprint),
-        networks={title: network.weights for title, network in context.networks.items()},
+        networks={title: network.weights for title, network in context.networks.items()}
+        | ({} if context.source is None else {f"source {context.source.title}": context.source.weights}),
         layers=context.layers,
         torch=torch.__version__,
         measurements=tuple(map(repr, measurements)),

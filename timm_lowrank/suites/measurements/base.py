@@ -48,6 +48,7 @@ class Context:
     chunk: int  # images in one unit, and in one batch of an attack
     other_labels: tuple[Tensor, Tensor] | None = None  # of the training and the test images, (k,) and (n,), on the CPU
     confidence: float = 0.95
+    source: EvaluatedNetwork | None = None  # that black-box attacks are crafted on; it is not measured
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -69,8 +70,10 @@ class Context:
         return zlib.crc32("/".join(map(str, (self.seed, *parts))).encode())
 
     def other(self, title: str) -> EvaluatedNetwork | None:
-        """The network that black-box attacks on `title` are crafted on: the plain one if there is another, as in the
-        paper, else the first other one."""
+        """The network that black-box attacks on `title` are crafted on: `source` if there is one, else the plain one if
+        there is another, as in the paper, else the first other one."""
+        if self.source is not None:
+            return self.source
         others = [network for name, network in self.networks.items() if name != title]
         return next((network for network in others if not network.branches), others[0] if others else None)
 

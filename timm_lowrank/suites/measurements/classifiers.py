@@ -71,6 +71,43 @@ class Compression(Measurement):
 
 
 @dataclasses.dataclass(frozen=True)
+class LeadingFeatures(Measurement):
+    """A linear max-margin classifier on the first features of the last layer as they are, without PCA.
+
+    What a network that was trained for short embeddings is made for, and no other.
+    """
+
+    dimensions: tuple[int, ...]
+    key = "leading-features"
+    chunked = False
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        layer, labels, columns = context.layers[-1], context.labels.cpu(), Columns()
+        train = context.representations(title, train=True)[layer]
+        test = context.representations(title, train=False)[layer]
+        for count in (count for count in self.dimensions if count < train.shape[1]):
+            (classifier,) = max_margin_classifiers(
+                train[:, :count], context.train_labels, seed=context.integer_seed("max-margin", layer)
+            )
+            columns[str(count)] = column(classifier.predict(test[:, :count]) == labels)
+        return columns
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        layer = context.layers[-1]
+        for count in self.dimensions:
+            if not all(str(count) in columns for columns in observed.values()):
+                continue
+            results.figures.append(Figure(
+                key=f"{self.key}-{layer}-{count}", kind=Kind.LEADING_FEATURES, group="Compression", layer=layer,
+                label=f"{layer}: max-margin on the first {count} features", directions=count,
+                values=shares(context, observed, str(count)),
+                protocol=context.protocol(
+                    classifier=LINEAR, train_images=len(context.train_images), dimensions=count
+                ),
+            ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Hybrid(Measurement):
     """Max-margin classifiers on the representations under attack (paper, Table 6).
 

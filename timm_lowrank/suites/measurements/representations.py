@@ -1,4 +1,6 @@
-"""How few directions representations take, how far attacks move them, the cushion (paper, Fig. 2, 4 to 8, 12 to 20)."""
+"""How few directions representations take, how far attacks move them, the cushion (paper, Fig. 2, 4 to 8, 12 to 20).
+
+And how sparse they are, and what low-rank pre-activations would make of them (paper, Appendix A)."""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import torch
 from ...core.spectrum import singular_energies
 from ...errors import EvaluationError
 from ...evaluation.cushion import histograms, layer_cushion
-from ...evaluation.representations import class_variance_ratio, fit_plane, stability
+from ...evaluation.representations import (
+    activations,
+    class_variance_ratio,
+    cut_spectrum,
+    fit_plane,
+    preactivations,
+    stability,
+)
 from ...evaluation.results import Curve, Figure, Kind, Series, Value
 from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol
 
@@ -193,3 +202,81 @@ class Cushion(Measurement):
                     for title, counts in drawn.counts.items()
                 ),
             ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity(Measurement):
+    """The share of the activations of every layer that are zero (paper, Appendix A)."""
+
+    key = "sparsity"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        values = activations(context.networks[title].model, context.chunk_of(rows)[0], list(context.layers))
+        return {layer: column((value == 0).double().mean(dim=1)) for layer, value in values.items()}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        results.figures += [
+            Figure(
+                key=f"{self.key}-{layer}", kind=Kind.SPARSITY, group=DIMENSION, layer=layer,
+                label=f"{layer}: activations that are zero", protocol=context.protocol(), better=None,
+                values={title: Value.mean(columns[layer]) for title, columns in observed.items()},
+            )
+            for layer in context.layers
+        ]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CutPreactivations(Measurement):
+    """The rank of activations whose pre-activations were cut to `rank`, or to half of it where there are no more than
+    that many images or features (paper, Appendix A). Of layers that end in an activation function."""
+
+    rank: int = 100
+    key = "cut-preactivations"
+    chunked = False
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        columns: Columns = {}
+        model = context.networks[title].model
+        for layer in context.layers:
+            try:
+                values, function = preactivations(model, context.images, layer, context.chunk)
+            except EvaluationError:  # the input of a classifier, mostly, behind a pooling
+                continue
+            most = min(values.shape)
+            rank = self.rank if self.rank < most else max(1, most // 2)
+            spectrum = cut_spectrum(values.cpu(), function, rank)
+            columns[f"{layer} numbers"] = [spectrum.cut, spectrum.rank, spectrum.share]
+            columns[f"{layer} singular values"] = column(spectrum.singular_values)
+        if not columns:
+            raise EvaluationError("no layer ends in an elementwise activation function")
+        return columns
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        for layer in context.layers:
+            of_layer = {
+                title: (columns[f"{layer} numbers"], columns[f"{layer} singular values"])
+                for title, columns in observed.items()
+                if f"{layer} numbers" in columns
+            }
+            if not of_layer:
+                continue
+            cut = next(iter(of_layer.values()))[0][0]
+            rank = Figure(
+                key=f"{self.key}-{layer}-rank", kind=Kind.CUT_PREACTIVATIONS, group=DIMENSION, layer=layer,
+                label=f"{layer}: rank behind pre-activations of rank {cut}", unit="count", better=None,
+                protocol=context.protocol(cut_to=cut, representation="activations of the test images, not centred"),
+                values={title: Value(float(numbers[1])) for title, (numbers, _) in of_layer.items()},
+            )  # fmt: skip
+            results.figures += [rank, dataclasses.replace(
+                rank, key=f"{self.key}-{layer}-share", label=f"{layer}: share of their first {cut} singular values",
+                unit="share", values={title: Value(numbers[2]) for title, (numbers, _) in of_layer.items()},
+            )]  # fmt: skip
+            for place, name in ((cut + 1, "next"), (10 * cut, "tenfold")):
+                held = {
+                    title: Value(values[place - 1]) for title, (_, values) in of_layer.items() if place <= len(values)
+                }
+                if held:
+                    results.figures.append(dataclasses.replace(
+                        rank, key=f"{self.key}-{layer}-{name}", label=f"{layer}: their singular value {place:,}",
+                        unit="number", values=held,
+                    ))  # fmt: skip
