@@ -259,6 +259,112 @@ def test_a_gradient_whose_square_is_not_a_float_still_gives_a_direction(batch):
     assert moved[:, :5].max() == 0
 
 
+# ---- radii in normalised units ----
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.1, 0.25, 0.4]).view(3, 1, 1)
+NORMALIZED = {
+    "pgd": (partial(pgd, eps=0.5, steps=5), {"eps": 0.5, "size": 0.125}),
+    "pgd, l2": (partial(pgd, eps=4.0, steps=5, norm="l2"), {"eps": 4.0, "size": 1.0, "norm": "l2"}),
+    "fgsm": (partial(fgsm, eps=0.5), {"eps": 0.5, "size": 0.5}),
+    "iterative_fgsm": (partial(iterative_fgsm, eps=0.4, steps=5, step_size=0.1), {"eps": 0.4, "size": 0.1}),
+    "iterative_least_likely": (
+        partial(iterative_least_likely, eps=0.4, steps=4, step_size=0.1), {"eps": 0.4, "size": 0.1, "away": False}
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def coloured(net, batch):
+    """A `PixelModel` for three channels that it normalises differently, and the digits in colours."""
+    share = torch.tensor([0.5, 0.3, 0.2]).view(3, 1, 1)
+    inner = Around(net, before=lambda z: ((z * STD.to(z) + MEAN.to(z)) * share.to(z)).sum(1, keepdim=True))
+    tint = torch.tensor([1.0, 0.8, 0.6]).view(3, 1, 1)
+    model = PixelModel(inner, tuple(MEAN.flatten().tolist()), tuple(STD.flatten().tolist())).eval()
+    return model, (batch[0] * tint, batch[1])
+
+
+def textbook_normalized(network, start, images, labels, *, eps, size, steps, norm="linf", away=True):
+    """An attack on normalised images in float64: what is moved, clipped and kept valid is what the network is given."""
+    network, mean, std = copy.deepcopy(network).double(), MEAN.double(), STD.double()
+    clean, lowest, highest = (images.double() - mean) / std, -mean / std, (1 - mean) / std
+    point = (start.double() - mean) / std
+    for _ in range(steps):
+        point = point.detach().requires_grad_()
+        logits = network(point)
+        loss = cross_entropy(logits, labels if away else logits.detach().argmin(1), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss if away else -loss, point)
+        lengths = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        point = point.detach() + size * (gradient.sign() if norm == "linf" else gradient / lengths)
+        change = point - clean
+        if norm == "linf":
+            change = change.clamp(-eps, eps)
+        else:
+            change *= (eps / change.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp_max(1)
+        point = torch.maximum(torch.minimum(clean + change, highest), lowest)
+    return point.detach() * std + mean
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_a_radius_in_normalised_units_is_that_of_an_attack_on_normalised_images(name, coloured):
+    model, (images, labels) = coloured
+    attack, settings = NORMALIZED[name]
+    steps = attack.keywords.get("steps", 1)
+    start = images
+    if attack.func is pgd:
+        points, _, adversarial = record(model, (images, labels), attack, radius_unit="normalized")
+        start = points[0]
+        change = ((start.double() - images.double()) / STD.double()).flatten(1)
+        spread = change.abs().amax(1) if "norm" not in settings else change.norm(dim=1)
+        assert spread.mean() > settings["eps"] / 4
+        assert spread.max() <= settings["eps"] + 1e-12
+    else:
+        adversarial = attack(model, images, labels, radius_unit="normalized")
+    expected = textbook_normalized(model.network, start, images, labels, steps=steps, **settings)
+    assert share_that_agrees(adversarial, expected, 1e-4) >= 0.95
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    change = ((adversarial.double() - images.double()) / STD.double()).flatten(1)
+    assert (change.abs().amax(1) if "norm" not in settings else change.norm(dim=1)).max() <= settings["eps"] * (
+        1 + 1e-12
+    )
+    assert share_that_agrees(adversarial, attack(model, images, labels)) < 0.5, "the unit makes no difference"
+    # One unit for all channels is another radius in pixels, and no other attack.
+    equal = PixelModel(model.network, (0.5,) * 3, (0.25,) * 3).eval()
+    smaller = {key: value / 4 for key, value in attack.keywords.items() if key in ("eps", "step_size")}
+    in_pixels = attack(equal, images, labels, **smaller)
+    tolerance = 1e-5
+    assert share_that_agrees(attack(equal, images, labels, radius_unit="normalized"), in_pixels, tolerance) >= 0.95
+
+
+def test_deepfool_in_normalised_units_takes_the_shortest_way_in_the_normalised_image():
+    weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, 1.0]])
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.1, 0.25)
+    image = torch.tensor([0.6, 0.2, 0.5]).view(1, 3, 1, 1)
+    adversarial = deepfool(
+        PixelModel(Linear(weight), mean, std).eval(), image, torch.tensor([0]), overshoot=0.02, radius_unit="normalized"
+    ).flatten()
+    z = (image.flatten() - torch.tensor(mean)) / torch.tensor(std)
+    (own, other), direction = (weight @ z).tolist(), weight[1] - weight[0]
+    distance = (own - other) / direction.norm() + 1e-4
+    expected = (z + 1.02 * distance * direction / direction.norm()) * torch.tensor(std) + torch.tensor(mean)
+    assert own > other
+    torch.testing.assert_close(adversarial, expected)
+
+
+def test_normalised_units_are_those_of_the_network_that_images_are_crafted_on(coloured, net):
+    model, (images, labels) = coloured
+    other = PixelModel(model.network, tuple(MEAN.flatten().tolist()), (0.2, 0.2, 0.2)).eval()
+    crafted = pgd(model, images, labels, eps=0.3, steps=2, radius_unit="normalized")
+    for wrapped in (torch.compile(model, backend="eager"), Around(model)):
+        assert torch.equal(pgd(wrapped, images, labels, eps=0.3, steps=2, radius_unit="normalized"), crafted)
+    result = transfer(model, other, images, labels, partial(pgd, eps=0.3, steps=2, radius_unit="normalized"))
+    assert torch.equal(result.images, crafted)
+    with pytest.raises(EvaluationError, match=r"SmallNet does not say it: pass PixelModel\(network\)"):
+        fgsm(net, images[:, :1], labels, eps=0.3, radius_unit="normalized")
+    with pytest.raises(EvaluationError, match="did you mean 'normalized'"):
+        fgsm(model, images, labels, eps=0.3, radius_unit="normalised")
+
+
 # ---- reproducible, and alike in any batch ----
 
 

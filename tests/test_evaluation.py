@@ -78,20 +78,28 @@ def test_pixel_noise_hits_the_share_of_pixels_that_it_is_told_to():
 def test_the_readings_of_the_noise_are_what_their_names_say():
     images = torch.full((200, 3, 8, 8), 0.5, dtype=torch.float64)
     assert set(NOISE_READINGS) >= {STANDARD_DEVIATION.name, VARIANCE.name}
-    assert len(NOISE_READINGS) == 4
+    assert len(NOISE_READINGS) == 8
+    std = torch.tensor([0.2, 0.3, 0.4])
     for name, reading in NOISE_READINGS.items():
         noisy = pixel_noise(
             images,
             1.0,
             sigma=reading.sigma,
             per_channel=reading.per_channel,
+            std=std if reading.unit == "normalized" else None,
             generator=torch.Generator().manual_seed(0),
         )
-        # Clipping at 0 and 1 hides the spread; the share that reaches neither end gives it away.
+        assert ("normalised" in name) == (reading.unit == "normalized")
         sigma = 128 / 255 if "standard" in name else (128 / 255) ** 0.5
-        inside = math.erf(0.5 / sigma / 2**0.5)
-        assert ((noisy > 0) & (noisy < 1)).double().mean().item() == pytest.approx(inside, abs=0.01)
-        assert torch.equal(noisy[:, 0], noisy[:, 1]) == ("together" in name)
+        for channel, unit in enumerate(std.tolist() if "normalised" in name else [1.0] * 3):
+            # Clipping at 0 and 1 hides the spread; the share that reaches neither end gives it away.
+            inside = math.erf(0.5 / (sigma * unit) / 2**0.5)
+            values = noisy[:, channel]
+            assert ((values > 0) & (values < 1)).double().mean().item() == pytest.approx(inside, abs=0.015)
+        drawn = (noisy - images) / (std if "normalised" in name else torch.ones(3)).view(1, 3, 1, 1)
+        free = (noisy[:, :2] > 0) & (noisy[:, :2] < 1)
+        both = free.all(dim=1)
+        assert torch.allclose(drawn[:, 0][both], drawn[:, 1][both]) == ("together" in name)
 
 
 def test_pixel_noise_stays_in_the_box_and_follows_its_generator_alone(random_stream):
@@ -114,6 +122,8 @@ def test_pixel_noise_stays_in_the_box_and_follows_its_generator_alone(random_str
         (1, {"probability": 0.5, "sigma": -1.0}, "sigma"),
         (1, {"probability": 0.5, "sigma": math.nan}, "sigma"),
         (0, {"probability": 0.5}, "no images"),
+        (1, {"probability": 0.5, "std": torch.tensor([0.2, 0.2])}, "std must be 1 positive numbers"),
+        (1, {"probability": 0.5, "std": torch.tensor([0.0])}, "std must be 1 positive numbers"),
     ],
 )
 def test_pixel_noise_refuses_impossible_settings(count, options, message):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from timm_lowrank.errors import EvaluationError
+from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.attacks.gradient import margins, pgd
 from timm_lowrank.evaluation.masking import BUDGETS, Budget, diagnose, judge, observe
 from timm_lowrank.evaluation.masking.observations import best_signs, square
@@ -165,7 +167,7 @@ def columns_of(count=1000, **shares):
     made["restarts_withstood"] = torch.where(made["pgd"], 4.0, -1.0)
     made["pgd_averaged"] = torch.full((count,), torch.nan)
     made["kept_promise"] = torch.ones(count)
-    for name, value in {"eps": 8 / 255, **vars(BUDGETS["quick"])}.items():
+    for name, value in {"eps": 8 / 255, "unit": 0, **vars(BUDGETS["quick"])}.items():
         made[f"setting.{name}"] = torch.full((count,), float(value), dtype=torch.float64)
     return made
 
@@ -395,3 +397,41 @@ def test_judge_names_what_is_wrong(columns, message):
     with pytest.raises(EvaluationError, match=message):
         judge(columns)
     judge(columns_of(clean=0.007, pgd=0.007))  # does not raise
+
+
+def test_a_diagnosis_in_normalised_units_is_one_of_the_same_ball(trained, unseen):
+    """With one standard deviation for all channels the ball is one in pixels too: the same columns, and it says so."""
+    network, source = trained[0][0]["plain"], trained[1]
+    images, labels = unseen[0][:40], unseen[1][:40]
+    model, other = (PixelModel(one, (0.0,), (0.25,)).eval() for one in (Scaled(network, 0.25), Scaled(source, 0.25)))
+    options = {"budget": SHORT, "seed": 3, "source": other}
+    normalized = observe(model, images, labels, eps=0.4, radius_unit="normalized", **options)
+    in_pixels = observe(model, images, labels, eps=0.1, **options)
+    attacked = [name for name in in_pixels if not name.startswith("setting.") and name != "kept_promise"]
+    assert len(attacked) == 16
+    for name in attacked:
+        assert (normalized[name].nan_to_num() != in_pixels[name].nan_to_num()).double().mean() <= 0.025, name
+    assert (normalized["setting.unit"].unique().item(), in_pixels["setting.unit"].unique().item()) == (1, 0)
+    assert "PGD-12 at 102/255 in normalised units leaves" in " ".join(one.says for one in judge(normalized).checks)
+
+
+class Scaled(nn.Module):
+    """Undoes the normalisation of a `PixelModel` of mean 0."""
+
+    def __init__(self, network, std):
+        super().__init__()
+        self.network, self.std = network, std
+
+    def forward(self, images):
+        return self.network(self.std * images)
+
+
+@pytest.mark.parametrize("attack", [partial(square, queries=60), partial(best_signs, count=10)])
+def test_attacks_without_gradients_keep_to_the_radius_of_each_channel(attack, digits):
+    unit = torch.tensor([0.05, 0.2, 0.1]).view(1, 3, 1, 1)
+    images = 0.2 + 0.6 * digits[0][:12].expand(-1, 3, -1, -1).contiguous()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    change = (attack(network, images, labels, eps=0.5, unit=unit, seed=0) - images).abs().amax(dim=(0, 2, 3))
+    torch.testing.assert_close(change, 0.5 * unit.flatten(), atol=1e-6, rtol=1e-5)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..errors import EvaluationError
 
+RADIUS_UNITS = ("pixel", "normalized")
+"""Of a radius and a step: the pixel range, or the standard deviation of each channel, as networks are given images."""
+
 
 def check_images(images: Tensor, least: int = 1) -> None:
     """Raises EvaluationError unless `images` are floating point (n, channels, height, width) with n >= `least`."""

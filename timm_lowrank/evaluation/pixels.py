@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.model import LowRankModel
 from ..errors import EvaluationError
-from .arguments import check_labels, check_logits
+from .arguments import RADIUS_UNITS, check_choice, check_labels, check_logits
 
 
 class PixelModel(nn.Module):
@@ -105,6 +105,29 @@ def classify(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor,
             predicted.append(check_logits(logits, len(batch)).argmax(dim=1))
             classes = logits.shape[1]
     return torch.cat(predicted), classes
+
+
+def radius_unit_of(model: nn.Module, radius_unit: str) -> Tensor | None:
+    """What a radius of 1 is in each channel of a pixel, (1, channels, 1, 1); None where the unit is the pixel range.
+
+    Args:
+        model: on which an attack is crafted. In normalised units it has to be a `PixelModel` or hold one (a hybrid, a
+            wrapper around one), which knows the standard deviations of the channels.
+        radius_unit: "pixel" or "normalized".
+
+    Raises:
+        EvaluationError: another unit, or normalised units and a model that does not say what they are.
+    """
+    check_choice(radius_unit, RADIUS_UNITS, "radius_unit")
+    if radius_unit == "pixel":
+        return None
+    units = [module.std for module in bare(model).modules() if isinstance(module, PixelModel)]
+    if not units or any(not torch.equal(unit, units[0]) for unit in units):
+        raise EvaluationError(
+            f'radius_unit="normalized" needs the standard deviation of each channel, and {type(bare(model)).__name__} '
+            "does not say it: pass PixelModel(network), or PixelModel(network, mean, std)"
+        )
+    return units[0]
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def smallest_radii(
     """
     grid = sorted(set(radii))
     if not grid or not all(0 < eps < math.inf for eps in grid):
-        raise EvaluationError(f"radii must be positive, in units of the pixel range like 8 / 255, not {list(radii)}")
+        raise EvaluationError(f"radii must be positive, in the units of the attack like 8 / 255, not {list(radii)}")
     check_images(images)
     right = classified_right(judge, images, labels, batch_size)
     radius = torch.zeros(len(images), dtype=torch.float64, device=images.device)
@@ -117,7 +117,7 @@ def deepfool_rho(
     batch_size: int = 500,
     **arguments: Any,
 ) -> SmallestRadii:
-    """DeepFool's perturbation of each image: rho, and as `radius` its length ||x_a - x||_2.
+    """DeepFool's perturbation of each image: rho, and as `radius` its length ||x_a - x||_2, both of pixels.
 
     0 for images that the judge misclassifies from the start, inf and NaN for those that withstand. Take
     `minimum_perturbation` of it with share=1 or less, as of the other attacks.

@@ -1,11 +1,16 @@
-"""Attacks: each takes (model, images, labels) and gives adversarial images. Pixels and radii are in [0, 1]."""
+"""Attacks: each takes (model, images, labels) and gives adversarial images.
+
+Pixels are in [0, 1]. Radii are in units of the pixel range, or with radius_unit="normalized" in standard deviations of
+the channel.
+"""
 
 from .auto import AutoAttackResult, autoattack, run_autoattack
 from .deepfool import deepfool
-from .gradient import MADRY, PAPER, PGDSetting, fgsm, iterative_fgsm, iterative_least_likely, least_likely, pgd
+from .gradient import FIXED, MADRY, PAPER, PGDSetting, fgsm, iterative_fgsm, iterative_least_likely, least_likely, pgd
 from .transfer import TransferResult, transfer, until_fooled
 
 __all__ = [
+    "FIXED",
     "MADRY",
     "PAPER",
     "AutoAttackResult",

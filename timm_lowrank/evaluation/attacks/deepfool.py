@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, check_labels, check_logits, check_number, checked
-from ..pixels import attackable
+from ..pixels import attackable, radius_unit_of
 from .gradient import input_gradient
 
 
@@ -18,6 +18,7 @@ def deepfool(
     steps: int = 50,
     overshoot: float = 0.02,
     candidates: int = 10,
+    radius_unit: str = "pixel",
 ) -> Tensor:
     """Adversarial images (n, channels, height, width) float32 at a small L2 distance, inside the box [0, 1].
 
@@ -30,6 +31,8 @@ def deepfool(
         steps: at most so many.
         overshoot: how far beyond the boundary, as a share of the change.
         candidates: the image's own class and the likeliest rivals, of which the nearest boundary is taken.
+        radius_unit: in which distances are short: "pixel", or "normalized", those of the normalised image, as `pgd`
+            has it. The authors' code, on normalised images, means the second (and clips nothing).
 
     Raises:
         EvaluationError: arguments out of their range, pixels outside [0, 1], labels that are no classes, or a
@@ -41,6 +44,8 @@ def deepfool(
     images, labels = checked(images, labels)
     if not len(images):
         return images.clone()
+    unit = radius_unit_of(model, radius_unit)
+    unit = images.new_ones(1, 1, 1, 1) if unit is None else unit.to(images)
     with attackable(model) as logits_of:
         adversarial = images.clone()
         with torch.no_grad():
@@ -54,22 +59,26 @@ def deepfool(
             standing = logits.argmax(dim=1) == labels[going]
             if not standing.any():
                 break
-            step = _to_nearest_boundary(logits, here, ranking[going])[standing]
+            step = _to_nearest_boundary(logits, here, ranking[going], unit)[standing]
             going = going[standing]
             total[going] += step
             adversarial[going] = (images[going] + (1 + overshoot) * total[going]).clamp(0, 1)
     return adversarial
 
 
-def _to_nearest_boundary(logits: Tensor, points: Tensor, ranking: Tensor) -> Tensor:
-    """The shortest step (m, ...) from each point onto a linearised boundary between its first and another class."""
+def _to_nearest_boundary(logits: Tensor, points: Tensor, ranking: Tensor, unit: Tensor) -> Tensor:
+    """The shortest step (m, ...) from each point onto a linearised boundary between its first and another class.
+
+    Shortest is meant after division by `unit`: with z = x / unit the gradient by z is unit times that by x, and a step
+    in z is one of unit times that in x.
+    """
     own = logits.gather(1, ranking[:, :1])
     differences = logits.gather(1, ranking[:, 1:]) - own  # (m, rivals)
     rivals = differences.shape[1]
     nearest = torch.full((len(points),), torch.inf, device=points.device)
     steps = torch.zeros_like(points)
     for rival in range(rivals):
-        gradient = input_gradient(differences[:, rival].sum(), points, retain_graph=rival + 1 < rivals)
+        gradient = unit * input_gradient(differences[:, rival].sum(), points, retain_graph=rival + 1 < rivals)
         length = gradient.flatten(1).norm(dim=1) + 1e-8
         distance = differences[:, rival].detach().abs() / length
         closer = distance < nearest
@@ -77,4 +86,4 @@ def _to_nearest_boundary(logits: Tensor, points: Tensor, ranking: Tensor) -> Ten
         candidate = ((distance + 1e-4) / length).view(-1, 1, 1, 1) * gradient
         steps = torch.where(closer.view(-1, 1, 1, 1), candidate, steps)
         nearest = torch.where(closer, distance, nearest)
-    return steps
+    return unit * steps

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ...errors import EvaluationError
 from ..arguments import check_choice, check_count, check_labels, check_logits, check_number, checked
-from ..pixels import attackable
+from ..pixels import attackable, radius_unit_of
 from .balls import NORMS, Ball, ball, seeds_of
 
 LOSSES = ("cross_entropy", "margin")
@@ -37,7 +37,7 @@ class PGDSetting:
 
     name: str
     random_start: bool
-    step_size: float | None  # in units of the pixel range; None: a quarter of the radius
+    step_size: float | None  # in the units of the radius; None: a quarter of it
 
     def arguments(self, eps: float, steps: int) -> PGDArguments:
         """Keyword arguments of `pgd`."""
@@ -47,6 +47,13 @@ class PGDSetting:
 
 MADRY = PGDSetting("Madry", random_start=True, step_size=None)
 """Random start, a step of eps / 4: 2/255 in the radius 8/255, as Madry et al. (2018)."""
+
+FIXED = PGDSetting("fixed", random_start=True, step_size=2 / 255)
+"""Random start, a step of 2/255 at every radius: that of Madry et al. (2018) on CIFAR-10, kept where the radius grows.
+
+Seven such steps reach 14/255 from their start, twenty 40/255, so that at the radii 16/255 and 20/255 they cross a part
+of the ball alone: a reading of how the columns of Table 1 for 7 and 20 steps draw apart there.
+"""
 
 PAPER = PGDSetting("paper", random_start=False, step_size=1 / 255)
 """Eq. 5 as printed: no random start, a step of 1/255.
@@ -69,6 +76,7 @@ def pgd(
     loss: str = "cross_entropy",
     targets: Tensor | None = None,  # (n,) int64
     norm: str = "linf",
+    radius_unit: str = "pixel",
     keep: str = "last",
     generator: torch.Generator | None = None,
     on_step: OnStep | None = None,
@@ -82,13 +90,17 @@ def pgd(
 
     Args:
         model: takes pixels in [0, 1] and gives logits (n, classes), like a `PixelModel`.
-        eps: radius, in units of the pixel range: 8 / 255.
+        eps: radius, in units of `radius_unit`: 8 / 255.
         step_size: in the same units; eps / 4 unless given.
         random_start: uniform in the ball; without it the attack starts at the image.
         restarts: each image keeps the first restart that fooled it, else the last; those fooled leave the batch.
         loss: "cross_entropy", or "margin", the largest other logit minus that of the label, whose gradient does not
             vanish where the softmax is saturated.
         targets: classes to be reached, another one than the label each; then fooled means classified as the target.
+        radius_unit: "pixel", the pixel range; or "normalized", the standard deviation of each channel, as attacks on
+            an already normalised input have it: 8 / 255 is then about 2 / 255 of the pixel range. Pixels stay in [0, 1]
+            in both. Normalised units are those of `model`, which has to be or to hold a `PixelModel`: of a black box
+            those of the network that the images are crafted on.
         keep: "last", the last iterate whatever it does, or "first_hit": an image stops at the first iterate
             that fools, the start included. It then leaves the batch, which saves time.
         generator: of the random starts; it moves on by one number. Without one a seed of 0 is taken.
@@ -114,7 +126,7 @@ def pgd(
     objective = margin if loss == "margin" else cross_entropy
     ascent = Ascent(eps, steps, step_size, towards(objective) if reach else objective, keep == "first_hit", reach)
     return _attack(
-        model, pixels, labels, ascent, norm=norm,
+        model, pixels, labels, ascent, norm=norm, unit=radius_unit_of(model, radius_unit),
         targets=targets, random_start=random_start, restarts=restarts, generator=generator, on_step=on_step,
     )  # fmt: skip
 
@@ -125,9 +137,10 @@ def fgsm(
     labels: Tensor,  # (n,) int64
     *,
     eps: float,
+    radius_unit: str = "pixel",
 ) -> Tensor:
     """One step of length eps along the sign of the gradient, from the image: adversarial images like `pgd`'s."""
-    return pgd(model, images, labels, eps=eps, steps=1, step_size=eps, random_start=False)
+    return pgd(model, images, labels, eps=eps, steps=1, step_size=eps, random_start=False, radius_unit=radius_unit)
 
 
 def iterative_fgsm(
@@ -138,6 +151,7 @@ def iterative_fgsm(
     eps: float,
     steps: int,
     step_size: float = 1 / 255,
+    radius_unit: str = "pixel",
     stop_at_success: bool = False,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -145,13 +159,15 @@ def iterative_fgsm(
 
     Args:
         step_size: alpha; the paper's "1" is one of 255 levels of a pixel, as in Kurakin et al. (2017).
+        radius_unit: of eps and step_size, as of `pgd`.
         stop_at_success: steps until the network errs and no further (paper, Section D.4, Table 3), at most `steps`.
         on_step: as of `pgd`.
     """
     keep = "first_hit" if stop_at_success else "last"
     return pgd(
         model, images, labels,
-        eps=eps, steps=steps, step_size=step_size, random_start=False, keep=keep, on_step=on_step,
+        eps=eps, steps=steps, step_size=step_size, radius_unit=radius_unit, random_start=False, keep=keep,
+        on_step=on_step,
     )  # fmt: skip
 
 
@@ -163,6 +179,7 @@ def iterative_least_likely(
     eps: float,
     steps: int,
     step_size: float = 1 / 255,
+    radius_unit: str = "pixel",
     stop_at_success: bool = False,
     retarget: bool = True,
     on_step: OnStep | None = None,
@@ -173,6 +190,7 @@ def iterative_least_likely(
     `least_likely` is hit beside the accuracy.
 
     Args:
+        radius_unit: of eps and step_size, as of `pgd`.
         stop_at_success: steps until the network errs and no further, whichever class it says then.
         retarget: the least likely class of every iterate, as the paper prints it; without, that of the image, as
             Kurakin et al. (2017).
@@ -182,7 +200,8 @@ def iterative_least_likely(
     targets = None if retarget else least_likely(model, pixels)
     objective = towards_least_likely if retarget else towards(cross_entropy)
     ascent = Ascent(eps, steps, step_size, objective, stop_at_success)
-    return _attack(model, pixels, labels, ascent, targets=targets, on_step=on_step)
+    unit = radius_unit_of(model, radius_unit)
+    return _attack(model, pixels, labels, ascent, unit=unit, targets=targets, on_step=on_step)
 
 
 def least_likely(
@@ -285,6 +304,7 @@ def _attack(
     ascent: Ascent,
     *,
     norm: str = "linf",
+    unit: Tensor | None = None,  # of the radius, as `ball` takes it
     targets: Tensor | None = None,  # (n,) int64; the labels where there are none
     random_start: bool = False,
     restarts: int = 1,
@@ -299,7 +319,7 @@ def _attack(
     stream = int(torch.randint(2**62, (), generator=generator, device=generator.device)) if random_start else 0
     with attackable(model) as logits_of:
         adversarial, waiting = images.clone(), torch.arange(len(images), device=images.device)
-        around = ball(images, ascent.eps, norm)
+        around = ball(images, ascent.eps, norm, unit)
         for restart in range(restarts):
             balls, start = around.rows(waiting), images[waiting]
             if random_start:

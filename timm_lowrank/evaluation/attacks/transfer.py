@@ -42,7 +42,8 @@ def transfer(
     the target as its own source it is the white-box attack.
 
     Args:
-        attack: of (model, images, labels) like all attacks here: `lambda *a: pgd(*a, eps=8 / 255, steps=20)`.
+        attack: of (model, images, labels) like all attacks here: `lambda *a: pgd(*a, eps=8 / 255, steps=20)`. A radius
+            in normalised units is in those of the source, on which the images are crafted.
         batch_size: of the forward passes that judge; the attack is given all images at once.
 
     Raises:
@@ -62,7 +63,8 @@ def until_fooled(source: nn.Module, judge: nn.Module, attack: SteppingAttack) ->
     that it misclassifies from the start unchanged.
 
     Args:
-        attack: as of `trajectory`, with the radius left open: `functools.partial(iterative_fgsm, steps=50)`.
+        attack: as of `trajectory`, with the radius left open: `functools.partial(iterative_fgsm, steps=50)`, where
+            wanted with radius_unit="normalized", in the units of the source.
     """
 
     def stopped(images: Tensor, labels: Tensor, eps: float) -> Tensor:

@@ -40,7 +40,7 @@ def diagnose(
     """`judge(observe(...))`: the verdict on a network at the radius eps (L_inf, in units of the pixel range).
 
     Args:
-        options: `seed`, `source`, `autoattack`, `budget` and `batch_size` of `observe`.
+        options: `radius_unit`, `seed`, `source`, `autoattack`, `budget` and `batch_size` of `observe`.
 
     Raises:
         EvaluationError: as `observe` and `judge`.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import EvaluationError
-from ..arguments import check_choice, check_count, check_labels, check_logits, check_number, checked
+from ..arguments import RADIUS_UNITS, check_choice, check_count, check_labels, check_logits, check_number, checked
 from ..attacks.auto import find_package
 from ..attacks.balls import seeds_of
 from ..attacks.gradient import cross_entropy, fgsm, margins, pgd
-from ..pixels import attackable, bare, predictions, random_state_kept
+from ..pixels import attackable, bare, predictions, radius_unit_of, random_state_kept
 
 SETTING = "setting."
 """Prefix of the constant columns that say how the others were made."""
@@ -66,6 +66,7 @@ def observe(
     labels: Tensor,  # (n,) int64
     *,
     eps: float,
+    radius_unit: str = "pixel",
     seed: int = 0,
     source: nn.Module | None = None,
     autoattack: Tensor | None = None,  # (n,) bool
@@ -82,7 +83,10 @@ def observe(
 
     Args:
         model: takes pixels in [0, 1] and gives logits (n, classes); it is looked at in eval mode.
-        eps: radius in units of the pixel range: 8 / 255.
+        eps: radius: 8 / 255.
+        radius_unit: of eps, "pixel" or "normalized", as of `attacks.pgd`. Of every attack; only the one without a bound
+            may always make any valid image of any other. Normalised units are those of `model`, and of `source` for
+            what is crafted on it.
         source: the network on which the black-box attack is crafted; without one there is no such column.
         autoattack: whether each image withstood AutoAttack in the same radius, where that was run.
         budget: "quick", "full" or a `Budget`.
@@ -110,11 +114,11 @@ def observe(
     for batch, aim in zip(pixels.split(batch_size), aims.split(batch_size), strict=True):
         with random_state_kept():
             _seed_global(batch.device, seed)
-            parts.append(_observe_batch(Differentiable(model), batch, aim, eps, seed, source, budget))
+            parts.append(_observe_batch(Differentiable(model), batch, aim, eps, radius_unit, seed, source, budget))
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     if autoattack is not None:
         columns["autoattack"] = columns["clean"] & autoattack.cpu()
-    for name, value in {"eps": eps, **asdict(budget)}.items():
+    for name, value in {"eps": eps, "unit": RADIUS_UNITS.index(radius_unit), **asdict(budget)}.items():
         columns[SETTING + name] = torch.full((len(pixels),), float(value), dtype=torch.float64)
     return columns
 
@@ -128,9 +132,17 @@ def _seed_global(device: torch.device, seed: int) -> None:
 
 
 def _observe_batch(
-    model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int, source: nn.Module | None, budget: Budget
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    radius_unit: str,
+    seed: int,
+    source: nn.Module | None,
+    budget: Budget,
 ) -> dict[str, Tensor]:
-    columns = _look(model, images, labels, eps)
+    unit = radius_unit_of(model, radius_unit)
+    columns = _look(model, images, labels, eps, unit)
     right = columns["clean"]
 
     def attacked(attack: Callable[..., Tensor], among: Tensor = right, by: nn.Module = model) -> Tensor:
@@ -142,10 +154,10 @@ def _observe_batch(
         return among & (predictions(model, points, len(points)) == labels)
 
     def climb(by: nn.Module, points: Tensor, aims: Tensor, stream: int = seed, **changed: object) -> Tensor:
-        settings = {"eps": eps, "steps": budget.steps, **changed}
+        settings = {"eps": eps, "steps": budget.steps, "radius_unit": radius_unit, **changed}
         return pgd(by, points, aims, generator=torch.Generator().manual_seed(stream), **settings)  # type: ignore[arg-type]
 
-    columns["fgsm"] = attacked(partial(fgsm, eps=eps))
+    columns["fgsm"] = attacked(partial(fgsm, eps=eps, radius_unit=radius_unit))
     on_the_way: list[Tensor] = []  # where the longer attack was when the shorter one, of the same start, would end
 
     def remember(step: int, points: Tensor, _: Tensor) -> None:
@@ -159,11 +171,12 @@ def _observe_batch(
     keep = "first_hit" if columns["repeats"].all() else "last"
     columns["pgd_double"] = attacked(partial(climb, eps=2 * eps, keep=keep))
     # From the image itself: a random point of the whole cube would fool a network whose gradient leads nowhere, too.
-    columns["pgd_unbounded"] = attacked(partial(climb, eps=1.0, random_start=False, keep=keep))
+    whole = partial(climb, eps=1.0, radius_unit="pixel", random_start=False, keep=keep)
+    columns["pgd_unbounded"] = attacked(whole)
     columns["restarts_withstood"] = _restarts(attacked, climb, columns["pgd"], seed, budget.restarts)
-    columns["signs"] = attacked(partial(best_signs, eps=eps, count=budget.signs, seed=seed))
+    columns["signs"] = attacked(partial(best_signs, eps=eps, unit=unit, count=budget.signs, seed=seed))
     if budget.queries:
-        columns["square"] = attacked(partial(square, eps=eps, queries=budget.queries, seed=seed))
+        columns["square"] = attacked(partial(square, eps=eps, unit=unit, queries=budget.queries, seed=seed))
     if source is not None:
         columns["transfer"] = attacked(climb, by=Differentiable(source))
     columns["pgd_averaged"] = torch.full(labels.shape, torch.nan, device=images.device)
@@ -172,7 +185,7 @@ def _observe_batch(
     return columns
 
 
-def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[str, Tensor]:
+def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float, unit: Tensor | None) -> dict[str, Tensor]:
     """What needs no attack: two forwards, the gradients of both losses, small steps along the second."""
     with attackable(model) as logits_of:
         points = images.clone().requires_grad_(True)
@@ -183,7 +196,8 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[
         (steepest,) = torch.autograd.grad(cross_entropy(logits, labels), points, retain_graph=True)
         reached = margins(logits, labels)
         (slope,) = torch.autograd.grad(reached.sum(), points)
-        kept = _kept_promise(logits_of, images, labels, reached.detach(), slope.nan_to_num(0.0, 0.0, 0.0), eps)
+        reach = eps * (images.new_ones(1) if unit is None else unit.to(images))
+        kept = _kept_promise(logits_of, images, labels, reached.detach(), slope.nan_to_num(0.0, 0.0, 0.0), reach)
         with torch.no_grad():
             change = (logits_of(images) - logits).abs().amax(dim=1)
     logits = logits.detach()
@@ -199,7 +213,7 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> dict[
 
 @torch.no_grad()
 def _kept_promise(
-    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, before: Tensor, slope: Tensor, eps: float
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, before: Tensor, slope: Tensor, reach: Tensor
 ) -> Tensor:
     """(f(x + d) - f(x)) / (d . gradient of f) for steps d along the gradient's sign: 1 where f is linear, (n,).
 
@@ -208,7 +222,7 @@ def _kept_promise(
     """
     ratios = []
     for step in SMALL_STEPS:
-        moved = (images + step * eps * slope.sign()).clamp(0, 1)
+        moved = (images + step * reach * slope.sign()).clamp(0, 1)
         promised = (slope.double() * (moved - images)).flatten(1).sum(dim=1)
         gained = (margins(logits_of(moved), labels) - before).double()
         ratios.append(gained / promised.where(promised != 0, torch.nan))
@@ -276,6 +290,7 @@ def square(
     eps: float,
     queries: int,
     seed: int,
+    unit: Tensor | None = None,  # of eps, as `balls.ball` takes it
 ) -> Tensor:
     """The Square attack (Andriushchenko et al., 2020), L_inf: adversarial images like `pgd`'s.
 
@@ -285,6 +300,7 @@ def square(
     Raises:
         ImportError: no package with AutoAttack is installed.
     """
+    radius = eps if unit is None else eps * unit.to(images).view(-1, 1, 1)  # it takes one for each channel as well
     package, *_ = find_package()
     attack_class = import_module(f"{package.__name__}.square").SquareAttack
     with attackable(model) as logits_of, torch.no_grad(), random_state_kept():
@@ -294,7 +310,7 @@ def square(
             # It writes into the logits it gets, and asks about no image at all where all margins are exactly 0.
             return logits_of(points).clone() if len(points) else points.new_zeros(0, classes)
 
-        attack = attack_class(predict, norm="Linf", n_queries=queries, eps=eps, seed=seed, device=images.device)
+        attack = attack_class(predict, norm="Linf", n_queries=queries, eps=radius, seed=seed, device=images.device)
         adversarial: Tensor = attack.perturb(images, labels)
     return adversarial
 
@@ -307,17 +323,19 @@ def best_signs(
     eps: float,
     count: int,
     seed: int,
+    unit: Tensor | None = None,  # of eps, as `balls.ball` takes it
 ) -> Tensor:
     """Of `count` perturbations of +-eps, each pixel's sign drawn by itself, the one with the largest margin.
 
     Judged by another forward, it does not give a randomised network a chance to err with every draw.
     """
     best, chosen = torch.full(labels.shape, -torch.inf, device=images.device), images
+    radius = eps if unit is None else eps * unit.to(images)
     with attackable(model) as logits_of, torch.no_grad():
         for draw in range(count):
             generators = (torch.Generator().manual_seed(each) for each in seeds_of(images, seed, draw))
             drawn = torch.stack([torch.rand(images.shape[1:], generator=generator) for generator in generators])
-            points = (images + eps * (drawn.to(images.device) - 0.5).sign()).clamp(0, 1)
+            points = (images + radius * (drawn.to(images.device) - 0.5).sign()).clamp(0, 1)
             reached = margins(logits_of(points), labels)
             better = reached > best
             best = torch.where(better, reached, best)

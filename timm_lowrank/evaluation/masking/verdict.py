@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import EvaluationError
 from ...text import percent
+from ..arguments import RADIUS_UNITS
 from ..results import MASKED, SOUND, SUSPECT, Check, Verdict
 from .observations import SETTING, Budget
 
@@ -75,7 +76,7 @@ def judge(observations: Mapping[str, Tensor]) -> Verdict:
 
 
 def _observed(observations: Mapping[str, Tensor]) -> _Observed:
-    names = [SETTING + name for name in ("eps", *Budget.__dataclass_fields__)]
+    names = [SETTING + name for name in ("eps", "unit", *Budget.__dataclass_fields__)]
     needed = [
         "clean", "repeats", "zero_gradient", "finite_gradient", "saturated", "kept_promise", "fgsm", "pgd",
         "pgd_more_steps", "pgd_margin", "pgd_double", "pgd_unbounded", "restarts_withstood", "signs", "pgd_averaged",
@@ -93,8 +94,9 @@ def _observed(observations: Mapping[str, Tensor]) -> _Observed:
         if len(values) != 1:
             raise EvaluationError(f"{name.removeprefix(SETTING)} must be the same in all parts of the observations")
         settings[name.removeprefix(SETTING)] = float(values)
-    eps, budget = settings.pop("eps"), Budget(**{name: int(value) for name, value in settings.items()})
-    return _Observed({name: column for name, column in observations.items() if name not in names}, eps, budget)
+    eps, unit = settings.pop("eps"), RADIUS_UNITS[int(settings.pop("unit"))]
+    budget = Budget(**{name: int(value) for name, value in settings.items()})
+    return _Observed({name: column for name, column in observations.items() if name not in names}, eps, unit, budget)
 
 
 def _summary(checks: tuple[Check, ...], count: int) -> str:
@@ -119,14 +121,16 @@ class _Observed:
 
     columns: Mapping[str, Tensor]
     eps: float
+    radius_unit: str
     budget: Budget
 
     @property
     def pgd(self) -> str:
-        """PGD-20 at 8/255, where the radius is a whole number of levels."""
+        """PGD-20 at 8/255, where the radius is a whole number of levels; "in normalised units" where it is so."""
         levels = round(255 * self.eps)
         whole = levels and abs(255 * self.eps - levels) < 1e-6
-        return f"PGD-{self.budget.steps} at {f'{levels}/255' if whole else f'{self.eps:.3g}'}"
+        unit = " in normalised units" * (self.radius_unit == "normalized")
+        return f"PGD-{self.budget.steps} at {f'{levels}/255' if whole else f'{self.eps:.3g}'}{unit}"
 
     @property
     def randomised(self) -> bool:
