@@ -140,7 +140,7 @@ def test_a_single_row_group_serves_many_readers(tmp_path):
 
 def test_a_crop_is_a_window_of_the_padded_image():
     images = torch.arange(1, 1 + 40 * 2 * 6 * 6).view(40, 2, 6, 6)
-    cropped = crop(images, 2, torch.Generator().manual_seed(0))
+    cropped = crop(images, 2, torch.randint(5, (2, 40, 1), generator=torch.Generator().manual_seed(0)))
     padded = torch.nn.functional.pad(images, (2,) * 4)
     places = set()
     for before, after in zip(padded, cropped, strict=True):
@@ -150,16 +150,22 @@ def test_a_crop_is_a_window_of_the_padded_image():
     assert len(places) > 12  # 40 draws from 25 places
 
 
-def test_a_flip_mirrors_about_half_of_the_images():
-    images = torch.rand(400, 1, 3, 3)
-    flipped = flip(images, torch.Generator().manual_seed(0))
-    mirrored = [torch.equal(after, before.flip(-1)) for before, after in zip(images, flipped, strict=True)]
-    same = [torch.equal(after, before) for before, after in zip(images, flipped, strict=True)]
-    assert all(a != b for a, b in zip(mirrored, same, strict=True))
-    assert 150 < sum(mirrored) < 250
+def test_a_flip_mirrors_the_images_that_were_drawn():
+    images = torch.rand(3, 1, 3, 3)
+    flipped = flip(images, torch.tensor([True, False, True]))
+    assert torch.equal(flipped, torch.stack([images[0].flip(-1), images[1], images[2].flip(-1)]))
 
 
-def test_a_transform_normalises_and_depends_on_its_generator_alone():
+def test_draws_cover_all_places_and_mirror_about_half():
+    draws = Transform([0.0], [1.0], "crop-flip", CPU).draw(400, 16, torch.Generator().manual_seed(0))
+    assert set(draws.offsets[0].flatten().tolist()) == set(draws.offsets[1].flatten().tolist()) == set(range(5))
+    assert 150 < draws.mirrored.sum() < 250
+    cut = Transform([0.0], [1.0], "crop", CPU).draw(400, 16, torch.Generator().manual_seed(0))
+    assert torch.equal(cut.offsets, draws.offsets)
+    assert cut.mirrored is None
+
+
+def test_a_transform_normalises_and_depends_on_what_was_drawn_alone():
     data = load_images()
     transform = Transform(data.mean, data.std, "crop-flip", CPU)
     plain = transform(data.train_images)
@@ -167,13 +173,29 @@ def test_a_transform_normalises_and_depends_on_its_generator_alone():
     assert abs(plain.mean().item()) < 1e-3
     assert abs(plain.std().item() - 1) < 1e-3
     state = torch.get_rng_state()
-    one, two, other = (transform(data.train_images, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    drawn = [transform.draw(len(plain), 8, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    one, two, other = (transform(data.train_images, draws) for draws in drawn)
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert not torch.equal(one, plain)
     assert torch.equal(state, torch.get_rng_state())
     untouched = Transform(data.mean, data.std, "none", CPU)
-    assert torch.equal(untouched(data.train_images, torch.Generator()), plain)
+    assert torch.equal(untouched(data.train_images, untouched.draw(len(plain), 8, torch.Generator())), plain)
+
+
+def test_batches_that_are_prepared_together_are_those_of_one_at_a_time(monkeypatch):
+    data = load_images()
+    loader = TrainBatches(
+        data.train_images, data.train_labels, Transform(data.mean, data.std, "crop-flip", CPU), batch_size=64
+    )
+    alone = list(loader.epoch(3))
+    monkeypatch.setattr(TrainBatches, "_prepared_together", lambda self, batch: 3)
+    for first in (0, 4):
+        together = list(loader.epoch(3, first))
+        assert len(together) == len(alone) - first
+        for (images, labels), (same_images, same_labels) in zip(alone[first:], together, strict=True):
+            assert torch.equal(images, same_images)
+            assert torch.equal(labels, same_labels)
 
 
 # ----------------------------------------------------------------------------------------------------------- in memory

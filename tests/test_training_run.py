@@ -30,12 +30,13 @@ from timm_lowrank.errors import DivergedError, RecipeError, RunError, TrainingEr
 from timm_lowrank.training import Recipe, Run, load_recipe, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.compare import compare_runs
-from timm_lowrank.training.loop import check_not_at_chance
+from timm_lowrank.training.loop import Means, check_not_at_chance
 from timm_lowrank.training.report import layer_spectra
 from timm_lowrank.training.run import RunFolder
 from timm_lowrank.training.state import build, seeded
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 # Seven steps an epoch and a projection every ten updates: epochs end between two projections.
 SMALL = {
@@ -227,6 +228,26 @@ def test_the_same_images_in_the_same_order_give_the_same_weights(shards, tmp_pat
     monkeypatch.setattr(TrainBatches, "indices", lambda _, epoch: batches.indices(epoch))
     train(streamed(shards, augment="none", streaming=False), tmp_path / "memory")
     assert_same_run(tmp_path / "streamed", tmp_path / "memory")
+
+
+def test_sums_of_one_process_are_taken_up_by_two():
+    before, (one, two) = Means(CPU, 3), (Means(CPU, 3), Means(CPU, 3))
+    before.add({"layer.gradient_share": torch.tensor(0.5)}, 4)  # what the first step of an epoch alone adds
+    before.add({"loss": torch.tensor(2.0), "accuracy": torch.tensor(0.25)}, 4)
+    before.count(torch.tensor([0, 2, 2, 2]))
+    one.add_state_dict(before.state_dict())
+    two.add_state_dict(before.state_dict(), names_alone=True)
+    for means, loss in ((one, 1.0), (two, 3.0)):
+        means.add({"loss": torch.tensor(loss), "accuracy": torch.tensor(1.0)}, 2)
+        means.count(torch.tensor([0, 1]))
+    assert one.now("loss", "penalty") == {"loss": (2.0 * 4 + 1.0 * 2) / 6}
+    given: list[torch.Tensor] = []
+    recording = types.SimpleNamespace(reduce=lambda tensor, _: given.append(tensor) or tensor)
+    names = [list(means.over_processes(recording)) for means in (one, two)]
+    together = types.SimpleNamespace(reduce=lambda tensor, _: given[0] + given[1])
+    assert names[0] == names[1]
+    assert one.over_processes(together) == {"accuracy": 0.625, "layer.gradient_share": 0.5, "loss": 2.0}
+    assert (one.state_dict()["labels"], two.state_dict()["labels"]) == ([2, 1, 3], [1, 1, 0])
 
 
 # ------------------------------------------------------------------------------------------- a finished run, read

@@ -29,7 +29,7 @@ class Rows:
 
     def select(self, indices: Tensor) -> Rows:
         """Those at `indices`, (q,) int64 on the CPU, as copies."""
-        index = indices.to(self.values.device)
+        index = indices.to(self.values.device, non_blocking=True)  # else the host would wait for the device
         products = None if self.products is None else self.products[:, index]
         return Rows(self.positions[indices], self.values[index], self.factors[index], products)
 
@@ -53,16 +53,20 @@ class SampledRows:
         Each process puts its own rows in their slots and zeros in the others: the sum is every row to the bit. Rows
         that are not finite become zeros.
         """
-        rows = bias.new_zeros(self.count, bias.numel())
-        products = bias.new_zeros(size, self.count)
-        end = 0
+        pieces = [(bias.new_zeros(0, bias.numel()), bias.new_zeros(size, 0))]
         for part in self.parts:
-            begin, end = end, end + len(part.values)
-            slots = self.slots[begin:end].to(bias.device)
-            rows[slots], factors = finite_rows(part.values.to(bias.dtype) + bias, part.factors)
+            centred, factors = finite_rows(part.values.to(bias.dtype) + bias, part.factors)
+            products = centred.new_zeros(size, len(centred))
             if part.products is not None:
-                products[:, slots] = torch.where(factors > 0, part.products * factors, 0)
-        all_rows, all_products = processes.sum(rows, products)
+                products = torch.where(factors > 0, part.products * factors, 0)
+            pieces.append((centred, products))
+        rows, products = torch.cat([one for one, _ in pieces]), torch.cat([two for _, two in pieces], dim=1)
+        if processes.alone:  # whose rows fill the slots in their order
+            return rows, products
+        slots = self.slots.to(bias.device, non_blocking=True)
+        all_rows, all_products = bias.new_zeros(self.count, bias.numel()), bias.new_zeros(size, self.count)
+        all_rows[slots], all_products[:, slots] = rows, products
+        all_rows, all_products = processes.sum(all_rows, all_products)
         return all_rows, all_products
 
 
@@ -78,6 +82,7 @@ class ActivationBuffer:
         self.limit, self._seed = limit, seed
         self.sizes: list[int] = []  # rows of each batch
         self._batches: list[Rows] = []
+        self._drawn = True  # whether of all batches nothing but the drawn rows is kept
 
     def add(self, values: Tensor, factors: Tensor, products: Tensor | None, *, alone: bool) -> None:
         """Remember a batch; values (n, m), factors (n,), products (k, n) or None.
@@ -87,8 +92,9 @@ class ActivationBuffer:
         """
         self.sizes.append(len(values))
         self._batches.append(Rows(torch.arange(len(values)), values, factors, products))
+        self._drawn &= alone
         if alone:
-            self._batches = self.sample([self.sizes], 0).parts
+            self._batches = self._draw([self.sizes], 0).parts
 
     def sample(self, sizes: Sequence[Sequence[int]], process: int) -> SampledRows:
         """The rows that enter W.
@@ -97,6 +103,12 @@ class ActivationBuffer:
             sizes: for each process the rows of each of its batches.
             process: the number of this one.
         """
+        if self._drawn and len(sizes) == 1:
+            count = sum(len(rows.values) for rows in self._batches)
+            return SampledRows(count, torch.arange(count), self._batches)
+        return self._draw(sizes, process)
+
+    def _draw(self, sizes: Sequence[Sequence[int]], process: int) -> SampledRows:
         sampled = self._lowest(sum(map(sum, sizes)))
         slots, parts = [], []
         for number, rows in enumerate(self._batches):
@@ -142,7 +154,7 @@ class Moments:
     def add(self, values: Tensor, norms: Tensor) -> None:
         """A batch: a (n, m), and ||a + b|| (n,). One that is not finite is left out: a gradient scaler will skip it."""
         total = values.sum(dim=0)
-        finite = total.isfinite().all()
+        finite = total.abs().amax() < torch.inf
         self.total = self.total + torch.where(finite, total, 0)
         self.squares = self.squares + torch.where(finite, norms.square().sum(), 0)
         self.count = self.count + finite * values.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -9,17 +10,29 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """A window of the original size out of each image padded with black, at a place of its own.
+@dataclasses.dataclass
+class Draws:
+    """What is random in the augmentation of some images."""
 
-    Args:
-        images: (batch, channels, height, width), any dtype.
-        padding: pixels added on every side.
-        generator: on the device of the images.
-    """
+    offsets: Tensor | None = None  # (2, batch, 1) int64: top and left edge of each window; None cuts none out
+    mirrored: Tensor | None = None  # (batch,) bool; None mirrors none
+
+    @classmethod
+    def joined(cls, batches: Sequence[Draws]) -> Draws:
+        """The draws of several batches, one behind the other."""
+        offsets = [draws.offsets for draws in batches if draws.offsets is not None]
+        mirrored = [draws.mirrored for draws in batches if draws.mirrored is not None]
+        return cls(torch.cat(offsets, dim=1) if offsets else None, torch.cat(mirrored) if mirrored else None)
+
+
+def crop(
+    images: Tensor,  # (batch, channels, height, width), any dtype
+    padding: int,  # pixels added on every side
+    offsets: Tensor,  # (2, batch, 1) int64, in [0, 2 * padding]
+) -> Tensor:
+    """A window of the original size out of each image padded with black, at a place of its own."""
     batch, channels, height, width = images.shape
     padded = functional.pad(images, (padding,) * 4)
-    offsets = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator, device=images.device)
     rows = offsets[0] + torch.arange(height, device=images.device)
     columns = offsets[1] + torch.arange(width, device=images.device)
     sample = torch.arange(batch, device=images.device)[:, None, None, None]
@@ -27,9 +40,11 @@ def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored left to right with probability 1/2; images as in `crop`."""
-    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+def flip(
+    images: Tensor,  # (batch, channels, height, width), any dtype
+    mirrored: Tensor,  # (batch,) bool
+) -> Tensor:
+    """Some of the images mirrored left to right."""
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
@@ -38,7 +53,7 @@ class Transform:
 
     Args:
         mean, std: of each channel, of pixels in [0, 1].
-        augment: "crop-flip", "crop" or "none"; used only where a generator is given.
+        augment: "crop-flip", "crop" or "none"; used only where something was drawn.
         device: where the batches are.
     """
 
@@ -47,11 +62,25 @@ class Transform:
         self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
         self.augment = augment
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(batch, channels, height, width): uint8 in, normalised float32 out, augmented if there is a generator."""
-        if generator is not None and self.augment != "none":
-            # Four pixels at 32 x 32, as is usual for CIFAR, and in proportion elsewhere.
-            images = crop(images, max(1, images.shape[-2] // 8), generator)
-            if self.augment == "crop-flip":
-                images = flip(images, generator)
-        return (images.float() - self.mean) / self.std
+    def draw(self, batch: int, height: int, generator: torch.Generator) -> Draws:
+        """What `augment` needs for a batch of images of this height, from a generator on the batches' device."""
+        draws, device = Draws(), self.mean.device
+        if self.augment != "none":
+            size = (2, batch, 1)
+            draws.offsets = torch.randint(0, 2 * _padding(height) + 1, size, generator=generator, device=device)
+        if self.augment == "crop-flip":
+            draws.mirrored = torch.rand(batch, generator=generator, device=device) < 0.5
+        return draws
+
+    def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        """(batch, channels, height, width): uint8 in, normalised float32 out, augmented as was drawn."""
+        if draws is not None and draws.offsets is not None:
+            images = crop(images, _padding(images.shape[-2]), draws.offsets)
+        if draws is not None and draws.mirrored is not None:
+            images = flip(images, draws.mirrored)
+        return torch.sub(images, self.mean).div_(self.std)  # bytes become float32 within the subtraction
+
+
+def _padding(height: int) -> int:
+    """Four pixels at 32 x 32, as is usual for CIFAR, and in proportion elsewhere."""
+    return max(1, height // 8)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from .augment import Transform
+from .augment import Draws, Transform
 from .images import ImageData
 from .order import EpochOrder, ReadPlan, mix
 from .stream import StreamedData, read_in_workers
+
+_PREPARED_BYTES = 16 << 20  # of the images that are augmented at once on a GPU
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -86,11 +88,19 @@ class TrainBatches(_Shares):
         """Normalised images (batch, channels, height, width) and their labels (batch,), from batch `first` on."""
         device = self.images.device
         generator = torch.Generator(device).manual_seed(mix(self.seed, epoch, 1 + self.process))
-        for number, chosen in enumerate(self.indices(epoch)):
-            rows = chosen.to(device)
-            images = self.transform(self.images[rows], generator)  # also of those left out: it draws what they drew
-            if number >= first:
-                yield images, self.labels[rows]
+        order = torch.stack(list(self.indices(epoch))).to(device)  # at once: each copy makes a GPU wait for the host
+        batch, height = order.shape[1], self.images.shape[-2]
+        for _ in range(first):
+            self.transform.draw(batch, height, generator)  # what the batches that are left out have drawn
+        for rows in order[first:].split(self._prepared_together(batch)):
+            draws = Draws.joined([self.transform.draw(batch, height, generator) for _ in rows])
+            images = self.transform(self.images[rows.flatten()], draws)
+            yield from zip(images.split(batch), self.labels[rows], strict=True)
+
+    def _prepared_together(self, batch: int) -> int:
+        """How many batches are augmented at once: many small kernels would keep a GPU waiting, a cache is small."""
+        size = 4 * batch * self.images[0].numel()
+        return max(1, _PREPARED_BYTES // size) if self.images.is_cuda else 1
 
 
 class EvalBatches:
@@ -165,7 +175,9 @@ class StreamTrainBatches(_Shares):
             images, labels = (torch.cat(tensors) for tensors in zip(*(next(parts) for _ in range(width)), strict=True))
             # A generator for each batch: nothing to catch up on when a run is resumed.
             generator = torch.Generator(self.device).manual_seed(mix(self.seed, epoch, 1 + self.process, number))
-            yield self.transform(images.to(self.device, non_blocking=True), generator), labels.to(self.device)
+            draws = self.transform.draw(len(images), images.shape[-2], generator)
+            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+            yield self.transform(images, draws), labels
 
 
 class StreamEvalBatches:
@@ -187,7 +199,8 @@ class StreamEvalBatches:
         plans = functools.partial(_eval_plans, self.batches)
         read = read_in_workers(self.data.test, self.data.decoder, plans, workers=self.workers, device=self.device)
         for images, labels in read:
-            yield self.transform(images.to(self.device, non_blocking=True)), labels.to(self.device)
+            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+            yield self.transform(images), labels
 
 
 TrainingBatches = TrainBatches | StreamTrainBatches

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,17 +25,29 @@ REPORT_EVERY = 10  # optimizer steps between two looks at the losses: each one w
 
 
 class Means:
-    """Means over the samples of an epoch, summed on the device in float32, and how often each label was seen."""
+    """Means over the samples of an epoch, summed on the device in float32, and how often each label was seen.
+
+    Numbers that are added together stay together: one small tensor, and three kernels on a GPU, for all of them.
+    """
 
     def __init__(self, device: torch.device, classes: int = 0) -> None:
         self._device = device
         self._labels = torch.zeros(classes, dtype=torch.int64, device=device)
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=device))  # (total, weight)
+        self._totals: dict[tuple[str, ...], Tensor] = {}
+        self._weights: dict[tuple[str, ...], list[float]] = {}
+        self._earlier: dict[str, tuple[float, float]] = {}  # of a `state_dict`, until their names are added again
 
-    def add(self, name: str, value: Tensor, weight: int) -> None:
-        """Counts `value`, a scalar mean over `weight` samples."""
-        total = value.detach().float() * weight
-        self._sums[name] += torch.stack([total, torch.full_like(total, weight)])
+    def add(self, values: Mapping[str, Tensor], weight: int) -> None:
+        """Counts scalar means over `weight` samples; a name is always added with the same other ones."""
+        names = tuple(values)
+        if not names:
+            return
+        if names not in self._totals:
+            earlier = [self._earlier.pop(name, (0.0, 0.0)) for name in names]
+            self._totals[names] = torch.tensor([total for total, _ in earlier], device=self._device)
+            self._weights[names] = [before for _, before in earlier]
+        self._totals[names] += torch.stack([value.detach().float() for value in values.values()]) * weight
+        self._weights[names] = [before + weight for before in self._weights[names]]
 
     def count(self, labels: Tensor) -> None:
         """Counts `labels`, (n,), int64, below the number of classes."""
@@ -47,28 +58,44 @@ class Means:
         counts = accelerator.reduce(self._labels, "sum")
         return float(counts.max() / counts.sum())
 
-    def __getitem__(self, name: str) -> float:
-        """The mean so far, on this process."""
-        total, weight = self._sums[name].tolist()
-        return total / weight
+    def now(self, *names: str) -> dict[str, float]:
+        """The means so far of those of these numbers that were added, on this process."""
+        means = {}
+        for group, totals in self._totals.items():
+            if not set(group).isdisjoint(names):
+                sums = zip(group, totals.tolist(), self._weights[group], strict=True)
+                means.update({name: total / weight for name, total, weight in sums if name in names})
+        return means
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._sums
+    def _sums(self) -> dict[str, tuple[float, float]]:
+        """(total, weight) of every number, on this process."""
+        sums = dict(self._earlier)
+        for names, totals in self._totals.items():
+            sums.update(zip(names, zip(totals.tolist(), self._weights[names], strict=True), strict=True))
+        return sums
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, on this process, as plain numbers."""
-        return {"sums": {name: sums.tolist() for name, sums in self._sums.items()}, "labels": self._labels.tolist()}
+        return {"sums": {name: list(sums) for name, sums in self._sums().items()}, "labels": self._labels.tolist()}
 
-    def add_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Adds the sums of a `state_dict`."""
-        for name, sums in state["sums"].items():
-            self._sums[name] += torch.tensor(sums, device=self._device)
-        self._labels += torch.tensor(state["labels"], device=self._device)
+    def add_state_dict(self, state: Mapping[str, Any], *, names_alone: bool = False) -> None:
+        """Adds the sums of a `state_dict`, before anything else is added.
+
+        With `names_alone` zeros: every process must have the same names, and one of them counts the sums.
+        """
+        for name, (total, weight) in state["sums"].items():
+            total_before, weight_before = self._earlier.setdefault(name, (0.0, 0.0))
+            if not names_alone:
+                both = torch.tensor(total_before + total, dtype=torch.float32)  # rounded as the device does it
+                self._earlier[name] = (both.item(), weight_before + weight)
+        if not names_alone:
+            self._labels += torch.tensor(state["labels"], device=self._device)
 
     def over_processes(self, accelerator: Accelerator) -> dict[str, float]:
         """All means, over the samples of every process."""
-        sums = {name: accelerator.reduce(value, "sum").tolist() for name, value in self._sums.items()}
-        return {name: total / weight for name, (total, weight) in sums.items()}
+        sums = dict(sorted(self._sums().items()))  # in one order on all of them, whatever each of them began with
+        reduced = accelerator.reduce(torch.tensor(list(sums.values()), device=self._device), "sum").tolist()
+        return {name: total / weight for name, (total, weight) in zip(sums, reduced, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +141,9 @@ def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], Non
         _train_step(state, images, labels, weight, means, shares=shares)
         last = index + 1 == len(batches)
         if accelerator.sync_gradients and ((step + 1) % REPORT_EVERY == 0 or last):
-            _check_finite(state, means, epoch)
-            bar.set_postfix(_postfix(means, (index + 1) * len(images), time.perf_counter() - began), refresh=False)
+            now = means.now("train_loss", "train_accuracy", "penalty")
+            _check_finite(state, now, epoch)
+            bar.set_postfix(_postfix(now, (index + 1) * len(images), time.perf_counter() - began), refresh=False)
         bar.update()
         due = recipe.save_every_steps and (step + 1) % recipe.save_every_steps == 0
         if due and accelerator.sync_gradients and not last:  # after the last step comes the checkpoint of the epoch
@@ -138,8 +166,8 @@ def _resume(state: TrainingState, means: Means) -> int:
     accelerator, inside = state.accelerator, state.progress.inside
     same = len(inside.sums) == accelerator.num_processes
     for process, sums in enumerate(inside.sums):
-        if (process if same else 0) == accelerator.process_index:  # what counts is the sum over processes
-            means.add_state_dict(sums)
+        counted = (process if same else 0) == accelerator.process_index  # what counts is the sum over processes
+        means.add_state_dict(sums, names_alone=not counted)
     return inside.step
 
 
@@ -158,9 +186,8 @@ def _train_step(
         if weight:
             penalty = lowrank.penalty()  # the low-rank branch, first half: its loss joins the task's
             loss = task_loss + weight * penalty
-            means.add("penalty", penalty, len(images))
-        for layer, share in gradient_shares(task_loss, loss, activations).items():
-            means.add(f"{layer}.gradient_share", share, len(images))
+        pulled = gradient_shares(task_loss, loss, activations)
+        means.add({f"{layer}.gradient_share": share for layer, share in pulled.items()}, len(images))
         accelerator.backward(loss)
         if accelerator.sync_gradients and state.recipe.clip_norm is not None:
             accelerator.clip_grad_norm_(lowrank.backbone.parameters(), state.recipe.clip_norm)
@@ -173,12 +200,11 @@ def _train_step(
         if state.ema is not None:
             state.ema.update(lowrank.backbone, step=state.progress.step)
     means.count(labels)
-    means.add("train_loss", task_loss, len(images))
-    means.add("train_accuracy", (logits.argmax(dim=1) == labels).float().mean(), len(images))
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    means.add({"train_loss": task_loss, "train_accuracy": accuracy}, len(images))
     if weight:
-        for layer, parts in lowrank.losses().items():
-            for part, value in parts.items():
-                means.add(f"{layer}.{part}", value, len(images))
+        parts = {f"{layer}.{part}": value for layer, own in lowrank.losses().items() for part, value in own.items()}
+        means.add({"penalty": penalty, **parts}, len(images))
 
 
 def gradient_shares(task_loss: Tensor, loss: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -207,13 +233,13 @@ def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches)
     """
     network.eval()
     means = Means(accelerator.device)
-    for name in ("loss", "accuracy"):  # a process without images has its part in the sums, too
-        means.add(name, torch.zeros((), device=accelerator.device), 0)
+    nothing = torch.zeros((), device=accelerator.device)
+    means.add({"loss": nothing, "accuracy": nothing}, 0)  # a process without images has its part in the sums, too
     for images, labels in batches:
         with accelerator.autocast():
             logits = network(images).float()
-        means.add("loss", functional.cross_entropy(logits, labels), len(images))
-        means.add("accuracy", (logits.argmax(dim=1) == labels).float().mean(), len(images))
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        means.add({"loss": functional.cross_entropy(logits, labels), "accuracy": accuracy}, len(images))
     over_all = means.over_processes(accelerator)
     return Tested(over_all["loss"], over_all["accuracy"])
 
@@ -234,11 +260,11 @@ def check_not_at_chance(state: TrainingState, accuracy: float, chance: float) ->
         )
 
 
-def _check_finite(state: TrainingState, means: Means, epoch: int) -> None:
-    for name in ("train_loss", "penalty"):
-        if name in means and not math.isfinite(means[name]):
+def _check_finite(state: TrainingState, means: Mapping[str, float], epoch: int) -> None:
+    for name, mean in means.items():
+        if not math.isfinite(mean):
             raise DivergedError(
-                f"epoch {epoch + 1}, after {state.progress.step} optimizer steps: {name} is {means[name]}, "
+                f"epoch {epoch + 1}, after {state.progress.step} optimizer steps: {name} is {mean}, "
                 f"not a finite number. {_advice(state)}"
             )
 
@@ -259,7 +285,7 @@ def _bar(state: TrainingState, epoch: int, first: int) -> tqdm[Any]:
     return tqdm(total=total, initial=first, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
 
 
-def _postfix(means: Means, images: int, seconds: float) -> dict[str, str]:
+def _postfix(means: Mapping[str, float], images: int, seconds: float) -> dict[str, str]:
     shown = {"loss": f"{means['train_loss']:.3f}", "accuracy": f"{means['train_accuracy']:.1%}"}
     if "penalty" in means:
         shown["penalty"] = f"{means['penalty']:.3f}"
