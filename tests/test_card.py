@@ -18,7 +18,7 @@ from publishable import FIGURES, REPO, change, edit, evaluation, make_run, share
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError
 from timm_lowrank.evaluation.results import Check, Value, Verdict, write_evaluation
-from timm_lowrank.publish.card import code, escaped, run_card, short_card, without_local_paths
+from timm_lowrank.publish.card import Place, code, escaped, run_card, short_card, without_local_paths
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.record import read_run
 from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PixelNoise
@@ -37,7 +37,7 @@ def run(tmp_path):
 
 def card(run, **options):
     """The card of a run in the repository REPO."""
-    return run_card(read_run(run), REPO, {"config.json": "the network"}, **options)
+    return run_card(read_run(run), Place.on_hub(REPO), {"config.json": "the network"}, **options)
 
 
 def merged(run, before, license=None):

@@ -1,10 +1,7 @@
-"""hub/push.py, hub/pull.py and hub/checkpoints.py with the real huggingface_hub; see loopback_hub."""
+"""hub/push.py and hub/pull.py with the real huggingface_hub; see loopback_hub."""
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.util
-import io
 import json
 import os
 import re
@@ -14,59 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from publishable import BLOB, CHECKPOINT, COMMIT, FIGURES, REPO, change, edit, images, in_repo, make_run, share, weights
+from scripts import done, in_folder, refused, script
 
 from timm_lowrank.publish import run as publishing
-from timm_lowrank.publish.card import run_card
-from timm_lowrank.publish.checkpoints import checkpoints_table, read_checkpoints
 from timm_lowrank.publish.merging import section
-from timm_lowrank.publish.record import read_run
 
 ROOT = Path(__file__).parent.parent
 FILES = {*CHECKPOINT, "README.md", "evaluation.json", "summary.json", "recipe.yaml", "plots/spectrum.png"}
 
 
-def script(name):
-    """The `main` of hub/NAME.py: it ends the process with the status of the command."""
-    spec = importlib.util.spec_from_file_location(f"hub_script_{name}", ROOT / "hub" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-push, pull, checkpoints = (script(name) for name in ("push", "pull", "checkpoints"))
+push, pull = (script(name) for name in ("push", "pull"))
 
 
 @pytest.fixture
 def run(tmp_path):
     make_run(tmp_path / "run")
     return tmp_path / "run"
-
-
-def refused(match, main, *arguments):
-    """Runs a script that must end with one message that matches, and no traceback."""
-    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code, "it ended well"
-    message = ended.value.code if isinstance(ended.value.code, str) else said.getvalue()
-    assert re.search(match, message, re.DOTALL), message
-    assert message.startswith("error: ")
-    return message
-
-
-def done(main, *arguments):
-    """Runs a script that must end well."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as ended:
-        if ended.code:
-            pytest.fail(f"it ended with {ended.code}")
-
-
-def in_folder(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # Publishing
@@ -365,80 +327,3 @@ def test_names_in_a_repository_cannot_move_the_cursor(hub, run, capsys):
     hub.seed(REPO, {"README.md": "Mine.", "lowrank.json": json.dumps({**lowrank, "format": 99})})
     done(pull, REPO)
     assert "its low-rank branches cannot be loaded: " in capsys.readouterr().out
-
-
-# The list of checkpoints
-
-
-def test_the_list_of_this_project_is_sound():
-    listed = read_checkpoints(ROOT / "hub" / "checkpoints.yaml")
-    assert listed, "docs/hub.md shows some"
-    for checkpoint in listed:
-        assert (ROOT / checkpoint.recipe).is_file(), checkpoint.name
-    shown = section((ROOT / "docs" / "hub.md").read_text(), "checkpoints")
-    assert shown.strip() == checkpoints_table(listed), "python hub/checkpoints.py table --write docs/hub.md"
-
-
-RECIPE = "recipes/configs/digits.yaml"
-
-
-def row(capsys, run, *options):
-    """A row of the list as the script prints it."""
-    capsys.readouterr()
-    done(checkpoints, "row", run, "tiny", RECIPE, *options)
-    return yaml.safe_load(capsys.readouterr().out)[0]
-
-
-def test_a_row_and_the_table_of_it(run, tmp_path, capsys):
-    good = row(capsys, run, "--repo", REPO)
-    results = ModelCard(run_card(read_run(run), REPO, {})).data.eval_results
-    figures = good["figures"]
-    assert [figures[name]["value"] for name in ("clean", "pgd", "autoattack")] == [r.metric_value for r in results]
-    assert (figures["pgd"]["plain"], figures["effective_rank"]) == (0.1, {"pre_logits": {"value": 7, "plain": 19}})
-    (run / "evaluation.json").unlink()
-    plain = {**row(capsys, run), "name": "second"}
-    assert plain["repo"] is None
-
-    path, readme = tmp_path / "list.yaml", tmp_path / "README.md"
-    path.write_text(yaml.safe_dump([good, plain]))
-    done(checkpoints, "table", "--list", path)
-    table = capsys.readouterr().out
-    assert "[tiny](https://huggingface.co/alice/tiny) | `digits` | 90.0 % (88.7" in table
-    assert "1.5 % (0.5 to 4.3) of 200; plain 0.0 % | `pre_logits` 7 (plain 19) |" in table
-    assert "| second | `digits` |" in table
-    assert table.count("| not measured | not measured |") == 1, "PGD and AutoAttack of the second run"
-    refused("there is no recipe recipes/configs/other.yaml", checkpoints, "row", run, "x", "recipes/configs/other.yaml")
-    readme.write_text("before\n\nafter\n")
-    refused("has no place for the table: put the lines", checkpoints, "table", "--list", path, "--write", readme)
-    marks = "<!-- generated: checkpoints -->\n", "<!-- end of generated: checkpoints -->"
-    readme.write_text("before\n" + "".join(marks) + "\nafter\n")
-    for _ in range(2):
-        done(checkpoints, "table", "--list", path, "--write", readme)
-        assert readme.read_text() == f"before\n{marks[0]}{table}{marks[1]}\nafter\n"
-
-
-@pytest.mark.parametrize(
-    ("changed", "match"),
-    [
-        ({"sha": "x"}, r"there is no key 'sha'. Did you mean: sha256"),
-        ({"sha256": "123"}, "sha256 must be 64 hexadecimal digits"),
-        ({"repo": "a b"}, "'a b' is no repository"),
-        ({"figures": {"pdg": {}}}, "there is no key 'pdg'. Did you mean: pgd"),
-        ({"figures": {"clean": {"value": 90.1, "low": 0, "high": 1, "images": 10}}}, "shares lie between 0 and 1"),
-        ({"figures": {"clean": {"value": 0.9}}}, "clean: the key 'low' is missing"),
-        ({"figures": {"effective_rank": {"layer3": 3}}}, "the rank of layer3 must be a mapping"),
-    ],
-)
-def test_rows_that_cannot_be(run, tmp_path, capsys, changed, match):
-    good = row(capsys, run)
-    path = tmp_path / "list.yaml"
-    path.write_text(yaml.safe_dump([{**good, "name": "other"}, {**good, **changed}]))
-    refused(rf"row 2 .tiny.: .*{match}", checkpoints, "table", "--list", path)
-    path.write_text(yaml.safe_dump([good, good]))
-    refused("row 2 .tiny.: there is a row of this name already", checkpoints, "table", "--list", path)
-
-
-@pytest.mark.parametrize(("text", "match"), [("a: 1", "must hold a list"), ("[x]", "row 1 "), ("a: [", "cannot read")])
-def test_lists_that_cannot_be(tmp_path, text, match):
-    (tmp_path / "list.yaml").write_text(text)
-    refused(match, checkpoints, "table", "--list", tmp_path / "list.yaml")

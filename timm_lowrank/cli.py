@@ -246,12 +246,15 @@ def _declare_push(parser: argparse.ArgumentParser) -> None:
 
       timm-lowrank push runs/digits USER/NAME --dry-run preview   # writes what would be pushed, and pushes nothing
       timm-lowrank push runs/digits USER/NAME
+      timm-lowrank push --all --user USER                       # every checkpoint of a clone of this project
 
     RUN is a finished run of `train`, evaluated or not. Everything goes in one commit; pushing again updates it, and
     keeps what was written into the card by hand. Log in with `hf auth login` or set HF_TOKEN.
     """
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; is made if there is none")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("repo_id", nargs="?", metavar="USER/NAME", help="the repository; is made if there is none")
+    parser.add_argument("--all", action="store_true", help="instead of RUN: each of hub/checkpoints, as USER/NAME")
+    parser.add_argument("--user", metavar="USER", help="with --all: the user or organisation")
     parser.add_argument(
         "--dry-run", type=Path, metavar="FOLDER",
         help="write exactly what would be pushed to a new folder, and push nothing",
@@ -260,8 +263,10 @@ def _declare_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="instead of HF_TOKEN or the one of `hf auth login`; may be seen by others")
     parser.add_argument("--revision", metavar="BRANCH", help="the branch (default: the main one); is made if needed")
     parser.add_argument(
-        "--license", metavar="ID", help="of the weights, as the Hub names it (default: the card's, or apache-2.0)"
-    )
+        "--license", metavar="ID",
+        help="of the weights, as the Hub names it (default: the card's, else that of the pretrained weights that the "
+        "training began from, else apache-2.0)",
+    )  # fmt: skip
     parser.add_argument(
         "--dataset", metavar="NAME", help="the data set's name on the Hub, if the run had a copy of it in a folder"
     )
@@ -271,6 +276,11 @@ def _declare_push(parser: argparse.ArgumentParser) -> None:
 def _push(given: argparse.Namespace) -> None:
     from .publish.run import publish_run
 
+    if given.all or given.user:
+        _push_all(given)
+        return
+    if given.run is None or given.repo_id is None:
+        raise CheckpointError("give RUN and USER/NAME, or --all and --user USER")
     outcome = publish_run(
         given.run, given.repo_id, token=given.token, private=given.private, revision=given.revision,
         license=given.license, dataset=given.dataset, keep_card=given.keep_card, dry_run=given.dry_run,
@@ -280,15 +290,32 @@ def _push(given: argparse.Namespace) -> None:
     _next(f"{PROGRAM} pull {given.repo_id}" if given.dry_run is None else f"{PROGRAM} push {target}")
 
 
+def _push_all(given: argparse.Namespace) -> None:
+    from .publish.checkpoints import push_all
+
+    single = ("revision", "license", "dataset", "keep_card")
+    if alone := ["--" + name.replace("_", "-") for name in single if getattr(given, name)]:
+        raise CheckpointError(f"{', '.join(alone)} is for a single run, not for --all")
+    if given.run is not None or not (given.all and given.user):
+        raise CheckpointError("give --all and --user USER together, without RUN and USER/NAME")
+    for outcome in push_all(given.user, token=given.token, private=given.private, dry_run=given.dry_run):
+        _say(*outcome.description())
+    if given.dry_run is None:
+        _say("", "noted in hub/checkpoints.yaml and docs/hub.md: commit both")
+
+
 def _declare_pull(parser: argparse.ArgumentParser) -> None:
     """Fetch a published checkpoint, verify it, and say what it is and how to load it.
 
       timm-lowrank pull USER/NAME                  # into huggingface_hub's cache
       timm-lowrank pull USER/NAME my-model         # into a new folder
+      timm-lowrank pull cifar10-resnet10-2lr       # a checkpoint of this project by its bare name
 
     All files but pickles are fetched and compared with the sums that the Hub lists; what is damaged is fetched again.
     """
-    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository")
+    parser.add_argument(
+        "repo_id", metavar="USER/NAME", help="the repository, or the name of a checkpoint of this project"
+    )
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="new or empty (default: the cache)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the main branch)")
     parser.add_argument("--token", help="instead of HF_TOKEN or the one of `hf auth login`; may be seen by others")

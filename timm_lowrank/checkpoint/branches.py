@@ -30,7 +30,7 @@ from ..core.views import FLATTEN, VIEWS, View
 from ..errors import CheckpointError, nearest
 from ..files import read_json, sha256_of
 from ..layers import tap_on
-from .files import LOWRANK_CONFIG, LOWRANK_WEIGHTS, check_safetensors, check_sha256, staged
+from .files import LOWRANK_CONFIG, LOWRANK_WEIGHTS, NETWORK_WEIGHTS, check_safetensors, check_sha256, staged
 
 FORMAT = 1  # raised only when an older version could not read the files any more
 
@@ -164,6 +164,11 @@ class BranchDescription:
             **({"sha256": dict(self.sha256)} if self.sha256 else {}),
         }
 
+    @property
+    def without_state(self) -> bool:
+        """Whether W and b were left out on purpose: the digests of the checkpoint do not name their file."""
+        return bool(self.sha256) and LOWRANK_WEIGHTS not in self.sha256
+
     def require_fit(self, model: LowRankModel, where: str) -> None:
         """Raises CheckpointError, with both, unless the model has branches of these sizes and views on these layers."""
         own = BranchDescription.of(model)
@@ -240,12 +245,12 @@ def load_branches(model: LowRankModel, folder: str | os.PathLike[str]) -> None:
 
 
 def restore_branches(network: nn.Module, description: BranchDescription, folder: Path) -> LowRankModel:
-    """A timm network with the branches of a checkpoint put on it.
+    """A timm network with the branches of a checkpoint; new ones, with a warning, where W and b were left out.
 
     Raises:
         CheckpointError: files that are damaged or do not fit each other or the network.
     """
-    tensors = _read_tensors(folder, description)
+    tensors = None if description.without_state else _read_tensors(folder, description)
     known = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
     if wrong := [layer for layer in description.layers if layer not in (*known, PRE_LOGITS)]:
         raise CheckpointError(
@@ -258,7 +263,14 @@ def restore_branches(network: nn.Module, description: BranchDescription, folder:
         widths = {layer: one.num_features for layer, one in layers}
         ranks = {layer: one.rank for layer, one in layers}
         model = LowRankModel(network, description.config, taps, widths, ranks)
-        model.branches.load_state_dict(tensors)
+        if tensors is not None:
+            model.branches.load_state_dict(tensors)
+    if tensors is None:
+        warnings.warn(
+            f"{folder} holds the configuration of its branches without their W and b: they begin anew, and are fitted "
+            f"in the first {description.config.warmup_updates} updates. The network itself is as it was trained.",
+            stacklevel=4,
+        )
     return model.enable(description.enabled)
 
 
@@ -311,3 +323,12 @@ def write_into(folder: Path, model: LowRankModel, belong_to: Collection[str] = (
     digests = {name: sha256_of(folder / name) for name in (*belong_to, LOWRANK_WEIGHTS)}
     description = dataclasses.replace(BranchDescription.of(model), sha256=digests)
     (folder / LOWRANK_CONFIG).write_text(json.dumps(description.to_dict(), indent=2) + "\n")
+
+
+def leave_out_state(folder: Path) -> None:
+    """Takes W and b out of a checkpoint folder that nobody reads yet; loaded from it, the branches begin anew."""
+    path = folder / LOWRANK_CONFIG
+    content = read_json(path)
+    content["sha256"] = {NETWORK_WEIGHTS: sha256_of(folder / NETWORK_WEIGHTS)}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    (folder / LOWRANK_WEIGHTS).unlink()

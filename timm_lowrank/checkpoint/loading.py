@@ -36,6 +36,7 @@ from .files import (
     module_to_import,
     require_checkpoint,
 )
+from .listed import find_checkpoint, is_bare
 from .remote import checked_repo_id, download
 
 
@@ -55,8 +56,10 @@ def from_pretrained(
     optimizer's state is the business of the training run. Only safetensors are read, never a pickle.
 
     Args:
-        source: a folder; the folder of a finished run of `timm-lowrank train`; or a repository on the Hub as
-            "USER/NAME" or "hf-hub:USER/NAME". A folder wins over a repository of that name.
+        source: a folder; the folder of a finished run of `timm-lowrank train`; a repository on the Hub as
+            "USER/NAME" or "hf-hub:USER/NAME"; or the bare name of a checkpoint of this project, such as
+            "cifar10-resnet10-2lr": its copy on the Hub if it is published, with the sha256 of the list, otherwise
+            that of the clone. A folder wins over a repository and a checkpoint of that name.
         revision: branch, tag or commit of the repository; None is its main branch.
         token: for a private repository; None takes HF_TOKEN or the one that `hf auth login` stored.
         cache_dir: where downloads are kept; None is huggingface_hub's cache.
@@ -67,23 +70,26 @@ def from_pretrained(
             records are checked in any case.
 
     Returns:
-        A `LowRankModel`, its network in the dtype that it was saved in; or the plain network as timm loads it.
+        A `LowRankModel`, its network in the dtype that it was saved in; or the plain network as timm loads it. Where
+        W and b were left out of a checkpoint, the branches begin anew, with a warning.
 
     Raises:
         CheckpointError: nothing there, no access, no connection, files that are damaged, pickled, of a newer
             format, or that do not fit each other; says what to do.
     """
     folder = local_folder(source)
+    if folder is None:
+        repo_id, revision, folder, listed = _resolved(str(source), revision)
+        sha256 = sha256 or listed
+    elif revision is not None:
+        raise CheckpointError(f"{folder} is a folder: revision={revision!r} is for repositories on the Hub")
     load = functools.partial(load_folder, lowrank=lowrank, sha256=sha256)
     if folder is None:
-        repo_id, revision = _repository(str(source), revision)
         fetch = functools.partial(download, repo_id, revision=revision, token=token, cache_dir=cache_dir)
         try:
             model = load(fetch())
         except CheckpointDamagedError:  # on the way or in the cache: once more
             model = load(fetch(force=True))
-    elif revision is not None:
-        raise CheckpointError(f"{folder} is a folder: revision={revision!r} is for repositories on the Hub")
     else:
         model = load(folder)
     if lowrank and not isinstance(model, LowRankModel):
@@ -115,6 +121,20 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
         reason = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {reason}: give the folder of a checkpoint, or a repository as USER/NAME")
     return None
+
+
+def _resolved(source: str, revision: str | None) -> tuple[str, str | None, Path | None, str | None]:
+    """What no folder is: (repository, revision, folder of the clone instead of both, sha256 that the list asks for)."""
+    name, _, written = source.partition("@")
+    if not is_bare(name):
+        return *_repository(source, revision), None, None
+    one, here = find_checkpoint(name)
+    if one.repo is not None:
+        repo_id, at = _repository(f"{one.repo}@{written}" if written else one.repo, revision)
+        return repo_id, at, None, one.sha256 if at is None else None
+    if revision is not None or written:
+        raise CheckpointError(f"{name} is not on the Hub yet, and its copy in the clone has no revisions: leave it out")
+    return "", None, here, one.sha256
 
 
 def _repository(source: str, revision: str | None) -> tuple[str, str | None]:
@@ -158,7 +178,7 @@ def load_folder(folder: Path, *, lowrank: bool = True, sha256: str | None = None
     config = read_json(folder / NETWORK_CONFIG)
     _refuse_transformers(folder, config)
     description = read_description(folder) if lowrank else None  # before the network is built
-    if description is not None and not has_branches(folder):
+    if description is not None and not (has_branches(folder) or description.without_state):
         raise CheckpointError(
             f"{folder} is not complete: {LOWRANK_WEIGHTS} is missing; fetch it again, or load the plain network with "
             "lowrank=False"

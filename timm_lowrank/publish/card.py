@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 HUB = "https://huggingface.co"
 OURS = "timm_lowrank"  # the name of the source of our results in model-index
 TAGS = ["image-classification", "timm", "transformers", OURS]
-LICENSE = "apache-2.0"  # of a new card
+LICENSE = "apache-2.0"  # of a new card of weights trained from scratch
+HUB_LICENSES = (  # of those of timm's weights, what the Hub knows; others have to be called "other" there, with a name
+    "apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit",
+)  # fmt: skip
 DIRECTIONS = (5, 10)
 RECIPE = (  # what the card quotes of it, where it is set
     "model", "model_args", "data_args", "epochs", "pretrain_epochs", "ramp_epochs", "batch_size", "learning_rate",
@@ -41,6 +44,29 @@ class Dataset:
     on_hub: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a checkpoint is, as its card says it: the sources that timm, transformers and `from_pretrained` take."""
+
+    name: str
+    timm: str
+    transformers: str
+    own: str
+    url: str | None  # None where nobody can follow it
+
+    @classmethod
+    def on_hub(cls, repo_id: str, revision: str | None = None) -> Place:
+        """A repository, and the branch of it that the card is for; None is the main one."""
+        url = f"{HUB}/{repo_id}/tree/{revision or 'main'}"
+        return cls(repo_id.split("/")[-1], f"hf-hub:{repo_id}", repo_id, repo_id, url)
+
+    @classmethod
+    def in_clone(cls, name: str) -> Place:
+        """A checkpoint of this project, loaded from the root of a clone."""
+        folder = f"hub/checkpoints/{name}"
+        return cls(name, f"local-dir:{folder}", folder, name, None)
+
+
 def short_card(folder: Path, repo_id: str) -> str:
     """README.md for a checkpoint whose owner writes none: what it is, how to load it, and that nothing was evaluated.
 
@@ -49,49 +75,53 @@ def short_card(folder: Path, repo_id: str) -> str:
         repo_id: USER/NAME.
     """
     metadata = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=TAGS)
-    return _render(metadata=metadata.to_yaml(), repo_id=repo_id, network=read_info(folder), record=None)
+    place = Place.on_hub(repo_id)
+    return _render(metadata=metadata.to_yaml(), place=place, network=read_info(folder), record=None)
 
 
 def run_card(
     record: RunRecord,
-    repo_id: str,
+    place: Place,
     files: Mapping[str, str],
     *,
     license: str | None = LICENSE,
     dataset: str | None = None,
-    revision: str | None = None,
 ) -> str:
     """README.md for a run.
 
     Args:
         record: the run.
-        repo_id: USER/NAME.
+        place: where its checkpoint is.
         files: names of the files beside the card, and what each is.
         license: of the weights, an identifier of the Hub; None names none.
         dataset: the name on the Hub of the data set, if the run had a local copy of it.
-        revision: the branch that it is for; None is the main one.
     """
+    origin = record.origin
+    named = origin is not None and license == origin.license and license not in HUB_LICENSES
     data = dataset_of(record.run.summary.data.source, dataset)
-    results = _results(record, f"{HUB}/{repo_id}/tree/{revision or 'main'}", dataset)
+    results = _results(record, place.url, dataset)
     metadata = ModelCardData(
-        license=license,
+        license="other" if named else license,
+        license_name=license if named else None,
+        base_model=origin.base_model if origin else None,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=[*TAGS, *(["low-rank"] if record.network.branches else [])],
         datasets=[data.kind] if data.on_hub else None,
         metrics=["accuracy"],
-        model_name=repo_id.split("/")[-1],
+        model_name=place.name,
         eval_results=results,
     )
     evaluation = record.evaluation
     return _render(
         metadata=metadata.to_yaml(),
-        repo_id=repo_id,
+        place=place,
         network=record.network,
         record=record,
         data=data,
         tested=dataset_of(evaluation.data.source, dataset) if evaluation else None,
         license=license,
+        origin=origin,
         files=files,
         attacked=[figure for figure in (evaluation.figures if evaluation else ()) if _shows_robustness(figure)],
         training=_training_facts(record, data),
@@ -131,7 +161,7 @@ def without_local_paths(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- front matter
 
 
-def _results(record: RunRecord, source: str, dataset: str | None) -> list[EvalResult]:
+def _results(record: RunRecord, source: str | None, dataset: str | None) -> list[EvalResult]:
     """Clean accuracy, PGD-20 and AutoAttack at 8/255, as far as they were measured."""
     trained = record.run.summary.data
     clean = _result(dataset_of(trained.source, dataset), "test", "accuracy", record.clean, {}, source)
@@ -157,7 +187,12 @@ _METRICS = {"pgd": "PGD-20, L_inf 8/255", "autoattack": "AutoAttack standard, L_
 
 
 def _result(
-    data: Dataset, split: str, name: str, value: Value, protocol: Mapping[str, str | int | float | bool], source: str
+    data: Dataset,
+    split: str,
+    name: str,
+    value: Value,
+    protocol: Mapping[str, str | int | float | bool],
+    source: str | None,
 ) -> EvalResult:
     interval = {"low": value.low, "high": value.high} if value.interval else {}
     # How it was measured goes with the metric: two results on one data set with different arguments of the data set
@@ -176,7 +211,7 @@ def _result(
             "images": value.of,
             **{f"confidence_95_{end}": round(bound or 0.0, 6) for end, bound in interval.items()},
         },
-        source_name=OURS,
+        source_name=OURS if source else None,
         source_url=source,
     )
 

@@ -1,138 +1,247 @@
-"""The list of published checkpoints, hub/checkpoints.yaml, in which nothing is typed that a run has not measured.
+"""The checkpoints of this project: put into the clone with what their runs have measured, listed, and published.
 
-- name: cifar10-resnet10-2lr
-  repo: null                                      # USER/NAME on the Hub, once it is there
-  recipe: recipes/configs/cifar10-small.yaml      # from the root of the project
-  sha256: a0384bc35bb0...                         # of model.safetensors
-  figures: {clean: {...}, pgd: {...}, autoattack: {...}, effective_rank: {layer3: {value: 382, plain: 726}}}
+`add_checkpoint` makes hub/checkpoints/NAME and a row of hub/checkpoints.yaml of an evaluated run; `push_all` publishes
+every checkpoint of the clone and notes its repository in the list, so that `from_pretrained(NAME)` finds it there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import yaml
 from huggingface_hub.utils import yaml_dump
 
+from ..checkpoint import listed, verify
+from ..checkpoint.branches import leave_out_state
+from ..checkpoint.files import CHECKPOINT_FILES, LOWRANK_WEIGHTS
+from ..checkpoint.listed import Accuracy, Figures, ListedCheckpoint, Rank, Sample, folder_of, read_checkpoints
+from ..checkpoint.loading import load_folder
 from ..checkpoint.remote import checked_repo_id
-from ..errors import CheckpointError, nearest
-from ..evaluation.results import Value
-from ..records import default_of, encode
+from ..data import load_images
+from ..errors import CheckpointError, CheckpointWriteError, DataError
+from ..evaluation import PixelModel
+from ..evaluation.pixels import classified_right
+from ..evaluation.results import Value, wilson
+from ..files import disk_errors, folder_aside, read_json, write_whole
+from ..records import encode
 from ..text import markdown_table, percent
-from .card import HUB, code, escaped, share
+from .card import HUB, Place, code, escaped, run_card, share
 from .merging import replaced
+from .push import CARD
+from .record import RunRecord, read_run
+from .run import Outcome, described, files_of, publish_run
 
-if TYPE_CHECKING:
-    from .record import RunRecord
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """An accuracy in [0, 1] with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    images: int
-    plain: float | None = None  # of the plain twin
-
-    def __post_init__(self) -> None:
-        shares = (self.value, self.low, self.high, 0.0 if self.plain is None else self.plain)
-        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in shares):
-            raise ValueError("shares lie between 0 and 1")
-        if not isinstance(self.images, int) or self.images < 1:
-            raise ValueError("images must be a positive integer")
+MOST_BYTES, MOST_BYTES_TOGETHER = 6_000_000, 30_000_000
+SAMPLE = "tests/data/cifar10-sample"  # of a clone
+PICTURE = "plots/spectrum.png"  # of the plots, the one that the card shows
+HEADER = """\
+# Checkpoints trained with this project; python hub/checkpoints.py table shows them.
+# Rows are made by python hub/checkpoints.py add RUN NAME from what the run has measured; nothing is typed.
+"""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rank:
-    """An effective rank: directions that hold 99 % of the variance of a layer."""
-
-    value: int
-    plain: int | None = None  # of the plain twin
-
-    def __post_init__(self) -> None:
-        if not all(isinstance(rank, int) and rank > 0 for rank in (self.value, self.plain or 1)):
-            raise ValueError("effective ranks are positive integers")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What a run has measured; None for what it has not."""
-
-    clean: Accuracy | None = None
-    pgd: Accuracy | None = None  # PGD-20, L_inf 8/255
-    autoattack: Accuracy | None = None  # AutoAttack standard, L_inf 8/255
-    effective_rank: Mapping[str, Rank] = dataclasses.field(default_factory=dict)  # by layer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ListedCheckpoint:
-    """A row of the list."""
-
-    name: str
-    repo: str | None  # USER/NAME on the Hub; None while it is not there
-    recipe: str  # from the root of the project
-    sha256: str  # of model.safetensors
-    figures: Figures
-
-    def __post_init__(self) -> None:
-        checked_repo_id(self.repo or f"user/{self.name}")
-        if not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
-            raise ValueError(f"sha256 must be 64 hexadecimal digits in lower case, not {self.sha256!r}")
-
-
-def read_checkpoints(path: Path) -> tuple[ListedCheckpoint, ...]:
-    """Reads the list.
+def clone_list() -> Path:
+    """hub/checkpoints.yaml of the clone.
 
     Raises:
-        CheckpointError: unknown or missing keys, names twice, sums and figures that cannot be.
+        CheckpointError: this is an installed package.
+    """
+    path = listed.CLONE / "hub" / "checkpoints.yaml"
+    if not path.is_file():
+        raise CheckpointError(
+            f"the checkpoints of this project lie in a clone of it, and {listed.CLONE} is none: run this in a clone "
+            "(pip install -e . there)"
+        )
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- into the clone
+
+
+def add_checkpoint(
+    run: Path, name: str, *, recipe: str | None = None, sample: str | None = None, dataset: str | None = None
+) -> list[str]:
+    """Puts a run into the clone as hub/checkpoints/NAME and into the list; replaces an older one of this name.
+
+    The folder gets the network, its branches, recipe.yaml, summary.json, evaluation.json, the picture of the spectrum
+    and a card, written aside and swapped in; after an error everything is as it was. Where all that is more than
+    `MOST_BYTES`, W and b of the branches are left out. The weights keep their dtype, so that they are those evaluated.
+
+    Args:
+        run: a finished, evaluated run; or such a folder, whose card and row are then made anew.
+        name: of the checkpoint.
+        recipe: from the root of the clone; None is the one in recipes/configs that the run is called after.
+        sample: images on which the right answers are counted, "digits" or a folder from the root of the clone; None
+            is the sample of CIFAR-10.
+        dataset: the name on the Hub of the data set, if the run had a copy of it; None is what the list said before.
+
+    Returns:
+        What was done, in lines for a terminal.
+
+    Raises:
+        CheckpointError: no finished or evaluated run, too large, other classes than the sample, or fewer right answers
+            on the sample than its accuracy on all test images allows.
+    """
+    path = clone_list()
+    before = {one.name: one for one in read_checkpoints(path)}
+    old = before.get(name)
+    record = read_run(run)
+    if record.evaluation is None:
+        raise CheckpointError(f"{run} was not evaluated: run `timm-lowrank evaluate {run}` first")
+    recipe = recipe or f"recipes/configs/{record.run.recipe.name.removesuffix(' (plain)')}.yaml"
+    if not (listed.CLONE / recipe).is_file():
+        raise CheckpointError(
+            f"there is no recipe {recipe} in {listed.CLONE}: give one of recipes/configs with --recipe"
+        )
+    dataset = dataset or (old.dataset if old else None)
+    moved_on = old is not None and old.repo is not None and old.sha256 != record.sha256
+    row = ListedCheckpoint(
+        name=name,
+        repo=None if old is None or moved_on else old.repo,
+        recipe=recipe,
+        sha256=record.sha256,
+        figures=figures_of(record),
+        dataset=dataset,
+    )
+    folder = folder_of(name)
+    with disk_errors(f"could not write {folder}", "What was there is unchanged", CheckpointWriteError):
+        with folder_aside(folder) as new:
+            _write(record, new, name, dataset)
+            row = dataclasses.replace(row, sample=count_right(new, sample or SAMPLE, row.figures.clean))
+            texts = _texts(path, [*({**before, name: row}).values()])
+        for file, text in texts.items():
+            write_whole(file, text)
+    return [
+        f"{folder}: {_size(folder):,} bytes"
+        + ("" if (folder / LOWRANK_WEIGHTS).is_file() or not record.network.branches else ", without W and b"),
+        f"{row.sample.right} of the {row.sample.images} images of {row.sample.source} right",  # type: ignore[union-attr]
+        *([f"note: {old.repo} holds other weights: publish it again"] if moved_on and old else []),
+    ]
+
+
+def _write(record: RunRecord, folder: Path, name: str, dataset: str | None) -> None:
+    """All files of the checkpoint."""
+    for file in CHECKPOINT_FILES:
+        if (record.run.model / file).is_file():
+            shutil.copyfile(record.run.model / file, folder / file)
+    files = {file: source for file, source in files_of(record).items() if file in (PICTURE,) or "/" not in file}
+    for file, source in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+    _write_card(folder, name, dataset)
+    if _size(folder) > MOST_BYTES and (folder / LOWRANK_WEIGHTS).is_file():
+        leave_out_state(folder)
+        _write_card(folder, name, dataset)
+    verify(folder, sha256=record.sha256)
+    others = sum(
+        _size(other) for other in folder_of("").glob("*") if not other.name.startswith(".") and other.name != name
+    )
+    for size, most, what in (
+        (_size(folder), MOST_BYTES, name),
+        (others + _size(folder), MOST_BYTES_TOGETHER, "hub/checkpoints"),
+    ):
+        if size > most:
+            raise CheckpointError(
+                f"{what} would take {size:,} bytes, and {most:,} are the most that a clone carries: publish the run "
+                "with `timm-lowrank push` instead"
+            )
+
+
+def _write_card(folder: Path, name: str, dataset: str | None) -> None:
+    record = read_run(folder)
+    about = described(folder, [file for file in files_of(record) if (folder / file).is_file()])
+    text = run_card(record, Place.in_clone(name), about, license=record.license(), dataset=dataset)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def count_right(folder: Path, source: str, clean: Accuracy | None = None) -> Sample:
+    """How many images of a sample the network of a checkpoint folder tells right, in float32 on the CPU.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        source: "digits", or a folder of parquet files from the root of the clone, of which the test split is taken.
+        clean: the accuracy on all test images, which must be possible beside what is counted.
+
+    Raises:
+        CheckpointError: the classes are not those of the network, or the accuracy cannot be.
     """
     try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"cannot read the list {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(rows, list):
-        raise CheckpointError(f"{path} must hold a list of checkpoints, [] for none")
-    listed: list[ListedCheckpoint] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            listed.append(_row(row))
-            if listed[-1].name in [other.name for other in listed[:-1]]:
-                raise ValueError("there is a row of this name already")
-        except ValueError as error:
-            name = row.get("name", "without a name") if isinstance(row, Mapping) else "without a name"
-            raise CheckpointError(f"{path}: row {number} ({name}): {error}") from error
-    return tuple(listed)
+        place = source if source == "digits" else str(listed.CLONE / source)
+        data = load_images(place, train_split="test", test_split="test")
+    except DataError as error:
+        raise CheckpointError(f"the sample cannot be read: {error}") from error
+    names = read_json(folder / "config.json").get("label_names")
+    if names != list(data.class_names):
+        raise CheckpointError(
+            f"the classes of the sample {source} are {', '.join(data.class_names)}, and those of the network "
+            f"{', '.join(map(str, names or ['not named']))}: give a sample of its own data with --sample"
+        )
+    model = PixelModel(load_folder(folder, lowrank=False).float()).eval()
+    right = int(classified_right(model, data.test_images.float() / 255, data.test_labels).sum())
+    low, high = wilson(right, len(data.test_labels), 0.9999)
+    if clean is not None and not low <= clean.value <= high:
+        raise CheckpointError(
+            f"the network tells {right} of the {len(data.test_labels)} images of {source} right, and {clean.value:.1%} "
+            "of all test images according to its run: the run saw other images, or they were normalised in another way"
+        )
+    return Sample(source=source, images=len(data.test_labels), right=right)
 
 
-def _row(row: object) -> ListedCheckpoint:
-    fields = _fields(ListedCheckpoint, row, "row")
-    figures = _fields(Figures, fields["figures"], "figures")
-    ranks = figures.get("effective_rank", {})
-    known = {
-        key: Accuracy(**_fields(Accuracy, value, key)) for key, value in figures.items() if key != "effective_rank"
-    }
-    ranks = {layer: Rank(**_fields(Rank, rank, f"the rank of {layer}")) for layer, rank in ranks.items()}
-    return ListedCheckpoint(**{**fields, "figures": Figures(**known, effective_rank=ranks)})
+def _texts(path: Path, rows: Sequence[ListedCheckpoint]) -> dict[Path, str]:
+    """The list and the page that shows it, with these rows."""
+    texts = {path: HEADER + str(yaml_dump([encode(row) for row in rows], sort_keys=False))}
+    page = path.parent.parent / "docs" / "hub.md"
+    return texts | ({page: table_in(page, rows)} if page.is_file() else {})
 
 
-def _fields(kind: type[Any], values: object, what: str) -> dict[str, Any]:
-    """The arguments of a dataclass. Raises ValueError unless they are all there and no others."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{what} must be a mapping")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"{what}: there is no key {key!r}. {nearest(str(key), fields)}")
-    for name, field in fields.items():
-        if name not in values and default_of(field) is dataclasses.MISSING:
-            raise ValueError(f"{what}: the key {name!r} is missing")
-    return values
+# ------------------------------------------------------------------------------------------------------- to the Hub
+
+
+def push_all(
+    user: str, *, token: str | None = None, private: bool | None = None, dry_run: Path | None = None
+) -> Iterator[Outcome]:
+    """Publishes every checkpoint of the clone as USER/NAME, and notes the repositories in the list.
+
+    All are checked before the first is sent. After an error those that were published are noted; the same call goes on.
+
+    Args:
+        user: or organisation.
+        token, private: as for `push_to_hub`.
+        dry_run: a new or empty folder that gets a folder NAME for each; nothing is sent or noted.
+
+    Yields:
+        What was published, one after the other.
+
+    Raises:
+        CheckpointError: this is no clone, it holds no checkpoints, one is damaged or not the listed one, or what
+            `publish_run` raises.
+    """
+    path = clone_list()
+    rows = {row.name: row for row in read_checkpoints(path)}
+    here = [row for row in rows.values() if folder_of(row.name).is_dir()]
+    if not here:
+        raise CheckpointError(f"{folder_of('')} holds none of the listed checkpoints: there is nothing to publish")
+    for row in here:
+        checked_repo_id(f"{user}/{row.name}")
+    records = {row.name: read_run(folder_of(row.name), sha256=row.sha256) for row in here}
+    for row in here:
+        repo = f"{user}/{row.name}"
+        outcome = publish_run(
+            records[row.name], repo, token=token, private=private, dataset=row.dataset,
+            dry_run=None if dry_run is None else dry_run / row.name,
+        )  # fmt: skip
+        if dry_run is None:
+            rows[row.name] = dataclasses.replace(row, repo=repo)
+            with disk_errors(f"{repo} was published, but not noted in {path}", "Run it again", CheckpointWriteError):
+                for file, text in _texts(path, [*rows.values()]).items():
+                    write_whole(file, text)
+        yield outcome
 
 
 # ---------------------------------------------------------------------------------------------------- rows and table
@@ -156,19 +265,6 @@ def _accuracy(own: Value | None, plain: Value | None) -> Accuracy | None:
     low, high = (round(end, 6) for end in own.interval)
     twin = None if plain is None else round(plain.value, 6)
     return Accuracy(value=round(own.value, 6), low=low, high=high, images=own.of, plain=twin)
-
-
-def row_of(record: RunRecord, name: str, recipe: str, repo: str | None = None) -> str:
-    """The row of a run in YAML, to be put into the list.
-
-    Args:
-        record: the run.
-        name: of the checkpoint.
-        recipe: from the root of the project.
-        repo: USER/NAME on the Hub, if it is there.
-    """
-    row = ListedCheckpoint(name=name, repo=repo, recipe=recipe, sha256=record.sha256, figures=figures_of(record))
-    return str(yaml_dump([encode(row)], sort_keys=False))
 
 
 def checkpoints_table(checkpoints: Sequence[ListedCheckpoint]) -> str:
@@ -196,19 +292,26 @@ def _cell(accuracy: Accuracy | None) -> str:
     return f"{share(Value(accuracy.value, accuracy.low, accuracy.high))} of {accuracy.images:,}{plain}"
 
 
-def write_table(checkpoints: Sequence[ListedCheckpoint], path: Path) -> None:
-    """Puts the table into a file, between the marks of its generated section "checkpoints".
+def table_in(path: Path, checkpoints: Sequence[ListedCheckpoint]) -> str:
+    """The text of a file with the table between the marks of its generated section "checkpoints".
 
     Raises:
         CheckpointError: the file is not there or has no such marks.
     """
     try:
         text = replaced(path.read_bytes().decode("utf-8"), "checkpoints", checkpoints_table(checkpoints), str(path))
-        if text is None:
-            raise CheckpointError(
-                f"{path} has no place for the table: put the lines <!-- generated: checkpoints --> and "
-                "<!-- end of generated: checkpoints --> where it shall stand"
-            )
-        path.write_bytes(text.encode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot write the table to {path}: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if text is None:
+        raise CheckpointError(
+            f"{path} has no place for the table: put the lines <!-- generated: checkpoints --> and "
+            "<!-- end of generated: checkpoints --> where it shall stand"
+        )
+    return text
+
+
+def write_table(checkpoints: Sequence[ListedCheckpoint], path: Path) -> None:
+    """Puts the table into a file, as `table_in` says."""
+    text = table_in(path, checkpoints)
+    with disk_errors(f"cannot write the table to {path}", "What was there is unchanged", CheckpointWriteError):
+        write_whole(path, text)

@@ -15,6 +15,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..checkpoint import download, read_description, verify
 from ..checkpoint.files import NETWORK_WEIGHTS
+from ..checkpoint.listed import ListedCheckpoint, find_checkpoint, is_bare
 from ..checkpoint.loading import read_info
 from ..checkpoint.remote import hub_errors
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
@@ -28,9 +29,9 @@ from .card import OURS, one_line, share
 class Pulled:
     """A checkpoint that was fetched."""
 
-    repo_id: str
+    repo_id: str  # or the name of a checkpoint of this project that was taken from the clone
     folder: Path  # where it is now
-    commit: str
+    commit: str | None  # None of the clone
     files: tuple[str, ...]  # sorted
     sha256: str  # of model.safetensors
     compared: bool  # whether the Hub was there to be asked for the sums of all files
@@ -49,7 +50,7 @@ class Pulled:
         lines += [
             f"{len(self.files)} files in {self.folder}",
             f"model.safetensors has the sha256 {self.sha256}"
-            + ("; all files are what the Hub lists" if self.compared else "; the Hub could not be asked for the sums"),
+            + ("; all files are what the Hub lists" if self.compared else "; " + self._not_compared()),
             "",
             "load it:",
         ]
@@ -59,6 +60,11 @@ class Pulled:
         lines += [f'    network = timm.create_model("{where}", pretrained=True).eval()', "or, to train on:"]
         pinned = "" if self.kept else f', revision="{self.commit}"'
         return [*lines, "    import timm_lowrank", f'    model = timm_lowrank.from_pretrained("{source}"{pinned})']
+
+    def _not_compared(self) -> str:
+        if self.commit is None:
+            return "it is not on the Hub yet, and was taken from this clone"
+        return "the Hub could not be asked for the sums"
 
 
 def pull(
@@ -72,7 +78,8 @@ def pull(
     """Fetches everything of a repository but pickles, and verifies it.
 
     Args:
-        repo_id: USER/NAME.
+        repo_id: USER/NAME; or the bare name of a checkpoint of this project, whose copy in the clone is taken, and
+            verified, as long as it is not published. Published ones must have the sha256 of the list.
         folder: a new or empty folder that gets the files when all of them are there and verified; None leaves them
             in huggingface_hub's cache.
         revision: branch, tag or commit; None is the main branch.
@@ -86,17 +93,41 @@ def pull(
     """
     if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty: choose a new folder")
+    if is_bare(repo_id):
+        one, here = find_checkpoint(repo_id)
+        if one.repo is None and here is not None:
+            return _from_clone(one, here, folder, revision, sha256)
+        repo_id = str(one.repo)
+        sha256 = sha256 or (one.sha256 if revision is None else None)
     fetched = download(repo_id, revision=revision, token=token, names=None)
     commit = fetched.name  # of the snapshot: the branch may move on meanwhile
     sums = _sums(repo_id, commit, token)
     if damaged := _damaged(fetched, sums):  # on the way or in the cache: once more
         download(repo_id, revision=commit, token=token, names=damaged, force=True)
     _check(fetched, sums, sha256)
-    names = tuple(sorted(p.relative_to(fetched).as_posix() for p in fetched.rglob("*") if p.is_file()))
+    names = _names(fetched)
     if folder is not None:
         _copy(fetched, folder, names, sums, sha256)
     where = folder or fetched
     return Pulled(repo_id, where, commit, names, sha256_of(where / NETWORK_WEIGHTS), bool(sums), folder is not None)
+
+
+def _from_clone(
+    one: ListedCheckpoint, here: Path, folder: Path | None, revision: str | None, sha256: str | None
+) -> Pulled:
+    if revision is not None:
+        raise CheckpointError(
+            f"{one.name} is not on the Hub yet, and its copy in the clone has no revisions: leave it out"
+        )
+    verify(here, sha256=sha256 or one.sha256)
+    names = _names(here)
+    if folder is not None:
+        _copy(here, folder, names, {}, sha256 or one.sha256)
+    return Pulled(one.name, folder or here, None, names, one.sha256, compared=False, kept=True)
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
 
 
 def _sums(repo_id: str, commit: str, token: str | None) -> dict[str, str]:

@@ -58,12 +58,15 @@ def replaced(text: str, name: str, body: str, where: str) -> str | None:
 
 
 def license_of(card: str, where: str) -> str | None:
-    """The licence that the front matter of a card names, several with commas between them.
+    """The licence that the front matter of a card names, "other" by its own name, several with commas between them.
 
     Raises:
         CheckpointError: it is no YAML mapping.
     """
-    named = _loaded(_split(card.removeprefix("\ufeff").replace("\r\n", "\n"))[0], where).get("license")
+    front = _loaded(_split(card.removeprefix("\ufeff").replace("\r\n", "\n"))[0], where)
+    named = front.get("license")
+    if named == "other":
+        named = front.get("license_name") or named
     return ", ".join(str(name) for name in (named if isinstance(named, list) else [named]) if name) or None
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
+from timm.models import get_pretrained_cfg
+
 from ..checkpoint import verify
-from ..checkpoint.files import NETWORK_WEIGHTS
+from ..checkpoint.files import NETWORK_CONFIG, NETWORK_WEIGHTS
 from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
 from ..evaluation.results import Evaluation, Figure, Headline, Kind, Value, read_evaluation
-from ..files import sha256_of, weights_sha256
+from ..files import read_json, sha256_of, weights_sha256
 from ..training.run import Run, Summary
+from .card import LICENSE
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 EPS = 8 / 255  # radius of the attacks that a card and the list of checkpoints name first
@@ -24,6 +28,15 @@ class EffectiveRank:
     own: int
     plain: int | None  # of the plain twin
     images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Pretrained weights that a training began from."""
+
+    name: str  # of the network, the repository or the file
+    base_model: str | None  # repository on the Hub
+    license: str | None  # None if it is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +61,36 @@ class RunRecord:
         """The same of the plain twin; None if there is none."""
         twin = self.run.summary.twin
         return _clean(twin) if twin else self.plain(self.headline().clean)
+
+    @property
+    def origin(self) -> Origin | None:
+        """The pretrained weights that the recipe names; None for a network trained from scratch."""
+        name, options = self.run.recipe.model, self.run.recipe.model_args
+        if path := options.get("checkpoint_path"):
+            return Origin(re.split(r"[/\\]", str(path))[-1], None, None)
+        if not options.get("pretrained"):
+            return None
+        cfg = read_json(self.run.model / NETWORK_CONFIG).get("pretrained_cfg", {})
+        license = str(cfg.get("license") or "unknown").lower()
+        remote = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@.*)?", name)
+        known = None if remote else get_pretrained_cfg(name)
+        base = remote[1] if remote else known.hf_hub_id if known else None
+        return Origin(base or name, base, None if license == "unknown" else license)
+
+    def license(self) -> str:
+        """The licence of the weights where their owner names none: that of the pretrained ones, or Apache-2.0.
+
+        Raises:
+            CheckpointError: the licence of the pretrained weights is not known.
+        """
+        if self.origin is None:
+            return LICENSE
+        if self.origin.license is None:
+            raise CheckpointError(
+                f"the training began from the weights {self.origin.name}, whose licence is not known and binds what is "
+                "made of them: look it up and name it with --license"
+            )
+        return self.origin.license
 
     def figure(self, kind: Kind, layer: str | None = None, directions: int | None = None) -> Figure | None:
         """The first figure of the evaluation of this kind."""

@@ -17,7 +17,8 @@ from ..checkpoint.files import CHECKPOINT_FILES
 from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..errors import CheckpointError
 from ..files import read_json
-from .card import LICENSE, run_card, without_local_paths
+from ..training.run import PUBLISHED_RECIPE
+from .card import Place, run_card, without_local_paths
 from .merging import license_of, merge, section
 from .push import CARD, Published, push_to_hub
 from .record import RunRecord, read_run
@@ -85,7 +86,8 @@ def publish_run(
         run: the folder of a finished run of `timm-lowrank train`, or what `read_run` made of it.
         repo_id: USER/NAME.
         token, private, revision: as for `push_to_hub`.
-        license: of the weights, an identifier of the Hub; None keeps what the card says; a new one says Apache-2.0.
+        license: of the weights, an identifier of the Hub; None keeps what the card says; a new one takes that of the
+            pretrained weights, and for a network trained from scratch Apache-2.0.
         dataset: the name on the Hub of the data set, if the run had a local copy of it.
         keep_card: leave the card of the repository as it is.
         dry_run: a new or empty folder. What the repository holds is asked for and taken into account, if the Hub
@@ -102,16 +104,16 @@ def publish_run(
             f"{repo_id} exists and is public, and private is for new repositories: make it private in its settings "
             "first, or choose another name. Nothing was published"
         )
-    files = _files_of(record)
+    files = files_of(record)
     card, notes = held.card, held.notes
     if card is None or not keep_card:
         where = f"{CARD} of {repo_id}"
-        named = license or (LICENSE if card is None else license_of(card, where))
-        beside = [name for name in CHECKPOINT_FILES if (record.run.model / name).is_file()]
-        about = {
-            name: FILE_DESCRIPTIONS.get(name, "a picture of its training or evaluation") for name in (*beside, *files)
-        }
-        new = run_card(record, repo_id, about, license=named, dataset=dataset, revision=revision)
+        named = license or (record.license() if card is None else license_of(card, where))
+        origin = record.origin
+        if origin and origin.license and named != origin.license:
+            notes = (*notes, f"the card names the licence {named}, and {origin.name} is under {origin.license}")
+        place = Place.on_hub(repo_id, revision)
+        new = run_card(record, place, described(record.run.model, files), license=named, dataset=dataset)
         if card is None:
             card = new
         else:
@@ -179,11 +181,17 @@ def _stale(held: RepositoryState, files: Collection[str]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- what is sent
 
 
-def _files_of(record: RunRecord) -> dict[str, Path | bytes]:
+def described(folder: Path, beside: Collection[str]) -> dict[str, str]:
+    """What each file of the checkpoint in `folder` and of those `beside` it is, for the card."""
+    names = (*(name for name in CHECKPOINT_FILES if (folder / name).is_file()), *beside)
+    return {name: FILE_DESCRIPTIONS.get(name, "a picture of its training or evaluation") for name in names}
+
+
+def files_of(record: RunRecord) -> dict[str, Path | bytes]:
     """What goes beside the checkpoint: name in the repository to a file or its content."""
     run = record.run
     files: dict[str, Path | bytes] = {
-        "recipe.yaml": _cleaned(run.config, lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))),
+        PUBLISHED_RECIPE: _cleaned(run.config, lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))),
         "summary.json": _cleaned(run.summary_json, read_json),
     }
     if record.evaluation is not None:

@@ -29,21 +29,25 @@ if TYPE_CHECKING:
 
 # What decides how images reach the network, not which: their fingerprint is compared instead.
 FREE = ("data", "streaming", "workers")
+PUBLISHED_RECIPE = "recipe.yaml"
 
 Spectrum = dict[str, list[float]]  # for each layer the largest shares of its variance, descending
 
 
 class RunPaths:
-    """Where the files of a run are."""
+    """Where the files of a run are, or of a run that was published: then all lie in one folder, beside recipe.yaml."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = folder = Path(folder)
-        self.config = folder / RUN_CONFIG  # the recipe
+        published = (folder / PUBLISHED_RECIPE).is_file() and not (folder / RUN_CONFIG).is_file()
+        self.config = folder / (PUBLISHED_RECIPE if published else RUN_CONFIG)  # the recipe
         self.metrics_csv = folder / "metrics.csv"  # a row an epoch
         self.summary_json = folder / "summary.json"  # written last of all: a run that has it is finished
         self.spectrum_json = folder / "spectrum.json"
         self.evaluation_json = folder / "evaluation.json"
-        self.model = folder / RUN_MODEL  # what `save_pretrained` writes, and `from_pretrained` and timm read
+        self.model = (
+            folder if published else folder / RUN_MODEL
+        )  # what `save_pretrained` writes, and `from_pretrained` and timm read
         self.checkpoint_folder = folder / "checkpoints"  # accelerate's, to resume from
         self.plots = folder / "plots"
         self.twin = folder / "twin"  # the run of the plain twin
