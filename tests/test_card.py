@@ -21,7 +21,7 @@ from timm_lowrank.evaluation.results import Check, Value, Verdict, write_evaluat
 from timm_lowrank.publish.card import Place, code, escaped, run_card, short_card, without_local_paths
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.record import read_run
-from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PixelNoise
+from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PGDSteps, PixelNoise
 from timm_lowrank.suites.measurements.base import Context, Results
 from timm_lowrank.suites.networks import load_network
 from timm_lowrank.suites.plan import chosen_suites, measurements_of
@@ -155,7 +155,7 @@ def test_figures_are_told_apart_by_what_they_are_not_by_their_names(run):
     clean, pgd, auto = ModelCard(card(run)).data.eval_results
     assert [result.metric_value for result in (clean, pgd, auto)] == [0.9005, 0.3, 0.015]
     assert "accuracy on 10 PCA directions | 85.0 %" in section(card(run), "low-rank")
-    others_shown = re.findall(r"50.0 % .* radius ([^;]*)", section(card(run), "robustness"))
+    others_shown = re.findall(r"50.0 % .* radius (\S*) of the pixel range;", section(card(run), "robustness"))
     assert others_shown == ["4/255", "8/255", "8/255"], "PGD-20 in L_inf, in L2 and with restarts"
 
 
@@ -183,12 +183,18 @@ def test_what_the_suites_measure_is_what_the_card_looks_for(run):
     """Figures as the measurements themselves make them, of made-up observations of four images."""
     setting = SimpleNamespace(images=range(4), seed=0)
     context = SimpleNamespace(
-        confidence=0.95, chunk=100, other=lambda title: None, protocol=functools.partial(Context.protocol, setting)
+        networks={"2-LR": None},
+        confidence=0.95,
+        chunk=100,
+        other=lambda title: None,
+        protocol=functools.partial(Context.protocol, setting),
     )
-    observed = {"2-LR": {"correct": [True] * 3 + [False], "withstood": [True] + [False] * 3}}
+    attacked = [True] + [False] * 3
+    names = ("withstood", "white 7", "white 20")
+    observed = {"2-LR": {"correct": [True] * 3 + [False], **dict.fromkeys(names, attacked)}}
     results = Results()
     for measurement in measurements_of(chosen_suites(["quick", "autoattack"])):
-        if isinstance(measurement, Clean | PGD | AutoAttack | PixelNoise):
+        if isinstance(measurement, Clean | PGD | PGDSteps | AutoAttack | PixelNoise):
             measurement.report(context, observed, results)
     edit(run, figures=tuple(results.figures))
     shown = ModelCard(card(run)).data.eval_results

@@ -215,7 +215,9 @@ def test_every_figure_stands_there_with_its_interval_and_its_counts(page):
     assert "\u2248|\u22121.4|\u22124.2 to +1.3|within chance" in page.row("Clean images")
     assert "lower is better" in page.row("Iter-LL-FGSM, target hit")
     assert "higher is better" not in page.text
-    assert "In every row: 1 restart, 360 images, seed 0. Higher is better." in page.text
+    assert (
+        "In every row: radii in parts of the pixel range, 1 restart, 360 images, seed 0. Higher is better." in page.text
+    )
     assert "not measured" in page.row("AutoAttack L2, 0.5")
     assert {"cx": "41.11%", "cy": "6", "r": "3", "class": "network-0"} in page.named("circle")
     assert f"0.211|0.201 {DASH} 0.229|346 images" in page.row("DeepFool, median rho")

@@ -179,9 +179,9 @@ def test_a_protocol_is_told_in_order():
     attack = dataclasses.replace(PGD, crafted_on={"2-LR": "plain", "plain": "2-LR"}, notes=("last iterate",))
     protocol = Protocol(images=360, seed=0, attack=attack, details={"batch": 100})
     assert list(protocol.entries().items()) == [
-        ("attack", "PGD, L_inf, last iterate"), ("eps", "8/255"), ("steps", 20), ("step_size", "2/255"),
-        ("random_start", True), ("restarts", 1), ("crafted_on", "plain for 2-LR; 2-LR for plain"), ("batch", 100),
-        ("images", 360), ("seed", 0),
+        ("attack", "PGD, L_inf, last iterate"), ("eps", "8/255"), ("radius_unit", "pixel"), ("steps", 20),
+        ("step_size", "2/255"), ("random_start", True), ("restarts", 1),
+        ("crafted_on", "plain for 2-LR; 2-LR for plain"), ("batch", 100), ("images", 360), ("seed", 0),
     ]  # fmt: skip
     noise = Protocol(noise=NoiseProtocol(0.4, "variance 128/255")).entries()
     assert noise == {"noise": "Gaussian, variance 128/255, clipped to [0, 1]", "probability": 0.4}

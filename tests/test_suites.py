@@ -26,15 +26,24 @@ from timm_lowrank.data import load_images
 from timm_lowrank.data.images import balanced_rows
 from timm_lowrank.errors import EvaluationError, RunError
 from timm_lowrank.evaluation import PixelModel, activations
-from timm_lowrank.evaluation.results import Kind, Settings, read_evaluation
+from timm_lowrank.evaluation.results import (
+    Kind,
+    Settings,
+    evaluation_from_json,
+    evaluation_to_json,
+    headline,
+    read_evaluation,
+)
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes, plan
 from timm_lowrank.suites import evaluation as evaluation_module
 from timm_lowrank.suites.measurements import accuracy
-from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis
+from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
 from timm_lowrank.suites.measurements.classifiers import LeadingFeatures
+from timm_lowrank.suites.measurements.perturbations import AdversarialStrip
 from timm_lowrank.suites.measurements.representations import CutPreactivations, Sparsity
 from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
+from timm_lowrank.text import phrases
 from timm_lowrank.training import Recipe, train
 
 ROOT = Path(__file__).parents[1]
@@ -71,8 +80,8 @@ def small(monkeypatch):
     """A suite of a second: one measurement of each kind, chunked and whole, with and without a second network."""
 
     wanted = ("clean", "pgd-madry-20-8-255", "transfer", "noise-standard-deviation-1", "spectrum", "compression")
-    measurements = [one for one in plan.SUITES["quick"].measurements() if one.key.startswith(wanted)]
-    monkeypatch.setitem(plan.SUITES, "small", plan.Suite(lambda: measurements, 40, 200))
+    measurements = [one for one in plan.SUITES["quick"].measurements(plan.Extent()) if one.key.startswith(wanted)]
+    monkeypatch.setitem(plan.SUITES, "small", plan.Suite(lambda extent: measurements, 40, 200))
     return ("small",)
 
 
@@ -363,6 +372,8 @@ def test_bytes_that_are_no_partial_results_are_replaced(partial):
     [
         ({"suites": ("paper", "qick")}, r"no suite qick.*quick, paper, autoattack"),
         ({"chunk": 0}, "--batch-size must be at least 1"),
+        ({"table_limit": 0}, "--table-limit must be at least 1"),
+        ({"radius_units": ("normalised",)}, "did you mean 'normalized'"),
         ({"limit": 0}, "--limit and --train-limit must be at least 1"),
         ({"run": "nowhere/at/all"}, "neither a folder here nor a network"),
         ({"run": "./nowhere"}, "is no run folder"),
@@ -391,10 +402,11 @@ def test_a_damaged_or_unfinished_run_says_so(trained, tmp_path):
 
 
 def test_too_few_images_for_a_verdict_are_a_warning(trained, tmp_path, monkeypatch):
-    monkeypatch.setitem(plan.SUITES, "verdict", plan.Suite(lambda: [Clean(), Diagnosis(8 / 255, "quick")], 3, 10))
+    few = plan.Suite(lambda extent: [Clean(), Diagnosis(8 / 255, "quick")], 3, 10)
+    monkeypatch.setitem(plan.SUITES, "verdict", few)
     evaluation = evaluated_in(trained, tmp_path, limit=3, suites=("verdict",), against=("none",))
     assert evaluation.verdicts == {}
-    assert any("no verdict on gradient masking" in text for text in evaluation.warnings)
+    assert any("diagnosis gives no verdict on gradient masking" in text for text in evaluation.warnings)
     assert (tmp_path / "report.html").exists()
 
 
@@ -413,15 +425,107 @@ def test_a_measurement_that_fails_leaves_the_others(trained, tmp_path, monkeypat
 
 @pytest.mark.parametrize("suite", plan.SUITES)
 def test_every_measurement_of_a_suite_has_a_name_of_its_own(suite):
-    measurements = plan.SUITES[suite].measurements()
+    measurements = plan.SUITES[suite].measurements(plan.Extent(plan.SUITES[suite].radius_units))
     keys = [measurement.key for measurement in measurements]
     assert len(set(keys)) == len(keys)
     assert {measurement.key for measurement in plan.measurements_of(plan.chosen_suites([suite]))} == set(keys)
     assert len(set(map(repr, measurements))) == len(keys)  # the settings tell them apart as well
 
 
+def test_of_two_suites_what_one_attack_gives_is_measured_once():
+    keys = [one.key for one in plan.measurements_of(plan.chosen_suites(["quick", "paper", "autoattack"]))]
+    assert "pgd-madry-7+20-8-255" in keys
+    assert not {"pgd-madry-20-8-255", "transfer-madry-20-8-255"} & set(keys)
+    assert len(set(keys)) == len(keys)
+
+
+UNITS_OF_RADII = ("pixel", "normalized")
+
+
+@pytest.fixture(scope="module")
+def table(trained, tmp_path_factory):
+    """A table like the first in both units on 15 of 40 images; and each of its cells by itself, on all of them."""
+    AcceleratorState._reset_state(True)
+    output = tmp_path_factory.mktemp("table")
+    grid = [
+        PGDSteps(setting, eps / 255, (3, 6), unit, 15)
+        for unit in UNITS_OF_RADII
+        for setting, eps in (("madry", 16), ("fixed", 40), ("paper", 40))
+    ]
+    cells = tuple(one.part(steps, black_box=box) for one in grid for steps in (3, 6) for box in (False, True))
+    together = evaluated_in(trained, output / "grid", measurements=tuple(grid), limit=40, pages=False)
+    return grid, together, evaluated_in(trained, output / "cells", measurements=cells, limit=40, pages=False)
+
+
+def test_one_attack_gives_every_cell_of_the_table(table):
+    grid, together, cells = table
+    assert len(together.figures) == 24
+    assert {figure.key for figure in together.figures} == {figure.key for figure in cells.figures}
+    for figure in together.figures:
+        alone = cells.figure(figure.key)
+        assert (figure.label, figure.kind, figure.group) == (alone.label, alone.kind, alone.group)
+        assert figure.protocol.attack == alone.protocol.attack
+        assert (figure.protocol.images, alone.protocol.images) == (15, 40)
+        for title, value in figure.values.items():
+            assert value.of == 15
+            assert value.hits <= alone.values[title].hits <= value.hits + 25
+    whole = [dataclasses.replace(one, images=None) for one in grid]
+    assert all(one.covers(PGD(one.setting, one.eps, 6, radius_unit=one.radius_unit)) for one in whole)
+
+
+def test_all_images_give_the_same_as_each_attack_alone(table, trained, tmp_path):
+    grid, _, cells = table
+    whole = tuple(dataclasses.replace(one, images=None) for one in grid)
+    evaluation = evaluated_in(trained, tmp_path, measurements=whole, limit=40, pages=False)
+    for figure in evaluation.figures:
+        assert figure == cells.figure(figure.key)
+    black = evaluation.figure("transfer-madry-normalized-6-16-255")
+    assert black.protocol.attack.crafted_on == {"2-LR": "plain", "plain": "2-LR"}
+    assert black.values != evaluation.figure("pgd-madry-normalized-6-16-255").values
+    # One network by itself, with a source that is not measured.
+    against = {"source": str(trained / "twin"), "measurements": whole[:1], "limit": 40, "pages": False}
+    one = evaluated_in(trained, tmp_path / "one", **against)
+    assert [figure.values["2-LR"] for figure in one.figures] == [
+        cells.figure(figure.key).values["2-LR"] for figure in one.figures
+    ]
+    assert len(one.figures) == 4
+    alone = evaluated_in(trained, tmp_path / "alone", **against | {"source": None, "against": ("none",)})
+    assert [figure.kind for figure in alone.figures] == [Kind.ATTACK] * 2
+    assert any("was not measured as a black box" in text for text in alone.warnings)
+
+
+def test_units_of_a_radius_share_neither_key_nor_headline(table):
+    _, evaluation, _ = table
+    for figure in evaluation.figures:
+        normalized = figure.protocol.attack.radius_unit == "normalized"
+        assert ("normalized" in figure.key) == ("normalised" in figure.label) == normalized
+        words = " ".join(phrases(figure.protocol.entries()))
+        assert f"/255 {'in normalised units' if normalized else 'of the pixel range'}" in words
+    assert headline(evaluation).pgd.protocol.attack.radius_unit == "pixel"
+    only = [figure for figure in evaluation.figures if figure.protocol.attack.radius_unit == "normalized"]
+    assert headline(dataclasses.replace(evaluation, figures=tuple(only))).pgd is None
+    assert read_evaluation_of(evaluation) == evaluation
+
+
+def read_evaluation_of(evaluation):
+    return evaluation_from_json(json.loads(evaluation_to_json(evaluation)))
+
+
+def test_a_diagnosis_in_each_unit(trained, tmp_path):
+    measurements = tuple(Diagnosis(8 / 255, "quick", unit) for unit in UNITS_OF_RADII)
+    evaluation = evaluated_in(trained, tmp_path, measurements=measurements, limit=30)
+    assert set(evaluation.verdicts) == set(evaluation.normalized_verdicts) == {"2-LR", "plain"}
+    for title, verdict in evaluation.normalized_verdicts.items():
+        assert "in normalised units" in verdict.checks[1].says
+        assert "in normalised units" not in evaluation.verdicts[title].checks[1].says
+    assert read_evaluation(tmp_path / "evaluation.json") == evaluation
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(", radii in normalised units") >= 2
+    assert "radii in normalised units" in text_table(evaluation)
+
+
 def test_units_cover_every_image_once():
     context = SimpleNamespace(networks=dict.fromkeys("ab"), images=range(7), chunk=3, other=lambda title: None)
-    measurements = [Clean(), PGD("madry", 8 / 255, 2, black_box=True), plan.SUITES["quick"].measurements()[-1]]
+    measurements = [Clean(), PGD("madry", 8 / 255, 2, black_box=True), AdversarialStrip("pgd")]
     units = plan_units(context, measurements)
     assert units == [(key, title, k) for title in "ab" for key, n in (("clean", 3), ("strip-pgd", 1)) for k in range(n)]

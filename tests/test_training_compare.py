@@ -1,5 +1,6 @@
 """Comparing evaluated runs."""
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -16,6 +17,8 @@ from timm_lowrank.training.compare import compare_runs
 ROOT = Path(__file__).parents[1]
 PROTOCOL = results.Protocol(images=200)
 ATTACK = results.Protocol(images=200, attack=results.AttackProtocol(name="PGD", eps=8 / 255, steps=20))
+NORMALIZED = dataclasses.replace(ATTACK, attack=dataclasses.replace(ATTACK.attack, radius_unit="normalized"))
+WEAKER = dataclasses.replace(NORMALIZED, attack=dataclasses.replace(NORMALIZED.attack, steps=7))
 
 
 def figure(key, kind, values, **options):
@@ -39,6 +42,8 @@ def evaluated(folder, weights, rank, images=200, title="2-LR", twin="t", **hits)
     figures = [
         figure("clean", Kind.CLEAN, values["clean"]),
         figure("pgd-20", Kind.ATTACK, values.get("pgd", {}), protocol=ATTACK),
+        figure("pgd-20-n", Kind.ATTACK, values.get("normalized", {}), protocol=NORMALIZED),
+        figure("pgd-7-n", Kind.ATTACK, values.get("normalized", {}), protocol=WEAKER),
         figure("other", Kind.OTHER, values["clean"]),
         figure("compression-layer3-5", Kind.COMPRESSION, values["linear"], layer="layer3", directions=5),
         figure(
@@ -78,6 +83,17 @@ def test_runs_are_averaged_over_seeds_and_every_network_counts_once(runs):
     assert (linear.cell("low"), linear.cell("N-LR")) == ("60.5 ± 0.7", "50.0")
     assert (rank.cell("low"), rank.cell("N-LR")) == ("8.0 ± 1.4", "30")
     assert (pgd.cell("low"), pgd.cell("N-LR")) == ("20.0", "-")  # a number on one of two, and measured on none
+
+
+def test_both_units_of_a_radius_are_named(runs, tmp_path):
+    assert compare_runs(runs).table().endswith("\n\nRadii are parts of the pixel range.")
+    both = evaluated(tmp_path / "both", "d", rank=7.0, clean=90, linear=60, pgd=3, normalized=40)
+    compared = compare_runs([both])
+    assert [(one.key, one.radius_unit, one.values["both"]) for one in compared.figures[1:3]] == [
+        ("pgd-20", "pixel", [0.03]), ("pgd-20-n", "normalized", [0.4]),
+    ]  # fmt: skip
+    assert "normalised are parts of the standard deviation of each channel." in compared.table()
+    assert compared.to_dict()["figures"]["pgd-20-n"]["radius_unit"] == "normalized"
 
 
 def test_what_cannot_be_compared_is_named_at_once(runs, tmp_path):

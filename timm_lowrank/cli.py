@@ -179,6 +179,15 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         "--other-labels", metavar="COLUMN",
         help="a column of other labels: how well a linear classifier tells them from the representation",
     )  # fmt: skip
+    parser.add_argument(
+        "--radius-unit", nargs="+", choices=["pixel", "normalized"], metavar="UNIT",
+        help="of the radii of PGD and of the diagnosis: pixel (parts of the pixel range), normalized (of the standard "
+        "deviation of each channel), or both (default: pixel; for paper both)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--table-limit", type=int, metavar="N",
+        help="test images of the paper's Table 1: two units, three step sizes, four radii (default: as --limit)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images in a batch (default 100)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes (default: the run folder)")
@@ -194,6 +203,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     options = Options(
         network=given.network, against=tuple(given.against), suites=tuple(dict.fromkeys(given.suite)), data=given.data,
         limit=given.limit, train_limit=given.train_limit, other_labels=given.other_labels, seed=given.seed,
+        radius_units=None if given.radius_unit is None else tuple(given.radius_unit), table_limit=given.table_limit,
         chunk=given.batch_size, output=given.output, overwrite=given.overwrite,
         command=shlex.join([PROGRAM, *given.arguments]),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 TIMES = "\u00d7"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 NOT_A_NUMBER = "not a number"
+RADIUS_UNITS = {"pixel": "of the pixel range", "normalized": "in normalised units"}
 COUNTED = {"restarts": ("restart", "restarts"), "images": ("image", "images"), "queries": ("query", "queries")}
 
 
@@ -63,11 +64,17 @@ def phrases(entries: Mapping[str, str | int | float | bool]) -> list[str]:
 
     >>> phrases({"attack": "PGD, L_inf", "eps": "8/255", "steps": 20, "step_size": "2/255", "random_start": False})
     ['PGD, L_inf', 'radius 8/255', '20 steps of 2/255', 'no random start']
+    >>> phrases({"eps": "8/255", "radius_unit": "normalized", "steps": 7})
+    ['radius 8/255 in normalised units', '7 steps']
     """
     left = dict(entries)
     words = [str(left.pop("attack"))] if "attack" in left else []
+    unit = left.pop("radius_unit", None)
+    units = "" if unit is None else f" {RADIUS_UNITS.get(str(unit), unit)}"
     if "eps" in left:
-        words.append(f"radius {left.pop('eps')}")
+        words.append(f"radius {left.pop('eps')}{units}")
+    elif unit is not None:
+        words.append("radii in parts of the pixel range" if unit == "pixel" else f"radii{units}")
     if "steps" in left:
         steps = left.pop("steps")
         step = f" of {left.pop('step_size')}" if "step_size" in left else ""

@@ -168,9 +168,10 @@ class AttackProtocol:
 
     name: str  # "PGD", "Iter-FGSM", "Iter-LL-FGSM", "DeepFool", "AutoAttack"
     norm: str = "linf"  # a key of NORMS
-    eps: float | None = None  # radius, in units of the pixel range; None: the attack looks for the smallest
+    eps: float | None = None  # radius, in `radius_unit`; None: the attack looks for the smallest
     steps: int | None = None
-    step_size: float | None = None
+    step_size: float | None = None  # in `radius_unit`
+    radius_unit: str = "pixel"  # the pixel range; or "normalized", the standard deviation of each channel
     random_start: bool | None = None
     restarts: int | None = None
     setting: str | None = None  # where steps and starts are from: "Madry", "paper"
@@ -214,7 +215,9 @@ class Protocol:
         if self.attack:
             attack, on = self.attack, self.attack.crafted_on
             shown = {
-                "attack": attack.text, "setting": attack.setting, "eps": _radius(attack.eps), "steps": attack.steps,
+                "attack": attack.text, "setting": attack.setting, "eps": _radius(attack.eps),
+                "radius_unit": None if attack.eps is attack.step_size is None else attack.radius_unit,
+                "steps": attack.steps,
                 "step_size": _radius(attack.step_size), "random_start": attack.random_start,
                 "restarts": attack.restarts, "targeted": attack.targeted or None,
                 "stops_at_success": attack.stops_at_success,
@@ -438,14 +441,18 @@ class Evaluation:
     figures: tuple[Figure, ...]
     curves: tuple[Curve, ...]
     strips: tuple[Strip, ...]
-    verdicts: Mapping[str, Verdict]  # title -> verdict
+    verdicts: Mapping[str, Verdict]  # title -> verdict, of attacks with radii in units of the pixel range
     warnings: tuple[str, ...]
+    normalized_verdicts: Mapping[str, Verdict] = dataclasses.field(
+        default_factory=dict
+    )  # the same, in normalised units
     processes: int = 1
     command: str | None = None  # that gives the same again
     settings: Settings | None = None  # None: it was not made by `timm-lowrank evaluate`
 
     def __post_init__(self) -> None:
-        _refuse(_contradictions(self.networks, self.figures, self.curves, self.strips, self.verdicts))
+        verdicts = (self.verdicts, self.normalized_verdicts)
+        _refuse(_contradictions(self.networks, self.figures, self.curves, self.strips, *verdicts))
 
     @property
     def titles(self) -> tuple[str, ...]:
@@ -492,7 +499,7 @@ class Headline(NamedTuple):
 
 
 def headline(evaluation: Evaluation) -> Headline:
-    """Clean accuracy, PGD and AutoAttack.
+    """Clean accuracy, PGD and AutoAttack, with radii in units of the pixel range alone.
 
     PGD is the untargeted white-box one in L_inf with most steps among those measured on most networks, 20 if there are
     20, at the largest radius up to 8/255. AutoAttack is the L_inf one at that radius, otherwise the nearest to it.
@@ -502,7 +509,7 @@ def headline(evaluation: Evaluation) -> Headline:
         (figure, attack, attack.eps)
         for figure in evaluation.by_kind(Kind.ATTACK)
         if figure.values and (attack := figure.protocol.attack)
-        if attack.eps is not None and attack.norm == "linf" and not attack.targeted
+        if attack.eps is not None and attack.norm == "linf" and not attack.targeted and attack.radius_unit == "pixel"
     ]
     limit = 8 / 255
 
@@ -569,6 +576,7 @@ def evaluation_from_json(content: Mapping[str, Any]) -> Evaluation:
     fields = decode_fields(Evaluation, content, problems, nulls=True)
     parts = [fields.get(name) for name in ("networks", "figures", "curves", "strips", "verdicts")]
     if problems and None not in parts:
+        parts.append(fields.get("normalized_verdicts") or {})
         problems += _contradictions(*parts)  # type: ignore[arg-type]
     _refuse(problems)
     return Evaluation(**fields)
@@ -590,6 +598,7 @@ def _contradictions(
     curves: Sequence[Curve],
     strips: Sequence[Strip],
     verdicts: Mapping[str, Verdict],
+    normalized_verdicts: Mapping[str, Verdict],
 ) -> Iterator[str]:
     titles = [network.title for network in networks]
     if not titles or len(set(titles)) < len(titles) or not all(titles):
@@ -620,7 +629,8 @@ def _contradictions(
                 yield f"the row {row.name!r} of {where} does not hold images of the shape {list(strip.shape)}"
             elif len(row.captions) != strip.shape[0]:
                 yield f"the row {row.name!r} of {where} needs a caption for each of its {strip.shape[0]} images"
-    yield from unknown(verdicts, "verdicts")
-    for title, verdict in verdicts.items():
-        if verdict.verdict not in VERDICTS:
-            yield f"verdicts[{title!r}] is {verdict.verdict!r}, not one of {', '.join(VERDICTS)}"
+    for name, given in (("verdicts", verdicts), ("normalized_verdicts", normalized_verdicts)):
+        yield from unknown(given, name)
+        for title, verdict in given.items():
+            if verdict.verdict not in VERDICTS:
+                yield f"{name}[{title!r}] is {verdict.verdict!r}, not one of {', '.join(VERDICTS)}"

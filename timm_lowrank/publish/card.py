@@ -228,7 +228,8 @@ def _shows_robustness(figure: Figure) -> bool:
         return figure.kind is Kind.CLEAN
     if attack is None or attack.targeted:
         return False
-    return attack.name == "AutoAttack" or (attack.name == "PGD" and attack.steps == 20 and bool(attack.random_start))
+    madry = attack.setting in (None, "Madry") and bool(attack.random_start)
+    return attack.name == "AutoAttack" or (attack.name == "PGD" and attack.steps == 20 and madry)
 
 
 def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:

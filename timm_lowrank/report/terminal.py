@@ -21,6 +21,10 @@ def text_table(evaluation: Evaluation) -> str:
     titles = evaluation.titles
     lines = [_cut(f"{title}: {one.verdict}. {one.summary}", WIDTH) for title, one in evaluation.verdicts.items()]
     lines += [
+        _cut(f"{title}, radii in normalised units: {one.verdict}. {one.summary}", WIDTH)
+        for title, one in evaluation.normalized_verdicts.items()
+    ]
+    lines += [
         _table(evaluation, titles[start : start + TOGETHER], compared=len(titles) == 2)
         for start in range(0, len(titles), TOGETHER)
     ]

@@ -42,6 +42,10 @@ class Options:
         data: where the images are; None is where the run's recipe says.
         limit, train_limit: test images, and training images that classifiers and PCA are fitted on, as many of
             each class as there are; None are those of the suite.
+        radius_units: in which PGD and the diagnosis of masking have their radii, "pixel", "normalized" or both; None
+            are those of the suites. AutoAttack and all else that has a radius stays in units of the pixel range.
+        table_limit: test images of Table 1, whose grid of attacks (units, step sizes, radii) is what takes longest in
+            the suite "paper"; None is `limit`.
         other_labels: a column of other labels, for the transfer of the representation to them.
         seed: of everything random.
         chunk: images in a batch and in a piece of work. AutoAttack's random numbers depend on it.
@@ -59,6 +63,8 @@ class Options:
     data: str | None = None
     limit: int | None = None
     train_limit: int | None = None
+    radius_units: tuple[str, ...] | None = None
+    table_limit: int | None = None
     other_labels: str | None = None
     seed: int = 0
     chunk: int = 100
@@ -91,7 +97,7 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
     """
     began = time.monotonic()
     suites = chosen_suites(options.suites)
-    measurements = list(options.measurements) or measurements_of(suites)
+    measurements = list(options.measurements) or measurements_of(suites, options.radius_units, options.table_limit)
     if options.chunk < 1:
         raise EvaluationError(f"--batch-size must be at least 1, not {options.chunk}")
     source = None if options.source is None else load_network(options.source)
@@ -130,6 +136,7 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         curves=tuple(results.curves),
         strips=tuple(results.strips),
         verdicts=results.verdicts,
+        normalized_verdicts=results.normalized_verdicts,
         warnings=(*oddities, *results.warnings),
         settings=settings,
     )

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from ..errors import EvaluationError
-from ..evaluation.noise import VARIANCE
-from .measurements.accuracy import PGD, AccuracyByRadius, AutoAttack, Clean, Diagnosis, PixelNoise
+from ..evaluation.arguments import RADIUS_UNITS, check_choice
+from ..evaluation.noise import NOISE_READINGS
+from .measurements.accuracy import PGD, AccuracyByRadius, AutoAttack, Clean, Diagnosis, PGDSteps, PixelNoise
 from .measurements.base import Measurement
 from .measurements.classifiers import Compression, Hybrid, LeadingFeatures, OtherLabels
 from .measurements.perturbations import AdversarialStrip, DeepFool, IteratedFGSM, MinimumPerturbation, OverSteps
@@ -23,27 +24,50 @@ DIAGNOSED_RADIUS = 8 * LEVEL
 GRID = tuple(level * LEVEL for level in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32))
 
 
-def _quick() -> list[Measurement]:
+TABLE_SETTINGS = ("madry", "fixed", "paper")  # the steps that PGD of Table 1 may have had
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """What may be chosen of a suite.
+
+    Attributes:
+        radius_units: of PGD and of the diagnosis.
+        table_images: test images of the grid of Table 1; None are all.
+    """
+
+    radius_units: tuple[str, ...] = ("pixel",)
+    table_images: int | None = None
+
+
+def _quick(extent: Extent) -> list[Measurement]:
+    units = extent.radius_units
     return [
         Clean(),
-        *(PGD("madry", eps, 20) for eps in SMALL_RADII),
-        PGD("madry", 8 * LEVEL, 20, black_box=True),
+        *(PGD("madry", eps, 20, radius_unit=unit) for unit in units for eps in SMALL_RADII),
+        *(PGD("madry", 8 * LEVEL, 20, radius_unit=unit, black_box=True) for unit in units),
         *(PixelNoise(probability) for probability in NOISE),
         Spectrum(),
         Compression(DIMENSIONS),
         Stability(8 * LEVEL, 20),
-        Diagnosis(DIAGNOSED_RADIUS, "quick"),
+        *(Diagnosis(DIAGNOSED_RADIUS, "quick", unit) for unit in units),
         AdversarialStrip("pgd"),
     ]
 
 
-def _paper() -> list[Measurement]:
+def _paper(extent: Extent) -> list[Measurement]:
+    units, images = extent.radius_units, extent.table_images
+    table = [
+        PGDSteps(setting, eps, (7, 20), unit, images)
+        for unit in units
+        for setting in TABLE_SETTINGS
+        for eps in TABLE_RADII
+    ]
     return [
         Clean(),
-        *(PGD("madry", eps, steps) for eps in (*SMALL_RADII[:2], *TABLE_RADII) for steps in (7, 20)),
-        *(PGD("paper", eps, steps) for eps in TABLE_RADII for steps in (7, 20)),
+        *(PGDSteps("madry", eps, (7, 20)) for eps in SMALL_RADII[:2]),
+        *table,
         PGD("madry", 8 * LEVEL, 20, restarts=5),
-        *(PGD("madry", eps, steps, black_box=True) for eps in TABLE_RADII for steps in (7, 20)),
         *(IteratedFGSM(least_likely, 8 * LEVEL, 10) for least_likely in (False, True)),
         *(IteratedFGSM(least_likely, 8 * LEVEL, 10, stop_at_success=True) for least_likely in (False, True)),
         DeepFool(),
@@ -53,8 +77,7 @@ def _paper() -> list[Measurement]:
         *(MinimumPerturbation(least_likely, GRID, black_box=True) for least_likely in (False, True)),
         *(OverSteps(least_likely, eps=0.1, step_size=0.01, steps=30) for least_likely in (False, True)),
         AccuracyByRadius(tuple(level * LEVEL for level in (0.5, 1, 2, 4, 6, 8, 12, 16)), 20),
-        *(PixelNoise(probability) for probability in NOISE),
-        *(PixelNoise(probability, VARIANCE.name) for probability in NOISE),
+        *(PixelNoise(probability, reading) for reading in NOISE_READINGS for probability in NOISE),
         Spectrum(),
         Compression(EMBEDDINGS),
         LeadingFeatures(EMBEDDINGS),
@@ -65,37 +88,38 @@ def _paper() -> list[Measurement]:
         Hybrid(8 * LEVEL, 20),
         Plane(),
         OtherLabels(),
-        Diagnosis(DIAGNOSED_RADIUS, "full"),
+        *(Diagnosis(DIAGNOSED_RADIUS, "full" if unit == "pixel" else "quick", unit) for unit in units),
         AdversarialStrip("deepfool"),
         AdversarialStrip("pgd"),
     ]
 
 
-def _autoattack() -> list[Measurement]:
+def _autoattack(extent: Extent) -> list[Measurement]:
+    units = extent.radius_units
     return [
         Clean(),
-        *(PGD("madry", eps, steps) for eps in SMALL_RADII for steps in (7, 20)),
-        *(PGD("madry", eps, 20, black_box=True) for eps in SMALL_RADII),
+        *(PGDSteps("madry", eps, (7, 20), unit) for unit in units for eps in SMALL_RADII),
         *(AutoAttack("linf", eps) for eps in (2 * LEVEL, 8 * LEVEL)),
         AutoAttack("linf", 8 * LEVEL, black_box=True),
         AutoAttack("l2", 0.5),
-        Diagnosis(DIAGNOSED_RADIUS, "full"),
+        *(Diagnosis(DIAGNOSED_RADIUS, "full", unit) for unit in units),
         AdversarialStrip("pgd"),
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A set of measurements, and on how many images unless told otherwise."""
+    """A set of measurements, and on how many images and in which units of a radius unless told otherwise."""
 
-    measurements: Callable[[], list[Measurement]]
+    measurements: Callable[[Extent], list[Measurement]]
     images: int
     train_images: int  # that PCA and linear classifiers are fitted on
+    radius_units: tuple[str, ...] = ("pixel",)
 
 
 SUITES = {
     "quick": Suite(_quick, 500, 2000),
-    "paper": Suite(_paper, 1000, 5000),
+    "paper": Suite(_paper, 1000, 5000, RADIUS_UNITS),
     "autoattack": Suite(_autoattack, 1000, 2000),
 }
 
@@ -112,6 +136,25 @@ def chosen_suites(names: Sequence[str]) -> list[Suite]:
     return [SUITES[name] for name in names]
 
 
-def measurements_of(suites: Sequence[Suite]) -> list[Measurement]:
-    """The measurements of all suites, each once; of two that differ in effort alone the later one."""
-    return list({measurement.key: measurement for suite in suites for measurement in suite.measurements()}.values())
+def measurements_of(
+    suites: Sequence[Suite], radius_units: Sequence[str] | None = None, table_images: int | None = None
+) -> list[Measurement]:
+    """The measurements of all suites, each once; of two that differ in effort alone the later one.
+
+    Args:
+        radius_units: instead of those of the suites.
+        table_images: test images of the grid of Table 1; None are all.
+
+    Raises:
+        EvaluationError: an unknown unit, none, or less than one image.
+    """
+    for unit in () if radius_units is None else (radius_units or ("none",)):
+        check_choice(unit, RADIUS_UNITS, "a unit of radii")
+    if table_images is not None and table_images < 1:
+        raise EvaluationError(f"--table-limit must be at least 1, not {table_images}")
+    measurements: dict[str, Measurement] = {}
+    for suite in suites:
+        units = suite.radius_units if radius_units is None else tuple(dict.fromkeys(radius_units))
+        measurements |= {one.key: one for one in suite.measurements(Extent(units, table_images))}
+    chosen = measurements.values()
+    return [one for one in chosen if not any(other.covers(one) for other in chosen)]

@@ -15,6 +15,10 @@ from ..evaluation.results import Evaluation, Figure, Kind, headline, read_evalua
 from ..text import columns, percent
 from .run import Run, RunPaths
 
+RADII = {
+    "pixel": "Radii are parts of the pixel range.",
+    "normalized": "Those called normalised are parts of the standard deviation of each channel.",
+}
 KINDS = (Kind.NOISE, Kind.VARIANCE, Kind.COMPRESSION, Kind.EFFECTIVE_RANK)  # beside the headline
 
 
@@ -25,6 +29,7 @@ class ComparedFigure:
     key: str
     label: str
     unit: str  # "share", "number" or "count"
+    radius_unit: str | None  # of an attack: "pixel", "normalized"
     values: dict[str, list[float]]  # group -> of each run, without groups that it was not measured on
 
     def average(self, group: str) -> tuple[float, float | None]:
@@ -58,7 +63,10 @@ class Comparison:
         """For a terminal, a figure a line; shares in per cent, with the standard deviation over runs."""
         heading = ["", *(f"{group} ({len(runs)})" if len(runs) > 1 else group for group, runs in self.groups.items())]
         rows = [[figure.label, *map(figure.cell, self.groups)] for figure in self.figures]
-        return columns([heading, *rows], right=range(1, len(heading)))
+        table = columns([heading, *rows], right=range(1, len(heading)))
+        units = {figure.radius_unit for figure in self.figures}
+        notes = [RADII[unit] for unit in RADII if unit in units]
+        return "\n\n".join([table, " ".join(notes)]) if notes else table
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and for each figure and group the values of the runs, their mean and deviation."""
@@ -69,6 +77,8 @@ class Comparison:
                 for group, values in figure.values.items()
             }
             figures[figure.key] = {"label": figure.label, "unit": figure.unit, "groups": groups}
+            if figure.radius_unit:
+                figures[figure.key]["radius_unit"] = figure.radius_unit
         return {"groups": {group: list(runs) for group, runs in self.groups.items()}, "figures": figures}
 
 
@@ -77,8 +87,9 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
 
     Runs whose names differ in a trailing "-seedN" alone are one group and are averaged. Networks that were evaluated
     beside a run, such as its plain twin, have groups of their own, named by their titles there; each network counts
-    once. The figures are clean accuracy, PGD and AutoAttack, noise, and for each layer its effective rank, the variance
-    in its leading directions and the accuracy of max-margin classifiers on these.
+    once. The figures are clean accuracy, PGD (where it was measured, in both units of its radius), AutoAttack, noise,
+    and for each layer its effective rank, the variance in its leading directions and the accuracy of max-margin
+    classifiers on these.
 
     Raises:
         RunError: a folder is no finished run, was not evaluated, or was evaluated on other images than the others.
@@ -125,7 +136,7 @@ def _compared(groups: dict[str, list[tuple[str, Evaluation, str]]]) -> list[Comp
     figures: dict[str, Figure] = {}
     for runs in groups.values():
         for _, evaluation, _ in runs:
-            wanted = [*headline(evaluation), *evaluation.by_kind(*KINDS)]
+            wanted = [*headline(evaluation), *_normalized(evaluation), *evaluation.by_kind(*KINDS)]
             figures |= {figure.key: figure for figure in wanted if figure is not None and figure.key not in figures}
     compared = []
     for key, figure in figures.items():
@@ -136,5 +147,17 @@ def _compared(groups: dict[str, list[tuple[str, Evaluation, str]]]) -> list[Comp
                 if other is not None and title in other.values and other.values[title].known:
                     values.setdefault(group, []).append(other.values[title].value)
         if values:
-            compared.append(ComparedFigure(key, figure.label, figure.unit, values))
+            attack = figure.protocol.attack
+            compared.append(
+                ComparedFigure(key, figure.label, figure.unit, attack.radius_unit if attack else None, values)
+            )
     return compared
+
+
+def _normalized(evaluation: Evaluation) -> list[Figure]:
+    """The PGD of the headline with its radius in normalised units."""
+    pgd = headline(evaluation).pgd
+    if pgd is None or pgd.protocol.attack is None:
+        return []
+    twin = dataclasses.replace(pgd.protocol.attack, radius_unit="normalized")
+    return [figure for figure in evaluation.by_kind(Kind.ATTACK) if figure.protocol.attack == twin]

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ...errors import EvaluationError
-from ...evaluation import attacks, masking, pixel_noise, predictions
+from ...evaluation import PixelModel, attacks, masking, pixel_noise, predictions
 from ...evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION
 from ...evaluation.representations import rho
 from ...evaluation.results import (
@@ -27,6 +28,16 @@ from .base import AttackMeasurement, Columns, Context, Measurement, Results, col
 def radius_key(eps: float) -> str:
     """A radius in the key of a measurement: 8-255."""
     return radius_text(eps).replace("/", "-")
+
+
+def unit_key(radius_unit: str) -> str:
+    """The unit of a radius in the key of a measurement: nothing for the pixel range."""
+    return "" if radius_unit == "pixel" else f"-{radius_unit}"
+
+
+def radius_label(eps: float, radius_unit: str) -> str:
+    """A radius in the label of a figure: 8/255, 8/255 normalised."""
+    return radius_text(eps) + " normalised" * (radius_unit == "normalized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +76,12 @@ class PixelNoise(Measurement):
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, labels = context.chunk_of(rows)
         reading, generator = NOISE_READINGS[self.reading], context.generator(self.key, rows.start)
+        model = context.networks[title].model
         noisy = pixel_noise(
-            images, self.probability, sigma=reading.sigma, per_channel=reading.per_channel, generator=generator
-        )
-        return {"correct": column(predictions(context.networks[title].model, noisy) == labels)}
+            images, self.probability, sigma=reading.sigma, per_channel=reading.per_channel,
+            std=model.std if reading.unit == "normalized" else None, generator=generator,
+        )  # fmt: skip
+        return {"correct": column(predictions(model, noisy) == labels)}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         results.figures.append(Figure(
@@ -83,34 +96,126 @@ class PGD(AttackMeasurement):
     """Accuracy under projected gradient descent in the L_inf ball.
 
     Args:
-        setting: "madry" or "paper", see `timm_lowrank.evaluation.attacks`.
-        eps: radius in units of the pixel range.
+        setting: "madry", "fixed" or "paper", see `timm_lowrank.evaluation.attacks`.
+        eps: radius.
         steps: of the attack.
         restarts: how often it begins anew; an image must withstand all of them.
+        radius_unit: of eps and of the step, "pixel" or "normalized".
     """
 
     setting: str
     eps: float
     steps: int
     restarts: int = 1
+    radius_unit: str = "pixel"
 
     @property
     def key(self) -> str:
         kind = "transfer" if self.black_box else "pgd"
         more = f"-x{self.restarts}" if self.restarts > 1 else ""
-        return f"{kind}-{self.setting}-{self.steps}{more}-{radius_key(self.eps)}"
+        return f"{kind}-{self.setting}{unit_key(self.radius_unit)}-{self.steps}{more}-{radius_key(self.eps)}"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         source = self.attacked(context, title)
-        adversarial = pgd(context, source, rows, self.eps, self.steps, self.setting, self.restarts)
+        adversarial = pgd(
+            context, source, rows, self.eps, self.steps, self.setting, self.restarts, radius_unit=self.radius_unit
+        )
         _, labels = context.chunk_of(rows)
         return {"withstood": column(predictions(context.networks[title].model, adversarial) == labels)}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
-        about = pgd_protocol(self.eps, self.steps, self.setting, self.restarts)
-        label = f"PGD-{self.steps}, {radius_text(self.eps)} ({about.setting})"
+        about = pgd_protocol(self.eps, self.steps, self.setting, self.restarts, self.radius_unit)
+        label = f"PGD-{self.steps}, {radius_label(self.eps, self.radius_unit)} ({about.setting})"
         label += f", {self.restarts} restarts" if self.restarts > 1 else ""
         results.figures.append(self.accuracy(context, observed, label, self.protocol(context, observed, about)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PGDSteps(Measurement):
+    """All that one PGD attack tells: accuracy after several numbers of steps, as a white and as a black box (Table 1).
+
+    The figures are those of several `PGD`, for the price of the longest: seven steps are the beginning of twenty, and
+    what is crafted on one network as its white box is the black box of those that it is the other network of.
+
+    Args:
+        setting, eps, radius_unit: as of `PGD`.
+        steps: after which it is looked at.
+        images: how many of the test images, as many of each class; None are all.
+    """
+
+    setting: str
+    eps: float
+    steps: tuple[int, ...]
+    radius_unit: str = "pixel"
+    images: int | None = None
+
+    @property
+    def key(self) -> str:
+        steps = "+".join(map(str, self.steps))
+        return f"pgd-{self.setting}{unit_key(self.radius_unit)}-{steps}-{radius_key(self.eps)}"
+
+    def part(self, steps: int, *, black_box: bool) -> PGD:
+        """The measurement that would give one of the figures alone."""
+        return PGD(self.setting, self.eps, steps, radius_unit=self.radius_unit, black_box=black_box)
+
+    def covers(self, other: Measurement) -> bool:
+        return any(self.part(steps, black_box=box).key == other.key for steps in self.steps for box in (False, True))
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        chosen = context.subset(rows, self.images)
+        if not len(chosen):
+            return {}
+        labels, columns = context.chunk_of(rows)[1][chosen], Columns()
+        model, other = context.networks[title].model, context.other(title)
+
+        def follow(source: PixelModel, judges: Mapping[str, PixelModel], own: bool) -> None:
+            def note(step: int, points: Tensor, logits: Tensor) -> None:
+                if step in self.steps:
+                    if own:
+                        columns[f"white {step}"] = column(logits.argmax(dim=1) == labels)
+                    for name, judge in judges.items():
+                        columns[f"black {step} {name}"] = column(predictions(judge, points) == labels)
+
+            pgd(
+                context, source, rows, self.eps, max(self.steps), self.setting,
+                radius_unit=self.radius_unit, chosen=chosen, on_step=note,
+            )  # fmt: skip
+
+        judges = {
+            name: network.model for name, network in context.networks.items() if self._source(context, name) == title
+        }
+        follow(model, judges, own=True)
+        if other is not None and self._source(context, title) is None:  # one that is not measured itself
+            follow(other.model, {title: model}, own=False)
+        return columns
+
+    def _source(self, context: Context, title: str) -> str | None:
+        """The network among those measured that black-box attacks on `title` are crafted on."""
+        other = context.other(title)
+        return next((name for name, network in context.networks.items() if network is other), None)
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        for steps in self.steps:
+            for black_box in (False, True):
+                flags = {}
+                for title in context.networks:
+                    source = (self._source(context, title) or title) if black_box else title
+                    name = f"black {steps} {title}" if black_box else f"white {steps}"
+                    if name in observed.get(source, {}):
+                        flags[title] = {"withstood": observed[source][name]}
+                if flags:
+                    one = Results()
+                    self.part(steps, black_box=black_box).report(context, flags, one)
+                    images = len(next(iter(flags.values()))["withstood"])
+                    results.figures += [
+                        dataclasses.replace(figure, protocol=dataclasses.replace(figure.protocol, images=images))
+                        for figure in one.figures
+                    ]
+        if all(context.other(title) is None for title in context.networks):
+            results.warnings += [
+                f"{title}: {self.key} was not measured as a black box: it needs a second network: --against"
+                for title in context.networks
+            ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,11 +333,16 @@ class Diagnosis(Measurement):
     Args:
         eps: L_inf radius of the attacks that are compared.
         budget: "quick" or "full".
+        radius_unit: of eps, "pixel" or "normalized".
     """
 
     eps: float
     budget: str
-    key = "diagnosis"
+    radius_unit: str = "pixel"
+
+    @property
+    def key(self) -> str:
+        return f"diagnosis{unit_key(self.radius_unit)}"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, labels = context.chunk_of(rows)
@@ -240,14 +350,15 @@ class Diagnosis(Measurement):
         observations = masking.observe(
             context.networks[title].model, images, labels, eps=self.eps,
             seed=context.integer_seed("diagnosis", rows.start), source=other.model if other else None,
-            budget=self.budget,
+            budget=self.budget, radius_unit=self.radius_unit,
         )  # fmt: skip
         return {name: column(values) for name, values in observations.items()}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        verdicts = results.verdicts if self.radius_unit == "pixel" else results.normalized_verdicts
         for title, columns in observed.items():
             try:
                 observations = {name: torch.tensor(values) for name, values in columns.items()}
-                results.verdicts[title] = masking.judge(observations)
+                verdicts[title] = masking.judge(observations)
             except EvaluationError as error:  # too few images, or none that is right: what was measured still counts
-                results.warnings.append(f"{title}: there is no verdict on gradient masking: {error}")
+                results.warnings.append(f"{title}: {self.key} gives no verdict on gradient masking: {error}")

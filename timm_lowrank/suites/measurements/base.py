@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.views import View
+from ...data.images import balanced_rows
 from ...evaluation import PixelModel, attacks
+from ...evaluation.attacks.gradient import OnStep
 from ...evaluation.maxmargin import MaxMarginClassifier, max_margin_classifiers
 from ...evaluation.representations import activations
 from ...evaluation.results import (
@@ -57,6 +59,23 @@ class Context:
     def chunk_of(self, rows: range) -> tuple[Tensor, Tensor]:
         """Test images and labels of the rows."""
         return self.images[rows.start : rows.stop], self.labels[rows.start : rows.stop]
+
+    def subset(self, rows: range, images: int | None) -> Tensor:
+        """Which of the rows are among `images` test images, as many of each class, counted from rows.start; (k,) int64.
+
+        All of them for None.
+        """
+        if images is None or images >= len(self.labels):
+            return torch.arange(len(rows), device=self.labels.device)
+        if images not in self._subsets:
+            chosen = torch.zeros(len(self.labels), dtype=torch.bool)
+            chosen[torch.from_numpy(balanced_rows(self.labels.cpu().numpy(), images, len(self.class_names)))] = True
+            self._subsets[images] = chosen
+        return self._subsets[images][rows.start : rows.stop].nonzero()[:, 0].to(self.labels.device)
+
+    @functools.cached_property
+    def _subsets(self) -> dict[int, Tensor]:
+        return {}
 
     def generator(self, *parts: str | int) -> torch.Generator:
         """A random stream of its own for `parts`, the same for all networks: figures are paired image by image."""
@@ -143,6 +162,7 @@ class Results:
     curves: list[Curve] = dataclasses.field(default_factory=list)
     strips: list[Strip] = dataclasses.field(default_factory=list)
     verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+    normalized_verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -165,6 +185,10 @@ class Measurement(abc.ABC):
     def unavailable(self, context: Context, title: str) -> str | None:
         """Why it cannot be measured on this network; None if it can."""
         return None
+
+    def covers(self, other: Measurement) -> bool:
+        """Whether its figures are among those of this one, so that `other` need not be measured."""
+        return False
 
     @abc.abstractmethod
     def observe(self, context: Context, title: str, rows: range) -> Columns:
@@ -240,7 +264,7 @@ def shares(context: Context, observed: Mapping[str, Columns], name: str) -> dict
     return {title: share(context, columns[name]) for title, columns in observed.items()}
 
 
-PGD_SETTINGS = {setting.name.lower(): setting for setting in (attacks.MADRY, attacks.PAPER)}
+PGD_SETTINGS = {setting.name.lower(): setting for setting in (attacks.MADRY, attacks.FIXED, attacks.PAPER)}
 
 
 def pgd(
@@ -251,20 +275,30 @@ def pgd(
     steps: int,
     setting: str = "madry",
     restarts: int = 1,
+    radius_unit: str = "pixel",
+    chosen: Tensor | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Adversarial images for the test images `rows`: the same random start at every radius and for all networks."""
+    """Adversarial images for the test images `rows`, or those of them that are `chosen`.
+
+    Each image has the same random start, in parts of the radius, at every radius and for all networks.
+    """
     images, labels = context.chunk_of(rows)
+    if chosen is not None:
+        images, labels = images[chosen], labels[chosen]
     return attacks.pgd(
         model, images, labels, **PGD_SETTINGS[setting].arguments(eps, steps), restarts=restarts,
-        generator=context.generator("pgd", rows.start),
+        radius_unit=radius_unit, generator=context.generator("pgd", rows.start), on_step=on_step,
     )  # fmt: skip
 
 
-def pgd_protocol(eps: float | None, steps: int, setting: str = "madry", restarts: int = 1) -> AttackProtocol:
+def pgd_protocol(
+    eps: float | None, steps: int, setting: str = "madry", restarts: int = 1, radius_unit: str = "pixel"
+) -> AttackProtocol:
     """How the images of `pgd` are made; `eps` is None for several radii."""
     chosen = PGD_SETTINGS[setting]
     return AttackProtocol(
         name="PGD", eps=eps, steps=steps, step_size=None if eps is None else chosen.arguments(eps, steps)["step_size"],
-        random_start=chosen.random_start, restarts=restarts, setting=chosen.name,
+        random_start=chosen.random_start, restarts=restarts, setting=chosen.name, radius_unit=radius_unit,
         notes=("cross-entropy", "last iterate"),
     )  # fmt: skip
