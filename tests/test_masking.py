@@ -7,16 +7,26 @@ from functools import partial
 import pytest
 import torch
 from attacked import Around, noisy, quantised, right
+from evaluations import figure, make_evaluation
 from torch import nn
 from torch.nn import functional
 
 from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.attacks.gradient import margins, pgd
-from timm_lowrank.evaluation.masking import BUDGETS, Budget, diagnose, judge, observe
+from timm_lowrank.evaluation.masking import (
+    BUDGETS,
+    Budget,
+    PGDAccuracy,
+    accuracies_of,
+    diagnose,
+    diagnose_published,
+    judge,
+    observe,
+)
 from timm_lowrank.evaluation.masking.observations import best_signs, square
 from timm_lowrank.evaluation.masking.verdict import CHANCE, FEWEST, at_least, at_most
-from timm_lowrank.evaluation.results import MASKED, SOUND, SUSPECT
+from timm_lowrank.evaluation.results import MASKED, SOUND, SUSPECT, AttackProtocol, Kind
 
 SHORT = Budget(steps=12, more_steps=30, restarts=2, signs=10, queries=120, draws=8)
 COUNT = 200
@@ -435,3 +445,114 @@ def test_attacks_without_gradients_keep_to_the_radius_of_each_channel(attack, di
         labels = network(images).argmax(1)
     change = (attack(network, images, labels, eps=0.5, unit=unit, seed=0) - images).abs().amax(dim=(0, 2, 3))
     torch.testing.assert_close(change, 0.5 * unit.flatten(), atol=1e-6, rtol=1e-5)
+
+
+# ---- figures without a network ----
+
+# Table 1 of the paper, per cent: radii 8, 10, 16 and 20 of 255, each with 7 and 20 steps; then without an attack.
+PRINTED = {
+    "CIFAR-10, R50, N-LR": ((43.1, 31.0, 38.5, 21.8, 31.2, 7.8, 28.9, 4.5), None, 95.4),
+    "CIFAR-10, R50, 1-LR": (
+        (79.1, 78.5, 78.6, 78.1, 77.9, 77.0, 77.1, 76.6), (64.7, 56.8, 59.0, 47.5, 51.2, 28.0, 48.3, 20.6), 95.4
+    ),
+    "CIFAR-10, R18, 2-LR": (
+        (54.7, 37.6, 52.4, 33.1, 48.7, 25.7, 48.0, 23.6), (68.0, 62.5, 62.3, 53.4, 53.8, 33.5, 50.8, 25.8), 94.5
+    ),
+    "CIFAR-100, R50, N-LR": ((37.2, 29.9, 34.1, 24.6, 29.8, 15.9, 34.1, 13.3), None, 85.8),
+    "CIFAR-100, R50, 1-LR": (
+        (45.3, 38.7, 43.7, 35.8, 40.9, 31.5, 40.0, 29.8), (52.4, 46.2, 48.1, 38.8, 42.0, 25.4, 48.1, 20.9), 85.8
+    ),
+}  # fmt: skip
+
+
+def cells_of(white, black=None):
+    columns = [(eps / 255, steps) for eps in (8, 10, 16, 20) for steps in (7, 20)]
+    return [
+        PGDAccuracy(eps=eps, steps=steps, white_box=one / 100, black_box=None if black is None else black[n] / 100)
+        for n, ((eps, steps), one) in enumerate(zip(columns, white, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict", "failed"),
+    [
+        ("CIFAR-10, R50, N-LR", SUSPECT, ("more steps",)),
+        ("CIFAR-10, R50, 1-LR", MASKED, ("black box", "double radius")),
+        ("CIFAR-10, R18, 2-LR", SUSPECT, ("more steps",)),
+        ("CIFAR-100, R50, N-LR", SUSPECT, ("more steps", "larger radius")),
+        ("CIFAR-100, R50, 1-LR", MASKED, ("black box", "more steps", "double radius")),
+    ],
+)
+def test_printed_figures_say_what_they_can(row, verdict, failed):
+    white, black, clean = PRINTED[row]
+    diagnosis = diagnose_published(cells_of(white, black), clean=clean / 100)
+    assert (diagnosis.verdict, diagnosis.failed) == (verdict, failed)
+    box = named(diagnosis, "black box")
+    if black is None:
+        assert (box.passed, box.value) == (None, None)
+    else:
+        assert box.value == pytest.approx(max(w - b for w, b in zip(white, black, strict=True)) / 100)
+    if row == "CIFAR-10, R50, 1-LR":
+        assert "at 20/255 with 20 steps leaves 76.6 % right, black box 20.6 % (8 of 8" in diagnosis.summary
+        assert named(diagnosis, "double radius").value == pytest.approx(77.0 / 78.5)
+
+
+def test_printed_figures_of_few_images_or_few_cells_decide_less():
+    white, black, _ = PRINTED["CIFAR-100, R50, 1-LR"]
+    few = diagnose_published(cells_of(white, black), images=40)
+    assert few.verdict == SOUND
+    assert named(few, "black box").undecided
+    assert named(few, "double radius").value is None  # no clean accuracy
+    one = diagnose_published([PGDAccuracy(eps=8 / 255, steps=20, white_box=0.785)])
+    assert one.verdict == SOUND
+    assert [check.passed for check in one.checks] == [None] * 5
+    textbook = diagnose_published([PGDAccuracy(eps=8 / 255, steps=20, white_box=0.785, black_box=0.568)])
+    assert textbook.verdict == MASKED
+    helped = diagnose_published([PGDAccuracy(eps=8 / 255, steps=20, white_box=0.785)], clean=0.7)
+    assert helped.failed == ("clean accuracy",)
+    undone = [PGDAccuracy(eps=8 / 255, steps=steps, white_box=share) for steps, share in ((7, 0.3), (20, 0.4))]
+    assert "undo what the first ones did" in diagnose_published(undone).summary
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: diagnose_published([]), "give accuracies under white-box attacks"),
+        (lambda: diagnose_published(2 * cells_of(PRINTED["CIFAR-10, R50, N-LR"][0])), "one for each radius"),
+        (lambda: PGDAccuracy(eps=8 / 255, steps=20, white_box=78.5), "white_box must be a share.*divide per cent"),
+        (lambda: PGDAccuracy(eps=0, steps=20), "eps must be"),
+        (lambda: diagnose_published(cells_of(PRINTED["CIFAR-10, R50, N-LR"][0]), clean=95.4), "clean must be a share"),
+    ],
+)
+def test_figures_that_are_none_are_one_error(call, message):
+    with pytest.raises(EvaluationError, match=message):
+        call()
+
+
+def test_the_figures_of_an_evaluation_are_read_by_unit_and_step():
+    def figures(kind, unit, setting, share, **changes):
+        for eps, steps in ((8 / 255, 7), (8 / 255, 20)):
+            attack = AttackProtocol(
+                name="PGD", eps=eps, steps=steps, radius_unit=unit, setting=setting, restarts=1, **changes
+            )
+            key = f"{kind}-{unit}-{setting}-{steps}-{changes}"
+            yield figure(key, "PGD", round(360 * share) + steps, kind=kind, attack=attack)
+
+    made = (
+        *figures(Kind.ATTACK, "pixel", "Madry", 0.5), *figures(Kind.TRANSFER, "pixel", "Madry", 0.4),
+        *figures(Kind.ATTACK, "normalized", "Madry", 0.7), *figures(Kind.ATTACK, "pixel", "paper", 0.8),
+        *figures(Kind.ATTACK, "pixel", "Madry", 0.1, norm="l2"),
+        *figures(Kind.ATTACK, "pixel", "Madry", 0.1, targeted=True),
+    )  # fmt: skip
+    evaluation = make_evaluation(figures=made)
+    assert accuracies_of(evaluation, "2-LR") == [
+        PGDAccuracy(eps=8 / 255, steps=steps, white_box=(180 + steps) / 360, black_box=(144 + steps) / 360)
+        for steps in (7, 20)
+    ]
+    assert [one.white_box for one in accuracies_of(evaluation, "2-LR", radius_unit="normalized")] == [
+        259 / 360,
+        272 / 360,
+    ]
+    assert [one.black_box for one in accuracies_of(evaluation, "2-LR", setting="paper")] == [None, None]
+    with pytest.raises(EvaluationError, match="--suite paper"):
+        accuracies_of(evaluation, "plain")

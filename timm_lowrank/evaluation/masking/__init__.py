@@ -14,6 +14,7 @@ Carlini et al., 2019) and gives one of three verdicts, with the number, the limi
   under PGD masks nothing.
 
 `observe` and `judge` are the two halves, so that observations of parts of the images can be made apart and joined.
+`diagnose_published` does what can be done where there are figures and no network.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ from torch import Tensor, nn
 
 from ..results import Verdict
 from .observations import BUDGETS, Budget, observe
+from .published import PGDAccuracy, accuracies_of, diagnose_published
 from .verdict import judge
 
-__all__ = ["BUDGETS", "Budget", "diagnose", "judge", "observe"]
+__all__ = [
+    "BUDGETS",
+    "Budget",
+    "PGDAccuracy",
+    "accuracies_of",
+    "diagnose",
+    "diagnose_published",
+    "judge",
+    "observe",
+]
 
 
 def diagnose(
