@@ -45,18 +45,23 @@ def sgd_step(
     images: Tensor,  # (pool, batch, channels, height, width): each step takes the next batch
     labels: Tensor,  # (pool, batch)
     learning_rate: float,
+    *,
+    half: bool | None = None,  # whether the forward runs in bf16; None: on a GPU
+    compiled: bool = False,  # whether torch.compile compiles the network
 ) -> Callable[[], None]:
-    """A step of training, channels last: forward (bf16 on a GPU), backward, SGD and, wrapped, the Update Step."""
+    """A step of training, channels last: forward, backward, SGD and, wrapped, the Update Step."""
     optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=0.9)
     turns = itertools.cycle(range(len(images)))
     kind = images.device.type
+    half = kind == "cuda" if half is None else half
+    forward = torch.compile(network) if compiled else network
     network.train()
 
     def step() -> None:
         now = next(turns)
         batch = images[now].to(memory_format=torch.channels_last)
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            loss = nn.functional.cross_entropy(network(batch), labels[now])
+        with torch.autocast(kind, torch.bfloat16, enabled=half):
+            loss = nn.functional.cross_entropy(forward(batch), labels[now])
         if isinstance(network, LowRankModel):
             loss = loss + network.penalty()
         optimizer.zero_grad()
