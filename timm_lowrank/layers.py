@@ -222,6 +222,19 @@ def pick_item(backbone: nn.Module, tap: Tap, value: object, batch: int) -> Tap:
     return tap
 
 
+def class_count(backbone: nn.Module, images: Tensor) -> int | None:
+    """How many classes the network tells apart: what timm or transformers says, else the width of its output.
+
+    None where the output for `images` is no (batch, classes).
+    """
+    named = getattr(backbone, "num_classes", None) or getattr(getattr(backbone, "config", None), "num_labels", None)
+    if isinstance(named, int):
+        return named
+    with evaluating(backbone):
+        output = backbone(images)
+    return output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None
+
+
 def example_forward(backbone: nn.Module, taps: Sequence[Tap], images: Tensor) -> Recording:
     """What `taps` see in one forward in eval mode, without gradients."""
     with evaluating(backbone), recording(backbone, taps) as record:

@@ -13,7 +13,16 @@ from .core.capture import Tap
 from .core.config import PRE_LOGITS, LowRankConfig
 from .core.model import LowRankModel
 from .errors import CaptureError, LowRankError, nearest
-from .layers import create_backbone, default_input, example_forward, natural_view, pick_item, stage_names, tap_on
+from .layers import (
+    class_count,
+    create_backbone,
+    default_input,
+    example_forward,
+    natural_view,
+    pick_item,
+    stage_names,
+    tap_on,
+)
 
 PRE_LOGITS_RANK, STAGE_RANK = 100, 500  # paper, Section 3
 
@@ -62,7 +71,9 @@ def wrap(
             f"the {type(backbone).__name__} does not take an image of {tuple(images.shape[1:])}, the size in its "
             f"pretrained_cfg ({problem}); pass example_input=images, one batch as the network takes it"
         ) from problem
-    wrapped = LowRankModel(backbone, config, taps, widths, ranks)
+    heads = any(config.for_branch(tap.layer).head_weight for tap in taps)
+    classes = class_count(backbone, images) if heads else None
+    wrapped = LowRankModel(backbone, config, taps, widths, ranks, classes)
     return wrapped.train(backbone.training)
 
 

@@ -60,6 +60,8 @@ DDP = [
     Scenario("accumulated", {"update_rows": 10}, parts=ACCUMULATED, sometimes=((7, 5), (2, 3), (1, 4))),
     Scenario("accumulated-unit", {"scale": "unit", "update_rows": None}, parts=ACCUMULATED, sometimes=UNEVEN),
     Scenario("accumulated-no-warm-up", {"warmup_updates": 0}, parts=ACCUMULATED, twin_accumulates=True),
+    Scenario("subspace-head", {"update_rows": None, "head_weight": 0.3}, sometimes=UNEVEN),
+    Scenario("subspace-head-accumulated", {"update_rows": 24, "head_weight": 0.3}, parts=ACCUMULATED),
     Scenario("tokens", {"update_rows": 10}, network="tokens", parts=((4, 4),), sometimes=((3, 2),)),
     Scenario("tokens-accumulated", {"update_rows": None}, network="tokens", parts=((2, 2), (2, 2))),
     Scenario("accelerate", {"update_rows": 10}, loop="accelerate", parts=ACCUMULATED),
@@ -67,7 +69,14 @@ DDP = [
 ]  # fmt: skip
 OVERFLOW = Scenario("overflow", {"update_rows": 10}, overflow_at=15)
 FSDP = [
-    Scenario("fsdp", {"update_rows": 10}, loop="fsdp", parts=ACCUMULATED, sometimes=UNEVEN, switched_on_at=3),
+    Scenario(
+        "fsdp",
+        {"update_rows": 10, "head_weight": 0.3},
+        loop="fsdp",
+        parts=ACCUMULATED,
+        sometimes=UNEVEN,
+        switched_on_at=3,
+    ),
     Scenario("fsdp-tokens", {"update_rows": None}, network="tokens", loop="fsdp", parts=((4, 4),)),
 ]
 
@@ -166,7 +175,7 @@ def training(scenario, model, wrapped, optimizer, data, *, rank=0, world=1, star
         for number, (images, labels, share) in enumerate(parts):
             if sync is not None:
                 sync(number == len(parts) - 1)
-            loss = nn.functional.cross_entropy(wrapped(images), labels) + model.penalty()
+            loss = nn.functional.cross_entropy(wrapped(images), labels) + model.penalty(labels)
             (loss * share * world).backward()  # the mean over the processes becomes the mean over the rows
         if step == scenario.overflow_at:
             optimizer.zero_grad()  # as a gradient scaler does: neither step nor update
@@ -191,6 +200,8 @@ def outcome(model: tlr.LowRankModel) -> dict[str, torch.Tensor]:
         tensors[f"{layer}: b"] = branch.bias.clone()
         tensors[f"{layer}: reference norm"] = branch.reference_norm.clone()
         tensors[f"{layer}: updates"] = torch.tensor(branch.updates)
+        if branch.head is not None:
+            tensors[f"{layer}: H"] = branch.head.weight.clone()
     return tensors
 
 

@@ -262,7 +262,8 @@ def restore_branches(network: nn.Module, description: BranchDescription, folder:
         taps = [dataclasses.replace(tap_on(network, layer), view=one.viewed(), item=one.item) for layer, one in layers]
         widths = {layer: one.num_features for layer, one in layers}
         ranks = {layer: one.rank for layer, one in layers}
-        model = LowRankModel(network, description.config, taps, widths, ranks)
+        classes = getattr(network, "num_classes", None)
+        model = LowRankModel(network, description.config, taps, widths, ranks, classes)
         if tensors is not None:
             model.branches.load_state_dict(tensors)
     if tensors is None:

@@ -17,6 +17,7 @@ from .config import LowRankConfig
 from .dense import DenseWeight
 from .distributed import Processes, fingerprint, pack, unpack_into
 from .factored import FactoredWeight, full_precision
+from .head import SubspaceHead
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
 
@@ -42,6 +43,8 @@ class LowRankBranch(nn.Module):
         num_features: m, the width of the layer.
         rank: r, the target rank, 1 <= r <= m.
         config: everything else.
+        classes: how many the labels tell apart, for the subspace head; None where that is not known, and then there is
+            no head.
         device, dtype: of W and b. All mathematics of the branch runs in `dtype`, outside autocast.
 
     Raises:
@@ -55,6 +58,8 @@ class LowRankBranch(nn.Module):
         config: LowRankConfig | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        classes: int | None = None,
     ):
         super().__init__()
         if not 1 <= rank <= num_features:
@@ -67,6 +72,10 @@ class LowRankBranch(nn.Module):
         kind = FactoredWeight if config.storage == "factored" else DenseWeight
         self.bias = torch.zeros(num_features, device=device, dtype=dtype)
         self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, self.bias.device, dtype)
+        self.head: SubspaceHead | None = None
+        if config.head_weight and classes:
+            sizes = sorted({min(size, rank) for size in config.head_sizes})
+            self.head = SubspaceHead(classes, sizes, self.bias.device, dtype)
         self.reference_norm = self.bias.new_zeros(())  # root mean square of ||a - mean|| at switch-on
         self.updates = 0
         self._initialized = False  # whether b and the reference norm were taken from the batches of a first update
@@ -88,13 +97,16 @@ class LowRankBranch(nn.Module):
     def penalty(
         self,
         activations: Tensor,  # (batch, features), any float dtype, with or without a graph
+        labels: Tensor | None = None,  # (images,) integers or (images, classes) shares; see `head.rows_of_labels`
     ) -> Tensor:
         """lambda_1 L_c + lambda_2 L_n of one batch, a scalar of the branch's dtype (Algorithm 2, lines 6 to 8).
 
-        In training (grad mode on and `self.training`) the batch is remembered for the next `update`.
+        With a subspace head and labels, plus its weight times L_s (`head.py`). In training (grad mode on and
+        `self.training`) the batch is remembered for the next `update`.
 
         Raises:
-            ValueError: activations of another shape than (batch, num_features), or not floating point.
+            ValueError: activations of another shape than (batch, num_features), or not floating point; labels that do
+                not fit them.
         """
         self._check(activations)
         remember = self.training and torch.is_grad_enabled()
@@ -107,19 +119,23 @@ class LowRankBranch(nn.Module):
             centred = values + self.bias
             norms = torch.linalg.vector_norm(centred, dim=1)
             factors = SCALINGS[self.config.scale](norms, self.reference_norm)
-            errors, products = self.weight.reconstruction_error(centred)
-            reconstruction = (factors.square() * errors).mean()  # L_c
+            images = self.weight.reconstruction(centred)
+            reconstruction = (factors.square() * images.errors).mean()  # L_c
             if remember:
                 self._moments.add(values.detach(), norms.detach())
-                self._buffer.add(activations.detach(), factors.detach(), products, alone=self.processes.alone)
+                self._buffer.add(activations.detach(), factors.detach(), images.products, alone=self.processes.alone)
             sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
             total = self.reconstruction_weight * reconstruction
             if self.config.norm_weight:  # else a NaN gradient of L_n would not be multiplied away
                 total = total + self.config.norm_weight * norm
+            losses = {"reconstruction": reconstruction.detach(), "norm": norm.detach()}
+            if self.head is not None and labels is not None:
+                classified = self.head.loss(images.coordinates, labels, remember=remember)  # L_s
+                total = total + self.head_weight * classified
+                losses["head"] = classified.detach()
             total = total * self._warmup_factor()
-        spread = norms.detach().square().mean().sqrt()
-        self._losses = {"reconstruction": reconstruction.detach(), "norm": norm.detach(), "activation_norm": spread}
+        self._losses = {**losses, "activation_norm": norms.detach().square().mean().sqrt()}
         return total
 
     @property
@@ -127,6 +143,12 @@ class LowRankBranch(nn.Module):
         """lambda_1 of this branch."""
         assert self.config.reconstruction_weight is not None  # see LowRankConfig.for_branch
         return self.config.reconstruction_weight
+
+    @property
+    def head_weight(self) -> float:
+        """The weight of L_s in this branch."""
+        assert self.config.head_weight is not None  # see LowRankConfig.for_branch
+        return self.config.head_weight
 
     def _warmup_factor(self) -> float:
         """The share of its weight that the penalty has by now, see `LowRankConfig.warmup_updates`."""
@@ -194,6 +216,8 @@ class LowRankBranch(nn.Module):
             if not self._initialized:
                 self._initialize(sampled)
             self.weight.append(*sampled.gather(self.bias, self.weight.size, self.processes))
+            if self.head is not None:
+                self.head.update(self.processes)
             self._step()
         self._fresh = False
         self._forget_batches()
@@ -221,7 +245,9 @@ class LowRankBranch(nn.Module):
             self.weight.step(self.config.step_size / self._largest_curvature(count), count)
         self.updates += 1
         if projects:
-            self.weight.project(torch.Generator().manual_seed(self._seed(0)))
+            rotation = self.weight.project(torch.Generator().manual_seed(self._seed(0)))
+            if self.head is not None:
+                self.head.move(rotation)
 
     def _largest_curvature(self, count: int) -> Tensor:
         """A tight upper bound of lambda_max(X^T X / count): a step on W below its inverse never overshoots.
@@ -270,7 +296,9 @@ class LowRankBranch(nn.Module):
         common = {"their number of updates": self.updates, "the size of their factors": self.weight.size}
         common |= {"whether they have begun": int(self._initialized), "when their states were loaded": int(self._fresh)}
         if self._fresh:  # later, reading them would make the host wait for the device
-            common["W or b"] = fingerprint(self.bias, self.reference_norm, *self.weight.state().values())
+            head = {} if self.head is None else self.head.state()
+            tensors = (self.bias, self.reference_norm, *self.weight.state().values(), *head.values())
+            common["W or b"] = fingerprint(*tensors)
             configuration = [self.config.to_dict(), dataclasses.asdict(self.view)]
             common["their configuration"] = zlib.crc32(json.dumps(configuration, sort_keys=True).encode())
         return common
@@ -278,8 +306,8 @@ class LowRankBranch(nn.Module):
     # ------------------------------------------------------------------------------------------------- inspection
 
     def losses(self) -> dict[str, Tensor]:
-        """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted) and
-        "activation_norm" (root mean square of ||a + b||)."""
+        """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted), "head"
+        (L_s, unweighted, where there is a subspace head) and "activation_norm" (root mean square of ||a + b||)."""
         return dict(self._losses)
 
     @torch.no_grad()
@@ -307,6 +335,8 @@ class LowRankBranch(nn.Module):
         """Follow the module to another device, never to another dtype: W must not become half precision."""
         device = fn(torch.empty_like(self.bias)).device
         self.weight.to(device)
+        if self.head is not None:
+            self.head.to(device)
         self._buffer.to(device)
         self._moments.to(device)
         self.bias, self.reference_norm = self.bias.to(device), self.reference_norm.to(device)
@@ -318,7 +348,7 @@ class LowRankBranch(nn.Module):
         view = [VIEWS.index(self.view.kind), self.view.channel_dim]
         counters = torch.tensor([self.updates, int(self._initialized), *view])
         own = {"bias": self.bias.clone(), "reference_norm": self.reference_norm.clone(), "counters": counters}
-        return {**own, **self.weight.state()}
+        return {**own, **self.weight.state(), **({} if self.head is None else self.head.state())}
 
     def get_extra_state(self) -> bytes:
         """The whole state in one piece, as a model with sharded parameters saves it; see `distributed.pack`."""
@@ -340,7 +370,9 @@ class LowRankBranch(nn.Module):
         unpack_into(state_dict, prefix)
         names = self._state().keys()
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        missing = [prefix + name for name in names if name not in state]
+        # The head may be switched on or off between two trainings: a new one begins at zero, an old one is left out.
+        heads = {name: state.pop(name) for name in list(state) if name.startswith("head.")}
+        missing = [prefix + name for name in names if name not in state and not name.startswith("head.")]
         missing_keys += missing
         unexpected_keys += [prefix + name for name in state if name not in names]
         if missing:
@@ -352,6 +384,8 @@ class LowRankBranch(nn.Module):
                 )
             self._check_view(*state["counters"][2:].tolist())
             self.weight.load_state(state)
+            if self.head is not None and heads:
+                self.head.load_state(heads, self.weight.kept)
         except ValueError as problem:
             error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")
             return

@@ -27,6 +27,7 @@ class BranchOptions:
 
     reconstruction_weight: float | None = None
     norm_weight: float | None = None
+    head_weight: float | None = None
     view: str | None = None
     channel_dim: int | None = None
 
@@ -46,6 +47,11 @@ class LowRankConfig:
             network and 0.3 for the input of the classifier, where the same weight pulls much harder
             (`docs/objective.md`).
         norm_weight: lambda_2, the weight of L_n (Algorithm 2, line 7).
+        head_weight: the weight of L_s, the loss of a linear classifier that reads the layer through the leading
+            directions of its branch and is dropped with it (`head.py`). It needs labels: `model.penalty(labels)`. 0 is
+            the paper's loss.
+        head_sizes: on how many leading directions that classifier is fitted, all at once; sizes above the target rank
+            become it.
         scale: how the rows that L_c sees are scaled; `scaling.py` explains each.
             "reference": divided by the root mean square norm at the time the branch was switched on. "unit":
             every centred activation vector divided by its own norm, so that L_c is the share of a sample's energy
@@ -78,6 +84,8 @@ class LowRankConfig:
     branches: str | Mapping[str, int | Mapping[str, Any]] = "1-LR"
     reconstruction_weight: float | None = None
     norm_weight: float = 0.0
+    head_weight: float | None = None
+    head_sizes: tuple[int, ...] = (5, 10, 20)
     scale: str = "reference"
     step_size: float = 0.5
     step_rule: str = "normalized"
@@ -93,6 +101,8 @@ class LowRankConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.head_sizes, list):  # as JSON and YAML give it
+            object.__setattr__(self, "head_sizes", tuple(self.head_sizes))
         problems = [*self._wrong_values(), *self._wrong_branches()]
         if problems:
             raise ValueError("LowRankConfig: " + "; ".join(problems))
@@ -102,6 +112,11 @@ class LowRankConfig:
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             "reconstruction_weight": (lambda v: v is None or _is_weight(v), "must be a finite number >= 0"),
             "norm_weight": (_is_weight, "must be a finite number >= 0"),
+            "head_weight": (lambda v: v is None or _is_weight(v), "must be a finite number >= 0"),
+            "head_sizes": (
+                lambda v: isinstance(v, tuple) and len(v) > 0 and all(map(_is_count, v)),
+                "must be a list of integers >= 1",
+            ),
             "step_size": (
                 lambda v: _is_number(v) and 0 < v <= top,
                 f"must lie in (0, {top}] with step_rule={self.step_rule!r}",
@@ -134,6 +149,7 @@ class LowRankConfig:
             "rank": (_is_count, "an integer >= 1"),
             "reconstruction_weight": (_is_weight, "a finite number >= 0"),
             "norm_weight": (_is_weight, "a finite number >= 0"),
+            "head_weight": (_is_weight, "a finite number >= 0"),
             "view": (lambda v: v is None or v in VIEWS, f"one of {', '.join(VIEWS)}"),
             "channel_dim": (lambda v: v is None or (_is_int(v) and v != 0), "an integer, not 0"),
         }
@@ -161,16 +177,21 @@ class LowRankConfig:
     def for_branch(self, layer: str) -> LowRankConfig:
         """This configuration for one branch: its own options in force, and a reconstruction weight in any case."""
         options = self.options(layer)
-        weight, norm_weight = options.reconstruction_weight, options.norm_weight
+        weight, norm_weight, head = options.reconstruction_weight, options.norm_weight, options.head_weight
         if weight is None:
             weight = self.reconstruction_weight
         if weight is None:
             weight = CLASSIFIER_WEIGHT if layer == PRE_LOGITS else INSIDE_WEIGHT
+        if head is None:
+            head = self.head_weight
+        if head is None:
+            head = 0.0
         return dataclasses.replace(
             self,
             branches=self.branches if options == BranchOptions() else {layer: self.ranks()[layer]},
             reconstruction_weight=weight,
             norm_weight=self.norm_weight if norm_weight is None else norm_weight,
+            head_weight=head,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,6 +199,7 @@ class LowRankConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if not isinstance(self.branches, str):
             values["branches"] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.branches.items()}
+        values["head_sizes"] = list(self.head_sizes)
         return values
 
     @classmethod

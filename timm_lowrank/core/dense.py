@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import projection
 from .config import LowRankConfig
+from .factored import Reconstruction
+from .head import Rotation
 
 
 class DenseWeight:
@@ -17,16 +19,22 @@ class DenseWeight:
         self.matrix = torch.zeros(num_features, num_features, device=device, dtype=dtype)
         self.start = torch.zeros(num_features, 0, device=device, dtype=dtype)
         self._rows = torch.zeros(0, num_features, device=device, dtype=dtype)
+        self._seen = self._rows  # since the last projection
 
     @property
     def pending(self) -> int:
         return self._rows.shape[0]
 
+    @property
+    def kept(self) -> int:
+        """Rows that span the range of W since the last projection."""
+        return self.start.shape[1]
+
     size = 0  # rows whose products with a batch the step needs
 
-    def reconstruction_error(self, rows: Tensor) -> tuple[Tensor, None]:
-        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6)."""
-        return (rows @ self.matrix - rows).square().sum(dim=1), None
+    def reconstruction(self, rows: Tensor) -> Reconstruction:
+        """What W makes of a batch (Algorithm 2, line 6)."""
+        return Reconstruction((rows @ self.matrix - rows).square().sum(dim=1), rows @ self.start, None)
 
     def append(self, rows: Tensor, products: Tensor) -> None:
         """Rows (p, m) for the next step."""
@@ -44,6 +52,7 @@ class DenseWeight:
             loss = (self._rows @ symmetric - self._rows).square().sum() / count
             (gradient,) = torch.autograd.grad(loss, parameter)
         self.matrix = self.matrix - step_size * gradient
+        self._seen = torch.cat([self._seen, self._rows])
         self._rows = self._rows[:0]
 
     def residual(self, vector: Tensor) -> Tensor:
@@ -51,7 +60,7 @@ class DenseWeight:
         once = self.matrix @ vector - vector
         return self.matrix @ once - once
 
-    def project(self, generator: torch.Generator) -> None:
+    def project(self, generator: torch.Generator) -> Rotation:
         """W <- the rank-r approximation of W that `config.projection` asks for (Algorithm 2, line 13)."""
         config, rank = self.config, self.rank
         if config.projection == "exact":
@@ -61,10 +70,13 @@ class DenseWeight:
         else:
             start = self.start if self.start.shape[1] else None
             self.matrix = projection.subspace(self.matrix, rank, start, config.oversampling, generator)
-            eigenvalues, vectors = torch.linalg.eigh(self.matrix)
-            order = eigenvalues.abs().argsort(descending=True)[:rank]
-            order = order[eigenvalues[order].abs() > 1e-12 * eigenvalues.abs().amax()]
-            self.start = vectors[:, order]
+        eigenvalues, vectors = torch.linalg.eigh(self.matrix)
+        order = eigenvalues.abs().argsort(descending=True)[:rank]
+        order = order[eigenvalues[order].abs() > 1e-12 * eigenvalues.abs().amax()]
+        old, self.start = self.start, vectors[:, order]
+        rotation = Rotation((self.start.T @ old).double(), (self.start.T @ self._seen.T).double())
+        self._seen = self._seen[:0]
+        return rotation
 
     def eigenvalues(self) -> Tensor:
         """The nonzero eigenvalues of W, by magnitude, float64."""
@@ -84,7 +96,8 @@ class DenseWeight:
     def state(self) -> dict[str, Tensor]:
         """What resuming needs, bit for bit; rows that no step has used yet are left out."""
         # With a column of zeros in front: checkpoint writers drop tensors without elements.
-        return {"matrix": self.matrix.clone(), "start": torch.nn.functional.pad(self.start, (1, 0))}
+        padded = (torch.nn.functional.pad(self.start, (1, 0)), torch.nn.functional.pad(self._seen, (0, 0, 1, 0)))
+        return {"matrix": self.matrix.clone(), "start": padded[0], "seen": padded[1]}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave. Raises ValueError if the shapes do not belong to this layer."""
@@ -94,7 +107,8 @@ class DenseWeight:
                 f"a matrix of shape {tuple(matrix.shape)} does not fit a layer of {self.num_features} features"
             )
         self.matrix, self.start = matrix, state["start"][:, 1:].to(self.start, copy=True)
-        self._rows = self._rows[:0]
+        self._rows, self._seen = self._rows[:0], state["seen"][1:].to(self._seen, copy=True)
 
     def to(self, device: torch.device) -> None:
-        self.matrix, self.start, self._rows = (t.to(device) for t in (self.matrix, self.start, self._rows))
+        for name in ("matrix", "start", "_rows", "_seen"):
+            setattr(self, name, getattr(self, name).to(device))

@@ -13,6 +13,9 @@ two products of size k x n x m and otherwise only small matrices; the m x m matr
     ||W x_i - x_i||^2           = |x_i|^2 + y_i . (G y_i - 2 P_i)
     its gradient in x_i         = 2 (x_i + B^T (M (G y_i - P_i) - y_i))      the second large product
 
+The subspace head reads the first rows of P, the coordinates of X in the range of W after the last projection. Its
+gradient c_i in these coordinates adds B^T c_i: more coefficients of the second product, and no product of its own.
+
 and the Update Step with p rows X, W <- W - s (1/p) (X^T R + R^T X), R = X W - X, appends X to B and borders M:
 
     M <- [[M, -(s/p) y], [-(s/p) y^T, (2s/p) I]]
@@ -21,6 +24,7 @@ and the Update Step with p rows X, W <- W - s (1/p) (X^T R + R^T X), R = X W - X
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import projection
 from .config import LowRankConfig
+from .head import Rotation
 
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
 
@@ -39,30 +44,44 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     return torch.autocast(device.type, enabled=False)
 
 
-class _ReconstructionError(torch.autograd.Function):
-    """Squared norms (n,) of W x_i - x_i for fixed W, with the gradient in x alone (the formulas of this module)."""
+class _Reconstruction(torch.autograd.Function):
+    """Squared norms (n,) of W x_i - x_i for fixed W, and the coordinates (n, kept) of the rows in the range of W.
+
+    With the gradient in x alone (the formulas of this module).
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, products: Tensor, weight: FactoredWeight) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor, products: Tensor, weight: FactoredWeight) -> tuple[Tensor, Tensor]:
         core, gram = weight.core, weight.gram
         images = core @ products  # y
         excess = gram @ images - products  # G y - P
         ctx.weight, ctx.generation = weight, weight.generation  # type: ignore[attr-defined]
         ctx.save_for_backward(rows, core @ excess - images)
         error = torch.linalg.vector_norm(rows, dim=1).square() + (images * (excess - products)).sum(dim=0)
-        return error.clamp_min(0)  # of rows that lie in the span of B, rounding may leave less than nothing
+        # Of rows that lie in the span of B, rounding may leave less than nothing.
+        return error.clamp_min(0), products[: weight.kept].T.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_errors: Tensor, grad_coordinates: Tensor):  # type: ignore[no-untyped-def, override]
         rows, coefficients = ctx.saved_tensors
         weight = ctx.weight
         if ctx.generation != weight.generation:
             raise RuntimeError("W was updated between penalty() and backward(); call update() after the optimizer step")
         with full_precision(rows.device):  # backward() may be called inside an autocast block
-            scale = 2 * grad_output
-            gradient = (rows * scale[:, None]).addmm_((coefficients * scale).T, weight.basis)
+            scale = 2 * grad_errors
+            coefficients = coefficients * scale
+            coefficients[: weight.kept] += grad_coordinates.T
+            gradient = (rows * scale[:, None]).addmm_(coefficients.T, weight.basis)
         return gradient, None, None
+
+
+class Reconstruction(NamedTuple):
+    """What W makes of a batch of n rows."""
+
+    errors: Tensor  # ||W x_i - x_i||^2, (n,), with a graph
+    coordinates: Tensor  # (n, kept) in the orthonormal rows that span the range of W since its projection, with a graph
+    products: Tensor | None  # P = B X^T (k, n), where W is kept factored
 
 
 class FactoredWeight:
@@ -121,14 +140,15 @@ class FactoredWeight:
         """k, the rows of B."""
         return self.core.shape[0]
 
-    def reconstruction_error(
+    def reconstruction(
         self,
         rows: Tensor,  # (n, m) centred activations with a graph, `dtype`
-    ) -> tuple[Tensor, Tensor]:
-        """||W x_i - x_i||^2 for each row, (n,): the summands of L_c (Algorithm 2, line 6); and P = B X^T (k, n)."""
+    ) -> Reconstruction:
+        """What W makes of a batch (Algorithm 2, line 6)."""
         with torch.no_grad():
             products = self.basis @ rows.T
-        return _ReconstructionError.apply(rows, products, self), products
+        errors, coordinates = _Reconstruction.apply(rows, products, self)
+        return Reconstruction(errors, coordinates, products)
 
     def append(
         self,
@@ -169,11 +189,17 @@ class FactoredWeight:
 
     # ------------------------------------------------------------------------------------------------ projection
 
-    def project(self, generator: torch.Generator) -> None:
-        """W <- the rank-r approximation of W that `config.projection` asks for (Algorithm 2, line 13)."""
+    def project(self, generator: torch.Generator) -> Rotation:
+        """W <- the rank-r approximation of W that `config.projection` asks for (Algorithm 2, line 13).
+
+        Returns:
+            Where the rows that span its range have moved.
+        """
         self._gram = self.gram  # pending rows stay out: a projection follows a step
         core, gram = self.core.double(), self.gram.double()
         result = self._projected(core, gram, generator)
+        moved = result.vectors.T @ gram  # of the new rows with all of B
+        rotation = Rotation(moved[:, : self.kept], moved[:, self.kept :])
         basis = result.vectors.T.to(self.basis.dtype) @ self.basis  # the one product with m in it
         self.projections += 1
         if self.projections % _REFRESH_GRAM_EVERY:
@@ -181,6 +207,7 @@ class FactoredWeight:
         else:
             gram = basis @ basis.T
         self._load(basis, torch.diag(result.eigenvalues.to(basis.dtype)), gram, kept=basis.shape[0])
+        return rotation
 
     def _projected(self, core: Tensor, gram: Tensor, generator: torch.Generator) -> projection.CoreProjection:
         config, width, rank = self.config, self.num_features, self.rank

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import refuse_deepspeed_optimizer
+from .head import fits_labels
 from .model import LowRankModel
 
 _WRAPPED = ("optimizer", "_base_optimizer")  # where wrappers keep the optimizer that they are around
@@ -33,7 +34,13 @@ class LossHook(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = self.criterion(*args, **kwargs)
         model = self._model[0]
-        return loss + model.penalty() if model.training and model.enabled else loss
+        return loss + model.penalty(labels_among(model, args, kwargs)) if model.training and model.enabled else loss
+
+
+def labels_among(model: LowRankModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a criterion or a network is given beside its input that can be the labels, for `LowRankModel.penalty`."""
+    named = [kwargs[name] for name in ("target", "targets", "labels") if name in kwargs]
+    return next((value for value in (*named, *args[1:]) if fits_labels(value, model.classes)), None)
 
 
 def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHandle:

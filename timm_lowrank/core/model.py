@@ -63,6 +63,7 @@ class LowRankModel(nn.Module):
         taps: where each branch reads its layer.
         widths: number of features of each layer.
         ranks: target rank of each layer.
+        classes: how many the labels tell apart, for subspace heads; None where the network does not say.
     """
 
     backbone: nn.Module
@@ -75,18 +76,21 @@ class LowRankModel(nn.Module):
         taps: Sequence[Tap],
         widths: Mapping[str, int],
         ranks: Mapping[str, int],
+        classes: int | None = None,
     ):
         super().__init__()
         self.backbone = backbone
         self.lowrank_config = config
         self.taps = tuple(taps)
+        self.classes = classes
         self.enabled = True
         self._recording: Recording | None = None
         self._usage = UsageCheck()
         device = next((p.device for p in backbone.parameters()), None)
         self.branches = BranchDict()
         for tap in self.taps:
-            branch = LowRankBranch(widths[tap.layer], ranks[tap.layer], config.for_branch(tap.layer), device)
+            own = config.for_branch(tap.layer)
+            branch = LowRankBranch(widths[tap.layer], ranks[tap.layer], own, device, classes=classes)
             branch.name, branch.view = tap.layer, tap.view
             self.branches[tap.layer] = branch
         self.register_state_dict_post_hook(pack_where_sharded)
@@ -107,13 +111,20 @@ class LowRankModel(nn.Module):
         if not torch.compiler.is_compiling():  # a count would be compiled in, and compiled anew whenever it changes
             self._usage.count_forward()
 
-    def penalty(self) -> Tensor:
+    def penalty(
+        self,
+        labels: Tensor | None = None,  # (batch,) class numbers, or (batch, classes) shares
+    ) -> Tensor:
         """The summed penalty of all branches for the last training forward, a scalar with a graph (Alg. 2, line 8).
 
         Can be had once per forward, so that no batch counts twice. Zero while the branches are switched off.
 
+        Args:
+            labels: of that batch. Subspace heads need them, and are left out, with a warning, where there are none.
+
         Raises:
             CaptureError: no training forward since the last call, or a layer's activations could not be recorded.
+            ValueError: labels that do not fit.
         """
         if not self.enabled:
             device = next(self.backbone.parameters()).device  # of sharded ones too, whose new_zeros() would be sharded
@@ -126,7 +137,14 @@ class LowRankModel(nn.Module):
         record, self._recording = self._recording, None
         self._usage.count_penalty()
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
-        return torch.stack([self.branches[layer].penalty(value) for layer, value in activations.items()]).sum()
+        if self.uses_labels:
+            self._usage.count_labels(given=labels is not None)
+        return torch.stack([self.branches[layer].penalty(value, labels) for layer, value in activations.items()]).sum()
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether a branch has a subspace head, which learns from labels."""
+        return any(branch.config.head_weight for branch in self.branches.values())
 
     def _checked(self, tap: Tap, record: Recording) -> Tensor:
         value = record.activation(tap)
@@ -219,12 +237,23 @@ class UsageCheck:
     def __init__(self) -> None:
         self.forwards = 0  # in training; those of a compiled network are not seen
         self.penalties = 0
+        self.labels_missed = False  # penalty() was called without labels where a head needs them
         self.done = False  # the loop was found to be right, or was warned
 
     def count_forward(self) -> None:
         self.forwards += 1
         if self.forwards >= STEPS_BEFORE_WARNING and not self.penalties:
             self._warn(f"{self.forwards} training forwards passed, but penalty() was never called")
+
+    def count_labels(self, given: bool) -> None:
+        if not given and not self.labels_missed:
+            self.labels_missed = True
+            warnings.warn(
+                "the subspace heads of the branches have no effect without labels: call model.penalty(labels), or set "
+                "head_weight=0",
+                LowRankWarning,
+                stacklevel=4,
+            )
 
     def count_penalty(self) -> None:
         self.penalties += 1

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.branches import FORMAT, BranchDescription
 from ..core.config import LowRankConfig
-from ..core.loop import hooked_optimizer
+from ..core.loop import hooked_optimizer, labels_among
 from ..core.model import LowRankModel
 from ..errors import LowRankWarning
 from ..wrapping import wrap
@@ -130,7 +130,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         if trains:
             self._count_forward()
         if self.lowrank.training and self.lowrank.enabled:
-            penalty = self.lowrank.penalty()
+            penalty = self.lowrank.penalty(labels_among(self.lowrank, (input, target), {}))
             self._penalized |= trains
             parts = {"task_loss": result["loss"].detach(), "penalty": penalty.detach()}
             result = {**result, **parts, "loss": result["loss"] + penalty}

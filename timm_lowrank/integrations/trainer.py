@@ -37,6 +37,7 @@ from ..checkpoint.files import LOWRANK_CONFIG, LOWRANK_WEIGHTS
 from ..checkpoint.saving import save_pretrained
 from ..core.capture import evaluating
 from ..core.config import LowRankConfig
+from ..core.loop import labels_among
 from ..core.model import LowRankModel
 from ..errors import CheckpointError, LowRankError, LowRankWarning
 from .transformers_models import RecordingForward, as_transformers, is_timm, wrap_network
@@ -245,9 +246,10 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         lowrank = self._ready(inputs)
         self._check_loss(inputs, num_items_in_batch)
         share = self._share(inputs, num_items_in_batch)
+        labels = labels_among(lowrank, (), inputs)  # before the Trainer takes them out of the inputs, to smooth them
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         if lowrank.enabled:
-            penalty = lowrank.penalty()
+            penalty = lowrank.penalty(labels)
             loss = loss + share * penalty
             self._means.add(penalty, lowrank)
         return (loss, outputs) if return_outputs else loss

@@ -18,11 +18,11 @@ from .report import layer_spectra, plot_spectrum, summarize, table
 from .run import EpochMetrics, Run, RunFolder, Spectrum, Summary
 from .state import Progress, TrainingState, build, seeded
 
-BRANCH_PARTS = ("reconstruction", "norm", "activation_norm", "gradient_share")
+BRANCH_PARTS = ("reconstruction", "norm", "head", "activation_norm", "gradient_share")
 Finished = tuple[Summary, Spectrum]
 
 
-def train(recipe: Recipe, output: str | Path, *, resume: bool = False) -> Summary:
+def train(recipe: Recipe, output: str | Path, *, resume: bool = False, data: Data | None = None) -> Summary:
     """Trains, measures and exports a network; under `accelerate launch` with all processes together.
 
     The folder `output` gets config.yaml, metrics.csv, checkpoints/, model/ (timm's Hub layout), spectrum.json,
@@ -34,6 +34,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False) -> Summar
         recipe: what to do.
         output: an empty or new folder, or with `resume` that of an earlier part of the same run.
         resume: whether to continue what is there; nothing there is a new run.
+        data: the images, where a program has loaded what the recipe means already; None loads them.
 
     Returns:
         What summary.json says.
@@ -47,7 +48,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False) -> Summar
     folder = RunFolder(output, recipe, resume)
     twin_folder = RunFolder(folder.twin, recipe.plain(), resume) if recipe.twin is True else None
     twin = _plain_run(recipe.twin) if isinstance(recipe.twin, str) else None
-    data = load_data(recipe.data, **recipe.data_options(), progress=True)
+    if data is None:
+        data = load_data(recipe.data, **recipe.data_options(), progress=True)
     if twin is not None and twin[0].data.fingerprint != data.fingerprint:
         raise RunError(f"twin={recipe.twin!r} was trained on other data (its fingerprint differs): use twin=true")
     if twin_folder is not None:

@@ -184,7 +184,7 @@ def _train_step(
             logits = state.network(images)
         task_loss = loss = functional.cross_entropy(logits.float(), labels)
         if weight:
-            penalty = lowrank.penalty()  # the low-rank branch, first half: its loss joins the task's
+            penalty = lowrank.penalty(labels)  # the low-rank branch, first half: its loss joins the task's
             loss = task_loss + weight * penalty
         pulled = gradient_shares(task_loss, loss, activations)
         means.add({f"{layer}.gradient_share": share for layer, share in pulled.items()}, len(images))

@@ -1,0 +1,330 @@
+"""`SubspaceHead`: against its definition by autograd and eigenvectors, its step, and how labels reach it."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import SmallNet
+from torch.nn import functional
+
+import timm_lowrank as tlr
+from timm_lowrank import LossHook, LowRankBranch, LowRankConfig, LowRankWarning
+from timm_lowrank.core import head as head_module
+from timm_lowrank.core.config import PROJECTIONS, STORAGES
+from timm_lowrank.core.head import SubspaceHead, fits_labels, rows_of_labels
+
+DOUBLE = torch.float64
+WIDTH, RANK, CLASSES = 12, 6, 4
+SETTINGS = {"warmup_updates": 0, "update_rows": None, "project_every": 4, "head_sizes": [2, 5], "scale": "unit"}
+
+
+def build(classes=CLASSES, dtype=DOUBLE, **values):
+    config = LowRankConfig(**{**SETTINGS, "reconstruction_weight": 1.0, "head_weight": 0.3, **values})
+    return LowRankBranch(WIDTH, RANK, config, dtype=dtype, classes=classes).train()
+
+
+def batches(count, rows=40, seed=0, size=1.0, spread=1.0):
+    """Four classes about means of their own, off the origin: (rows, WIDTH) float64 and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    means = 2 * torch.randn(CLASSES, WIDTH, dtype=DOUBLE, generator=generator)
+    for _ in range(count):
+        labels = torch.randint(CLASSES, (rows,), generator=generator)
+        noise = spread * torch.randn(rows, WIDTH, dtype=DOUBLE, generator=generator)
+        yield size * (means[labels] + noise * torch.arange(1, WIDTH + 1) ** -0.5 + 3), labels
+
+
+def train(branch, data):
+    """One training step for each batch: losses, gradients in the activations, and L_s."""
+    seen = []
+    for rows, labels in data:
+        rows = rows.clone().requires_grad_()
+        loss = branch.penalty(rows, labels)
+        loss.backward()
+        branch.update()
+        seen.append((float(loss.detach()), rows.grad, float(branch.losses()["head"])))
+    return seen
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_factored_and_dense_storage_agree(projection):
+    options = {"projection": projection, "nystrom_columns": WIDTH}
+    one = train(build(storage="factored", **options), batches(30))
+    two = train(build(storage="dense", **options), batches(30))
+    for (loss, gradient, _), (twin_loss, twin_gradient, _) in zip(one, two, strict=True):
+        assert loss == pytest.approx(twin_loss, rel=1e-9)
+        assert torch.allclose(gradient, twin_gradient, rtol=1e-8, atol=1e-11)
+
+
+def test_loss_and_gradient_by_hand():
+    """L_s from W, b and the rows that entered W alone, its gradient by autograd; W gets none."""
+    branch = build(reconstruction_weight=0.0)
+    data = list(batches(9))
+    train(branch, data[:8])
+    rows, labels = data[8]
+    rows = rows.clone().requires_grad_()
+    branch.eval()
+    branch.penalty(rows, labels).backward()
+
+    # The range of W after its projection at update 8, and the principal directions of rows 5 to 8 inside it.
+    twin = build(reconstruction_weight=0.0, storage="dense")
+    train(twin, data[:4])
+    entered = []
+    for more, more_labels in data[4:8]:
+        centred = more + twin.bias
+        entered.append(centred / centred.norm(dim=1, keepdim=True))
+        train(twin, [(more, more_labels)])
+    _, vectors = torch.linalg.eigh(branch.dense_weight())
+    range_of_w = vectors[:, -RANK:]
+    coordinates = torch.cat(entered) @ range_of_w
+    _, inside = torch.linalg.eigh(coordinates.T @ coordinates)
+    leading = range_of_w @ inside.flip(1)[:, :5]  # (WIDTH, 5)
+    assert torch.allclose((leading.T @ branch.weight.basis[:RANK].T @ branch.head.directions.T).abs(),
+                          torch.eye(5, dtype=DOUBLE), atol=1e-9)  # fmt: skip
+
+    directions = branch.weight.basis[:RANK].T @ branch.head.directions.T
+    weight, offset = branch.head.weight[:-1], branch.head.weight[-1]
+    again = rows.detach().clone().requires_grad_()
+    expected = 0.0
+    for size in (2, 5):
+        for row, label in zip(again, labels, strict=True):
+            logits = offset + sum((row + branch.bias) @ directions[:, i] * weight[i] for i in range(size))
+            expected = expected + (logits.exp().sum().log() - logits[label]) / (2 * len(rows))
+    (0.3 * expected).backward()
+    assert float(branch.losses()["head"]) == pytest.approx(float(expected.detach()), rel=1e-10)
+    assert torch.allclose(rows.grad, again.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("labels", [torch.randint(CLASSES, (30,)), torch.rand(30, CLASSES, dtype=DOUBLE)])
+def test_a_whole_step_is_newton_s_on_the_bound_and_never_raises_the_loss(monkeypatch, labels):
+    monkeypatch.setattr(head_module, "STEP", 1.0)
+    monkeypatch.setattr(head_module, "_RIDGE", 0.0)
+    monkeypatch.setattr(head_module, "_MEMORY", 0.0)
+    head = SubspaceHead(CLASSES, (2, 5), torch.device("cpu"), DOUBLE)
+    head.move(head_module.Rotation(torch.zeros(5, 0, dtype=DOUBLE), torch.randn(5, 50, dtype=DOUBLE)))
+    coordinates = 100 * torch.randn(30, 5, dtype=DOUBLE) * torch.tensor([5.0, 2, 1, 0.3, 0.001])
+    alone = tlr.core.distributed.Processes()
+    before = math.inf
+    for _ in range(20):
+        weight = head.weight.clone().requires_grad_()
+        inputs = functional.pad(coordinates @ head.directions.T, (0, 1), value=1.0)
+        masks = [torch.tensor([1.0, 1, 0, 0, 0, 1]), torch.ones(6)]
+        targets = rows_of_labels(labels, 30, CLASSES).double()
+        losses = [-(targets * (inputs * mask @ weight).log_softmax(dim=1)).sum() for mask in masks]
+        moment = sum((inputs * mask).T @ (inputs * mask) for mask in masks)
+        (gradient,) = torch.autograd.grad(sum(losses), weight)
+        loss = head.loss(coordinates, labels, remember=True)
+        assert float(loss) == pytest.approx(float(sum(losses).detach()) / 60, rel=1e-9)
+        head.update(alone)
+        expected = weight.detach() - 2 * torch.linalg.solve(moment, gradient)
+        assert torch.allclose(head.weight, expected, rtol=1e-6, atol=1e-9)
+        assert float(loss) <= before * (1 + 1e-12)
+        before = float(loss)
+
+
+def test_the_unit_of_the_activations_means_nothing():
+    one, two = build(scale="reference"), build(scale="reference")
+    small = train(one, batches(30))
+    large = train(two, batches(30, size=1e3))
+    for (_, _, loss), (_, _, again) in zip(small, large, strict=True):
+        assert loss == pytest.approx(again, rel=1e-6)
+
+
+def test_it_learns_what_the_leading_directions_tell():
+    branch = build(head_sizes=[3])
+    train(branch, batches(200, rows=128, spread=4))
+    rows, labels = next(batches(1, rows=4000, spread=4))
+    branch.eval()
+    branch.penalty(rows, labels)
+    directions = branch.weight.basis[: branch.weight.kept].T @ branch.head.directions.T
+    values = (rows + branch.bias) @ directions
+    best = torch.zeros(4, CLASSES, dtype=DOUBLE, requires_grad=True)
+    optimizer = torch.optim.LBFGS([best], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(functional.pad(values, (0, 1), value=1.0) @ best, labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    lowest = float(closure().detach())
+    assert 0.1 < lowest < 1
+    assert float(branch.losses()["head"]) < 1.6 * lowest < 0.5 * math.log(CLASSES)
+
+
+def test_a_projection_leaves_the_logits_where_the_range_of_w_stays():
+    """Far along, W hardly moves: what the head says before and after a projection is nearly the same."""
+    branch = build(project_every=10, head_sizes=[RANK])
+    data = list(batches(201, rows=200))
+    train(branch, data[:199])
+
+    def logits():
+        values = (data[200][0] + branch.bias) @ branch.weight.basis[: branch.weight.kept].T @ branch.head.directions.T
+        return values @ branch.head.weight[:-1] + branch.head.weight[-1]
+
+    before, directions = logits(), branch.head.directions
+    train(branch, data[199:200])
+    assert not torch.equal(directions, branch.head.directions), "a projection happened"
+    assert (logits() - before).abs().max() < 0.1 * before.abs().max()
+    assert logits().argmax(dim=1).eq(before.argmax(dim=1)).double().mean() > 0.97
+
+
+@pytest.mark.parametrize("parts", [(20, 20), (7, 33), (1, 19, 20)])
+def test_micro_batches_are_one_batch(parts):
+    whole, cut = build(), build()
+    for rows, labels in batches(12):
+        whole.penalty(rows.requires_grad_(), labels)
+        whole.update()
+        for piece, names in zip(rows.detach().split(parts), labels.split(parts), strict=True):
+            cut.penalty(piece.requires_grad_(), names)
+        cut.update()
+    assert torch.allclose(whole.head.weight, cut.head.weight, rtol=1e-8, atol=1e-10)
+
+
+def test_an_overflow_does_not_enter():
+    branch = build()
+    train(branch, batches(9))
+    before = branch.head.weight.clone()
+    (rows, labels), *_ = batches(1)
+    rows[3] = math.inf
+    branch.penalty(rows.requires_grad_(), labels)
+    branch.update()
+    assert torch.equal(branch.head.weight, before)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("updates", [0, 3, 10])
+def test_a_state_goes_on_bit_for_bit(storage, updates):
+    data = list(batches(updates + 9))
+    one, two = build(storage=storage), build(storage=storage)
+    train(one, data[:updates])
+    two.load_state_dict({name: value.clone() for name, value in one.state_dict().items()})
+    assert all(value.numel() for value in one.state_dict().values())
+    for (loss, gradient, _), (twin, twin_gradient, _) in zip(
+        train(one, data[updates:]), train(two, data[updates:]), strict=True
+    ):
+        assert loss == twin
+        assert torch.equal(gradient, twin_gradient)
+
+
+def test_a_head_may_be_switched_on_and_off_between_two_trainings():
+    branch = build()
+    train(branch, batches(9))
+    without = build(head_weight=0.0)
+    without.load_state_dict(branch.state_dict())
+    assert without.head is None
+    again = build()
+    again.load_state_dict(without.state_dict())
+    assert not again.head.ready
+    other = build(classes=5)
+    with pytest.raises(RuntimeError, match="does not fit 5 classes"):
+        other.load_state_dict(branch.state_dict())
+
+
+def test_labels_of_every_kind():
+    hard = torch.tensor([2, -100, 0, 99])
+    assert rows_of_labels(hard, 4, 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert rows_of_labels(hard[:2], 4, 3).tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]], "two tokens each"
+    shares = torch.tensor([[0.3, 0.7, 0], [0, 0, 0]])
+    assert torch.allclose(rows_of_labels(shares, 2, 3), shares)
+    assert rows_of_labels(torch.tensor([[1, 1, 0]]), 1, 3).tolist() == [[0.5, 0.5, 0]], "several classes at once"
+    for wrong in (
+        torch.rand(4),
+        torch.rand(4, 2),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+    ):
+        with pytest.raises(ValueError, match="do not fit 4 rows and 3 classes"):
+            rows_of_labels(wrong, 4, 3)
+    assert not any(
+        fits_labels(value, 3) for value in ("a", None, {}, torch.rand(4, 1), torch.rand(4), torch.rand(2, 3, 1))
+    )
+
+
+def test_samples_without_a_label_do_not_count():
+    branch, twin = build(), build()
+    train(branch, batches(9))
+    train(twin, batches(9))
+    (rows, labels), *_ = batches(1)
+    some = labels.clone()
+    some[10:] = -100
+    branch.penalty(rows.clone().requires_grad_(), some)
+    coordinates = twin.weight.reconstruction(rows + twin.bias).coordinates
+    assert torch.allclose(branch.losses()["head"], twin.head.loss(coordinates[:10], labels[:10], remember=False))
+
+
+# ------------------------------------------------------------------------------------------------------- in a model
+
+
+def wrapped(branches=None, **values):
+    settings = {"branches": branches or {"body": 6, "pre_logits": {"rank": 4, "head_weight": 0.0}}, "head_weight": 0.3}
+    config = LowRankConfig(**{**settings, "warmup_updates": 0, "project_every": 2, **values})
+    return tlr.wrap(SmallNet(), config, example_input=torch.zeros(1, 1, 8, 8)).train()
+
+
+def step(model, images, labels, loss):
+    model.zero_grad()
+    value = loss(model(images), labels)
+    value.backward()
+    model.update()
+    return value
+
+
+def test_labels_reach_it_by_hand_and_through_the_criterion(digits):
+    images, labels = digits[0][:64], digits[1][:64]
+    one, two = wrapped(), wrapped()
+    two.load_state_dict(one.state_dict())
+    hook = LossHook(torch.nn.CrossEntropyLoss(), two)
+    for _ in range(5):
+        by_hand = step(one, images, labels, lambda logits, y: functional.cross_entropy(logits, y) + one.penalty(y))
+        hooked = step(two, images, labels, hook)
+        assert torch.equal(by_hand, hooked)
+    assert one.losses()["body"]["head"] > 0
+    assert "head" not in one.losses()["pre_logits"]
+    assert one.classes == 10
+    assert one.unwrap()(images).shape == (64, 10)
+
+
+def test_without_labels_there_is_one_warning_and_the_rest_works(digits):
+    model = wrapped()
+
+    def loss(logits, labels):
+        return functional.cross_entropy(logits, labels) + model.penalty()
+
+    images, labels = digits[0][:32], digits[1][:32]
+    with pytest.warns(LowRankWarning, match="no effect without labels"):
+        step(model, images, labels, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            step(model, images, labels, loss)
+    assert "head" not in model.losses()["body"]
+
+
+def test_labels_that_a_criterion_takes_and_a_head_cannot_are_passed_over(digits):
+    model = wrapped()
+    hook = LossHook(lambda output, target: functional.mse_loss(output[:, :1], target), model)
+    with pytest.warns(LowRankWarning, match="no effect without labels"):
+        step(model, digits[0][:32], torch.rand(32, 1), hook)
+
+
+def test_tokens_have_the_label_of_their_image(digits):
+    model = wrapped({"body": {"rank": 4, "view": "token"}})
+    for _ in range(4):
+        step(
+            model,
+            *[part[:32] for part in digits],
+            lambda logits, y: functional.cross_entropy(logits, y) + model.penalty(y),
+        )
+    assert model.losses()["body"]["head"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_it_follows_the_module(device):
+    branch = build(dtype=torch.float32)
+    train(branch, ((rows.float(), labels) for rows, labels in batches(9)))
+    branch.half()
+    assert branch.head.weight.dtype == torch.float32
+    branch.to(device)
+    assert {value.device.type for value in branch.head.state().values()} == {device}

@@ -1,0 +1,215 @@
+"""`SubspaceHead`: a linear classifier that reads a layer through the leading directions of its branch.
+
+L_c says how many directions a layer may use, not that a class can be read from the first ones. The head asks for
+that. With U (kept, m) the orthonormal rows that span the range of W and D (q, kept) the principal directions of the
+activations inside it,
+
+    z_i = D U (a_i + b)                                     (q,)      the activations in their leading directions
+    L_s = mean over i and d of CE(h + H[:d]^T z_i[:d], y_i)           for each d of a few sizes, such as 5, 10 and 20
+
+The activations get the gradient of L_s, W does not. Head and branch are dropped together at prediction time. It is not
+part of the paper; nested sizes are those of Matryoshka representations (Kusupati et al., 2022), at a layer inside.
+
+H is no parameter of the optimizer, whose learning rate is right for another scale of inputs: it takes a step of its
+own. The Hessian of the cross-entropy is at most 1/2 E[x x^T] (x) I with x = (z, 1) (Boehning, 1992), so the step
+
+    H <- H - 2 s E[x x^T]^-1 dL_s/dH,       0 < s <= 1
+
+never raises the loss of the batch that it is taken on, in whatever unit the activations are. A batch of few images
+tells little of most of the q directions, and H would follow its noise: a running mean M of E[x x^T] is added with the
+weight q / n, which leaves a step of n / (n + q) of that. A projection moves U, and D is taken anew from the rows that
+entered W since the one before: H and M are carried over into the new coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .distributed import Processes
+
+STEP = 0.5  # s: fast enough to follow a W that moves; the bound makes it average over several batches all the same
+_RIDGE = 1e-3  # of the diagonal of E[x x^T]
+_MEMORY = 0.1  # the share of a batch in the running mean M
+
+
+class Rotation(NamedTuple):
+    """What a projection did to the orthonormal rows U (kept, m) that span the range of W; all float64."""
+
+    kept: Tensor  # U_new U_old^T (kept_new, kept_old)
+    rows: Tensor  # U_new X^T (kept_new, p) of the p rows X that entered W since the projection before
+
+
+class SubspaceHead:
+    """H (q, classes) and h (classes,) on the q leading directions of a branch; q grows up to the largest of `sizes`.
+
+    Args:
+        classes: how many there are.
+        sizes: for each a classifier on so many leading directions, all of them parts of one H.
+        device, dtype: of H.
+    """
+
+    def __init__(self, classes: int, sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+        self.classes, self.sizes = classes, tuple(sizes)
+        self.directions = torch.zeros(0, 0, device=device, dtype=dtype)  # D (q, kept), orthonormal rows
+        self.weight = torch.zeros(1, classes, device=device, dtype=dtype)  # H (q, classes) and, last, h
+        self.moment = torch.zeros(1, 1, device=device, dtype=dtype)  # M (q + 1, q + 1)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._gradient = torch.zeros_like(self.weight)
+        self._moment = torch.zeros_like(self.moment)  # sum of x x^T
+        self._rows = self.weight.new_zeros(())
+        self._images = self.weight.new_zeros(())
+
+    @property
+    def ready(self) -> bool:
+        """Whether a projection has given it directions."""
+        return self.directions.shape[0] > 0
+
+    def loss(
+        self,
+        coordinates: Tensor,  # U (a_i + b) of each row, (n, kept), with a graph
+        labels: Tensor,  # see `rows_of_labels`
+        *,
+        remember: bool,
+    ) -> Tensor:
+        """L_s of one batch, a scalar; zero before the first projection.
+
+        Args:
+            remember: whether the batch counts for the next `update`.
+        """
+        if not self.ready:
+            return coordinates.new_zeros(())
+        targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)
+        valid = targets.sum(dim=1)
+        values = coordinates @ self.directions.T
+        weight, offset = self.weight[:-1], self.weight[-1]
+        inputs = functional.pad(values.detach(), (0, 1), value=1.0)
+        losses = []
+        for size, mask in zip(self._sizes(), self._masks(), strict=True):
+            logits = values[:, :size] @ weight[:size] + offset
+            losses.append(-(targets * logits.log_softmax(dim=1)).sum())
+            if remember:
+                error = logits.detach().softmax(dim=1) * valid[:, None] - targets
+                self._add(inputs * mask, error, valid)
+        if remember:
+            self._rows = self._rows + valid.sum()
+            self._images = self._images + len(labels)
+        return torch.stack(losses).mean() / valid.sum().clamp_min(1)
+
+    def _add(self, inputs: Tensor, error: Tensor, valid: Tensor) -> None:
+        """The batch's part of dL_s/dH and of E[x x^T], both times the number of samples."""
+        gradient, moment = inputs.T @ error, inputs.T @ (inputs * valid[:, None])
+        finite = gradient.isfinite().all() & moment.isfinite().all()  # a gradient scaler skips an overflowing batch
+        self._gradient = self._gradient + torch.where(finite, gradient, 0)
+        self._moment = self._moment + torch.where(finite, moment, 0)
+
+    def _sizes(self) -> list[int]:
+        """The sizes that there are directions for by now."""
+        return sorted({min(size, len(self.directions)) for size in self.sizes})
+
+    def _masks(self) -> Tensor:
+        """(sizes, q + 1): which of the directions each size reads; all read the constant."""
+        position = torch.arange(len(self.directions) + 1, device=self.weight.device)
+        masks = [(position < size) | (position == len(self.directions)) for size in self._sizes()]
+        return torch.stack(masks).to(self.weight.dtype)
+
+    def update(self, processes: Processes) -> None:
+        """One step on H from all batches since the last one, the same to the bit on every process."""
+        if self.ready:
+            sums = processes.sum(self._gradient, self._moment, self._rows, self._images)
+            gradient, moment, rows, images = (total.double() for total in sums)
+            gradient, moment = gradient / rows.clamp_min(1), moment / rows.clamp_min(1)
+            damped = moment + self.moment.double() * (len(self.directions) / images.clamp_min(1))
+            damped = damped + torch.diag(_RIDGE * damped.diagonal() + torch.finfo(torch.float64).tiny ** 0.5)
+            factor = torch.linalg.cholesky_ex(damped).L  # without a check, which would wait for the device
+            step = torch.cholesky_solve(gradient, factor)
+            step = torch.where(step.isfinite().all(), step, 0)  # no batch, or none that was finite
+            self.weight = self.weight - 2 * STEP * step.to(self.weight.dtype)
+            self.moment = self.moment + _MEMORY * (moment.to(self.moment) - self.moment)
+        self._forget()
+
+    def move(self, rotation: Rotation) -> None:
+        """After a projection: new directions, and H in them."""
+        covariance = rotation.rows @ rotation.rows.T
+        order = torch.linalg.eigh(covariance).eigenvectors.flip(1)  # by variance, largest first
+        new = order[:, : max(self.sizes)].T
+        turned = new.new_zeros(len(new), 0)  # of the new directions with the old ones
+        if self.ready:
+            turned = new @ rotation.kept @ self.directions.double().T
+        turned = torch.block_diag(turned, turned.new_ones(1, 1))  # and the constant stays
+        self.weight = (turned @ self.weight.double()).to(self.weight)
+        self.moment = (turned @ self.moment.double() @ turned.T).to(self.moment)
+        self.directions = new.to(self.weight)
+        self._forget()
+
+    # ------------------------------------------------------------------------------------------ devices and states
+
+    def state(self) -> dict[str, Tensor]:
+        """What resuming needs, bit for bit."""
+        padded = functional.pad(self.directions, (1, 0, 1, 0))  # checkpoint writers drop tensors without elements
+        return {"head.directions": padded, "head.weight": self.weight.clone(), "head.moment": self.moment.clone()}
+
+    def load_state(self, state: dict[str, Tensor], kept: int) -> None:
+        """Take over what `state` gave, for a W whose range has `kept` rows.
+
+        Raises:
+            ValueError: it is of another number of classes or of another W.
+        """
+        directions, weight, moment = state["head.directions"][1:, 1:], state["head.weight"], state["head.moment"]
+        count = len(directions) + 1
+        fits = weight.shape == (count, self.classes) and moment.shape == (count, count)
+        fits &= directions.shape[1] in (0, kept)
+        if not fits or len(directions) > max(self.sizes):
+            raise ValueError(
+                f"a subspace head of shape {tuple(weight.shape)} on {directions.shape[1]} directions does not fit "
+                f"{self.classes} classes, sizes {self.sizes} and the {kept} directions of W"
+            )
+        self.directions, self.weight = directions.to(self.weight, copy=True), weight.to(self.weight, copy=True)
+        self.moment = moment.to(self.moment, copy=True)
+        self._forget()
+
+    def to(self, device: torch.device) -> None:
+        for name in ("directions", "weight", "moment", "_gradient", "_moment", "_rows", "_images"):
+            setattr(self, name, getattr(self, name).to(device))
+
+
+def rows_of_labels(
+    labels: Tensor,  # (batch,) integers, or (batch, classes) floating point
+    rows: int,
+    classes: int,
+) -> Tensor:
+    """(rows, classes): the distribution over classes of each row.
+
+    Labels may be class numbers, with any number outside of [0, classes) for a sample that does not count, such as -100;
+    or a share for each class, as mixing of images makes them; or ones for all classes that are there, which then have
+    equal shares. Where a layer has several rows for an image, as tokens are, all have the image's label.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if not fits_labels(labels, classes) or not len(labels) or rows % len(labels):
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit {rows} rows and "
+            f"{classes} classes: the subspace head needs class numbers (batch,) or shares (batch, {classes})"
+        )
+    if labels.dim() == 1:
+        targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+    else:
+        targets = labels if labels.dtype == torch.float64 else labels.float()
+        targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    return targets.repeat_interleave(rows // len(labels), dim=0)
+
+
+def fits_labels(value: Any, classes: int | None) -> bool:
+    """Whether `value` looks like the labels of a batch: what a criterion takes beside the logits may be anything."""
+    if not isinstance(value, Tensor) or classes is None:
+        return False
+    if value.dim() == 1:
+        return not (value.is_floating_point() or value.is_complex())
+    return value.dim() == 2 and value.shape[1] == classes and not value.is_complex()
