@@ -84,7 +84,8 @@ def test_there_are_no_cycles():
 
 ORDER = (
     "errors", "text", "records", "core", "files", "environment", "layers", "wrapping", "networks", "evaluation",
-    "checkpoint", "data", "drawing", "integrations", "training", "publish", "report", "suites", "cli", "__main__",
+    "checkpoint", "data", "drawing", "integrations", "training", "publish", "report", "suites", "reproduce", "cli",
+    "__main__",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ SMALL = {
     "resnet10_cifar": {"channels": [8, 12, 16, 20], "stem_stride": 2},
     "resnet18_cifar": {"channels": [8, 8, 16, 16], "stem_channels": 6},
     "resnet50_cifar": {"channels": [4, 4, 8, 8]},
-    "vgg19_bn_cifar": {"hidden_size": 24, "drop_rate": 0.25},
+    "vgg19_bn_cifar": {"hidden_size": 24, "drop_rate": 0.25, "width": 0.0625},
 }
 
 

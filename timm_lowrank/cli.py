@@ -248,6 +248,64 @@ def _compare(given: argparse.Namespace) -> None:
         _say("", f"written to {given.json}")
 
 
+# --------------------------------------------------------------------------------------------------------- reproduce
+
+
+def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
+    """Make a table, figure or claim of the paper beside ours: find the runs, train and measure what is missing.
+
+      timm-lowrank reproduce --list                              # every entry, and which of its runs are there
+      timm-lowrank reproduce --table 5                           # smoke: seconds, on digits; shows that it works
+      timm-lowrank reproduce --table 1 --figure 2 --scale fast --data cifar10=PATH_OR_NAME --runs runs
+      timm-lowrank reproduce --all --scale fast --existing       # from the runs that are there alone
+
+    Runs lie in RUNS/RECIPE/CONDITION-seedK (N-LR, 1-LR, 2-LR, Bottle-LR, SN, ...), which is where new ones go. Each
+    entry leaves NAME.md, NAME.json and NAME.png: our figure, the paper's, the difference, and how it was measured.
+    """
+    parser.add_argument("--list", action="store_true", help="print what there is, what it needs, and what is there")
+    parser.add_argument("--table", type=int, action="append", default=[], metavar="N", help="of the paper, 1 to 10")
+    parser.add_argument(
+        "--figure", action="append", default=[], metavar="N", help='of the paper, 2 to 20, or "compactness"'
+    )
+    parser.add_argument("--claim", action="append", default=[], metavar="NAME", help="of the text; --list names them")
+    parser.add_argument("--all", action="store_true", help="everything")
+    parser.add_argument(
+        "--scale", default="smoke", choices=["smoke", "fast", "paper"],
+        help="smoke: minutes on digits; fast: whole data sets, hours on two cores; paper: its own recipes, for GPUs",
+    )  # fmt: skip
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="of the runs (default: runs)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results"), metavar="FOLDER", help="where it is written (default: results)"
+    )
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=PATH_OR_NAME",
+        help="where the images of cifar10, cifar100 or svhn are",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="K", help="to train (default: those of the scale)")
+    parser.add_argument("--existing", action="store_true", help="train and measure nothing, show what is there")
+
+
+def _reproduce(given: argparse.Namespace) -> None:
+    from .reproduce import Options, overview, reproduce
+
+    names = [f"table-{n}" for n in given.table] + [f"figure-{n}" for n in given.figure]
+    names += [f"claim-{name}" for name in given.claim]
+    if not (names or given.all or given.list):
+        raise EvaluationError("say what: --table N, --figure N, --claim NAME or --all; --list shows what there is")
+    if wrong := [text for text in given.data if "=" not in text]:
+        raise EvaluationError(f"--data {wrong[0]}: write it as cifar10=PATH_OR_NAME")
+    options = Options(
+        names=() if given.all else tuple(dict.fromkeys(names)), scale=given.scale, runs=given.runs, output=given.output,
+        data=dict(text.split("=", 1) for text in given.data), existing=given.existing,
+        seeds=None if given.seeds is None else tuple(given.seeds),
+    )  # fmt: skip
+    if given.list:
+        print(overview(options))
+        return
+    reproduce(options)
+    _next(f"open {options.output / 'README.md'}")
+
+
 # ------------------------------------------------------------------------------------------------------ push and pull
 
 
@@ -377,6 +435,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Run, str]] 
     "train": (_declare_train, _train, "continue with the same command and --resume auto"),
     "evaluate": (_declare_evaluate, _evaluate, "the same command continues"),
     "compare": (_declare_compare, _compare, "nothing was written"),
+    "reproduce": (_declare_reproduce, _reproduce, "the same command goes on"),
     "push": (
         _declare_push, _push, "what had not been committed is not published; the same command begins again",
     ),

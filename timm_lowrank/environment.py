@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import importlib.metadata
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,23 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             numbers[name] = str(said or importlib.metadata.version(name))
     return numbers
+
+
+def git_commit() -> str | None:
+    """The commit of the clone that this package is imported from, with "+" if files were changed; None elsewhere."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", Path(__file__).name) != Path(__file__).name:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(folder))
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def device_name(device: torch.device) -> str:

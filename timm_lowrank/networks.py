@@ -268,13 +268,18 @@ def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-19 with batch norm, 16 convolutions and three fully connected layers, for 32 x 32 pixels."""
+    """VGG-19 with batch norm, 16 convolutions and three fully connected layers, for 32 x 32 pixels.
+
+    `width` multiplies the channels of the convolutions.
+    """
+    width = kwargs.pop("width", 1.0)
+    layout = [step if step == "M" else max(1, round(width * step)) for step in vgg_layouts["vgg19"]]
     kwargs.setdefault("norm_layer", nn.BatchNorm2d)
     return build_model_with_cfg(
         CifarVGG,
         "vgg19_bn_cifar",
         pretrained,
-        model_cfg=vgg_layouts["vgg19"],
+        model_cfg=layout,
         feature_cfg={"flatten_sequential": True, "out_indices": kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5))},
         **kwargs,
     )

@@ -1,0 +1,369 @@
+"""The paper's tables, figures and claims beside ours: what is printed, what is found, trained, measured and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+
+import pytest
+from test_training_compare import figure
+
+from timm_lowrank.cli import main
+from timm_lowrank.data import load_images
+from timm_lowrank.errors import EvaluationError
+from timm_lowrank.evaluation import results
+from timm_lowrank.evaluation.results import Kind, read_evaluation, write_evaluation
+from timm_lowrank.reproduce import ENTRIES, Options, overview, read_reproduction, reproduce
+from timm_lowrank.reproduce import setups as setups_module
+from timm_lowrank.reproduce.build import lacking, needed
+from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES
+from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
+from timm_lowrank.reproduce.reproduction import Cell, Line, Panel
+from timm_lowrank.reproduce.runs import Runs
+from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
+from timm_lowrank.reproduce.write import markdown, own_text, paper_text, table
+from timm_lowrank.suites.plan import SUITES, measurements_of
+from timm_lowrank.training import Recipe
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+# ------------------------------------------------------------------------------------------------------- the catalogue
+
+
+def test_every_table_figure_and_claim_is_there():
+    numbered = [f"table-{number}" for number in range(1, 11)] + [f"figure-{number}" for number in range(2, 21)]
+    assert set(numbered) <= ENTRIES.keys()
+    claims = ("sparsity", "low-rank-preactivations", "relu-counter-example", "directions", "target-rank", "parameters")
+    assert {f"claim-{claim}" for claim in claims} | {"figure-compactness"} == ENTRIES.keys() - set(numbered)
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_entries_fit_what_is_measured_and_run(entry):
+    suite = set(map(repr, measurements_of([SUITES["paper"]])))
+    measurements = [column.measurement for panel in entry.panels for column in panel.columns]
+    measurements += [plan.measurement for plan in entry.curves] + [measurement for measurement, _ in entry.strips]
+    missing = {repr(one) for one in measurements} - suite
+    assert not missing  # one evaluation with the suite "paper" is enough for every entry
+    for panel in entry.panels:
+        assert len({column.label for column in panel.columns}) == len(panel.columns)
+        assert not panel.positions or len(panel.positions) == len(panel.columns)
+        for row in panel.rows:
+            assert len(row.printed) <= len(panel.columns)
+            assert row.condition in CONDITIONS
+            assert row.setup in setups_module.SETUPS
+    assert entry.compute or entry.rows
+    assert set(map(repr, DIAGNOSES.values())) < suite
+
+
+@pytest.mark.parametrize(
+    ("name", "panel", "row", "column", "printed"),
+    [
+        ("table-1", 0, (C10_R50, "1-LR"), "8/255, 20 steps", 0.785),
+        ("table-1", 0, (C10_R18, "2-LR"), "20/255, 20 steps", 0.236),
+        ("table-1", -1, (C10_R50, "1-LR"), "8/255, 20 steps", 0.568),
+        ("table-2", 0, (C10_R50, "SNIP"), "16/255, 7 steps", 0.185),
+        ("table-3", 1, (C10_R18, "2-LR"), "Iter-LL-FGSM", 0.2),
+        ("table-4", 0, (C10_R18, "N-LR"), "p = 0.4", 0.577),
+        ("table-5", 1, (C10_R18, "2-LR"), "10 directions", 0.75),
+        ("table-10", 0, (C10_R18, "1-LR"), "Iter-LL-FGSM", 0.06),
+    ],
+)
+def test_printed_figures_are_those_of_the_paper(name, panel, row, column, printed):
+    plan = ENTRIES[name].panels[panel]
+    (line,) = [one for one in plan.rows if (one.setup, one.condition) == row]
+    assert line.printed[[one.label for one in plan.columns].index(column)] == pytest.approx(printed)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_every_condition_makes_a_recipe_of_every_small_base(condition):
+    if condition in ("Bottle-LR", "Bottle-2LR", "SN", "SRN", "SNIP", "Matryoshka") and not hasattr(Recipe, "compared"):
+        pytest.skip("recipes have no comparators yet")
+    recipes = {
+        base.name: base.make_recipe(condition, 3, "somewhere")
+        for bases in SCALES["smoke"].bases.values()
+        for base in bases
+    }
+    for name, recipe in recipes.items():
+        assert (recipe.name, recipe.seed, recipe.data, recipe.twin) == (name, 3, "somewhere", False)
+        assert recipe.lowrank_enabled == condition.startswith(("1-LR", "2-LR"))
+    ranks = recipes["smoke-cifar10-resnet18"].lowrank["branches"]
+    expected = {"1-LR": {"pre_logits": 4}, "2-LR-ranks-x0.5": {"layer3": 3, "pre_logits": 2}}
+    assert ranks == expected.get(condition, ranks)
+    assert condition != "2-LR-strong" or ranks["layer3"] == {"rank": 6, "reconstruction_weight": 20.0}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fixtures_are_read_like_what_they_stand_for(layout, tmp_path):
+    folder = write_fixture(tmp_path / layout, layout)
+    before = {path: path.read_bytes() for path in folder.rglob("*.parquet")}
+    options = {"config": "cropped_digits", "extra": True} if layout == "svhn" else {}
+    columns = ["coarse_label", "fine_label"] if layout == "cifar100" else ["label"]
+    coarse, *fine = (load_images(str(folder), label_column=column, **options) for column in columns)
+    assert coarse.image_size == (3, 32, 32)
+    splits = LAYOUTS[layout].splits
+    assert coarse.counts == (splits["train"] + splits.get("extra", 0), splits["test"])
+    assert len(coarse.class_names) == 10
+    for finer in fine:
+        assert len(finer.class_names) == 20
+        assert (finer.test_labels // 2 == coarse.test_labels).all()
+    shutil.rmtree(folder)
+    write_fixture(folder, layout)
+    assert {path: path.read_bytes() for path in folder.rglob("*.parquet")} == before
+
+
+def test_the_papers_own_figures_go_through_the_diagnosis():
+    verdicts = {(row.setup, row.condition): row.verdict for row in ENTRIES["table-1"].panels[0].rows}
+    assert verdicts[C10_R50, "1-LR"] == results.MASKED
+    assert verdicts[C10_R18, "N-LR"] != results.MASKED
+    assert verdicts[C10_R18, "2-LR-strong"] is None  # not the paper's
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_cells_hold_mean_spread_and_difference():
+    cell = Cell.of("x", "share", {0: 0.5, 1: 0.7, 2: math.nan}, printed=0.65, how={"steps": 20}, figure="key")
+    assert cell.values == {0: 0.5, 1: 0.7}
+    assert cell.mean == pytest.approx(0.6)
+    assert cell.deviation == pytest.approx(statistics.stdev([0.5, 0.7]))
+    assert cell.difference == pytest.approx(-0.05)
+    assert own_text(cell) == "60.0 ± 14.1 (-5.0)"
+    assert paper_text(cell) == "65.0"
+    nothing = Cell.of("x", "number", {0: math.nan}, printed=0.018, figure="key")
+    assert (nothing.values, nothing.mean, nothing.difference, nothing.figure) == ({}, None, None, None)
+    assert own_text(nothing) == "not measured"
+    assert paper_text(nothing) == "0.0180"
+    qualified = Cell.of("x", "count", {0: 1200.0}, 1000, "more than 1,000")
+    assert (own_text(qualified), paper_text(qualified)) == ("1,200", "more than 1,000")
+
+
+def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
+    def line(condition, recipe, values, printed=0.5, **options):
+        cells = (Cell.of("acc", "share", values, printed),)
+        return Line(
+            row="R18",
+            condition=condition,
+            recipe=recipe,
+            network="resnet10",
+            seeds=tuple(values),
+            cells=cells,
+            **options,
+        )
+
+    lines = (
+        line("N-LR", "a", {0: 0.25}), line("N-LR", "b", {0: 0.5, 1: 0.6}, masking={0: "suspect", 1: "suspect"}),
+        line("2-LR", None, {}), line("1-LR", "a", {}, printed=None),
+    )  # fmt: skip
+    rows = [row.strip("| ").split(" | ") for row in table(Panel(title="t", columns=("acc",), lines=lines)).splitlines()]
+    assert rows[2:] == [
+        ["R18, N-LR", "paper", "", "50.0"],
+        ["ours: resnet10 (`a`)", "0", "25.0 (-25.0)", "not measured"],
+        ["ours: resnet10 (`b`)", "0, 1", "55.0 ± 7.1 (+5.0)", "suspect"],
+        ["R18, 2-LR", "paper", "", "50.0"],
+        ["R18, 1-LR", "ours: resnet10 (`a`)", "-", "not measured", "not measured"],
+    ]
+
+
+# ------------------------------------------------------------------------------------- runs that are there, and others
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A scale of one setup, for a second of training a run."""
+    scale = SCALES["smoke"]
+    (base,) = scale.bases[C10_R18]
+    changes = {**base.changes, "epochs": 2, "pretrain_epochs": 1, "data_args": {"test_limit": 40, "train_limit": 200}}
+    small = dataclasses.replace(base, changes=changes)
+    return dataclasses.replace(scale, name="tiny", bases={C10_R18: (small,)}, images=20, train_images=100)
+
+
+@pytest.fixture(autouse=True)
+def with_tiny(tiny, monkeypatch):
+    monkeypatch.setitem(SCALES, "tiny", tiny)
+
+
+NAMES = ("table-5", "figure-2", "claim-relu-counter-example")
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """Three entries from nothing, with their runs."""
+    folder = tmp_path_factory.mktemp("made")
+    options = Options(names=NAMES, scale="tiny", runs=folder / "runs", output=folder / "results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCALES, "tiny", tiny)
+        said = []
+        return options, reproduce(options, said.append), said
+
+
+def test_what_is_missing_is_trained_and_measured_once(made, tmp_path):
+    options, reproductions, said = made
+    trained = [text for text in said if text.startswith("training")]
+    conditions = ["N-LR", "1-LR", "2-LR", "2-LR-strong"]
+    assert [text.rpartition("/")[2] for text in trained] == [f"{one}-seed0" for one in conditions]
+    assert sum(text.startswith("measuring") for text in said) == 4  # of both entries together
+    table_5, figure_2, _ = reproductions
+    runs = [(run.condition, run.seed, run.model, run.data) for run in table_5.runs]
+    assert runs == [(one, 0, "resnet10_cifar", "digits") for one in conditions]
+    evaluations = {
+        path.parts[-4]: read_evaluation(path) for path in options.runs.glob("*/*/evaluations/*/evaluation.json")
+    }
+    for line in [line for line in table_5.panels[1].lines if line.recipe]:
+        (title,) = evaluations[f"{line.condition}-seed0"].titles
+        for cell in line.cells:
+            measured = evaluations[f"{line.condition}-seed0"].figure(cell.figure)
+            assert cell.values == {0: measured.values[title].value}
+            assert cell.difference == (None if cell.printed is None else cell.mean - cell.printed)
+            assert (cell.how["images"], cell.how["train_images"]) == (20, 100)
+    assert [line.network for line in figure_2.curves[0].lines] == conditions
+    again: list[str] = []
+    repeated = reproduce(dataclasses.replace(options, output=tmp_path), again.append)
+    assert [one.panels for one in repeated] == [one.panels for one in reproductions]
+    assert not any(text.startswith(("training", "measuring")) for text in again)
+
+
+def test_three_files_of_each_entry_say_the_same(made):
+    options, reproductions, _ = made
+    for one in reproductions:
+        path = options.output / f"{one.name}.json"
+        assert read_reproduction(path) == one
+        assert path.with_suffix(".md").read_text() == markdown(one, f"{one.name}.png")
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert one.scale == "tiny"
+        assert str(options.runs) not in path.read_text() + path.with_suffix(".md").read_text()
+    page = (options.output / "table-5.md").read_text()
+    assert "says nothing about the paper" in page
+    assert "| CIFAR-10, ResNet-18, 2-LR | paper |  | 91.1 | 88.5 | 75.0 | - |" in page
+    readme = (options.output / "README.md").read_text()
+    assert all(f"[{name}]({name}.md)" in readme for name in NAMES)
+    claim = reproductions[-1].panels[0].lines[0]
+    assert [(cell.mean, cell.printed) for cell in claim.cells] == [(1.0, 1), (2.0, 2)]
+
+
+def test_the_list_says_which_runs_are_there(made):
+    options, _, _ = made
+    lines = overview(dataclasses.replace(options, names=())).splitlines()
+    there = {line.split()[0]: line for line in lines}
+    assert there["figure-2"].endswith("4 of 4")
+    assert there["figure-11"].endswith("2 of 2")
+    assert there["claim-relu-counter-example"].endswith("needs none")
+    assert set(ENTRIES) < there.keys()
+    details = overview(dataclasses.replace(options, names=("claim-target-rank",)))
+    assert "smoke-cifar10-resnet18/2-LR: 1 seed there (0)" in details
+    assert "smoke-cifar10-resnet18/2-LR-ranks-x4: not there" in details
+
+
+def test_without_training_what_is_not_there_is_not_measured(tmp_path):
+    options = Options(names=("table-5",), scale="tiny", runs=tmp_path / "none", output=tmp_path / "out", existing=True)
+    (made,) = reproduce(options, lambda text: None)
+    assert not (tmp_path / "none").exists()
+    assert [cell.mean for panel in made.panels for line in panel.lines for cell in line.cells if cell.mean] == []
+    assert "smoke-cifar10-resnet18, 2-LR: there is no finished run" in made.missing
+    assert "CIFAR-100 coarse, ResNet-50, 1-LR: this scale has no network in its place" in made.missing
+    assert not (tmp_path / "out" / "table-5.png").exists()
+    assert made.command.endswith("--table 5 --scale tiny --existing")
+
+
+def evaluation_of(run, own, **others):
+    """A whole evaluation, as `evaluate` would leave it, of a run and its weights."""
+    value = {"2-LR": own}
+    settings = dataclasses.replace(
+        read_evaluation(next(run.glob("evaluations/*/evaluation.json"))).settings, layers=("layer3", "pre_logits")
+    )
+    weights = others.pop("weights", settings.networks["2-LR"])
+    key = "compression-layer3-10"
+    return results.Evaluation(
+        suite="paper", seed=0, chunk=100, confidence=0.95, device="cpu", created="2026-01-01T00:00:00+00:00",
+        seconds=1.0, versions={}, curves=(), strips=(), verdicts={}, warnings=(), settings=settings,
+        figures=(figure(key, Kind.COMPRESSION, value, layer="layer3", directions=10),),
+        data=results.DataInfo(source="digits", split="test", images=9, image_size=(1, 8, 8), class_names=("a",)),
+        networks=(results.NetworkInfo(title="2-LR", weights=weights),),
+    )  # fmt: skip
+
+
+def test_every_finished_seed_counts_and_evaluations_of_other_weights_do_not(made, tmp_path, tiny):
+    options, _, _ = made
+    base = options.runs / "smoke-cifar10-resnet18"
+    run = base / "2-LR-seed0"
+    for seed, own in ((0, 0.5), (7, 0.7)):
+        copied = shutil.copytree(run, tmp_path / base.name / f"2-LR-seed{seed}")
+        write_evaluation(evaluation_of(copied, own), copied / "evaluation.json")
+    stale = shutil.copytree(run, tmp_path / base.name / "2-LR-strong-seed0")
+    write_evaluation(evaluation_of(stale, 0.9, weights="other"), stale / "evaluation.json")
+    shutil.rmtree(stale / "evaluations")
+    (tmp_path / base.name / "2-LR-seed8").mkdir()  # not finished
+    (made_now,) = reproduce(
+        dataclasses.replace(options, names=("table-5",), runs=tmp_path, output=tmp_path / "out", existing=True),
+        lambda text: None,
+    )
+    lines = {line.condition: line for line in made_now.panels[1].lines}
+    column = made_now.panels[1].columns.index("10 directions")
+    cell = lines["2-LR"].cells[column]
+    assert cell.values == {0: 0.5, 7: 0.7}  # the run's own evaluation comes before what was measured for a table
+    assert (cell.mean, cell.difference) == pytest.approx((0.6, 0.6 - 0.75))
+    runs = Runs(tmp_path, tiny)
+    (strong,) = runs.finished(tiny.bases[C10_R18][0], "2-LR-strong")
+    assert {seen.network.weights for seen in runs.seen(strong)} == {runs._weights_of(strong.folder)}
+
+
+def test_a_comparator_is_found_in_the_folder_of_its_own_recipe(made, tmp_path, tiny):
+    options, _, _ = made
+    run = options.runs / "smoke-cifar10-resnet18" / "N-LR-seed0"
+    shutil.copytree(run, tmp_path / "smoke-cifar10-resnet18-snip" / "SNIP-seed2")
+    (base,) = tiny.bases[C10_R18]
+    (found,) = Runs(tmp_path, tiny).finished(base, "SNIP")
+    assert (found.seed, found.folder.parent.name) == (2, "smoke-cifar10-resnet18-snip")
+
+
+def test_only_what_no_evaluation_has_is_measured(made, tiny):
+    options, _, _ = made
+    runs = Runs(options.runs, tiny)
+    (base,) = tiny.bases[C10_R18]
+    (run,) = runs.finished(base, "N-LR")
+    assert lacking(ENTRIES["table-5"], runs, run) == []
+    wanted = lacking(ENTRIES["figure-compactness"], runs, run)
+    assert COMPRESSION not in wanted
+    assert [one.key for one in wanted] == ["leading-features"]
+    assert (base, "Matryoshka") in needed(ENTRIES["figure-compactness"], runs)
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what: --table N"),
+        (["--table", "11"], "there is no 'table-11'"),
+        (["--claim", "target-ranks"], "Did you mean: claim-target-rank"),
+        (["--figure", "2", "--data", "cifar10"], "write it as cifar10=PATH_OR_NAME"),
+        (["--figure", "2", "--data", "mnist=x"], "not mnist="),
+    ],
+)
+def test_mistakes_are_one_message(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_result_says_so(made, tmp_path):
+    options, _, _ = made
+    content = json.loads((options.output / "table-5.json").read_text())
+    for change, message in (({"format": 9}, "of format 9"), ({"panels": 3}, "panels=3 must be a list")):
+        (tmp_path / "table-5.json").write_text(json.dumps(content | change))
+        with pytest.raises(EvaluationError, match=message):
+            read_reproduction(tmp_path / "table-5.json")
+
+
+def test_a_recipe_that_is_not_there_is_said(tmp_path, tiny, monkeypatch):
+    lost = dataclasses.replace(tiny, name="lost", bases={C10_R18: (Base("lost", "no-such-recipe"),)})
+    monkeypatch.setitem(SCALES, "lost", lost)
+    said: list[str] = []
+    reproduce(Options(("figure-2",), "lost", tmp_path / "runs", tmp_path / "out"), said.append)
+    assert any("lost/N-LR cannot be trained: there is no recipe 'no-such-recipe'" in text for text in said)
+    assert "no-such-recipe" in overview(Options(("figure-2",), "lost", tmp_path / "runs"))

@@ -1,0 +1,269 @@
+"""`build`: an entry of the catalogue and the runs that are there, as a `Reproduction`."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..environment import git_commit, versions
+from ..evaluation.results import Curve, Detail, Figure, Series, Strip, Value
+from ..suites.measurements.base import Measurement
+from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row
+from .published import Printed
+from .reproduction import Cell, Line, Panel, Reproduction, TrainedRun
+from .runs import FinishedRun, Runs, Seen
+from .setups import Base
+
+PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
+
+
+def build(entry: Entry, runs: Runs) -> Reproduction:
+    """Lays out what was measured; nothing is trained or measured here.
+
+    Raises:
+        RunError, EvaluationError: the files of a run are damaged.
+    """
+    missing: list[str] = []
+    panels = tuple(_panel(plan, runs, missing) for plan in entry.panels)
+    if entry.compute:
+        panels = (*panels, *entry.compute())
+    curves = tuple(curve for plan in entry.curves for curve in _curves(plan, runs, missing))
+    return Reproduction(
+        name=entry.name,
+        title=entry.title,
+        source=entry.source,
+        scale=runs.scale.name,
+        notice=runs.scale.notice,
+        command=_command(entry, runs),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=versions(PACKAGES),
+        commit=git_commit(),
+        panels=panels,
+        curves=curves,
+        strips=tuple(_strips(entry, runs, missing)),
+        runs=tuple(_trained(entry, runs)),
+        statements=entry.statements,
+        notes=entry.notes,
+        missing=tuple(dict.fromkeys(missing)),
+    )
+
+
+def _command(entry: Entry, runs: Runs) -> str:
+    """How to make it again, without the folders and data of whoever made it."""
+    kind, _, name = entry.name.partition("-")
+    return f"timm-lowrank reproduce --{kind} {name} --scale {runs.scale.name}{' --existing' if runs.existing else ''}"
+
+
+def _bases(row: Row, runs: Runs) -> tuple[Base, ...]:
+    return runs.scale.bases.get(row.setup, ())
+
+
+# -------------------------------------------------------------------------------------------------------------- panels
+
+
+def _panel(plan: PanelPlan, runs: Runs, missing: list[str]) -> Panel:
+    lines = [line for row in plan.rows for line in _lines(plan, row, runs, missing)]
+    return Panel(
+        title=plan.title,
+        columns=tuple(column.label for column in plan.columns),
+        lines=tuple(lines),
+        positions=plan.positions,
+    )
+
+
+def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterable[Line]:
+    """One for each base that stands for the row; without any one that says so, if the paper prints something."""
+    bases = _bases(row, runs)
+    if not bases and row.printed:
+        missing.append(f"{row.setup}, {row.condition}: this scale has no network in its place")
+        cells = tuple(_cell(column, row, index, []) for index, column in enumerate(plan.columns))
+        yield Line(
+            row=row.setup, condition=row.condition, recipe=None, network=None, seeds=(), cells=cells,
+            printed_masking=row.verdict,
+        )  # fmt: skip
+    for base in bases:
+        finished = runs.finished(base, row.condition)
+        seen = {run.seed: runs.seen(run) for run in finished}
+        name = f"{base.name}, {row.condition}"
+        if not finished:
+            missing.append(f"{name}: there is no finished run")
+        values = [_values(column, seen) for column in plan.columns]
+        cells = tuple(_cell(column, row, i, values[i]) for i, column in enumerate(plan.columns))
+        missing += [f"{name}: {cell.column} was not measured" for cell in cells if finished and cell.mean is None]
+        yield Line(
+            row=row.setup,
+            condition=row.condition,
+            recipe=base.name,
+            network=runs.describe(finished[0]).summary.model if finished else None,
+            seeds=tuple(seen),
+            cells=cells,
+            masking=_verdicts(seen, plan.masking) if plan.masking else {},
+            printed_masking=row.verdict,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    seed: int
+    value: float
+    figure: Figure
+
+
+def _values(column: Column, seen: Mapping[int, Sequence[Seen]]) -> list[_Measured]:
+    measured = []
+    for seed, evaluations in seen.items():
+        for one in evaluations:
+            pair = one.figure(column.key)
+            value = None if pair is None else _value(column, one, *pair)
+            if pair is not None and value is not None:
+                measured.append(_Measured(seed, value, pair[0]))
+                break
+    return measured
+
+
+def _value(column: Column, seen: Seen, figure: Figure, value: Value) -> float | None:
+    """What the column shows; None if it is not known."""
+    if column.source == "target":
+        rank = seen.network.branches.get(seen.layers.get(column.detail, ""))
+        return None if rank is None else float(rank)
+    if column.source == "detail":
+        detail = figure.protocol.details.get(column.detail)
+        return float(detail) if isinstance(detail, int | float) else None
+    return value.value if value.known else None
+
+
+def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured]) -> Cell:
+    printed = row.printed[index] if index < len(row.printed) else None
+    how: dict[str, Detail] = measured[0].figure.protocol.entries() if measured else {}
+    return Cell.of(
+        column.label,
+        column.unit,
+        {one.seed: one.value for one in measured},
+        printed.value if isinstance(printed, Printed) else printed,
+        printed.text if isinstance(printed, Printed) else None,
+        how,
+        measured[0].figure.key if measured else None,
+    )
+
+
+def _verdicts(seen: Mapping[int, Sequence[Seen]], radius_unit: str) -> dict[int, str]:
+    verdicts: dict[int, str] = {}
+    for seed, evaluations in seen.items():
+        for one in evaluations:
+            if verdict := one.verdict(radius_unit):
+                verdicts.setdefault(seed, verdict)
+    return verdicts
+
+
+# -------------------------------------------------------------------------------------------------- curves, pictures
+
+
+def _curves(plan: CurvePlan, runs: Runs, missing: list[str]) -> Iterable[Curve]:
+    """The curves of each base, of all conditions and, of lines, all seeds; of clouds and histograms the first seed."""
+    bases = dict.fromkeys(base for row in plan.rows for base in _bases(row, runs))
+    for base in bases:
+        joined: dict[str, Curve] = {}
+        for condition in dict.fromkeys(row.condition for row in plan.rows if base in _bases(row, runs)):
+            lines = 0
+            for run in runs.finished(base, condition):
+                for curve, own in next(filter(None, (one.curves(plan.key) for one in runs.seen(run))), []):
+                    before = joined.setdefault(curve.key, dataclasses.replace(curve, lines=()))
+                    if curve.kind != "line" and any(line.network == condition for line in before.lines):
+                        continue
+                    named = [_renamed(line, condition, run.seed, curve.kind) for line in own]
+                    joined[curve.key] = dataclasses.replace(before, lines=(*before.lines, *named))
+                    lines += len(named)
+            if not lines:
+                what = "was not measured" if runs.finished(base, condition) else "has no finished run"
+                missing.append(f"{base.name}, {condition}: the curve {plan.key} {what}")
+        for curve in joined.values():
+            title = f"{curve.title} ({base.name})"
+            yield dataclasses.replace(curve, key=f"{base.name}-{curve.key}", title=title)
+
+
+def _renamed(line: Series, condition: str, seed: int, kind: str) -> Series:
+    names = [line.name if kind == "scatter" or line.name in ("instantaneous", "cumulative") else "", f"seed {seed}"]
+    return dataclasses.replace(line, network=condition, name=", ".join(filter(None, names)))
+
+
+def _strips(entry: Entry, runs: Runs, missing: list[str]) -> Iterable[Strip]:
+    """Of each base the images of all conditions, of the first seed."""
+    for _, key in entry.strips:
+        for base in dict.fromkeys(base for row in entry.shown for base in _bases(row, runs)):
+            strips: list[Strip] = []
+            for row in entry.shown:
+                found = runs.finished(base, row.condition)[:1] if base in _bases(row, runs) else []
+                own = [one.strip(key) for run in found for one in runs.seen(run)]
+                strip = next((strip for strip in own if strip is not None), None)
+                if strip is None:
+                    missing.append(f"{base.name}, {row.condition}: there are no pictures")
+                    continue
+                rows = tuple(dataclasses.replace(one, network=row.condition) for one in strip.rows)
+                strips.append(dataclasses.replace(strip, key=f"{base.name}-{key}", rows=rows))
+            shapes = {strip.shape for strip in strips}
+            if len(shapes) == 1:
+                title = f"{strips[0].title} ({base.name})"
+                rows = tuple(row for strip in strips for row in strip.rows)
+                yield dataclasses.replace(strips[0], title=title, rows=rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def needed(entry: Entry, runs: Runs) -> list[tuple[Base, str]]:
+    """The bases and conditions whose runs an entry shows at a scale, each once, in its order."""
+    return list(dict.fromkeys((base, row.condition) for row in entry.rows for base in _bases(row, runs)))
+
+
+def lacking(entry: Entry, runs: Runs, run: FinishedRun) -> list[Measurement]:
+    """What has to be measured of a run for an entry: what no evaluation shows, and none has tried in vain."""
+    seen = runs.seen(run)
+    setups = [setup for setup, bases in runs.scale.bases.items() if run.base in bases]
+    lacks: list[Measurement] = []
+
+    def there(rows: Sequence[Row]) -> bool:
+        return any(row.setup in setups and row.condition == run.condition for row in rows)
+
+    for panel in entry.panels:
+        if there(panel.rows):
+            lacks += [column.measurement for column in panel.columns if not any(s.figure(column.key) for s in seen)]
+            if panel.masking and not any(s.verdict(panel.masking) for s in seen):
+                diagnosis = DIAGNOSES[panel.masking]
+                budget = diagnosis.budget if runs.scale.diagnosis == "full" else runs.scale.diagnosis
+                lacks.append(dataclasses.replace(diagnosis, budget=budget))
+    for plan in entry.curves:
+        if there(plan.rows) and not any(one.curves(plan.key) for one in seen):
+            lacks.append(plan.measurement)
+    for measurement, key in entry.strips:
+        if there(entry.shown) and not any(one.strip(key) for one in seen):
+            lacks.append(measurement)
+    return [one for one in dict.fromkeys(lacks) if not any(s.has(one) for s in seen)]
+
+
+def _data(base: Base, source: str) -> str:
+    """A data set by name: a folder of somebody's machine by its last part."""
+    folder = Path(source)
+    name = folder.name if folder.is_absolute() or folder.exists() else source
+    return f"fixture: digits in the layout of {base.fixture}" if base.fixture and "fixtures" in folder.parts else name
+
+
+def _trained(entry: Entry, runs: Runs) -> Iterable[TrainedRun]:
+    for base, condition in needed(entry, runs):
+        for run in runs.finished(base, condition):
+            summary = runs.describe(run).summary
+            yield TrainedRun(
+                folder=str(run.folder.relative_to(runs.folder)),
+                recipe=base.name,
+                condition=condition,
+                seed=run.seed,
+                model=summary.model,
+                data=_data(base, summary.data.source),
+                train_images=summary.data.train_images,
+                epochs=summary.epochs,
+                clean_accuracy=summary.clean_accuracy,
+                seconds=summary.seconds,
+                device=summary.device,
+                versions=summary.versions,
+            )

@@ -1,0 +1,145 @@
+"""`reproduce`: finds, trains and measures what the wanted entries need, and writes them down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..errors import EvaluationError, RecipeError
+from ..files import disk_errors, write_whole
+from ..suites.measurements.base import Measurement
+from ..suites.measurements.classifiers import OtherLabels
+from ..text import columns, counted
+from .build import build, lacking, needed
+from .catalogue import ENTRIES, Entry, entry_of
+from .reproduction import Reproduction, read_reproduction
+from .runs import FinishedRun, Runs
+from .setups import PLAIN, Base, scale_of
+from .write import index, write
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to reproduce and how.
+
+    Args:
+        names: of entries, such as "table-5", "figure-2", "claim-sparsity"; none are all.
+        scale: "smoke", "fast" or "paper".
+        runs: the folder of runs; new ones go there.
+        output: where NAME.md, NAME.json and NAME.png go.
+        data: name of a data set ("cifar10", "cifar100", "svhn") -> a folder or a name on the Hub.
+        seeds: to train; None are those of the scale. All that are finished count.
+        existing: whether to train and measure nothing, and show what is there.
+    """
+
+    names: tuple[str, ...] = ()
+    scale: str = "smoke"
+    runs: Path = Path("runs")
+    output: Path = Path("results")
+    data: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+    existing: bool = False
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Those that are wanted. Raises an EvaluationError for an unknown name."""
+        return [entry_of(name) for name in self.names] or list(ENTRIES.values())
+
+    def folder(self, say: Callable[[str], None] = print) -> Runs:
+        """The runs of the scale."""
+        if unknown := self.data.keys() - {"cifar10", "cifar100", "svhn"}:
+            raise EvaluationError(f"--data takes cifar10=, cifar100= and svhn=, not {', '.join(sorted(unknown))}=")
+        return Runs(self.runs, scale_of(self.scale), self.data, self.seeds, self.existing, say)
+
+
+def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Reproduction]:
+    """Makes every wanted entry from the runs that are there and those that it trains, and writes it.
+
+    A run is trained once and a figure measured once, whatever number of entries show it. The command goes on where it
+    was interrupted.
+
+    Raises:
+        EvaluationError: an unknown name, scale or data set; a network that cannot be measured.
+        TrainingError: a run that cannot be trained, a disk that is full.
+    """
+    entries, runs = options.entries, options.folder(say)
+    if not options.existing:
+        for base, condition in dict.fromkeys(pair for entry in entries for pair in _with_twins(needed(entry, runs))):
+            _train(runs, base, condition, say)
+        _measure(entries, runs)
+    made = []
+    for entry in entries:
+        made.append(build(entry, runs))
+        paths = write(made[-1], options.output)
+        say(f"{entry.name}: {', '.join(map(str, paths))}")
+    with disk_errors(f"could not write to {options.output}"):
+        write_whole(options.output / "README.md", index(_written(options.output)))
+    return made
+
+
+def _train(runs: Runs, base: Base, condition: str, say: Callable[[str], None]) -> None:
+    """Trains the seeds that are missing; a recipe that is not there is said and left out."""
+    for seed in runs.missing(base, condition):
+        try:
+            runs.recipe(base, condition, seed)
+        except RecipeError as error:
+            say(f"{base.name}/{condition} cannot be trained: {error}")
+            return
+        runs.train(base, condition, seed)
+
+
+def _written(folder: Path) -> list[Reproduction]:
+    """All that lie in a folder, in the order of the catalogue."""
+    paths = [folder / f"{name}.json" for name in ENTRIES]
+    return [read_reproduction(path) for path in paths if path.is_file()]
+
+
+def _with_twins(pairs: list[tuple[Base, str]]) -> list[tuple[Base, str]]:
+    """Every base's plain network first: the others are compared with it, and attacked by it."""
+    return list(dict.fromkeys([*((base, PLAIN) for base, _ in pairs), *pairs]))
+
+
+def _measure(entries: list[Entry], runs: Runs) -> None:
+    """Everything that all entries lack of a run, in one evaluation."""
+    for base, condition in dict.fromkeys(pair for entry in entries for pair in needed(entry, runs)):
+        for run in runs.finished(base, condition):
+            lacks = dict.fromkeys(one for entry in entries for one in lacking(entry, runs, run))
+            if lacks:
+                runs.measure(run, list(lacks), _other_labels(run, list(lacks)))
+
+
+def _other_labels(run: FinishedRun, measurements: list[Measurement]) -> str | None:
+    """The column of CIFAR-100's fine labels, where they are asked for."""
+    wanted = any(isinstance(one, OtherLabels) for one in measurements)
+    return "fine_label" if wanted and "coarse" in run.base.name else None
+
+
+# ------------------------------------------------------------------------------------------------------------ overview
+
+
+def overview(options: Options) -> str:
+    """Every entry, the runs that it needs at a scale, and which of them are there."""
+    runs = options.folder()
+    rows = [["entry", "in the paper", "what it shows", "runs there"]]
+    details: list[str] = []
+    for entry in options.entries:
+        pairs = needed(entry, runs)
+        seeds = {pair: [run.seed for run in runs.finished(*pair)] for pair in pairs}
+        there = sum(bool(found) for found in seeds.values())
+        rows.append([entry.name, entry.source, entry.title, f"{there} of {len(pairs)}" if pairs else "needs none"])
+        if options.names:
+            details += [f"\n{entry.name} needs:"]
+            details += [f"  {_state(runs, base, condition, seeds[base, condition])}" for base, condition in pairs]
+    return "\n".join([columns(rows), *details])
+
+
+def _state(runs: Runs, base: Base, condition: str, seeds: list[int]) -> str:
+    where = f"{base.name}/{condition}"
+    if seeds:
+        return f"{where}: {counted(len(seeds), 'seed')} there ({', '.join(map(str, seeds))})"
+    try:
+        runs.recipe(base, condition, 0)
+    except RecipeError as error:
+        return f"{where}: not there, and cannot be trained: {str(error).splitlines()[0]}"
+    return f"{where}: not there"

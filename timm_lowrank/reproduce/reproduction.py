@@ -1,0 +1,191 @@
+"""What a reproduction is: the paper's figures and ours as types, and their JSON.
+
+    reproduction = read_reproduction("results/table-5.json")
+    for panel in reproduction.panels:
+        for line in panel.lines:
+            line.condition, line.recipe, line.seeds, [(cell.mean, cell.printed, cell.difference) for cell in line.cells]
+
+A figure that was not measured has no values and a mean of None: it is never made up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import EvaluationError
+from ..evaluation.results import Curve, Detail, Strip, Unit
+from ..files import read_json, write_whole
+from ..records import decode_fields, encode
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One figure of one network of ours beside what the paper prints.
+
+    Attributes:
+        column: of the panel.
+        values: seed -> measured; without a seed where it could not be computed.
+        mean, deviation: over the seeds; the deviation is None of fewer than two.
+        printed: the paper's figure.
+        printed_text: how the paper qualifies it.
+        difference: mean - printed.
+        how: how it was measured, of the first seed, as names and values to print.
+        figure: its key in evaluation.json.
+    """
+
+    column: str
+    unit: Unit
+    values: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    mean: float | None = None
+    deviation: float | None = None
+    printed: float | None = None
+    printed_text: str | None = None
+    difference: float | None = None
+    how: Mapping[str, Detail] = dataclasses.field(default_factory=dict)
+    figure: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        column: str,
+        unit: Unit,
+        values: Mapping[int, float],
+        printed: float | None = None,
+        printed_text: str | None = None,
+        how: Mapping[str, Detail] | None = None,
+        figure: str | None = None,
+    ) -> Cell:
+        """A cell with mean, deviation and difference of the values that are known."""
+        known = {seed: value for seed, value in values.items() if math.isfinite(value)}
+        mean = statistics.fmean(known.values()) if known else None
+        return cls(
+            column=column,
+            unit=unit,
+            values=known,
+            mean=mean,
+            deviation=statistics.stdev(known.values()) if len(known) > 1 else None,
+            printed=printed,
+            printed_text=printed_text,
+            difference=None if mean is None or printed is None else mean - printed,
+            how=how or {},
+            figure=figure if known else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One network of ours, over its seeds, beside a row of the paper.
+
+    Attributes:
+        row: the paper's: "CIFAR-10, ResNet-18".
+        condition: "N-LR", the plain twin, "1-LR", "2-LR", "Bottle-LR", ...
+        recipe: what ours was trained by; None: this scale has none for the row.
+        network: the architecture of ours.
+        masking: seed -> the verdict of the diagnosis of gradient masking, where it was asked for.
+        printed_masking: what the paper's printed figures alone say of it.
+    """
+
+    row: str
+    condition: str
+    recipe: str | None
+    network: str | None
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    masking: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    printed_masking: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A table with the same columns for all of its lines.
+
+    Attributes:
+        positions: what the columns stand at, where they are numbers: the axis of the picture.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    positions: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A run that figures come from."""
+
+    folder: str  # below the folder of runs
+    recipe: str
+    condition: str
+    seed: int
+    model: str
+    data: str
+    train_images: int
+    epochs: int
+    clean_accuracy: float  # on all test images
+    seconds: float
+    device: str
+    versions: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """One table, figure or claim of the paper beside ours: the content of results/NAME.json.
+
+    Attributes:
+        name: "table-5", "figure-2", "claim-sparsity".
+        source: where it stands in the paper.
+        scale: "smoke", "fast" or "paper".
+        notice: what a reader must know of the scale first.
+        statements: what the paper says about it in words.
+        notes: deviations from the paper, and what is read differently.
+        missing: what was not measured, in words.
+        command: that gives this again.
+        commit: of the code, if it ran from a clone.
+    """
+
+    name: str
+    title: str
+    source: str
+    scale: str
+    notice: str
+    command: str
+    created: str  # ISO 8601
+    versions: Mapping[str, str]
+    panels: tuple[Panel, ...]
+    curves: tuple[Curve, ...] = ()
+    strips: tuple[Strip, ...] = ()
+    runs: tuple[TrainedRun, ...] = ()
+    statements: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    commit: str | None = None
+
+
+def read_reproduction(path: str | Path) -> Reproduction:
+    """Reads results/NAME.json.
+
+    Raises:
+        EvaluationError: it cannot be read, is of another format, or is not complete.
+    """
+    content = read_json(Path(path), EvaluationError)
+    if content.get("format") != FORMAT:
+        raise EvaluationError(
+            f"{path} is of format {content.get('format')!r}, not {FORMAT}: make it again with `timm-lowrank reproduce`"
+        )
+    problems: list[str] = []
+    fields = decode_fields(Reproduction, content, problems, nulls=True)
+    if problems:
+        raise EvaluationError(f"{path} is damaged: {'; '.join(problems[:8])}: make it again")
+    return Reproduction(**fields)
+
+
+def write_reproduction(reproduction: Reproduction, path: Path) -> None:
+    """Writes it whole or not at all; numbers that are not known are null."""
+    write_whole(path, json.dumps({"format": FORMAT, **encode(reproduction)}, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,251 @@
+"""The runs behind a reproduction: found in a folder, trained where they are missing, measured where figures are."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..data import ImageData, load_images
+from ..errors import RunError
+from ..evaluation.results import Curve, Evaluation, Figure, NetworkInfo, Series, Strip, Value, read_evaluation
+from ..files import weights_sha256
+from ..suites import Options, evaluate
+from ..suites.measurements.base import Measurement
+from ..training import Recipe, Run, train
+from ..training.run import RunPaths
+from .fixtures import write_fixture
+from .setups import CONDITIONS, PLAIN, Base, Scale
+
+CHUNK = 100  # images in a batch of an evaluation
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A network in an evaluation."""
+
+    evaluation: Evaluation
+    network: NetworkInfo
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """What {inside} and {last} are: the first and the last layer that was measured; one alone is the last."""
+        settings = self.evaluation.settings
+        known = [figure.layer for figure in self.evaluation.figures if figure.layer]
+        layers = list(settings.layers) if settings else list(dict.fromkeys(known))
+        inside = {"inside": layers[0]} if len(layers) > 1 else {}
+        return {**inside, **({"last": layers[-1]} if layers else {})}
+
+    def key(self, pattern: str) -> str | None:
+        """`pattern` with the names of the layers; None if one was not measured."""
+        try:
+            return pattern.format(**self.layers)
+        except KeyError:
+            return None
+
+    def figure(self, pattern: str) -> tuple[Figure, Value] | None:
+        """A figure and its value for this network."""
+        key = self.key(pattern)
+        figure = self.evaluation.figure(key) if key else None
+        value = figure.values.get(self.network.title) if figure else None
+        return (figure, value) if figure and value else None
+
+    def curves(self, pattern: str) -> list[tuple[Curve, list[Series]]]:
+        """The curves of a key, or those that begin with it if it ends in "*", with this network's lines in each."""
+        key = self.key(pattern)
+        if key is None:
+            return []
+        chosen = [c for c in self.evaluation.curves if c.key == key or (key[-1] == "*" and c.key.startswith(key[:-1]))]
+        lines = {curve.key: [line for line in curve.lines if line.network == self.network.title] for curve in chosen}
+        return [(curve, lines[curve.key]) for curve in chosen if lines[curve.key]]
+
+    def strip(self, key: str) -> Strip | None:
+        """A strip with the rows of this network alone."""
+        for strip in self.evaluation.strips:
+            rows = tuple(row for row in strip.rows if row.network == self.network.title)
+            if strip.key == key and rows:
+                return dataclasses.replace(strip, rows=rows)
+        return None
+
+    def verdict(self, radius_unit: str) -> str | None:
+        """Of the diagnosis of gradient masking with radii in this unit, if it was made."""
+        one = self.evaluation
+        verdict = (one.verdicts if radius_unit == "pixel" else one.normalized_verdicts).get(self.network.title)
+        return verdict.verdict if verdict else None
+
+    def has(self, measurement: Measurement) -> bool:
+        """Whether it was measured, or was tried: the very same measurement, with all its settings."""
+        settings = self.evaluation.settings
+        return settings is not None and repr(measurement) in settings.measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run of a condition and a seed."""
+
+    base: Base
+    condition: str
+    seed: int
+    folder: Path
+
+
+class Runs:
+    """All runs of one scale in one folder.
+
+    Args:
+        folder: of the runs.
+        scale: what stands for what.
+        data: name of a data set ("cifar10", "cifar100", "svhn") -> where its images are; others are fixtures at the
+            scales and setups that have them, and what the recipe says where not.
+        seeds: to train; None are those of the scale.
+        existing: whether to train and to measure nothing.
+        say: is told what happens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        scale: Scale,
+        data: Mapping[str, str] | None = None,
+        seeds: Sequence[int] | None = None,
+        existing: bool = False,
+        say: Say = print,
+    ) -> None:
+        self.folder, self.scale, self.existing, self._say = Path(folder), scale, existing, say
+        self.data, self.seeds = dict(data or {}), tuple(scale.seeds if seeds is None else seeds)
+        self._seen: dict[Path, list[Seen]] = {}
+        self._weights: dict[Path, str] = {}
+        self._images: dict[str, ImageData] = {}
+
+    # ------------------------------------------------------------------------------------------------------- finding
+
+    def path(self, base: Base, condition: str, seed: int) -> Path:
+        """Where the run of a condition and a seed goes."""
+        return self.folder / base.name / f"{condition}-seed{seed}"
+
+    def finished(self, base: Base, condition: str) -> list[FinishedRun]:
+        """The runs that came to their end, by seed. Of a comparator also those of a recipe of its own."""
+        folders = [self.folder / base.name]
+        folders += [self.folder / f"{base.name}-{ending}" for ending in CONDITIONS[condition].recipes]
+        runs: dict[int, FinishedRun] = {}
+        for folder in folders:
+            for path in sorted(folder.glob(f"{condition}-seed*")):
+                seed = re.fullmatch(re.escape(condition) + r"-seed(\d+)", path.name)
+                if seed and RunPaths(path).is_finished():
+                    runs.setdefault(int(seed[1]), FinishedRun(base, condition, int(seed[1]), path))
+        return [runs[seed] for seed in sorted(runs)]
+
+    def missing(self, base: Base, condition: str) -> list[int]:
+        """The seeds to train."""
+        there = {run.seed for run in self.finished(base, condition)}
+        return [seed for seed in self.seeds if seed not in there]
+
+    def seen(self, run: FinishedRun) -> list[Seen]:
+        """Every evaluation of a run, its own first; evaluations of other weights are left out."""
+        if run.folder not in self._seen:
+            files = [run.folder / "evaluation.json", *sorted(run.folder.glob("evaluations/*/evaluation.json"))]
+            files += sorted(run.folder.parent.glob("*/evaluation.json"))
+            evaluations = [read_evaluation(file) for file in dict.fromkeys(files) if file.is_file()]
+            self._seen[run.folder] = [
+                Seen(evaluation, network)
+                for evaluation in evaluations
+                for network in evaluation.networks
+                if network.weights == self._weights_of(run.folder)
+            ]
+        return self._seen[run.folder]
+
+    def _weights_of(self, folder: Path) -> str:
+        if folder not in self._weights:
+            path = RunPaths(folder).model / "model.safetensors"
+            try:
+                self._weights[folder] = weights_sha256(load_file(path))
+            except (OSError, SafetensorError) as error:
+                raise RunError(f"the weights of the run in {folder} cannot be read: {error}") from error
+        return self._weights[folder]
+
+    # -------------------------------------------------------------------------------------------- training, measuring
+
+    def source(self, base: Base) -> str | None:
+        """Where the images of a base are, if not where its recipe says."""
+        if base.data in self.data:
+            return self.data[base.data]
+        if base.fixture in self.data and base.fixture == "svhn":
+            return self.data[base.fixture]
+        if base.fixture:
+            return str(write_fixture(self.folder / "fixtures" / base.fixture, base.fixture))
+        return None
+
+    def recipe(self, base: Base, condition: str, seed: int) -> Recipe:
+        """The recipe of a run."""
+        return base.make_recipe(condition, seed, self.source(base))
+
+    def train(self, base: Base, condition: str, seed: int) -> FinishedRun:
+        """Trains a run, or goes on with it where it was interrupted.
+
+        Raises:
+            TrainingError: as `timm_lowrank.training.train`.
+        """
+        path = self.path(base, condition, seed)
+        self._say(f"training {path}")
+        recipe = self.recipe(base, condition, seed)
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
+            AcceleratorState._reset_state()  # accelerate takes one precision a process unless it forgets the last one
+        train(recipe, path, resume=True)
+        return FinishedRun(base, condition, seed, path)
+
+    def measure(self, run: FinishedRun, measurements: Sequence[Measurement], other_labels: str | None = None) -> None:
+        """Evaluates a run on its own, into RUN/evaluations/, with black-box attacks crafted on its plain twin.
+
+        Raises:
+            EvaluationError: as `timm_lowrank.suites.evaluate`.
+        """
+        self._say(f"measuring {run.folder}: {len(measurements)} figures")
+        twin = next((one for one in self.finished(run.base, PLAIN) if one.seed == run.seed), None)
+        settings = [*map(repr, measurements), str(self.scale.images), str(self.scale.train_images)]
+        digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
+        options = Options(
+            str(run.folder),
+            against=("none",),
+            suites=("paper",),
+            measurements=tuple(measurements),
+            source=None if twin is None or twin.folder == run.folder else str(twin.folder),
+            data=self.source(run.base),
+            limit=self.scale.images,
+            train_limit=self.scale.train_images,
+            other_labels=other_labels,
+            chunk=min(CHUNK, self.scale.images),
+            output=run.folder / "evaluations" / digest,
+            overwrite=True,
+            pages=False,
+        )
+        evaluate(options, PartialState(), self._data(Run.open(run.folder).recipe, options.data))
+        del self._seen[run.folder]
+
+    def _data(self, recipe: Recipe, source: str | None) -> ImageData | None:
+        """The images of a recipe, read once; None where they are streamed."""
+        options = recipe.data_options()
+        if recipe.image_size is not None or recipe.streaming is True:
+            return None
+        name = repr((source or recipe.data, options))
+        if name not in self._images:
+            self._images.clear()  # one data set at a time
+            self._images[name] = load_images(
+                source or recipe.data, **{key: value for key, value in options.items() if key != "streaming"}
+            )
+        return self._images[name]
+
+    def describe(self, run: FinishedRun) -> Run:
+        """Recipe and summary of a run.
+
+        Raises:
+            RunError: its files are damaged.
+        """
+        return Run.open(run.folder)

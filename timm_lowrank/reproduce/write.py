@@ -1,0 +1,184 @@
+"""results/NAME.md, NAME.json and NAME.png of a reproduction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..evaluation.results import Unit
+from ..files import disk_errors, write_whole
+from ..text import counted, duration, listing, markdown_table, number, percent, phrases
+from .pictures import draw
+from .reproduction import Cell, Line, Panel, Reproduction, write_reproduction
+
+NOT_MEASURED = "not measured"
+
+
+def write(reproduction: Reproduction, folder: Path) -> list[Path]:
+    """Writes the three files; the picture is left out where there is nothing to draw.
+
+    Raises:
+        RunError: the disk is full or not writable.
+        ImportError: matplotlib is not installed.
+    """
+    path = folder / reproduction.name
+    paths = [path.with_name(f"{path.name}.md"), path.with_name(f"{path.name}.json")]
+    with disk_errors(f"could not write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reproduction(reproduction, paths[1])
+        if draw(reproduction, picture := path.with_name(f"{path.name}.png")):
+            paths.append(picture)
+        write_whole(paths[0], markdown(reproduction, paths[-1].name if len(paths) > 2 else None))
+    return paths
+
+
+def markdown(reproduction: Reproduction, picture: str | None = None) -> str:
+    """The page of a reproduction; everything in it is in its JSON."""
+    one = reproduction
+    parts = [f"# {heading(one)}", f"> {one.notice}"]
+    parts += [f"Paper: {one.source}. Ours: scale `{one.scale}`, `{one.command}`."]
+    if one.statements:
+        parts.append("The paper says:\n\n" + "\n".join(f"- {text}" for text in one.statements))
+    if one.panels:
+        parts.append(
+            "Of each network first what the paper prints, then ours: mean and standard deviation over the seeds, "
+            "and in brackets ours minus the paper's. Shares are in per cent."
+        )
+    for panel in one.panels:
+        parts += [f"## {panel.title}", table(panel)]
+        if how := _how(panel):
+            parts.append(how)
+    if picture:
+        parts.append(f"![{one.title}]({picture})")
+    if one.notes:
+        parts.append("## Read with care\n\n" + "\n".join(f"- {text}" for text in one.notes))
+    if one.missing:
+        parts.append("## Not measured\n\n" + "\n".join(f"- {text}" for text in one.missing))
+    if one.runs:
+        parts.append("## Runs\n\n" + _runs(one))
+    versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
+    parts.append(f"Made {one.created}{f' from commit {one.commit}' if one.commit else ''}; {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def heading(reproduction: Reproduction) -> str:
+    """Table 5: what it shows (smoke)."""
+    name = reproduction.name.replace("-", " ").capitalize()
+    mark = "" if reproduction.scale == "paper" else f" ({reproduction.scale} scale)"
+    return f"{name}: {reproduction.title}{mark}"
+
+
+def table(panel: Panel) -> str:
+    """A panel as Markdown."""
+    masked = any(line.masking or line.printed_masking for line in panel.lines)
+    header = ["network", "", "seeds", *panel.columns, *(["gradient masking"] if masked else [])]
+    rows: list[list[str]] = []
+    blocks = dict.fromkeys((line.row, line.condition) for line in panel.lines)
+    for row, condition in blocks:
+        lines = [line for line in panel.lines if (line.row, line.condition) == (row, condition)]
+        printed = [paper_text(cell) for cell in lines[0].cells]
+        if any(text != "-" for text in printed):
+            verdict = [lines[0].printed_masking or ""] if masked else []
+            rows.append([f"{row}, {condition}", "paper", "", *printed, *verdict])
+        for line in lines:
+            if line.recipe is None:
+                continue
+            name = f"{row}, {condition}" if not any(text != "-" for text in printed) else ""
+            where = f"ours: {line.network or NOT_MEASURED} (`{line.recipe}`)"
+            seeds = ", ".join(map(str, line.seeds)) or "-"
+            cells = [own_text(cell) if line.seeds else NOT_MEASURED for cell in line.cells]
+            rows.append([name, where, seeds, *cells, *([_masking(line)] if masked else [])])
+    return markdown_table(header, rows, right=range(3, 3 + len(panel.columns)))
+
+
+def _masking(line: Line) -> str:
+    verdicts = list(line.masking.values())
+    named = dict.fromkeys(verdicts)
+    return "; ".join(f"{text} ({verdicts.count(text)})" if len(named) > 1 else text for text in named) or NOT_MEASURED
+
+
+def paper_text(cell: Cell) -> str:
+    """What the paper prints: 31.0, or more than 1,000; "-" for nothing."""
+    if cell.printed is None:
+        return "-"
+    return cell.printed_text or _quantity(cell.printed, cell.unit)
+
+
+def own_text(cell: Cell) -> str:
+    """What was measured: 31.2 ± 0.4 (+4.5)."""
+    if cell.mean is None:
+        return NOT_MEASURED
+    text = _quantity(cell.mean, cell.unit)
+    if cell.deviation is not None:
+        text += f" ± {_quantity(cell.deviation, cell.unit, cell.mean)}"
+    if cell.difference is not None and cell.printed_text is None:
+        sign = "-" if cell.difference < 0 else "+"
+        text += f" ({sign}{_quantity(abs(cell.difference), cell.unit, cell.mean)})"
+    return text
+
+
+def _quantity(value: float, unit: Unit, beside: float | None = None) -> str:
+    """Shares in per cent with one decimal; numbers with three digits, deviations and differences as exact as what they
+    stand beside."""
+    if unit == "share":
+        return f"{100 * value:.1f}" if beside is not None else percent(value)
+    if unit == "count" and beside is None:
+        return number(round(value, 1))
+    return number(value)
+
+
+def _how(panel: Panel) -> str:
+    """How each column was measured; what is the same for all of them is said once."""
+    entries: dict[str, Mapping[str, object]] = {}
+    for line in panel.lines:
+        for cell in line.cells:
+            if cell.how:
+                entries.setdefault(cell.column, cell.how)
+    if not entries:
+        return ""
+    crafted = "crafted_on"  # differs from line to line
+    first = next(iter(entries.values()))
+    shared = {
+        key: value
+        for key, value in first.items()
+        if key != crafted and all(one.get(key, ...) == value for one in entries.values())
+    }
+    own = {
+        column: {key: value for key, value in one.items() if key not in shared and key != crafted}
+        for column, one in entries.items()
+    }
+    texts = [f"All columns: {'; '.join(phrases(shared))}."] if shared else []  # type: ignore[arg-type]
+    texts += [f"{column}: {'; '.join(phrases(one))}." for column, one in own.items() if one]  # type: ignore[arg-type]
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def _runs(reproduction: Reproduction) -> str:
+    header = ["run", "network", "data", "images", "epochs", "clean", "training", "on", "versions"]
+    rows = [
+        [
+            f"`{run.folder}`", run.model, run.data, f"{run.train_images:,}", str(run.epochs),
+            percent(run.clean_accuracy), duration(run.seconds), run.device,
+            ", ".join(f"{name} {run.versions[name]}" for name in ("timm_lowrank", "torch") if name in run.versions),
+        ]
+        for run in reproduction.runs
+    ]  # fmt: skip
+    return markdown_table(header, rows, right=(3, 4, 5))
+
+
+def index(reproductions: Sequence[Reproduction]) -> str:
+    """README.md of the results: every entry with its page and how much of it was measured."""
+    rows = []
+    for one in reproductions:
+        cells = [cell for panel in one.panels for line in panel.lines for cell in line.cells if line.recipe]
+        known = sum(cell.mean is not None for cell in cells)
+        what = [f"{known} of {counted(len(cells), 'figure')}"] if cells else []
+        what += [counted(len(one.curves), "curve")] if one.curves else []
+        what += [counted(len(one.strips), "strip")] if one.strips else []
+        rows.append([f"[{one.name}]({one.name}.md)", one.title, one.source, one.scale, listing(what) or NOT_MEASURED])
+    header = ["", "what it shows", "in the paper", "scale", "measured"]
+    notices = dict.fromkeys(one.notice for one in reproductions)
+    return "\n\n".join(["# The paper, reproduced", *_quoted(notices), markdown_table(header, rows)]) + "\n"
+
+
+def _quoted(texts: Iterable[str]) -> list[str]:
+    return [f"> {text}" for text in texts]
