@@ -83,9 +83,9 @@ def test_there_are_no_cycles():
 
 
 ORDER = (
-    "errors", "text", "records", "core", "files", "environment", "layers", "wrapping", "networks", "evaluation",
-    "checkpoint", "data", "drawing", "integrations", "training", "publish", "report", "suites", "reproduce", "cli",
-    "__main__",
+    "errors", "text", "records", "core", "files", "environment", "layers", "wrapping", "networks", "comparators",
+    "evaluation", "checkpoint", "data", "drawing", "integrations", "training", "publish", "report", "suites",
+    "reproduce", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -97,6 +97,23 @@ def test_overrides_reach_inside(tmp_path):
         ({"nesterov": True, "momentum": 0.0}, r"nesterov=true needs a momentum"),
         ({"pretrain_epochs": 3}, r"leaves none of epochs=3 for the low-rank branch"),
         ({"twin": True, "lowrank": {"enabled": False}}, r"set twin=false"),
+        ({"comparator": "bottlneck"}, r"comparator='bottlneck' is not one of bottleneck, spectral-norm, stable-rank"),
+        (
+            {"comparator": "snip", "comparator_args": {"sparsty": 0.5}},
+            r"comparator_args.sparsty. Did you mean: sparsity",
+        ),
+        ({"comparator": "snip", "comparator_args": {"sparsity": 1.5}}, r"sparsity=1.5 must lie between 0 and 1"),
+        ({"comparator": "snip", "comparator_args": {"batches": 0}}, r"batches=0 must be >= 1"),
+        ({"comparator": "spectral-norm", "comparator_args": {"iterations": 0}}, r"iterations=0 must be >= 1"),
+        ({"comparator": "stable-rank", "comparator_args": {"share": "all"}}, r"share='all' must be a number"),
+        ({"comparator": "stable-rank", "comparator_args": {"share": 0}}, r"share=0 must be > 0 and <= 1"),
+        ({"comparator": "matryoshka", "comparator_args": {"sizes": [5, 2]}}, r"sizes=\[5, 2\] must be increasing"),
+        ({"comparator": "bottleneck", "comparator_args": {"branches": {"layer3": 0}}}, r"layer3.*an integer >= 1"),
+        (
+            {"comparator": "snip", "lowrank": {"enabled": True}},
+            r"takes the place of the branches: drop lowrank.enabled",
+        ),
+        ({"comparator_args": {"sparsity": 0.5}}, r"comparator_args belong to a comparator"),
         ({"lowrank": {"enabled": "yes"}}, r"lowrank.enabled='yes' must be true or false"),
         ({"lowrank": {"reconstruction_wieght": 1}}, r"reconstruction_wieght.*reconstruction_weight"),
         ({"lowrank": {"branches": {"layer3": 0}}}, r"layer3.*0.*must be an integer >= 1"),
@@ -139,6 +156,15 @@ def test_the_twin_differs_in_the_branch_alone():
     assert plain.lowrank_config() == wrapped.lowrank_config()
     changed = {key for key, value in plain.to_dict().items() if value != wrapped.to_dict()[key]}
     assert changed == {"name", "lowrank", "twin"}
+
+
+def test_a_comparator_is_trained_in_the_place_of_the_branches_and_its_twin_has_neither():
+    pruned = recipe(twin=True, comparator="snip", comparator_args={"sparsity": 0.5})
+    assert not pruned.lowrank_enabled
+    assert repr(pruned.compared()) == "Snip(sparsity=0.5, batches=1)"
+    assert penalty_weight(pruned, 2, 0, 10) == 0
+    assert pruned.plain() == recipe(twin=True).plain()
+    assert Recipe.from_dict(pruned.to_dict()) == pruned
 
 
 def test_cosine_schedule_with_warmup():

@@ -5,7 +5,7 @@ An implementation of Sanyal, Kanade, Torr, Dokania, "Robustness via Deep Low-Ran
 Importing the package registers its CIFAR networks with timm.
 """
 
-from . import evaluation, networks
+from . import comparators, evaluation, networks
 from .checkpoint import from_pretrained, save_pretrained
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
@@ -32,6 +32,7 @@ __all__ = [
     "LowRankWarning",
     "ProjectionWarning",
     "attach",
+    "comparators",
     "evaluation",
     "from_pretrained",
     "list_layers",

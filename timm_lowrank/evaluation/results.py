@@ -387,6 +387,7 @@ class NetworkInfo:
     model: str | None = None  # architecture
     parameters: int | None = None
     branches: Mapping[str, int] = dataclasses.field(default_factory=dict)  # layer -> target rank; empty for a plain one
+    comparator: str | None = None  # what was trained in the place of branches, such as "Bottle-LR"
     weights: str | None = None  # `timm_lowrank.files.weights_sha256` of its state dict
 
 

@@ -29,9 +29,9 @@ HUB_LICENSES = (  # of those of timm's weights, what the Hub knows; others have 
 )  # fmt: skip
 DIRECTIONS = (5, 10)
 RECIPE = (  # what the card quotes of it, where it is set
-    "model", "model_args", "data_args", "epochs", "pretrain_epochs", "ramp_epochs", "batch_size", "learning_rate",
-    "momentum", "weight_decay", "nesterov", "schedule", "milestones", "warmup_epochs", "augment", "precision",
-    "ema_decay", "gradient_accumulation", "clip_norm",
+    "model", "model_args", "data_args", "comparator", "comparator_args", "epochs", "pretrain_epochs", "ramp_epochs",
+    "batch_size", "learning_rate", "momentum", "weight_decay", "nesterov", "schedule", "milestones", "warmup_epochs",
+    "augment", "precision", "ema_decay", "gradient_accumulation", "clip_norm",
 )  # fmt: skip
 
 

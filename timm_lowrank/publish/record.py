@@ -178,7 +178,8 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
             f"{path} is not about the weights in {run.model}: the network was trained again since, or the file is "
             "another run's. Evaluate again with `timm-lowrank evaluate --overwrite`, or delete it to publish without"
         )
-    plain = (network.title for network in evaluation.networks if network.title != own and not network.branches)
+    others = (network for network in evaluation.networks if network.title != own)
+    plain = (network.title for network in others if not network.branches and network.comparator is None)
     return evaluation, own, next(plain, None)
 
 

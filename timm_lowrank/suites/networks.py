@@ -11,6 +11,7 @@ import timm
 from torch import nn
 
 from ..checkpoint.branches import BranchDescription, read_description
+from ..comparators import BottleLR, architecture_of, is_bottlenecked
 from ..core.views import View
 from ..errors import EvaluationError
 from ..evaluation import PixelModel
@@ -32,6 +33,7 @@ class EvaluatedNetwork:
     model: PixelModel
     weights: str  # SHA-256 of all parameters and buffers
     branches: Mapping[str, int]  # target rank of each regularized layer; empty for a plain network
+    comparator: str | None  # title of the comparator that was trained in their place
     layers: tuple[str, ...]  # those that its run measured, regularized or not
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)  # of the branches, where they are not flattened
     recipe: Recipe | None = None
@@ -44,9 +46,10 @@ class EvaluatedNetwork:
         return NetworkInfo(
             title=self.title,
             path=self.path,
-            model=str(dict(getattr(network, "pretrained_cfg", {})).get("architecture", type(network).__name__)),
+            model=str(architecture_of(network) or type(network).__name__),
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             branches=self.branches,
+            comparator=self.comparator,
             weights=self.weights,
         )
 
@@ -83,7 +86,8 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
     Args:
         where: a run folder of `timm-lowrank train`, a folder written by `save_pretrained`, a repository on the Hub
             ("hf-hub:USER/NAME"), or the name of a timm network with pretrained weights.
-        title: what the report calls it; None is made of its branches: "1-LR", "2-LR", "low rank" or "plain".
+        title: what the report calls it; None is made of its branches: "1-LR", "2-LR", "low rank" or "plain", or is the
+            title of its comparator, such as "Bottle-LR".
 
     Raises:
         EvaluationError: there is nothing to load, or it cannot be loaded.
@@ -131,12 +135,16 @@ def _evaluated(
     layers = description.layers if description else {}
     branches = {layer: one.rank for layer, one in layers.items()}
     views = {layer: one.viewed() for layer, one in layers.items()}
+    comparator = run.summary.comparator.title if run and run.summary.comparator else None
+    if is_bottlenecked(network):  # of which its checkpoint knows, without a run
+        comparator = BottleLR.title
     return EvaluatedNetwork(
-        title=title or _title(branches),
+        title=title or comparator or _title(branches),
         path=path,
         model=PixelModel(network.eval()).eval(),
         weights=weights_sha256(network.state_dict()),
         branches=branches,
+        comparator=comparator,
         layers=tuple(run.summary.branches if run else branches),
         views={layer: view for layer, view in views.items() if view.kind != "flatten"},
         recipe=run.recipe if run else None,

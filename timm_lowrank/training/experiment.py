@@ -9,13 +9,13 @@ from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
 from ..data import Data, StreamedData, load_data
-from ..data.batches import evaluation_batches
+from ..data.batches import TestBatches, evaluation_batches
 from ..environment import require
 from ..errors import RunError
 from .loop import Tested, TrainedEpoch, check_not_at_chance, evaluate, train_epoch
 from .recipe import Recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
-from .run import EpochMetrics, Run, RunFolder, Spectrum, Summary
+from .run import ComparatorSummary, EpochMetrics, Run, RunFolder, Spectrum, Summary
 from .state import Progress, TrainingState, build, seeded
 
 BRANCH_PARTS = ("reconstruction", "norm", "head", "activation_norm", "gradient_share")
@@ -63,7 +63,7 @@ def _plain_run(folder: str) -> Finished:
         run = Run.open(folder)
     except RunError as error:
         raise RunError(f"twin={folder!r} holds no finished run: {error}; or set twin=true") from error
-    if run.summary.lowrank:
+    if run.summary.kind != "plain":
         raise RunError(f"twin={folder!r} is not a plain run: train one with --set lowrank.enabled=false")
     return run.summary, run.spectrum()
 
@@ -141,7 +141,7 @@ def _introduction(recipe: Recipe, data: Data, folder: RunFolder, progress: Progr
     resumed = f", resumed after epoch {progress.epoch}{step}" if progress.step else ""
     streamed = ", streamed" if isinstance(data, StreamedData) else ""
     train, test = data.counts
-    kind = "low rank" if recipe.lowrank_enabled else "plain"
+    kind = "low rank" if recipe.lowrank_enabled else recipe.comparator or "plain"
     return (
         f"\n{recipe.model}, {kind}: {train:,} training and {test:,} test images of "
         f"{data.name}{streamed}, {recipe.epochs} epochs, into {folder.folder}{resumed}"
@@ -163,24 +163,42 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
     recipe, accelerator = state.recipe, state.accelerator
     if state.ema is not None:
         state.lowrank.backbone.load_state_dict(state.ema.module.state_dict())
+    comparator = _finished_comparator(state, data)
     test = evaluate(accelerator, state.lowrank, state.test_batches)
     finished: list[Any] = [None]
     if accelerator.is_main_process:
         # From the first images, whatever share of them this process tested.
-        images = evaluation_batches(data, accelerator.device, batch_size=recipe.eval_batch_size, workers=recipe.workers)
-        spectra = layer_spectra(state.lowrank, images, recipe.spectrum_images)
-        summary = summarize(state, data, spectra, test, folder.last_metrics(), twin[0] if twin else None)
+        spectra = layer_spectra(state.lowrank, _test_batches(state, data), recipe.spectrum_images)
+        summary = summarize(state, data, spectra, test, folder.last_metrics(), comparator, twin[0] if twin else None)
         spectrum = {layer: measured.shares for layer, measured in spectra.items()}
         model = state.lowrank if recipe.lowrank_enabled else state.lowrank.unwrap()  # a plain run has no branches
         with folder.writing(folder.model):
             save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
-        title = "low rank" if recipe.lowrank_enabled else "plain"
         picture = folder.plots / "spectrum.png"
         with folder.writing(picture):
-            plot_spectrum(picture, {**({"plain": twin[1]} if twin else {}), title: spectrum}, summary.branches)
+            plot_spectrum(picture, {**({"plain": twin[1]} if twin else {}), summary.kind: spectrum}, summary.branches)
         folder.write_results(spectrum, summary)
-        print("\n" + table({**({"plain": twin[0]} if twin else {}), title: summary}), flush=True)
+        print("\n" + table({**({"plain": twin[0]} if twin else {}), summary.kind: summary}), flush=True)
         finished = [(summary, spectrum)]
     broadcast_object_list(finished)
     result: Finished = finished[0]
     return result
+
+
+def _test_batches(state: TrainingState, data: Data) -> TestBatches:
+    """All test images, whatever share of them this process tests."""
+    recipe, device = state.recipe, state.accelerator.device
+    return evaluation_batches(data, device, batch_size=recipe.eval_batch_size, workers=recipe.workers)
+
+
+def _finished_comparator(state: TrainingState, data: Data) -> ComparatorSummary | None:
+    """Measures what only the network in training shows, and leaves the one that is tested and exported."""
+    recipe, comparator, backbone = state.recipe, state.comparator, state.lowrank.backbone
+    if recipe.comparator is None:
+        return None
+    # On every process: all test the network that is left.
+    figures = comparator.finish(backbone, _test_batches(state, data))
+    rounded = {name: round(value, 6) for name, value in figures.items()}
+    return ComparatorSummary(
+        name=recipe.comparator, title=comparator.title, args=recipe.comparator_args, figures=rounded
+    )

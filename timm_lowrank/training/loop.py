@@ -183,6 +183,8 @@ def _train_step(
         with lowrank.capture() if shares else nothing as activations:
             logits = state.network(images)
         task_loss = loss = functional.cross_entropy(logits.float(), labels)
+        if (extra := state.comparator.extra_loss(lowrank.backbone, labels)) is not None:
+            loss = task_loss + extra
         if weight:
             penalty = lowrank.penalty(labels)  # the low-rank branch, first half: its loss joins the task's
             loss = task_loss + weight * penalty

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..comparators import COMPARATORS, Comparator, comparator_from
 from ..core.config import LowRankConfig
 from ..data import load_data
 from ..errors import RecipeError, nearest
@@ -59,7 +60,23 @@ class Recipe:
     )
     lowrank: dict[str, Any] = dataclasses.field(
         default_factory=dict,
-        metadata={"text": "the fields of LowRankConfig, and enabled, which when false trains the plain network"},
+        metadata={
+            "text": "the fields of LowRankConfig, and enabled, which when false trains the plain network; with a "
+            "comparator it is false"
+        },
+    )
+    comparator: str | None = _key(
+        f"{', '.join(COMPARATORS)}: trains this in the place of the branches, which then say what layers are measured "
+        "and where bottlenecks sit; null trains with branches",
+        None,
+    )
+    comparator_args: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"text": "settings of the comparator, such as sparsity of snip"}
+    )
+    init_from: str | None = _key(
+        "a run, a checkpoint folder or a model.safetensors of the same plain network whose weights the training starts "
+        "from; null starts anew",
+        None,
     )
     epochs: int = _key("passes over the training images")
     pretrain_epochs: int = _key("epochs of plain training before the branches are switched on (paper: 50 of 350)", 0)
@@ -135,18 +152,21 @@ class Recipe:
     @property
     def lowrank_enabled(self) -> bool:
         """Whether this run switches the branches on at all."""
-        return bool(self.lowrank.get("enabled", True))
+        return bool(self.lowrank.get("enabled", self.comparator is None))
 
     def lowrank_config(self) -> LowRankConfig:
         """The branches of this run; a plain run has them too, so that the same layers are measured."""
         values = {key: value for key, value in self.lowrank.items() if key != "enabled"}
         return LowRankConfig.from_dict({"seed": self.seed, **values})
 
+    def compared(self) -> Comparator:
+        """What is trained in the place of the branches; one that does nothing where the recipe names none."""
+        return Comparator() if self.comparator is None else comparator_from(self.comparator, self.comparator_args)
+
     def plain(self) -> Recipe:
-        """The twin: the same run with the branches switched off."""
-        return dataclasses.replace(
-            self, name=f"{self.name} (plain)", lowrank={**self.lowrank, "enabled": False}, twin=False
-        )
+        """The twin: the same run without branches and comparator."""
+        off = {"lowrank": {**self.lowrank, "enabled": False}, "comparator": None, "comparator_args": {}}
+        return dataclasses.replace(self, name=f"{self.name} (plain)", twin=False, **off)  # type: ignore[arg-type]
 
     def data_options(self) -> dict[str, Any]:
         """The keywords of `timm_lowrank.data.load_data` that this recipe means."""
@@ -371,7 +391,11 @@ def _together(recipe: Recipe) -> Iterable[str]:
             f"pretrain_epochs={recipe.pretrain_epochs} leaves none of epochs={recipe.epochs} for the low-rank branch: "
             "lower it, or set lowrank.enabled=false for a plain network"
         )
-    if recipe.twin and not recipe.lowrank_enabled:
+    if recipe.comparator is not None and recipe.lowrank.get("enabled") is True:
+        yield f"comparator={recipe.comparator!r} takes the place of the branches: drop lowrank.enabled=true"
+    if recipe.comparator is None and recipe.comparator_args:
+        yield "comparator_args belong to a comparator: name it, or drop them"
+    if recipe.twin and not recipe.lowrank_enabled and recipe.comparator is None:
         yield "twin compares with a plain network, and lowrank.enabled=false makes this run one: set twin=false"
 
 
@@ -382,6 +406,10 @@ def _inner(recipe: Recipe) -> Iterable[str]:
         recipe.lowrank_config()
     except (ValueError, TypeError) as error:
         yield f"lowrank: {error}"
+    try:
+        recipe.compared()
+    except ValueError as error:
+        yield str(error)
     # The others are keys of the recipe itself.
     known = [name for name in inspect.signature(load_data).parameters if not hasattr(recipe, name)]
     known = [name for name in known if name not in ("source", "progress")]

@@ -20,7 +20,7 @@ from ..environment import device_name, versions
 from ..errors import DivergedError
 from ..text import columns, percent
 from .loop import Tested
-from .run import BranchSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
+from .run import BranchSummary, ComparatorSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
 from .state import TrainingState
 
 DIRECTIONS = (1, 5, 10, 20, 50, 100, 500)
@@ -140,6 +140,7 @@ def summarize(
     spectra: Mapping[str, LayerSpectrum],
     test: Tested,
     last: EpochMetrics,
+    comparator: ComparatorSummary | None = None,
     twin: Summary | None = None,
 ) -> Summary:
     """The summary of a run.
@@ -150,6 +151,7 @@ def summarize(
         spectra: from `layer_spectra`.
         test: loss and accuracy on the test images, of the network that is exported.
         last: the last row of metrics.csv.
+        comparator: what was trained in the place of the branches.
         twin: the summary of the plain twin.
     """
     recipe, progress = state.recipe, state.progress
@@ -167,6 +169,7 @@ def summarize(
         name=recipe.name,
         model=recipe.model,
         lowrank=recipe.lowrank_enabled,
+        comparator=comparator,
         weights="last" if state.ema is None else "averaged",
         clean_accuracy=round(test.accuracy, 6),
         losses=Losses(train=last.train_loss, test=round(test.loss, 6), penalty=last.penalty),

@@ -126,6 +126,16 @@ class BranchSummary:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparatorSummary:
+    """What was trained in the place of the branches, see `timm_lowrank.comparators`."""
+
+    name: str
+    title: str  # in tables and pictures
+    args: dict[str, Any]
+    figures: dict[str, float]  # what `Comparator.finish` found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSummary:
     """The images of a run."""
 
@@ -145,6 +155,7 @@ class Summary:
     name: str
     model: str
     lowrank: bool  # False for a plain network
+    comparator: ComparatorSummary | None = None
     weights: str  # "last", or "averaged" by an exponential moving average
     clean_accuracy: float  # on all test images, in [0, 1]
     losses: Losses
@@ -167,12 +178,21 @@ class Summary:
         """As summary.json has it; `Run.open` reads it."""
         content = dataclasses.asdict(dataclasses.replace(self, twin=None))
         del content["twin"], content["twin_folder"]
+        if self.comparator is None:
+            del content["comparator"]
         content["data"]["image_size"] = list(self.data.image_size)
         for branch in content["branches"].values():
             branch["variance_ratio"] = {str(count): ratio for count, ratio in branch["variance_ratio"].items()}
         if self.twin is not None:
             content["twin"] = {"folder": self.twin_folder, **self.twin.to_dict()}
         return content
+
+    @property
+    def kind(self) -> str:
+        """What this run is in tables and pictures: "low rank", "plain" or the title of its comparator."""
+        if self.comparator is not None:
+            return self.comparator.title
+        return "low rank" if self.lowrank else "plain"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import warnings
@@ -15,15 +16,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..checkpoint.files import NETWORK_WEIGHTS, check_safetensors, require_checkpoint
+from ..checkpoint.loading import local_folder
+from ..comparators import Comparator, Start
 from ..core.model import LowRankModel
 from ..data import Data
 from ..data.batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
 from ..data.stream import FINGERPRINT
-from ..errors import DataError, RecipeError, RunError
+from ..errors import CheckpointError, DataError, RecipeError, RunError
+from ..layers import create_backbone
 from ..wrapping import wrap
 from .recipe import Recipe, require_trackers
 
@@ -70,6 +76,7 @@ class TrainingState:
     """One run while it trains."""
 
     recipe: Recipe
+    comparator: Comparator
     accelerator: Accelerator
     lowrank: LowRankModel  # the wrapped network
     network: nn.Module  # the same as accelerate prepared it: what is called in training
@@ -101,7 +108,14 @@ def build(recipe: Recipe, data: Data, output: Path) -> TrainingState:
         data, accelerator.device, batch_size=recipe.eval_batch_size,
         process=process, processes=processes, workers=recipe.workers,
     )  # fmt: skip
-    lowrank = _wrapped(recipe, data).to(accelerator.device)
+    start = Start(
+        torch.zeros(2, *data.image_size),
+        recipe.lowrank_config().branches,
+        lambda batches: itertools.islice(train_batches.epoch(0), batches * train_batches.parts),
+        lambda value: accelerator.reduce(value, "mean"),
+    )
+    comparator = recipe.compared()
+    lowrank = _wrapped(recipe, comparator, data, start).to(accelerator.device)
     if recipe.channels_last:
         lowrank = lowrank.to(memory_format=torch.channels_last)
     optimizer = _optimizer(recipe, lowrank.backbone)
@@ -117,7 +131,17 @@ def build(recipe: Recipe, data: Data, output: Path) -> TrainingState:
         network.compile()
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # dropout: a stream of its own on each process
     return TrainingState(
-        recipe, accelerator, lowrank, network, prepared, ema, progress, train_batches, tested, len(data.class_names)
+        recipe,
+        comparator,
+        accelerator,
+        lowrank,
+        network,
+        prepared,
+        ema,
+        progress,
+        train_batches,
+        tested,
+        len(data.class_names),
     )
 
 
@@ -176,25 +200,49 @@ def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=rate, momentum=recipe.momentum, weight_decay=decay, nesterov=recipe.nesterov)
 
 
-def _wrapped(recipe: Recipe, data: Data) -> LowRankModel:
+def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start) -> LowRankModel:
     channels = data.image_size[0]
     if recipe.model_args.get("in_chans", channels) != channels:
         raise RecipeError(
             f"model_args.in_chans={recipe.model_args['in_chans']}, but the images have {channels}: drop it"
         )
-    # What the network is fed is written into its configuration, and with it into the exported model.
-    overlay = data.data_config
     try:
-        return wrap(
+        network = create_backbone(
             recipe.model,
-            recipe.lowrank_config(),
             num_classes=len(data.class_names),
-            example_input=torch.zeros(2, *data.image_size),
-            pretrained_cfg_overlay=overlay,
+            # What the network is fed is written into its configuration, and with it into the exported model.
+            pretrained_cfg_overlay=data.data_config,
             **{**recipe.model_args, "in_chans": channels},
         )
+        if recipe.init_from is not None:
+            _load_initial(network, recipe.init_from)
+        comparator.attach(network, start)
+        return wrap(network, recipe.lowrank_config(), example_input=start.example_input)
     except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(
-            f"cannot build model={recipe.model!r} with model_args={recipe.model_args} "
+            f"cannot build model={recipe.model!r} with model_args={recipe.model_args}"
+            f"{'' if recipe.comparator is None else f' and comparator={recipe.comparator!r}'} "
             f"for images of {data.image_size}: {error}"
         ) from error
+
+
+def _load_initial(network: nn.Module, source: str) -> None:
+    """Takes over the weights of a trained network.
+
+    Raises:
+        RecipeError: there are none, or they are those of another network.
+    """
+    try:
+        folder = local_folder(Path(source)) if not Path(source).is_file() else None
+        if folder is not None:
+            require_checkpoint(folder)
+        path = Path(source) if folder is None else folder / NETWORK_WEIGHTS
+        check_safetensors(path)
+    except CheckpointError as error:
+        raise RecipeError(f"init_from={source!r}: {error}") from error
+    try:
+        network.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise RecipeError(f"init_from={source!r} holds the weights of another network: {error}") from error
