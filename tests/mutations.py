@@ -113,7 +113,7 @@ MUTATIONS = (
     # ---------------------------------------------------------------------------------------------- data and training
     Mutation(
         "label shifted", "timm_lowrank/data/batches.py",
-        "yield images, self.labels[rows]\n", "yield images, self.labels[rows.roll(1)]\n",
+        "self.labels[rows], strict=True)", "self.labels[rows.roll(1)], strict=True)",
         "tests/test_batches.py tests/test_training_run.py",
     ),
     Mutation(
