@@ -18,6 +18,8 @@ WRONG = {
     "storage": ["sparse"],
     "reconstruction_weight": [-1.0, float("nan"), float("inf"), "1", True],
     "norm_weight": [-0.1, float("nan")],
+    "head_weight": [-0.1, float("inf"), "a"],
+    "head_sizes": [(), (0,), (2.5,), 5, "5"],
     "step_size": [0.0, -0.5, 1.5, float("nan"), "0.5"],
     "bias_momentum": [-0.1, 1.1, None],
     "project_every": [0, -1, 2.5, None, True],
@@ -92,12 +94,18 @@ def test_options_of_one_branch():
     config = LowRankConfig(
         reconstruction_weight=2.0,
         norm_weight=0.5,
+        head_weight=0.25,
         seed=9,
-        branches={"a": 5, "b": {"rank": 3, "reconstruction_weight": 0.1}, "c": {"rank": 2, "norm_weight": 0}},
+        branches={
+            "a": 5,
+            "b": {"rank": 3, "reconstruction_weight": 0.1},
+            "c": {"rank": 2, "norm_weight": 0, "head_weight": 1},
+        },
     )
     assert config.for_branch("a") == config
     each = [config.for_branch(layer) for layer in "abc"]
     assert [(own.reconstruction_weight, own.norm_weight) for own in each] == [(2.0, 0.5), (0.1, 0.5), (2.0, 0)]
+    assert [own.head_weight for own in each] == [0.25, 0.25, 1]
     assert config.for_branch("b").branches == {"b": 3}
     assert config.for_branch("b").seed == 9
     defaults = {layer: LowRankConfig().for_branch(layer).reconstruction_weight for layer in ("layer3", "pre_logits")}
