@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,13 +19,24 @@ from publishable import FIGURES, REPO, change, edit, evaluation, make_run, share
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError
-from timm_lowrank.evaluation.results import Check, Value, Verdict, write_evaluation
-from timm_lowrank.publish.card import Place, code, escaped, run_card, short_card, without_local_paths
+from timm_lowrank.evaluation.results import (
+    Check,
+    Value,
+    Verdict,
+    evaluation_from_json,
+    read_evaluation,
+    write_evaluation,
+)
+from timm_lowrank.publish import push_to_hub
+from timm_lowrank.publish.card import Place, code, escaped, run_card, short_card
 from timm_lowrank.publish.merging import license_of, merge, section
+from timm_lowrank.publish.paths import without_local_paths
 from timm_lowrank.publish.record import read_run
+from timm_lowrank.publish.run import files_of
+from timm_lowrank.report import text_table, write_report
 from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PGDSteps, PixelNoise
 from timm_lowrank.suites.measurements.base import Context, Results
-from timm_lowrank.suites.networks import load_network
+from timm_lowrank.suites.networks import load_network, load_networks
 from timm_lowrank.suites.plan import chosen_suites, measurements_of
 
 SECTIONS = ["about", "loading", "low-rank", "robustness", "limits", "training", "files", "citation"]
@@ -248,16 +261,88 @@ def test_what_is_no_finished_run(run, tmp_path):
     refused("has not come to its end .*--resume auto")
 
 
+HOME = str(Path.home())
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("/home/me/runs/a b", "a b"),
+        ("~/data/x", "x"),
+        ("~me/data/x", "x"),
+        (r"C:\data\x", "x"),
+        ("C:/data/x/", "x"),
+        (r"\\server\me\x", "x"),
+        ("file:///home/John Smith/my runs/x", "x"),
+        ("../../me/x", "x"),
+        ("/home/me", "home"),
+        ("C:\\Users\\me\\", "home"),
+        (f"{HOME}/x", "x"),
+        (f"{HOME} is there", "~ is there"),
+        ("run /home/me/x.py --data /d/e/", "run x.py --data e"),
+        ("/home/me/bin/eval '/home/me/my runs/a b' --data=\"C:/Users/John Smith/x\"", "eval 'a b' --data=\"x\""),
+        ("/home/John Smith/runs/x: 8/255 of them and a/b", "x: 8/255 of them and a/b"),
+        ("saw file:///home/me/x, D:/me/y and ../me/z", "saw x, y and z"),
+        ("path:/home/me/x (/home/me/y) [/home/é ü/z]", "path:x (y) [z]"),
+        ("/home/me/a 8/255; 2/255 +/- 0.2/0.4", "a 8/255; 2/255 +/- 0.2/0.4"),
+        *((text, text) for text in (
+            "runs/digits", "uoft-cs/cifar10", "hf-hub:a/b@main", "see https://example.org/a/b", "s3://b/c/d", "8/255",
+            "~5 images / 3 s", r"\alpha\beta", "</b></i>", "a / b / c", "it is 3/4, /2", "http://me@host/x/y", "~", "",
+        )),
+    ],
+)  # fmt: skip
+def test_of_a_path_the_last_part_is_left(text, left):
+    assert without_local_paths(text) == left
+    assert without_local_paths({"list": [text], text: 1, "pixels": text}) == {"list": [left], left: 1, "pixels": text}
+    assert without_local_paths(left) == left, "once is enough"
+
+
+def test_keys_stay_different_and_names_of_classes_as_they_are():
+    assert without_local_paths({"/home/me/a": 1, "/home/you/a": 2, 3: "8/255"}) == {"a": 1, "a (2)": 2, 3: "8/255"}
+    assert without_local_paths({"class_names": ["/m/01g317"]}) == {"class_names": ["/m/01g317"]}
+
+
+def test_an_evaluation_whose_titles_are_paths_is_published_with_names_and_read_again(run, tmp_path):
+    """As they were called when two folders had one name."""
+    titles = ("/home/me/my runs/a|b/model", "/home/me/other/model")
+    content = (run / "evaluation.json").read_text()
+    for old, new in zip(("2-LR", "plain"), titles, strict=True):
+        content = content.replace(json.dumps(old), json.dumps(new))
+    (run / "evaluation.json").write_text(content)
+    edit(run, warnings=[f"{titles[0]}: saw other images"], command=f"evaluate {titles[1]}")
+    record = read_run(run)
+    assert (record.title, record.plain_title) == ("model", "model (2)")
+    written = files_of(record)["evaluation.json"]
+    assert evaluation_from_json(json.loads(written)) == record.evaluation
+    assert record.evaluation.warnings == ("model: saw other images",)
+    for text in (written.decode(), card(run)):
+        assert "/home" not in text
+        assert "me/" not in text
+
+
+def test_networks_of_one_name_are_numbered(tmp_path):
+    folders = []
+    for number, parent in enumerate(("one", "two", "three")):
+        make_run(tmp_path / parent / "model", evaluated=False, channels=[8, 8, 8, 8 + number], name="resnet10_cifar")
+        folders.append(str(tmp_path / parent / "model"))
+    assert [network.title for network in load_networks(folders[0], folders[1:])] == ["model", "model (2)", "model (3)"]
+    shutil.move(folders[2], tmp_path / "\x1b[31ma\nb<i>|")
+    networks = load_networks(str(tmp_path / "\x1b[31ma\nb<i>|"), folders[:1])
+    assert [network.title for network in networks] == ["[31ma b<i>|", "model"]
+
+
+def test_a_path_in_the_configuration_of_the_network_is_not_published(run):
+    path = run / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"]["file"] = "/home/me/weights/resnet.safetensors"
+    path.write_text(json.dumps({**config, "label_names": ["/m/01g317", "b", "c"]}))
+    done = push_to_hub(run, REPO, dry_run=run / "dry")
+    sent = json.loads((done.folder / "config.json").read_text())
+    assert sent["pretrained_cfg"]["file"] == "resnet.safetensors"
+    assert sent["label_names"] == ["/m/01g317", "b", "c"]
+
+
 def test_paths_of_this_machine_are_not_published(run):
-    assert without_local_paths({"path": "/home/me/runs/a b", "n": 3, "pixels": "/ab/cd", "eps": "8/255"}) == {
-        "path": "a b", "n": 3, "pixels": "/ab/cd", "eps": "8/255",
-    }  # fmt: skip
-    assert without_local_paths(["~/data/x", r"C:\data\x", "run /home/me/x.py --data /d/e/", "runs/digits"]) == [
-        "x", "x", "run x.py --data e/", "runs/digits",
-    ]  # fmt: skip
-    assert without_local_paths("see https://example.org/a/b and uoft-cs/cifar10") == (
-        "see https://example.org/a/b and uoft-cs/cifar10"
-    )
     data = json.loads((run / "summary.json").read_text())["data"]
     change(run / "summary.json", data={**data, "source": "/home/me/data/cifar10"})
     edit(run, data=lambda data: dataclasses.replace(data, source="/home/me/data/cifar10"))
@@ -304,6 +389,31 @@ def test_nothing_from_elsewhere_breaks_tables_marks_or_yaml(run):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, name
     assert ModelCard(text).data.eval_results[-1].dataset_split == "test: |\n- # x"
     assert merged(run, text).text == text
+
+
+@pytest.mark.parametrize(
+    "name", [NASTY, "</style><script>alert(1)</script>", "a\x1b]0;x\x07\x9b2J\u202eb", "$x_{", "| | |", "- \r\n\t -"]
+)
+def test_titles_from_elsewhere_break_neither_card_nor_page_nor_terminal(run, name):
+    before = text_table(read_evaluation(run / "evaluation.json"))
+    marks = re.compile(r"^<!-- .*$", re.MULTILINE)
+    expected = marks.findall(card(run))
+    renamed = (run / "evaluation.json").read_text().replace('"plain"', json.dumps(name))
+    (run / "evaluation.json").write_text(renamed.replace('"2-LR"', json.dumps(f"2-LR {name}")))
+    edit(run, figures=lambda figures: (dataclasses.replace(figures[0], label=name), *figures[1:]))
+    hostile = read_evaluation(run / "evaluation.json")
+    assert hostile.titles == (f"2-LR {name}", name)
+
+    text, table = card(run), text_table(hostile)
+    assert marks.findall(text) == expected
+    for shown in (text, table):
+        assert all(sign.isprintable() or sign == "\n" for sign in shown)
+    assert "<script>" not in text
+    rows = [line for line in section(text, "robustness").splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert len(table.splitlines()) == len(before.splitlines())
+    assert max(map(len, table.splitlines())) <= 100
+    assert "<script>" not in write_report(hostile, run).read_text()
 
 
 def test_escaping():

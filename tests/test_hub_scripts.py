@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from publishable import BLOB, CHECKPOINT, COMMIT, FIGURES, REPO, change, edit, images, in_repo, make_run, share, weights
 from scripts import done, in_folder, refused, script
@@ -72,6 +73,8 @@ def test_paths_of_this_machine_are_not_published(hub, run):
     done(push, run, REPO)
     assert not [name for name, data in in_repo(hub).items() if b"/home/me" in data]
     assert b"data: cifar10" in in_repo(hub)["recipe.yaml"]
+    done(push, run, REPO, "--dataset", "uoft-cs/cifar10")
+    assert b"data: uoft-cs/cifar10" in in_repo(hub)["recipe.yaml"]
 
 
 def test_pushed_again_it_updates_and_keeps(hub, run, capsys):
@@ -100,6 +103,64 @@ def test_pushed_again_it_updates_and_keeps(hub, run, capsys):
     deleted = re.findall("deleted, as of an earlier push: (.*)", capsys.readouterr().out)
     assert deleted == ["evaluation.json", "plots/variance.png"]
     assert "Nothing was evaluated" in in_repo(hub)["README.md"].decode()
+
+
+def began_from(run, license, model="test_resnet", **options):
+    """Has the run begin from pretrained weights under this licence."""
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    arguments = {**recipe["model_args"], **options}
+    (run / "config.yaml").write_text(yaml.safe_dump({**recipe, "model": model, "model_args": arguments}))
+    config = json.loads((run / "model" / "config.json").read_text())
+    change(run / "model" / "config.json", pretrained_cfg={**config["pretrained_cfg"], "license": license})
+
+
+@pytest.mark.parametrize(
+    ("license", "named", "own_name"),
+    [("cc-by-nc-4.0", "cc-by-nc-4.0", None), ("mit", "mit", None), ("dinov3-license", "other", "dinov3-license")],
+)
+def test_the_licence_is_that_of_the_pretrained_weights(hub, run, license, named, own_name):
+    began_from(run, license, pretrained=True)
+    for _ in range(2):
+        done(push, run, REPO)
+        card = ModelCard.load(REPO)
+        assert (card.data.license, card.data.get("license_name")) == (named, own_name)
+        assert card.data.base_model == "timm/test_resnet.r160_in1k"
+        assert f"Weights under {license}. The training began from `timm/test_resnet.r160_in1k`, which is" in card.text
+    assert len(hub.repo(REPO).history()) == 2, "the second time nothing had changed"
+
+
+def test_weights_from_elsewhere_on_the_hub(hub, run):
+    began_from(run, "mit", model="hf-hub:bob/his@v1", pretrained=True)
+    done(push, run, REPO)
+    assert ModelCard.load(REPO).data.to_dict()["base_model"] == "bob/his"
+    assert ModelCard.load(REPO).data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    ("license", "options"),
+    [(None, {"pretrained": True}), ("unknown", {"pretrained": True}), ("mit", {"checkpoint_path": "/home/me/w.pth"})],
+)
+def test_a_licence_that_is_not_known_is_asked_for(hub, run, license, options):
+    began_from(run, license, **options)
+    message = "began from the weights (timm/test_resnet.r160_in1k|w.pth), whose licence is not known .*with --license"
+    refused(message, push, run, REPO)
+    assert REPO not in hub.repos
+    done(push, run, REPO, "--license", "cc-by-4.0")
+    assert ModelCard.load(REPO).data.license == "cc-by-4.0"
+    done(push, run, REPO)
+    assert ModelCard.load(REPO).data.license == "cc-by-4.0", "the card says it now"
+
+
+def test_a_card_under_another_licence_than_the_pretrained_weights_is_noted(hub, run, capsys):
+    done(push, run, REPO)
+    assert ModelCard.load(REPO).data.license == "apache-2.0"
+    assert ModelCard.load(REPO).data.base_model is None
+    began_from(run, "cc-by-nc-4.0", pretrained=True)
+    done(push, run, REPO)
+    note = "note: the card names the licence apache-2.0, and timm/test_resnet.r160_in1k is under cc-by-nc-4.0"
+    assert note in capsys.readouterr().out
+    done(push, run, REPO, "--license", "cc-by-nc-4.0")
+    assert ModelCard.load(REPO).data.license == "cc-by-nc-4.0"
 
 
 def test_marks_that_the_owner_took_out(hub, run, capsys):

@@ -90,6 +90,28 @@ def phrases(entries: Mapping[str, str | int | float | bool]) -> list[str]:
     return words
 
 
+def one_line(value: object) -> str:
+    """Text without line breaks and control characters, which a terminal would obey."""
+    printable = "".join(sign if sign.isprintable() else " " for sign in str(value))
+    return " ".join(printable.split())
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The same names, those that came before with a number.
+
+    >>> numbered(["twin", "plain", "twin"])
+    ['twin', 'plain', 'twin (2)']
+    """
+    given: list[str] = []
+    for name in names:
+        new, number = name, 1
+        while new in given or (number > 1 and new in names):
+            number += 1
+            new = f"{name} ({number})"
+        given.append(new)
+    return given
+
+
 def listing(words: Sequence[str]) -> str:
     """a, b and c."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

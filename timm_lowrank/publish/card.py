@@ -16,6 +16,7 @@ from .. import text
 from ..checkpoint.loading import read_info
 from ..evaluation.noise import STANDARD_DEVIATION
 from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
+from .paths import without_local_paths
 
 if TYPE_CHECKING:
     from .record import RunRecord  # which needs more than is installed with this package
@@ -143,19 +144,6 @@ def dataset_of(source: str, given: str | None = None) -> Dataset:
         return Dataset(source, source, True)
     name = re.split(r"[/\\]", source.rstrip("/\\"))[-1] or "images"
     return Dataset(re.sub(r"[^\w.-]+", "-", name), name, False)
-
-
-def without_local_paths(value: Any) -> Any:
-    """The same without the folders of this machine: of an absolute path the last part is left."""
-    if isinstance(value, Mapping):
-        return {key: entry if key == "pixels" else without_local_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_local_paths(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    if re.match(r"(?:~?/|[A-Za-z]:\\|\\\\)", value) and "\n" not in value:
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return re.sub(r"(?<![\w./:~])~?/(?:[\w.+@-]+/)+([\w.+@-]+)", r"\1", value)
 
 
 # ------------------------------------------------------------------------------------------------------- front matter
@@ -289,23 +277,17 @@ def _environment() -> jinja2.Environment:
 def escaped(value: object) -> str:
     """Text that shows as it is, in a paragraph and in the cell of a table; on one line."""
     entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-    shown = "".join(entities.get(sign, sign) for sign in one_line(value))
+    shown = "".join(entities.get(sign, sign) for sign in text.one_line(value))
     shown = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown)
     return re.sub(r"^(#{1,6}|[-+=]|\d+[.)])(?=\s|$)", r"\\\1", shown)  # what begins a heading or a list
 
 
 def code(value: object) -> str:
     """Text as code, in a paragraph and in the cell of a table; on one line."""
-    shown = one_line(value).replace("|", "\\|").replace("<!--", "<! --")
+    shown = text.one_line(value).replace("|", "\\|").replace("<!--", "<! --")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     space = " " if "`" in shown else ""
     return f"{fence}{space}{shown}{space}{fence}" if shown else ""
-
-
-def one_line(value: object) -> str:
-    """Text without line breaks and control characters, which a terminal would obey."""
-    printable = "".join(sign if sign.isprintable() else " " for sign in str(value))
-    return " ".join(printable.split())
 
 
 def share(value: Value | None) -> str:

@@ -126,7 +126,9 @@ def _write(record: RunRecord, folder: Path, name: str, dataset: str | None) -> N
     for file in CHECKPOINT_FILES:
         if (record.run.model / file).is_file():
             shutil.copyfile(record.run.model / file, folder / file)
-    files = {file: source for file, source in files_of(record).items() if file in (PICTURE,) or "/" not in file}
+    files = {
+        file: source for file, source in files_of(record, dataset).items() if file in (PICTURE,) or "/" not in file
+    }
     for file, source in files.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(source if isinstance(source, bytes) else source.read_bytes())

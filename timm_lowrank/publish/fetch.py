@@ -21,8 +21,8 @@ from ..checkpoint.remote import hub_errors
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from ..evaluation.results import Value
 from ..files import disk_errors, sha256_of
-from ..text import listing
-from .card import OURS, one_line, share
+from ..text import listing, one_line
+from .card import OURS, share
 
 
 @dataclasses.dataclass(frozen=True)

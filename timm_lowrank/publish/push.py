@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from ..checkpoint.files import (
     CHECKPOINT_FILES,
     LOWRANK_CONFIG,
     LOWRANK_WEIGHTS,
+    NETWORK_CONFIG,
     PICKLES,
     checked_name,
     require_checkpoint,
@@ -28,7 +30,9 @@ from ..checkpoint.loading import load_folder, local_folder
 from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..core.model import LowRankModel
 from ..errors import CheckpointError, CheckpointWriteError
+from ..files import read_json
 from .card import short_card
+from .paths import without_local_paths
 
 CARD = "README.md"
 Source = str | os.PathLike[str] | bytes
@@ -170,7 +174,17 @@ def _write_checkpoint(
                 shutil.copyfile(source / name, folder / name)
     else:
         save_pretrained(model, folder, label_names=label_names, data_config=data_config)
+    _clean_config(folder)
     load_folder(folder)  # what cannot be loaded is not published
+
+
+def _clean_config(folder: Path) -> None:
+    """Takes paths of this machine out of config.json, which an argument of the network may have brought in."""
+    path = folder / NETWORK_CONFIG
+    config = read_json(path)
+    cleaned = without_local_paths(config)
+    if cleaned != config:
+        path.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_files(files: Mapping[str, Source], folder: Path) -> None:

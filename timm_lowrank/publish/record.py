@@ -12,10 +12,11 @@ from ..checkpoint import verify
 from ..checkpoint.files import NETWORK_CONFIG, NETWORK_WEIGHTS
 from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
-from ..evaluation.results import Evaluation, Figure, Headline, Kind, Value, read_evaluation
+from ..evaluation.results import Evaluation, Figure, Headline, Kind, Value, evaluation_from_json
 from ..files import read_json, sha256_of, weights_sha256
 from ..training.run import Run, Summary
 from .card import LICENSE
+from .paths import without_paths_in_titles
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 EPS = 8 / 255  # radius of the attacks that a card and the list of checkpoints name first
@@ -168,7 +169,7 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
     if not path.is_file():
         return None, None, None
     try:
-        evaluation = read_evaluation(path)
+        evaluation = evaluation_from_json(without_paths_in_titles(read_json(path, EvaluationError)))  # as published
     except EvaluationError as error:
         raise CheckpointError(f"{path}: {error}") from error
     digest = weights_sha256(load_folder(run.model, lowrank=False).float().state_dict())

@@ -18,8 +18,9 @@ from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..errors import CheckpointError
 from ..files import read_json
 from ..training.run import PUBLISHED_RECIPE
-from .card import Place, run_card, without_local_paths
+from .card import Place, run_card
 from .merging import license_of, merge, section
+from .paths import without_local_paths, without_paths_in_titles
 from .push import CARD, Published, push_to_hub
 from .record import RunRecord, read_run
 
@@ -104,7 +105,7 @@ def publish_run(
             f"{repo_id} exists and is public, and private is for new repositories: make it private in its settings "
             "first, or choose another name. Nothing was published"
         )
-    files = files_of(record)
+    files = files_of(record, dataset)
     card, notes = held.card, held.notes
     if card is None or not keep_card:
         where = f"{CARD} of {repo_id}"
@@ -187,22 +188,34 @@ def described(folder: Path, beside: Collection[str]) -> dict[str, str]:
     return {name: FILE_DESCRIPTIONS.get(name, "a picture of its training or evaluation") for name in names}
 
 
-def files_of(record: RunRecord) -> dict[str, Path | bytes]:
-    """What goes beside the checkpoint: name in the repository to a file or its content."""
+def files_of(record: RunRecord, dataset: str | None = None) -> dict[str, Path | bytes]:
+    """What goes beside the checkpoint: name in the repository to a file or its content.
+
+    Args:
+        record: the run.
+        dataset: the name on the Hub of the data set, which the recipe then reads instead of a copy on this machine.
+    """
     run = record.run
+    named = {"data": dataset} if dataset else {}
     files: dict[str, Path | bytes] = {
-        PUBLISHED_RECIPE: _cleaned(run.config, lambda path: yaml.safe_load(path.read_text(encoding="utf-8"))),
+        PUBLISHED_RECIPE: _cleaned(
+            run.config,
+            lambda path: yaml.safe_load(path.read_text(encoding="utf-8")),
+            lambda recipe: {**without_local_paths(recipe), **named},
+        ),
         "summary.json": _cleaned(run.summary_json, read_json),
     }
     if record.evaluation is not None:
-        files["evaluation.json"] = _cleaned(run.evaluation_json, read_json)
+        files["evaluation.json"] = _cleaned(run.evaluation_json, read_json, without_paths_in_titles)
     return files | {f"plots/{name}": run.plots / name for name in record.plots}
 
 
-def _cleaned(path: Path, read: Callable[[Path], Any]) -> Path | bytes:
+def _cleaned(
+    path: Path, read: Callable[[Path], Any], clean: Callable[[Any], Any] = without_local_paths
+) -> Path | bytes:
     """A file of the run as it is, or without the paths of this machine if it holds any."""
     content = read(path)
-    cleaned = without_local_paths(content)
+    cleaned = clean(content)
     if cleaned == content:
         return path
     if path.suffix == ".yaml":

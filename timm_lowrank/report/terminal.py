@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..evaluation.results import Evaluation, Figure, Value, difference
-from ..text import columns, quantity
+from ..text import columns, one_line, quantity
 
 WIDTH = 100
 LABEL, GAP = 24, 12  # columns for labels at the least, and for differences
@@ -19,7 +19,8 @@ def text_table(evaluation: Evaluation) -> str:
     Of two networks the difference is shown; `*` marks what its interval tells from zero.
     """
     titles = evaluation.titles
-    lines = [_cut(f"{title}: {one.verdict}. {one.summary}", WIDTH) for title, one in evaluation.verdicts.items()]
+    verdicts = [f"{title}: {one.verdict}. {one.summary}" for title, one in evaluation.verdicts.items()]
+    lines = [_cut(one_line(verdict), WIDTH) for verdict in verdicts]
     lines += [
         _cut(f"{title}, radii in normalised units: {one.verdict}. {one.summary}", WIDTH)
         for title, one in evaluation.normalized_verdicts.items()
@@ -39,11 +40,11 @@ def _table(evaluation: Evaluation, titles: Sequence[str], compared: bool) -> str
     width = (WIDTH - LABEL - (GAP + 2 if compared else 0)) // len(titles) - 2
     rows: list[list[str]] = []
     for group, figures in evaluation.groups().items():
-        heads = [_cut(title, width) for title in titles]
-        rows += [[], [group.ljust(LABEL), *heads, *(["difference"] if compared else [])]]
+        heads = [_cut(one_line(title), width) for title in titles]
+        rows += [[], [one_line(group).ljust(LABEL), *heads, *(["difference"] if compared else [])]]
         for figure in figures:
             values = [figure.values.get(title) for title in titles]
-            rows.append([figure.label, *(_value(value, figure.unit, width) for value in values)])
+            rows.append([one_line(figure.label), *(_value(value, figure.unit, width) for value in values)])
             if compared:
                 rows[-1].append(_difference(figure, *titles))
     taken = sum(max(len(row[column]) for row in rows if row) + 2 for column in range(1, len(rows[1]))) if rows else 0

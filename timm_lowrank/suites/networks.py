@@ -18,6 +18,7 @@ from ..evaluation import PixelModel
 from ..evaluation.results import NetworkInfo
 from ..files import weights_sha256
 from ..layers import create_backbone
+from ..text import numbered, one_line
 from ..training import Recipe, Run
 from ..training.run import RunPaths
 
@@ -72,12 +73,17 @@ def load_networks(network: str, against: Sequence[str] = ()) -> list[EvaluatedNe
             raise EvaluationError(f"{one.path} and {other.path} hold the same weights: there is nothing to compare")
     for titles in (
         [network.title for network in networks],
-        [Path(network.path).name for network in networks],
-        [network.path for network in networks],
+        numbered([_folder_name(network.path) for network in networks]),
     ):
         if len(set(titles)) == len(titles):
             break
     return [dataclasses.replace(network, title=title) for network, title in zip(networks, titles, strict=True)]
+
+
+def _folder_name(path: str) -> str:
+    """What a folder or repository is called: never its path, which may hold the name of its owner."""
+    folder = Path(path)
+    return one_line((folder.resolve() if folder.is_dir() else folder).name) or "network"
 
 
 def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..evaluation.results import Evaluation, Figure, Kind, headline, read_evaluation
-from ..text import columns, percent
+from ..text import columns, one_line, percent
 from .run import Run, RunPaths
 
 RADII = {
@@ -61,8 +61,10 @@ class Comparison:
 
     def table(self) -> str:
         """For a terminal, a figure a line; shares in per cent, with the standard deviation over runs."""
-        heading = ["", *(f"{group} ({len(runs)})" if len(runs) > 1 else group for group, runs in self.groups.items())]
-        rows = [[figure.label, *map(figure.cell, self.groups)] for figure in self.figures]
+        names = {group: one_line(group) for group in self.groups}
+        counts = {group: f" ({len(runs)})" if len(runs) > 1 else "" for group, runs in self.groups.items()}
+        heading = ["", *(names[group] + counts[group] for group in self.groups)]
+        rows = [[one_line(figure.label), *map(figure.cell, self.groups)] for figure in self.figures]
         table = columns([heading, *rows], right=range(1, len(heading)))
         units = {figure.radius_unit for figure in self.figures}
         notes = [RADII[unit] for unit in RADII if unit in units]
