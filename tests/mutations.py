@@ -67,8 +67,8 @@ MUTATIONS = (
     ),
     Mutation(
         "effective rank one too small", "timm_lowrank/suites/measurements/representations.py",
-        "Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of)",
-        "Value(float(sum(share < 0.99 - 1e-12 for share in held)), of=of)",
+        "Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of, at_most=bound)",
+        "Value(float(sum(share < 0.99 - 1e-12 for share in held)), of=of, at_most=bound)",
         "tests/test_suites.py",
     ),
     # ------------------------------------------------------------------------------------------------------- processes

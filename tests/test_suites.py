@@ -28,6 +28,7 @@ from timm_lowrank.errors import EvaluationError, RunError
 from timm_lowrank.evaluation import PixelModel, activations
 from timm_lowrank.evaluation.results import (
     Kind,
+    Protocol,
     Settings,
     evaluation_from_json,
     evaluation_to_json,
@@ -39,9 +40,10 @@ from timm_lowrank.suites import Options, evaluate, join_processes, plan
 from timm_lowrank.suites import evaluation as evaluation_module
 from timm_lowrank.suites.measurements import accuracy
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
+from timm_lowrank.suites.measurements.base import Results
 from timm_lowrank.suites.measurements.classifiers import LeadingFeatures
 from timm_lowrank.suites.measurements.perturbations import AdversarialStrip
-from timm_lowrank.suites.measurements.representations import CutPreactivations, Sparsity
+from timm_lowrank.suites.measurements.representations import DIMENSION, CutPreactivations, Sparsity, Spectrum
 from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
 from timm_lowrank.text import phrases
 from timm_lowrank.training import Recipe, train
@@ -121,7 +123,8 @@ def test_an_evaluation_leaves_report_plots_and_figures(evaluated):
     assert evaluation.data.images == 24
     assert set(evaluation.verdicts) == {"2-LR", "plain"}
     for figure in evaluation.figures:
-        assert (figure.protocol.seed, figure.protocol.images) == (0, 24)
+        spectral = figure.group == DIMENSION  # of twice as many images as features, here of all
+        assert (figure.protocol.seed, figure.protocol.images) == (0, 100 if spectral else 24)
         assert set(figure.values) == {"2-LR", "plain"}
         assert figure.kind is not Kind.OTHER
     attack = evaluation.figure("pgd-madry-20-8-255").protocol.attack
@@ -147,7 +150,7 @@ def test_figures_are_those_of_the_networks(trained, evaluated):
     radius = [hits[f"pgd-madry-20-{level}-255"] for level in (2, 4, 8)]
     assert right >= radius[0] >= radius[1] >= radius[2]
     assert evaluation.figure("noise-standard-deviation-0.4").values["2-LR"].of == 24
-    values = activations(model, images, ["layer3"])["layer3"]
+    values = activations(model, data.test_images.float() / 255, ["layer3"])["layer3"]
     ratios = {key: evaluation.figure(f"variance-layer3-{key}").values["2-LR"].value for key in (1, 5, 10)}
     assert list(ratios.values()) == pytest.approx(spectrum.variance_ratio(values, list(ratios)), rel=1e-4)
     assert evaluation.figure("effective-rank-layer3").values["2-LR"].value == spectrum.effective_rank(values)
@@ -173,7 +176,7 @@ def test_several_networks_and_none(trained, tmp_path, small):
 
 
 def test_one_image_is_enough(trained, tmp_path, small):
-    evaluation = evaluated_in(trained, tmp_path / "one", limit=1, suites=small)
+    evaluation = evaluated_in(trained, tmp_path / "one", limit=1, spectrum_limit=1, suites=small)
     keys = {figure.key for figure in evaluation.figures}
     assert {"clean", "pgd-madry-20-8-255", "compression-layer3-all"} <= keys
     assert any("spectrum was not measured" in text for text in evaluation.warnings)
@@ -374,7 +377,7 @@ def test_bytes_that_are_no_partial_results_are_replaced(partial):
         ({"chunk": 0}, "--batch-size must be at least 1"),
         ({"table_limit": 0}, "--table-limit must be at least 1"),
         ({"radius_units": ("normalised",)}, "did you mean 'normalized'"),
-        ({"limit": 0}, "--limit and --train-limit must be at least 1"),
+        ({"limit": 0}, "--limit, --train-limit and --spectrum-limit must be"),
         ({"run": "nowhere/at/all"}, "neither a folder here nor a network"),
         ({"run": "./nowhere"}, "is no run folder"),
         ({"against": ("./nowhere",)}, "is no run folder"),
@@ -430,6 +433,55 @@ def test_every_measurement_of_a_suite_has_a_name_of_its_own(suite):
     assert len(set(keys)) == len(keys)
     assert {measurement.key for measurement in plan.measurements_of(plan.chosen_suites([suite]))} == set(keys)
     assert len(set(map(repr, measurements))) == len(keys)  # the settings tell them apart as well
+
+
+def test_the_effective_rank_counts_all_directions_and_says_what_bounds_it(trained, tmp_path, monkeypatch):
+    """More than a thousand directions, against the spectrum computed anew; and fewer images than features."""
+    draws = torch.Generator().manual_seed(0)
+    values = torch.randn(2500, 1500, generator=draws)
+
+    def context(rows):
+        samples = ({"layer3": values[:rows]}, torch.arange(rows) % 10)
+        names = tuple("abcdefghij")
+        return SimpleNamespace(
+            samples=lambda title: samples, class_names=names, layers=("layer3",), views={}, confidence=0.95,
+            protocol=lambda **details: Protocol(images=1, details=details),
+        )  # fmt: skip
+
+    for rows, bound in ((2500, None), (1400, 1399)):
+        measurement, results = Spectrum(uncentred=True), Results()
+        columns = measurement.observe(context(rows), "a", range(1))
+        measurement.report(context(rows), {"a": json.loads(json.dumps(columns))}, results)
+        figures = {figure.key: figure for figure in results.figures}
+        rank = figures["effective-rank-layer3"].values["a"]
+        assert rank.value == spectrum.effective_rank(values[:rows]) > 1100
+        assert (rank.at_most, rank.of) == (bound, rows)
+        assert figures["effective-rank-layer3"].protocol.images == rows
+        own = torch.linalg.svdvals(values[:rows].double()).square()
+        shares = [figures[f"variance-layer3-{count}-uncentred"].values["a"].value for count in (1, 20)]
+        assert shares == pytest.approx([float(own[:count].sum() / own.sum()) for count in (1, 20)], rel=1e-9)
+        assert figures["variance-layer3-20"].kind is Kind.VARIANCE
+        assert figures["variance-layer3-20-uncentred"].kind is Kind.RAW_VARIANCE
+        whole, classes = results.curves
+        assert (whole.lines[0].x[:3], whole.lines[0].x[-1]) == ((1, 2, 3), min(rows - 1, 1500) + (rows < 1500))
+        assert len(whole.lines[0].x) < 400
+        assert len(classes.lines[0].y) == 10
+        energy = torch.linalg.svdvals(values[:rows][3::10].double()).square()
+        assert classes.lines[0].y[3] == pytest.approx(float(energy[0] / energy.sum()), rel=1e-6)
+
+
+def test_spectra_take_twice_as_many_images_as_features(trained, tmp_path):
+    few = evaluated_in(trained, tmp_path / "few", measurements=(Spectrum(),), spectrum_limit=30)
+    rank = few.figure("effective-rank-layer3").values["2-LR"]
+    width = few.figure("effective-rank-layer3").protocol.details["features"]
+    assert (rank.of, rank.at_most) == (30, 29)
+    assert width > 30
+    assert any("30 images allow 29 at most" in text for text in few.all_warnings())
+    assert "30 images, which allow 29 at most" in (tmp_path / "few" / "report.html").read_text()
+    assert "(at most 29)" in text_table(few)
+    only = evaluated_in(trained, tmp_path / "last", measurements=(Spectrum(),), limit=10, against=("none",))
+    assert only.figure("effective-rank-layer3").values["2-LR"].of == min(100, 2 * width)
+    assert only.settings.spectrum_images == min(100, 2 * width)
 
 
 def test_of_two_suites_what_one_attack_gives_is_measured_once():

@@ -176,6 +176,11 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         help="training images that PCA and linear classifiers are fitted on (default: 2000, for paper 5000)",
     )  # fmt: skip
     parser.add_argument(
+        "--spectrum-limit", type=int, metavar="N",
+        help="test images that spectra and effective ranks are taken of (default: twice the width of the widest layer, "
+        "at most 2500, for paper 10000)",
+    )  # fmt: skip
+    parser.add_argument(
         "--other-labels", metavar="COLUMN",
         help="a column of other labels: how well a linear classifier tells them from the representation",
     )  # fmt: skip
@@ -204,6 +209,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         network=given.network, against=tuple(given.against), suites=tuple(dict.fromkeys(given.suite)), data=given.data,
         limit=given.limit, train_limit=given.train_limit, other_labels=given.other_labels, seed=given.seed,
         radius_units=None if given.radius_unit is None else tuple(given.radius_unit), table_limit=given.table_limit,
+        spectrum_limit=given.spectrum_limit,
         chunk=given.batch_size, output=given.output, overwrite=given.overwrite,
         command=shlex.join([PROGRAM, *given.arguments]),
     )  # fmt: skip

@@ -40,9 +40,13 @@ _LARGEST = {torch.float32: 1e30, torch.float64: 1e140}  # beyond these a row or 
 def singular_energies(
     activations: Activations,  # (n, m) or (n, ...), any float dtype; or batches of it
     *,
+    centred: bool = True,
     sketch_size: int = _DEFAULT_SIZE,
 ) -> Tensor:
     """Squared singular values sigma_1^2 >= sigma_2^2 >= ... of the centred activations, float64.
+
+    With centred=False those of the activations as they are, which is what the paper's formula says: there the mean
+    counts as a direction, and mostly it is the first. Of a tensor alone.
 
     Of a tensor: all min(n, m), with an absolute error of the order of 1e-15 sigma_1^2. What lies below the
     round-off of float64, min(n, m) * 2^-52 * sigma_1^2, is returned as 0. Takes 8 * min(n, m)^2 bytes for the
@@ -53,11 +57,13 @@ def singular_energies(
 
     Raises:
         TypeError: if activations are not floating-point tensors.
-        ValueError: if there are fewer than two rows, no features, values that are not finite, no variance, or
-            batches of different widths.
+        ValueError: if there are fewer than two rows, no features, values that are not finite, no variance, batches
+            of different widths, or batches that are not to be centred.
     """
     if isinstance(activations, Tensor):
-        return _exact_energies(_as_matrix(activations))
+        return _exact_energies(_as_matrix(activations), centred=centred)
+    if not centred:
+        raise ValueError("batches are always centred: give one tensor, or centred=True")
     return Sketch.of(activations, sketch_size).energies()
 
 
@@ -334,11 +340,14 @@ class Sketch:
 @torch.no_grad()
 def _exact_energies(
     matrix: Tensor,  # (n, m), any float dtype
+    *,
+    centred: bool,
 ) -> Tensor:
     rows, columns = matrix.shape
     _check_rows(rows)
     _check_values(matrix, largest=1e140)
-    gram, raw = _gram_of_rows(matrix, centred=True) if rows <= columns else _gram_of_columns(matrix)
+    gram_of = _gram_of_rows if rows <= columns else _gram_of_columns
+    gram, raw = gram_of(matrix, centred=centred)
     _check_variance(float(gram.trace()), raw)
     energies = torch.linalg.eigvalsh(gram).flip(0)
     noise = len(energies) * torch.finfo(torch.float64).eps * energies[0]
@@ -359,12 +368,12 @@ def _gram_of_rows(matrix: Tensor, *, centred: bool) -> tuple[Tensor, float]:
     return gram, raw
 
 
-def _gram_of_columns(matrix: Tensor) -> tuple[Tensor, float]:
-    """C^T C (m, m) of the centred matrix C, and the energy before centring, in blocks of rows, in two passes."""
+def _gram_of_columns(matrix: Tensor, *, centred: bool) -> tuple[Tensor, float]:
+    """C^T C (m, m) of the matrix C, centred or as it is, and its energy before that, in blocks of rows."""
     device, width = _compute_device(matrix.device), matrix.shape[1]
     blocks = matrix.split(max(1, BLOCK_ELEMENTS // width))
     mean = torch.zeros(width, device=device, dtype=torch.float64)
-    for block in blocks:
+    for block in blocks if centred else ():
         mean += block.to(device).double().sum(0) / len(matrix)
     gram = torch.zeros(width, width, device=device, dtype=torch.float64)
     raw = 0.0

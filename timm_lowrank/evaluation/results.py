@@ -54,6 +54,7 @@ class Kind(enum.StrEnum):
     MINIMUM_RADIUS = "minimum radius"  # smallest radius at which an attack fools nearly all
     NOISE = "noise"  # accuracy under random noise
     VARIANCE = "variance"  # share of a layer's variance in its `directions` leading directions
+    RAW_VARIANCE = "raw variance"  # the same of activations that are not centred
     CLASS_VARIANCE = "class variance"  # of one class in its first direction, median over the classes
     EFFECTIVE_RANK = "effective rank"  # directions that hold 99 % of a layer's variance
     COMPRESSION = "compression"  # max-margin accuracy on `directions` leading directions of a layer; None: all features
@@ -79,6 +80,8 @@ class Value:
         low, high: ends of its confidence interval, if it has one.
         hits: of a share, how many images were counted.
         of: how many images there were.
+        at_most: the largest value that so many images allow, where more images would allow a larger one: n images have
+            n - 1 directions. None: their number sets no bound.
     """
 
     value: float
@@ -86,6 +89,7 @@ class Value:
     high: float | None = None
     hits: int | None = None
     of: int | None = None
+    at_most: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -418,6 +422,7 @@ class Settings:
     layers: tuple[str, ...]
     torch: str
     measurements: tuple[str, ...]  # each with all its settings
+    spectrum_images: int | None = None
     format: int = FORMAT
 
 
@@ -481,14 +486,21 @@ class Evaluation:
         return groups
 
     def all_warnings(self) -> tuple[str, ...]:
-        """`warnings`, and one for every value that could not be computed."""
+        """`warnings`, and one for every value that could not be computed or that the number of images bounds."""
         unknown = (
             f"{title}, {figure.label}: not a number{'' if value.of is None else f' (of {value.of} images)'}"
             for figure in self.figures
             for title, value in figure.values.items()
             if not value.known
         )
-        return tuple(dict.fromkeys([*self.warnings, *unknown]))
+        bounded = (
+            f"{title}, {figure.label}: {value.of or 'so many'} images allow {value.at_most:,.0f} at most, that of "
+            "more images may be larger"
+            for figure in self.figures
+            for title, value in figure.values.items()
+            if value.at_most is not None
+        )
+        return tuple(dict.fromkeys([*self.warnings, *unknown, *bounded]))
 
 
 class Headline(NamedTuple):

@@ -150,10 +150,11 @@ def interval(value: Value, unit: str) -> str:
 
 
 def counts(value: Value) -> str:
-    """148 of 360, 360 images, or nothing."""
+    """148 of 360, 360 images, which allow 359 at most, or nothing."""
     if value.of is None:
         return ""
-    return text.counted(value.of, "image") if value.hits is None else f"{value.hits:,} of {value.of:,}"
+    bound = "" if value.at_most is None else f", which allow {value.at_most:,.0f} at most"
+    return text.counted(value.of, "image") + bound if value.hits is None else f"{value.hits:,} of {value.of:,}"
 
 
 def usual_direction(figures: Sequence[Figure]) -> str | None:

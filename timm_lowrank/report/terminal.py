@@ -56,6 +56,8 @@ def _value(value: Value | None, unit: str, width: int) -> str:
     if value is None:
         return UNMEASURED
     text = quantity(value.value, unit)
+    if value.at_most is not None:
+        return _cut(f"{text} (at most {quantity(value.at_most, unit)})", width)
     ends = "-".join(quantity(end, unit, bare=True) for end in value.interval or ())
     longer = f"{text} ({ends})"
     return _cut(longer if ends and len(longer) <= width else text, width)

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ..data import ImageData, StreamedData, load_data, load_images
 from ..data.images import balanced_rows
 from ..environment import device_name, versions
 from ..errors import EvaluationError, EvaluationWarning
+from ..evaluation import activations
 from ..evaluation.checks import check_before_attack
 from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation, write_evaluation
 from ..files import disk_errors
@@ -46,6 +47,8 @@ class Options:
             are those of the suites. AutoAttack and all else that has a radius stays in units of the pixel range.
         table_limit: test images of Table 1, whose grid of attacks (units, step sizes, radii) is what takes longest in
             the suite "paper"; None is `limit`.
+        spectrum_limit: test images that spectra and effective ranks are taken of; None is twice the width of the widest
+            layer, as far as there are so many, at most 2,500 (10,000 in the suite "paper"), at least `limit`.
         other_labels: a column of other labels, for the transfer of the representation to them.
         seed: of everything random.
         chunk: images in a batch and in a piece of work. AutoAttack's random numbers depend on it.
@@ -65,6 +68,7 @@ class Options:
     train_limit: int | None = None
     radius_units: tuple[str, ...] | None = None
     table_limit: int | None = None
+    spectrum_limit: int | None = None
     other_labels: str | None = None
     seed: int = 0
     chunk: int = 100
@@ -104,11 +108,19 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
     networks = load_networks(options.network, options.against if source is None else (NO_TWIN,))
     limit = max(suite.images for suite in suites) if options.limit is None else options.limit
     train_limit = max(s.train_images for s in suites) if options.train_limit is None else options.train_limit
-    data = images or images_of(options, networks, train_limit, limit)
     layers = _layers([*networks, *([] if source is None else [source])])
+    most = max(suite.spectrum_images for suite in suites)
+
+    def spectrum_limit(image_size: Sequence[int]) -> int:
+        if options.spectrum_limit is not None:
+            return options.spectrum_limit
+        return max(limit, min(most, _enough_images(networks, layers, image_size)))
+
+    data = images or images_of(options, networks, train_limit, limit, spectrum_limit)
     context = build_context(
         networks, data, layers, state.device, seed=options.seed, chunk=options.chunk, limit=limit,
         train_limit=train_limit, other_labels=_load_other_labels(options, networks), source=source,
+        spectrum_limit=spectrum_limit(data.image_size),
     )  # fmt: skip
     settings = settings_of(context, measurements)
     finished = _finished(options, settings)
@@ -169,8 +181,11 @@ def build_context(
     train_limit: int,
     other_labels: ImageData | None = None,
     source: EvaluatedNetwork | None = None,
+    spectrum_limit: int | None = None,
 ) -> Context:
     """Takes `limit` test and `train_limit` training images, as many of each class as there are.
+
+    And `spectrum_limit` test images for spectra; None are the same as for everything else.
 
     Raises:
         EvaluationError: networks and data do not fit each other.
@@ -191,6 +206,7 @@ def build_context(
         network.model.to(device)
     test = _balanced(data.test_labels, limit, classes)
     train = _balanced(data.train_labels, train_limit, classes)
+    many = test if spectrum_limit is None else _balanced(data.test_labels, spectrum_limit, classes)
     return Context(
         networks={network.title: network for network in networks},
         images=(data.test_images[test].float() / 255).to(device),
@@ -206,20 +222,45 @@ def build_context(
         chunk=chunk,
         other_labels=(other_labels.train_labels[train], other_labels.test_labels[test]) if other_labels else None,
         source=source,
+        spectrum=None if len(many) == len(test) else (data.test_images[many], data.test_labels[many]),
     )  # fmt: skip
+
+
+def _enough_images(networks: Sequence[EvaluatedNetwork], layers: Sequence[str], image_size: Sequence[int]) -> int:
+    """Twice as many images as the widest layer has features, so that it is not their number that a rank is bounded by.
+
+    Where an image is several samples of a layer, as many samples. 1 where a layer cannot be read: its measurement says
+    so.
+    """
+    views = {layer: view for network in networks for layer, view in network.views.items() if layer in layers}
+    needed = 1
+    for network in networks:
+        device = network.model.mean.device
+        try:
+            values = activations(network.model, torch.zeros(1, *image_size, device=device), layers, views=views)
+        except EvaluationError:
+            continue
+        needed = max([needed, *(-(-2 * width // samples) for samples, width in (one.shape for one in values.values()))])
+    return needed
 
 
 def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
     if limit < 1:
-        raise EvaluationError(f"--limit and --train-limit must be at least 1, not {limit}")
+        raise EvaluationError(f"--limit, --train-limit and --spectrum-limit must be at least 1, not {limit}")
     return torch.from_numpy(balanced_rows(labels.numpy(), min(limit, len(labels)), classes))
 
 
-def images_of(options: Options, networks: Sequence[EvaluatedNetwork], train_limit: int, limit: int) -> ImageData:
+def images_of(
+    options: Options,
+    networks: Sequence[EvaluatedNetwork],
+    train_limit: int,
+    limit: int,
+    spectrum_limit: Callable[[Sequence[int]], int] = lambda image_size: 1,
+) -> ImageData:
     """The images.
 
-    Of a data set that the recipe streams, `train_limit` training and `limit` test images, as many of each class; of
-    others all.
+    Of a data set that the recipe streams, `train_limit` training and `limit` test images, or what `spectrum_limit`
+    makes of the size of an image if that is more, as many of each class; of others all.
 
     Raises:
         EvaluationError: nothing says where they are.
@@ -238,7 +279,7 @@ def images_of(options: Options, networks: Sequence[EvaluatedNetwork], train_limi
         return data
     if options.other_labels is not None:
         raise EvaluationError("--other-labels needs images that fit into memory, and these are streamed")
-    return data.subset(train_limit, limit, progress=True)
+    return data.subset(train_limit, max(limit, spectrum_limit(data.image_size)), progress=True)
 
 
 def _load_other_labels(options: Options, networks: Sequence[EvaluatedNetwork]) -> ImageData | None:

@@ -78,7 +78,7 @@ def _paper(extent: Extent) -> list[Measurement]:
         *(OverSteps(least_likely, eps=0.1, step_size=0.01, steps=30) for least_likely in (False, True)),
         AccuracyByRadius(tuple(level * LEVEL for level in (0.5, 1, 2, 4, 6, 8, 12, 16)), 20),
         *(PixelNoise(probability, reading) for reading in NOISE_READINGS for probability in NOISE),
-        Spectrum(),
+        Spectrum(uncentred=True),
         Compression(EMBEDDINGS),
         LeadingFeatures(EMBEDDINGS),
         Sparsity(),
@@ -114,12 +114,13 @@ class Suite:
     measurements: Callable[[Extent], list[Measurement]]
     images: int
     train_images: int  # that PCA and linear classifiers are fitted on
+    spectrum_images: int = 2500  # test images that spectra are taken of at most; wide layers get twice their width
     radius_units: tuple[str, ...] = ("pixel",)
 
 
 SUITES = {
     "quick": Suite(_quick, 500, 2000),
-    "paper": Suite(_paper, 1000, 5000, RADIUS_UNITS),
+    "paper": Suite(_paper, 1000, 5000, 10_000, RADIUS_UNITS),
     "autoattack": Suite(_autoattack, 1000, 2000),
 }
 

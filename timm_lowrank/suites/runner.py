@@ -39,6 +39,7 @@ def settings_of(context: Context, measurements: Sequence[Measurement]) -> Settin
         chunk=context.chunk,
         images=len(context.images),
         train_images=len(context.train_images),
+        spectrum_images=len(context.images if context.spectrum is None else context.spectrum[0]),
         data=str(context.data.fingerprint),
         networks={title: network.weights for title, network in context.networks.items()}
         | ({} if context.source is None else {f"source {context.source.title}": context.source.weights}),

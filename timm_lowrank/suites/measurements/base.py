@@ -51,6 +51,7 @@ class Context:
     other_labels: tuple[Tensor, Tensor] | None = None  # of the training and the test images, (k,) and (n,), on the CPU
     confidence: float = 0.95
     source: EvaluatedNetwork | None = None  # that black-box attacks are crafted on; it is not measured
+    spectrum: tuple[Tensor, Tensor] | None = None  # test images uint8, labels, on the CPU; None: the images above
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -143,15 +144,23 @@ class Context:
         """Of the layers whose samples are not whole images for the branches of any of the networks."""
         return {layer: view for network in self.networks.values() for layer, view in network.views.items()}
 
-    def samples(self, title: str) -> dict[str, Tensor]:
-        """Activations (samples, features) of the test images: what the branch on each layer counts as a sample."""
-        whole = self.representations(title, train=False)
-        views = {layer: view for layer, view in self.views.items() if layer in whole}
-        if not views:
-            return whole
-        model = self.networks[title].model
-        values = activations(model, self.images, list(views), batch_size=self.chunk, views=views)
-        return {**whole, **{layer: value.cpu() for layer, value in values.items()}}
+    def samples(self, title: str) -> tuple[dict[str, Tensor], Tensor]:
+        """Activations (samples, features) of each layer, and the labels of the images, both on the CPU.
+
+        A sample is what the branch on the layer counts as one. The images are those that spectra are taken of: more
+        than are attacked, as wide layers need.
+        """
+        images, labels = self.spectrum or (self.images, self.labels.cpu())
+        views = {layer: view for layer, view in self.views.items() if layer in self.layers}
+        parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        for batch in images.split(self.chunk):
+            pixels = batch if batch.is_floating_point() else batch.float() / 255
+            values = activations(
+                self.networks[title].model, pixels.to(self.images.device), list(self.layers), self.chunk, views
+            )
+            for layer, value in values.items():
+                parts[layer].append(value.cpu())
+        return {layer: torch.cat(values) for layer, values in parts.items()}, labels
 
 
 @dataclasses.dataclass

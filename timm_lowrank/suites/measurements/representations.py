@@ -20,35 +20,46 @@ from ...evaluation.representations import (
     preactivations,
     stability,
 )
-from ...evaluation.results import Curve, Figure, Kind, Series, Value
+from ...evaluation.results import Curve, Figure, Kind, Protocol, Series, Value
 from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol
 
 DIMENSION = "Dimension of the representations"
 DIRECTIONS = (1, 5, 10, 20)
-KEPT_ENERGIES = 1000
+DENSE = 200  # points of a curve that are all drawn
 SAMPLES = {"flatten": "activations", "token": "all tokens", "pool": "means over the tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum(Measurement):
-    """Variance ratio and effective rank of every layer, and of each class alone (paper, Section 3, Fig. 2, 7)."""
+    """Variance ratio and effective rank of every layer, and of each class alone (paper, Section 3, Fig. 2, 5, 6, 7).
 
+    Args:
+        uncentred: also the variance ratio of the activations as they are, which is the one that the paper prints.
+    """
+
+    uncentred: bool = False
     key = "spectrum"
     chunked = False
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         columns: Columns = {}
-        labels = context.labels.cpu()
-        for layer, values in context.samples(title).items():
+        samples, labels = context.samples(title)
+        for layer, values in samples.items():
             try:
                 energies = singular_energies(values)
+                raw = singular_energies(values, centred=False) if self.uncentred else None
             except ValueError as error:
                 raise EvaluationError(f"layer {layer!r}: {error}") from error
-            columns[f"{layer} shares"] = column((energies / energies.sum())[:KEPT_ENERGIES])
+            columns[f"{layer} shares"] = column(energies / energies.sum())
+            if raw is not None:
+                columns[f"{layer} raw shares"] = column((raw / raw.sum())[: max(DIRECTIONS)])
             columns[f"{layer} features"] = [values.shape[1]]
+            columns[f"{layer} samples"] = [len(values)]
             owners = labels.repeat_interleave(len(values) // len(labels))  # of tokens, the image's label
             by_class = class_variance_ratio(values, owners, (1,), centred=False)
+            columns[f"{layer} class names"] = [context.class_names[label] for label in sorted(by_class)]
             columns[f"{layer} classes"] = [by_class[label][0] for label in sorted(by_class)]
+        columns["images"] = [len(labels)]
         return columns
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
@@ -56,51 +67,88 @@ class Spectrum(Measurement):
             self._report_layer(context, layer, observed, results)
 
     def _report_layer(self, context: Context, layer: str, observed: Mapping[str, Columns], results: Results) -> None:
-        of = len(context.images)
-        cumulated = {
-            title: torch.tensor(columns[f"{layer} shares"], dtype=torch.float64).cumsum(0).clamp(max=1).tolist()
-            for title, columns in observed.items()
-        }
-        width = next(iter(observed.values()))[f"{layer} features"][0]
+        first = next(iter(observed.values()))
+        of, width, samples = first["images"][0], first[f"{layer} features"][0], first[f"{layer} samples"][0]
+        cumulated = {title: _cumulated(columns[f"{layer} shares"]) for title, columns in observed.items()}
         kind = context.views[layer].kind if layer in context.views else "flatten"
-        protocol = context.protocol(features=width, representation=f"{SAMPLES[kind]} of the test images, centred")
-        for count in (count for count in DIRECTIONS if count < width):
-            values = {title: Value(held[min(count, len(held)) - 1], of=of) for title, held in cumulated.items()}
-            results.figures.append(Figure(
-                key=f"variance-{layer}-{count}", kind=Kind.VARIANCE, group=DIMENSION, layer=layer,
-                directions=count, label=f"{layer}: variance in {count} direction{'s' * (count > 1)}",
-                values=values, protocol=protocol,
-            ))  # fmt: skip
+
+        def protocol(representation: str) -> Protocol:
+            made = context.protocol(features=width, representation=representation)
+            return dataclasses.replace(made, images=of)
+
+        centred = protocol(f"{SAMPLES[kind]} of the test images, centred")
+        shown = [("", "", cumulated, centred)]
+        if self.uncentred:
+            raw = {title: _cumulated(columns[f"{layer} raw shares"]) for title, columns in observed.items()}
+            as_printed = protocol(f"{SAMPLES[kind]} of the test images as they are, the paper's formula")
+            shown.append(("-uncentred", ", not centred", raw, as_printed))
+        for ending, words, ratios_of, about in shown:
+            for count in (count for count in DIRECTIONS if count < width):
+                label = f"{layer}: variance in {count} direction{'s' * (count > 1)}{words}"
+                values = {title: Value(own[min(count, len(own)) - 1], of=of) for title, own in ratios_of.items()}
+                results.figures.append(Figure(
+                    key=f"variance-{layer}-{count}{ending}", kind=Kind.VARIANCE if not ending else Kind.RAW_VARIANCE,
+                    group=DIMENSION, layer=layer, directions=count, label=label, protocol=about,
+                    values=values,
+                ))  # fmt: skip
+        bound = samples - 1 if samples - 1 < width else None
         ranks = {
-            title: Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of)
+            title: Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of, at_most=bound)
             for title, held in cumulated.items()
         }
         classes = {
             title: dataclasses.replace(Value.median(columns[f"{layer} classes"], context.confidence), of=of)
             for title, columns in observed.items()
         }
-        of_classes = context.protocol(
-            features=width, representation="activations of one class, not centred; median over classes"
-        )
+        of_classes = protocol("activations of one class, not centred; median over classes")
         results.figures += [
             Figure(
                 key=f"effective-rank-{layer}", kind=Kind.EFFECTIVE_RANK, group=DIMENSION, layer=layer,
-                label=f"{layer}: effective rank, 99 %", values=ranks, protocol=protocol, unit="count", better="lower",
+                label=f"{layer}: effective rank, 99 %", values=ranks, protocol=centred, unit="count", better="lower",
             ),
             Figure(
                 key=f"class-variance-{layer}", kind=Kind.CLASS_VARIANCE, group=DIMENSION, layer=layer,
                 label=f"{layer}: a class in its first direction", values=classes, protocol=of_classes,
             ),
         ]  # fmt: skip
-        lines = tuple(
-            Series(network=title, name="all classes", x=tuple(range(1, len(held) + 1)), y=tuple(held))
-            for title, held in cumulated.items()
-        )
-        results.curves.append(Curve(
-            key=f"variance-{layer}", group=DIMENSION, kind="line", title=f"{layer}: variance ratio",
-            x_label="directions", y_label="share of the test variance", lines=lines, x_log=True, y_share=True,
-            protocol=protocol,
-        ))  # fmt: skip
+        lines = []
+        for title, held in cumulated.items():
+            chosen = _thinned(len(held))
+            y = tuple(held[number - 1] for number in chosen)
+            lines.append(Series(network=title, name="all classes", x=tuple(map(float, chosen)), y=y))
+        by_class = tuple(
+            Series(
+                network=title, name="a class", x=tuple(map(float, range(len(columns[f"{layer} classes"])))),
+                y=tuple(columns[f"{layer} classes"]),
+            )
+            for title, columns in observed.items()
+        )  # fmt: skip
+        names = first[f"{layer} class names"]
+        results.curves += [
+            Curve(
+                key=f"variance-{layer}", group=DIMENSION, kind="line", title=f"{layer}: variance ratio",
+                x_label="directions", y_label="share of the test variance", lines=tuple(lines), x_log=True,
+                y_share=True, protocol=centred,
+            ),
+            Curve(
+                key=f"class-variance-{layer}", group=DIMENSION, kind="line", lines=by_class, y_share=True,
+                title=f"{layer}: each class in its first direction",
+                x_label=f"class, 0 is {names[0]}, {len(names) - 1} is {names[-1]}",
+                y_label="share of the energy of the class", protocol=of_classes,
+            ),
+        ]  # fmt: skip
+
+
+def _cumulated(shares: list[float]) -> list[float]:
+    return torch.tensor(shares, dtype=torch.float64).cumsum(0).clamp(max=1).tolist()  # type: ignore[no-any-return]
+
+
+def _thinned(count: int) -> list[int]:
+    """1 ... count, beyond `DENSE` a few numbers to each doubling: what a logarithmic axis can show."""
+    numbers = list(range(1, min(count, DENSE) + 1))
+    while numbers[-1] < count:
+        numbers.append(min(count, max(numbers[-1] + 1, round(numbers[-1] * 1.02))))
+    return numbers
 
 
 @dataclasses.dataclass(frozen=True)
