@@ -46,8 +46,7 @@ RUNS = {"N-LR": "lowrank.enabled=false", "2-LR": "lowrank.enabled=true"}
 PROBE_EPOCHS, PROBE_IMAGES = 2, 12_800
 RESERVE = 0.88  # of the time that the probe promises: what is planned must also be measured and exported
 
-# A recipe of a few dozen epochs beside the paper's 350: one cosine instead of steps, in bf16.
-FAST = ("schedule=cosine", "milestones=[]", "precision=bf16", "channels_last=true", "nesterov=true", "warmup_epochs=1")
+FAST = "cifar10-resnet18-fast"
 TINY = (
     "model_args={channels: [8, 8, 16, 16]}", "lowrank.branches={layer3: 6, pre_logits: 4}", "lowrank.warmup_updates=3",
     "model=resnet10_cifar", "batch_size=64", "eval_batch_size=100", "spectrum_images=50", "precision='no'",
@@ -280,7 +279,7 @@ def _turn(step: Callable[[], None], device: torch.device) -> _Turn:
 def run_training(report: Report, seconds: float, data: str, runs: Path, tiny: bool) -> None:
     """The network and its plain twin, side by side, for as many epochs as a probe of both says that fit."""
     end = time.perf_counter() + seconds
-    recipe = "digits" if tiny else "cifar10-resnet18"
+    recipe = "digits" if tiny else FAST
 
     def command(name: str, folder: Path, epochs: int, limit: int | None) -> list[str]:
         limits = {"train_limit": limit, "test_limit": 200 if limit else None}
@@ -289,7 +288,7 @@ def run_training(report: Report, seconds: float, data: str, runs: Path, tiny: bo
             RUNS[name],
             f"epochs={epochs}",
             f"pretrain_epochs={0 if limit else epochs // 7}",
-            *(TINY if tiny else FAST),
+            *(TINY if tiny else ()),
         ]
         chosen += [f"data_args={json.dumps(given)}", f"save_every={max(1, epochs // 8)}", "twin=false"]
         sets = [word for each in chosen for word in ("--set", each)]
@@ -428,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "minutes": options.minutes,
         "seconds": seconds,
         "cells": [cell.title for cell in (TINY_CELLS if options.tiny else CELLS)] if "steps" in parts else [],
-        "train": {"data": data, "settings": TINY if options.tiny else FAST} if "train" in parts else None,
+        "train": {"data": data, "recipe": "digits" if options.tiny else FAST} if "train" in parts else None,
     }
     if options.plan:
         print(json.dumps(plan, indent=1))

@@ -19,12 +19,12 @@ from torch.nn import functional
 
 import timm_lowrank as tlr
 from timm_lowrank import comparators
-from timm_lowrank.comparators import Bottleneck, SpectralNormalized, StableRankNormalized
+from timm_lowrank.comparators import Bottleneck, SpectralNormalized, StableRankNormalized, Start
 from timm_lowrank.core.views import View
 from timm_lowrank.data import load_images
 from timm_lowrank.errors import RecipeError, RunError
 from timm_lowrank.suites.networks import load_network
-from timm_lowrank.training import Recipe, Run, train
+from timm_lowrank.training import Recipe, Run, load_recipe, recipe_names, train
 from timm_lowrank.training.state import build
 
 
@@ -395,6 +395,19 @@ def test_what_only_the_network_can_tell_is_found_before_anything_is_written(plai
     with pytest.raises(RecipeError, match=f"(?s){message}"):
         train(recipe(**values), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).comparator])
+def test_the_comparator_of_a_named_recipe_fits_its_network(name):
+    made = load_recipe(name)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    network = timm.create_model(made.model, num_classes=10, **made.model_args).train()
+    start = Start(images, made.lowrank_config().branches, lambda count: [(images, labels)] * count)
+    made.compared().attach(network, start)
+    loss = functional.cross_entropy(network(images), labels)
+    extra = made.compared().extra_loss(network, labels)
+    (loss if extra is None else loss + extra).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -54,7 +54,7 @@ def test_wrong_parts_and_a_machine_without_a_gpu_are_refused(gpu, capsys, monkey
 
 
 def test_the_fast_settings_are_a_recipe(gpu):
-    made = load_recipe("cifar10-resnet18", [*gpu.FAST, "epochs=30", "pretrain_epochs=4"])
+    made = load_recipe(gpu.FAST, ["epochs=30", "pretrain_epochs=4"])
     assert (made.precision, made.schedule, made.milestones, made.channels_last) == ("bf16", "cosine", (), True)
     assert load_recipe("digits", [*gpu.TINY]).precision == "no"
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import timm_lowrank  # noqa: F401 - registers the CIFAR networks
 from timm_lowrank.errors import RecipeError
 from timm_lowrank.training import Recipe, load_recipe, recipe_names
 from timm_lowrank.training.recipe import learning_rate, penalty_weight, recipe_path, require_trackers
+from timm_lowrank.wrapping import find_taps
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +34,7 @@ def test_every_named_recipe_is_a_valid_one_of_a_known_network(name):
 
 def test_the_names_are_those_of_the_files_and_an_unknown_one_lists_them():
     assert recipe_names() == sorted(path.stem for path in (ROOT / "recipes" / "configs").iterdir())
-    with pytest.raises(RecipeError, match=r"no recipe 'cifar10-smal'. Did you mean: cifar10-small.*svhn-resnet18"):
+    with pytest.raises(RecipeError, match=r"no recipe 'cifar10-smal'. Did you mean: cifar10-small.*vgg19-fast"):
         load_recipe("cifar10-smal")
 
 
@@ -47,13 +49,71 @@ def test_every_key_has_a_meaning_and_its_own_default():
     assert (fields["milestones"].type, fields["streaming"].type) == ("a list", "true or false or a string")
 
 
-def test_the_paper_recipe_is_the_paper_recipe():
-    loaded = load_recipe("cifar10-resnet18")
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_named_recipe_builds_its_network_with_its_branches(name):
+    """Shapes alone, without memory or arithmetic: on the meta device."""
+    loaded = load_recipe(name)
+    channels, size = (1, 8) if loaded.data == "digits" else (3, loaded.image_size or 32)
+    with torch.device("meta"):
+        network = timm.create_model(loaded.model, **{"num_classes": 10, "in_chans": channels, **loaded.model_args})
+        images = torch.zeros(2, channels, size, size)
+        _, widths, ranks = find_taps(network, loaded.lowrank_config(), images)
+    assert all(ranks[layer] <= width / 2 or layer == "pre_logits" for layer, width in widths.items())
+    assert all(ranks[layer] < width for layer, width in widths.items())
+    assert loaded.lowrank_enabled is (loaded.comparator is None)
+
+
+PAPER = [name for name in recipe_names() if name.startswith("paper-")]
+RANKS = {
+    "resnet18_cifar": {"layer3": 500, "pre_logits": 100},
+    "resnet50_cifar": {"pre_logits": 100},
+    "vgg19_bn_cifar": {"features.52": 100, "pre_logits": 100},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_is_what_the_paper_says(name):
+    """Section 3, Appendix C: schedule, ranks, printed loss with both terms, Nystrom with l = 2r, every ten updates."""
+    loaded = load_recipe(name)
     assert (loaded.epochs, loaded.milestones, loaded.pretrain_epochs) == (350, (150, 250), 50)
-    assert (loaded.batch_size, loaded.momentum, loaded.weight_decay) == (128, 0.9, 5e-4)
-    assert loaded.lowrank_config().project_every == 10
-    rates = [learning_rate(loaded, epoch, 0, 390) for epoch in (0, 149, 150, 249, 250, 349)]
+    assert (loaded.batch_size, loaded.optimizer) == (128, "sgd")
+    rates = [learning_rate(loaded, epoch, 0, 390) for epoch in (10, 149, 150, 249, 250, 349)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    config = loaded.lowrank_config()
+    assert config.ranks() == RANKS[loaded.model]
+    assert (config.scale, config.projection, config.nystrom_columns, config.project_every) == (
+        "paper",
+        "nystrom",
+        None,
+        10,
+    )
+    for branch in map(config.for_branch, config.ranks()):
+        assert branch.reconstruction_weight > 0
+        assert branch.norm_weight > 0
+    svhn = loaded.data.endswith("svhn")
+    assert (loaded.augment == "none", loaded.data_args.get("extra", False)) == (svhn, svhn)
+
+
+def test_the_paper_recipes_are_of_its_networks_and_data_sets():
+    wanted = [
+        f"paper-{data}-{network}"
+        for data, networks in {
+            "cifar10": ("resnet18", "resnet50", "vgg19"),
+            "cifar100-coarse": ("resnet18", "resnet50"),
+            "cifar100-fine": ("resnet50",),
+            "svhn": ("resnet18", "vgg19"),
+        }.items()
+        for network in networks
+    ]
+    assert wanted == PAPER
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("cifar10-fast-")])
+def test_what_is_compared_with_cifar10_fast_is_trained_like_it(name):
+    fast, compared = load_recipe("cifar10-fast").to_dict(), load_recipe(name).to_dict()
+    tuned = ("epochs", "learning_rate", "init_from") if name.endswith("finetune") else ()
+    changed = {key for key in fast if fast[key] != compared[key]}
+    assert changed - {"comparator_args", *tuned} == {"name", "comparator", "pretrain_epochs"}
 
 
 def test_overrides_reach_inside(tmp_path):
@@ -183,7 +243,7 @@ def test_the_penalty_is_off_in_pretraining_and_then_grows():
     ramped = recipe(epochs=6, pretrain_epochs=2, ramp_epochs=2)
     assert [penalty_weight(ramped, epoch, 9, 10) for epoch in range(6)] == [0, 0, 0.5, 1, 1, 1]
     assert penalty_weight(ramped, 2, 0, 10) == pytest.approx(0.05)
-    paper = load_recipe("cifar10-resnet18")
+    paper = load_recipe("paper-cifar10-resnet18")
     assert (penalty_weight(paper, 49, 0, 10), penalty_weight(paper, 50, 0, 10)) == (0, 1)
     assert penalty_weight(ramped.plain(), 5, 0, 10) == 0
 

@@ -86,7 +86,7 @@ def _declare_train(parser: argparse.ArgumentParser) -> None:
       timm-lowrank train                                 # handwritten digits, about two minutes on two cores
       timm-lowrank train cifar10-small --data PATH_OR_NAME
       timm-lowrank train digits --set lowrank.branches=1-LR --set seed=1 --output runs/1-LR
-      accelerate launch -m timm_lowrank train cifar10-resnet18
+      accelerate launch -m timm_lowrank train cifar10-resnet18-fast
 
     The output folder gets config.yaml, metrics.csv, checkpoints/, model/ (loadable by timm), plots/spectrum.png and
     summary.json; twin/ holds the same of the plain network.
