@@ -142,6 +142,26 @@ MUTATIONS = (
         "return _known(figure, self.title)", "return _known(figure, self.plain_title)",
         "tests/test_card.py",
     ),
+    Mutation(
+        "weights of a listed checkpoint not compared", "timm_lowrank/checkpoint/loading.py",
+        "else _Found(repo_id, here, None, one.sha256)", "else _Found(repo_id, here, None, None)",
+        "tests/test_listed_checkpoints.py",
+    ),
+    Mutation(
+        "right answers not compared with the accuracy of the run", "timm_lowrank/publish/checkpoints.py",
+        "not low <= clean.value <= high", "not 0 <= clean.value <= 1",
+        "tests/test_listed_checkpoints.py",
+    ),
+    Mutation(
+        "paths in keys published", "timm_lowrank/publish/paths.py",
+        "_cleaned(key, renamed) if isinstance(key, str) else key for key in value", "key for key in value",
+        "tests/test_card.py",
+    ),
+    Mutation(
+        "licence of pretrained weights ignored", "timm_lowrank/publish/record.py",
+        "        if self.origin is None:\n            return LICENSE", "        if True:\n            return LICENSE",
+        "tests/test_hub_scripts.py",
+    ),
 )  # fmt: skip
 
 

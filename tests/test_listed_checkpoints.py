@@ -178,6 +178,17 @@ def test_an_added_run_is_a_folder_a_row_and_a_line_of_the_page(added, trained, c
     )
 
 
+def test_a_plain_run(added, trained, tmp_path):
+    shutil.copytree(trained / "twin", tmp_path / "run")
+    write_evaluation(evaluation(tmp_path / "run/model", trained / "model"), tmp_path / "run" / "evaluation.json")
+    done(checkpoints, "add", tmp_path / "run", "plain", "--sample", "digits")
+    assert rows(added)["plain"].recipe == "recipes/configs/digits.yaml"
+    assert set(rows(added)) == {"tiny", "plain"}
+    assert set(in_folder(folder_of("plain"))) == FILES - {"lowrank.json", "lowrank.safetensors"}
+    assert "It was trained plainly" in (folder_of("plain") / "README.md").read_text()
+    assert same_weights(tlr.from_pretrained("plain", lowrank=False), trained / "twin" / "model")
+
+
 def test_what_is_too_large_is_left_out_or_refused(added, trained, capsys, monkeypatch):
     whole = in_folder(added)
     size = sum(len(data) for name, data in whole.items() if name.startswith("hub/checkpoints/"))
@@ -314,6 +325,10 @@ def test_all_are_published_with_one_command_from_a_fresh_clone(hub, added, train
     assert "[tiny](https://huggingface.co/alice/tiny)" in (fresh / "docs" / "hub.md").read_text()
     done(push, "--all", "--user", "alice")
     assert len(hub.repo("alice/tiny").history()) == 2, "nothing had changed"
+
+    hub.fail("GET", "/api/models/alice/tiny", status=404, code="RepoNotFound")
+    with pytest.warns(UserWarning, match=r"no such repository.* Its copy in this clone was loaded"):
+        assert same_weights(tlr.from_pretrained("tiny"), trained / "model")
 
     shutil.rmtree(folder_of("tiny"))  # as from the wheel
     assert same_weights(tlr.from_pretrained("tiny"), trained / "model")

@@ -58,8 +58,9 @@ def from_pretrained(
     Args:
         source: a folder; the folder of a finished run of `timm-lowrank train`; a repository on the Hub as
             "USER/NAME" or "hf-hub:USER/NAME"; or the bare name of a checkpoint of this project, such as
-            "cifar10-resnet10-2lr": its copy on the Hub if it is published, with the sha256 of the list, otherwise
-            that of the clone. A folder wins over a repository and a checkpoint of that name.
+            "cifar10-resnet10-2lr": its copy on the Hub if it is published, with the sha256 of the list, otherwise,
+            and with a warning where it cannot be fetched, that of the clone. A folder wins over a repository and a
+            checkpoint of that name.
         revision: branch, tag or commit of the repository; None is its main branch.
         token: for a private repository; None takes HF_TOKEN or the one that `hf auth login` stored.
         cache_dir: where downloads are kept; None is huggingface_hub's cache.
@@ -77,21 +78,23 @@ def from_pretrained(
         CheckpointError: nothing there, no access, no connection, files that are damaged, pickled, of a newer
             format, or that do not fit each other; says what to do.
     """
-    folder = local_folder(source)
-    if folder is None:
-        repo_id, revision, folder, listed = _resolved(str(source), revision)
-        sha256 = sha256 or listed
-    elif revision is not None:
-        raise CheckpointError(f"{folder} is a folder: revision={revision!r} is for repositories on the Hub")
-    load = functools.partial(load_folder, lowrank=lowrank, sha256=sha256)
-    if folder is None:
-        fetch = functools.partial(download, repo_id, revision=revision, token=token, cache_dir=cache_dir)
+    found = _find(source, revision)
+    load = functools.partial(load_folder, lowrank=lowrank, sha256=sha256 or found.sha256)
+    if found.folder is not None and not found.repo_id:
+        model = load(found.folder)
+    else:
+        fetch = functools.partial(download, found.repo_id, revision=found.revision, token=token, cache_dir=cache_dir)
         try:
-            model = load(fetch())
+            folder = fetch()
+        except CheckpointError as error:
+            if found.folder is None:
+                raise
+            warnings.warn(f"{error}. Its copy in this clone was loaded, {found.folder}", stacklevel=2)
+            folder = found.folder
+        try:
+            model = load(folder)
         except CheckpointDamagedError:  # on the way or in the cache: once more
             model = load(fetch(force=True))
-    else:
-        model = load(folder)
     if lowrank and not isinstance(model, LowRankModel):
         warnings.warn(
             f"{source} holds no {LOWRANK_CONFIG}: loaded as a plain network, without branches. "
@@ -123,18 +126,34 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _resolved(source: str, revision: str | None) -> tuple[str, str | None, Path | None, str | None]:
-    """What no folder is: (repository, revision, folder of the clone instead of both, sha256 that the list asks for)."""
-    name, _, written = source.partition("@")
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Where a checkpoint is. With both a repository and a folder, the folder holds the same and stands in for it."""
+
+    repo_id: str  # empty without one
+    folder: Path | None
+    revision: str | None = None
+    sha256: str | None = None  # of model.safetensors, from the list of checkpoints
+
+
+def _find(source: str | os.PathLike[str], revision: str | None) -> _Found:
+    folder = local_folder(source)
+    if folder is not None:
+        if revision is not None:
+            raise CheckpointError(f"{folder} is a folder: revision={revision!r} is for repositories on the Hub")
+        return _Found("", folder)
+    name, _, written = str(source).partition("@")
     if not is_bare(name):
-        return *_repository(source, revision), None, None
+        repo_id, revision = _repository(str(source), revision)
+        return _Found(repo_id, None, revision)
     one, here = find_checkpoint(name)
+    pinned = bool(revision is not None or written)
     if one.repo is not None:
-        repo_id, at = _repository(f"{one.repo}@{written}" if written else one.repo, revision)
-        return repo_id, at, None, one.sha256 if at is None else None
-    if revision is not None or written:
-        raise CheckpointError(f"{name} is not on the Hub yet, and its copy in the clone has no revisions: leave it out")
-    return "", None, here, one.sha256
+        repo_id, revision = _repository(f"{one.repo}@{written}" if written else one.repo, revision)
+        return _Found(repo_id, None, revision) if pinned else _Found(repo_id, here, None, one.sha256)
+    if pinned:
+        raise CheckpointError(f"{name} is not on the Hub yet, and its copy in the clone has no revisions")
+    return _Found("", here, sha256=one.sha256)
 
 
 def _repository(source: str, revision: str | None) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ from ..checkpoint.files import CHECKPOINT_FILES
 from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..errors import CheckpointError
 from ..files import read_json
+from ..text import one_line
 from ..training.run import PUBLISHED_RECIPE
 from .card import Place, run_card
 from .merging import license_of, merge, section
@@ -128,7 +129,7 @@ def publish_run(
     published = push_to_hub(
         record.run.model, repo_id, token=token, private=private, revision=revision, card=card, files=files,
         delete=stale, parent_commit=held.commit, dry_run=dry_run,
-        commit_message=f"Publish {record.run.summary.name} with timm_lowrank",
+        commit_message=f"Publish {one_line(without_local_paths(record.run.summary.name))} with timm_lowrank",
     )  # fmt: skip
     return Outcome(published, tuple(stale), notes)
 
