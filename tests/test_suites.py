@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from timm_lowrank.core import spectrum
 from timm_lowrank.data import load_images
 from timm_lowrank.data.images import balanced_rows
 from timm_lowrank.errors import EvaluationError, RunError
-from timm_lowrank.evaluation import PixelModel, activations
+from timm_lowrank.evaluation import PixelModel, activations, layer_cushion
 from timm_lowrank.evaluation.results import (
     Kind,
     Protocol,
@@ -43,7 +44,8 @@ from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGD
 from timm_lowrank.suites.measurements.base import Results
 from timm_lowrank.suites.measurements.classifiers import LeadingFeatures
 from timm_lowrank.suites.measurements.perturbations import AdversarialStrip
-from timm_lowrank.suites.measurements.representations import DIMENSION, CutPreactivations, Sparsity, Spectrum
+from timm_lowrank.suites.measurements.representations import DIMENSION, Cushion, CutPreactivations, Sparsity, Spectrum
+from timm_lowrank.suites.networks import load_network, random_twin
 from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
 from timm_lowrank.text import phrases
 from timm_lowrank.training import Recipe, train
@@ -375,6 +377,8 @@ def test_bytes_that_are_no_partial_results_are_replaced(partial):
     [
         ({"suites": ("paper", "qick")}, r"no suite qick.*quick, paper, autoattack"),
         ({"chunk": 0}, "--batch-size must be at least 1"),
+        ({"other_labels": "coarse_label"}, "the suite quick measures nothing with --other-labels: add --suite paper"),
+        ({"radii": (0.0,)}, "--radii must be numbers of levels"),
         ({"table_limit": 0}, "--table-limit must be at least 1"),
         ({"radius_units": ("normalised",)}, "did you mean 'normalized'"),
         ({"limit": 0}, "--limit, --train-limit and --spectrum-limit must be"),
@@ -482,6 +486,46 @@ def test_spectra_take_twice_as_many_images_as_features(trained, tmp_path):
     only = evaluated_in(trained, tmp_path / "last", measurements=(Spectrum(),), limit=10, against=("none",))
     assert only.figure("effective-rank-layer3").values["2-LR"].of == min(100, 2 * width)
     assert only.settings.spectrum_images == min(100, 2 * width)
+
+
+def test_a_radius_beyond_the_grid_is_said_to_be_so(trained, tmp_path):
+    grid = tuple(level / 255 for level in (1, 2))
+    chosen = plan.measurements_of(plan.chosen_suites(["paper"]), radii=grid)
+    (few,) = (one for one in chosen if one.key == "minimum-iter-fgsm")
+    assert (few.radii, few.steps) == (grid, 10)
+    wide = dataclasses.replace(few, radii=(1 / 255, 1.0))
+    assert wide.steps >= 255
+    evaluation = evaluated_in(trained, tmp_path, measurements=(few,), against=("none",))
+    figure = evaluation.figure("minimum-iter-fgsm")
+    value = figure.values["2-LR"]
+    assert (value.known, value.beyond) == (False, 2 / 255)
+    assert "> 2/255" in text_table(evaluation)
+    assert "<strong>&gt; 2/255</strong>" in (tmp_path / "report.html").read_text()
+    assert any(
+        text.endswith(f"misclassifies 99%: > 2/255 (of {value.of} images)") for text in evaluation.all_warnings()
+    )
+    assert read_evaluation(tmp_path / "evaluation.json") == evaluation
+
+
+def test_the_cushion_has_its_minimum_and_a_network_that_was_never_trained(trained, tmp_path):
+    evaluation = evaluated_in(trained, tmp_path, measurements=(Cushion(True),), against=("none",), chunk=9)
+    network = load_network(str(trained))
+    data = load_images(**RECIPE["data_args"])
+    rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 24, 10))
+    images = data.test_images[rows].float() / 255
+    twin = random_twin(network, zlib.crc32(b"0/random network") % 2**31)
+    for model, ending in ((network.model, ""), (twin, "-random")):
+        for layer, values in layer_cushion(model, images).items():
+            median, smallest = (evaluation.figure(f"cushion-{layer}{ending}{end}") for end in ("", "-mu"))
+            assert median.values["2-LR"].value == pytest.approx(float(values.quantile(0.5)), rel=1e-6)
+            assert smallest.values["2-LR"].value == pytest.approx(float(values.min()), rel=1e-6)
+            assert (median.kind, smallest.kind) == (Kind.CUSHION, Kind.CUSHION_MU)
+    curve = next(one for one in evaluation.curves if one.key == "cushion-layer3.0.conv1")
+    assert [line.name for line in curve.lines] == ["layer3.0.conv1", "layer3.0.conv1, randomly initialised"]
+    own, other = network.model.network.state_dict(), twin.network.state_dict()
+    assert own.keys() == other.keys()
+    assert not torch.equal(own["layer3.0.conv1.weight"], other["layer3.0.conv1.weight"])
+    assert torch.equal(twin.mean, network.model.mean)
 
 
 def test_of_two_suites_what_one_attack_gives_is_measured_once():

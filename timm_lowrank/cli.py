@@ -176,6 +176,14 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         help="training images that PCA and linear classifiers are fitted on (default: 2000, for paper 5000)",
     )  # fmt: skip
     parser.add_argument(
+        "--radii", nargs="+", type=float, metavar="LEVEL",
+        help="radii in levels of 255, of which the smallest that misclassifies 99 %% is sought (default: up to 32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--random-network", action="store_true",
+        help="also the layer cushion of a network of the same architecture that was never trained (suite paper)",
+    )  # fmt: skip
+    parser.add_argument(
         "--spectrum-limit", type=int, metavar="N",
         help="test images that spectra and effective ranks are taken of (default: twice the width of the widest layer, "
         "at most 2500, for paper 10000)",
@@ -209,7 +217,8 @@ def _evaluate(given: argparse.Namespace) -> None:
         network=given.network, against=tuple(given.against), suites=tuple(dict.fromkeys(given.suite)), data=given.data,
         limit=given.limit, train_limit=given.train_limit, other_labels=given.other_labels, seed=given.seed,
         radius_units=None if given.radius_unit is None else tuple(given.radius_unit), table_limit=given.table_limit,
-        spectrum_limit=given.spectrum_limit,
+        spectrum_limit=given.spectrum_limit, random_network=given.random_network,
+        radii=None if given.radii is None else tuple(level / 255 for level in given.radii),
         chunk=given.batch_size, output=given.output, overwrite=given.overwrite,
         command=shlex.join([PROGRAM, *given.arguments]),
     )  # fmt: skip

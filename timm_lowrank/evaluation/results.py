@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from .. import text
 from ..errors import EvaluationError
 from ..files import read_json, write_whole
 from ..records import decode_fields, encode
@@ -62,7 +63,8 @@ class Kind(enum.StrEnum):
     HYBRID = "hybrid"  # accuracy of a network that ends in a max-margin classifier behind a layer
     OTHER_LABELS = "other labels"  # max-margin accuracy for labels that the network was not trained on
     STABILITY = "stability"  # shift of a layer's representation over that of the attacked image
-    CUSHION = "cushion"  # layer cushion
+    CUSHION = "cushion"  # layer cushion, median over the images
+    CUSHION_MU = "cushion mu"  # layer cushion, the smallest of all images
     SPARSITY = "sparsity"  # share of a layer's activations that are zero
     CUT_PREACTIVATIONS = "cut pre-activations"  # of activations whose pre-activations were cut to a rank
     OTHER = "other"
@@ -82,6 +84,7 @@ class Value:
         of: how many images there were.
         at_most: the largest value that so many images allow, where more images would allow a larger one: n images have
             n - 1 directions. None: their number sets no bound.
+        beyond: of a value that is NaN, because it is larger than all that were tried: the largest of these.
     """
 
     value: float
@@ -90,6 +93,7 @@ class Value:
     hits: int | None = None
     of: int | None = None
     at_most: float | None = None
+    beyond: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -488,7 +492,8 @@ class Evaluation:
     def all_warnings(self) -> tuple[str, ...]:
         """`warnings`, and one for every value that could not be computed or that the number of images bounds."""
         unknown = (
-            f"{title}, {figure.label}: not a number{'' if value.of is None else f' (of {value.of} images)'}"
+            f"{title}, {figure.label}: {'not a number' if value.beyond is None else f'> {radius_text(value.beyond)}'}"
+            f"{'' if value.of is None else f' (of {value.of} images)'}"
             for figure in self.figures
             for title, value in figure.values.items()
             if not value.known
@@ -537,6 +542,13 @@ def headline(evaluation: Evaluation) -> Headline:
     auto = [candidate for candidate in in_linf if candidate[1].name == "AutoAttack"]
     nearest = min(auto, key=lambda candidate: abs(candidate[2] - reference), default=None)
     return Headline(clean, pgd and pgd[0], nearest and nearest[0])
+
+
+def value_text(value: Value, unit: Unit) -> str:
+    """A value in words: 41.1 %, 0.23, > 32/255, not a number."""
+    if not value.known and value.beyond is not None:
+        return f"> {radius_text(value.beyond)}"
+    return text.quantity(value.value, unit)
 
 
 def radius_text(eps: float) -> str:

@@ -18,7 +18,18 @@ import numpy as np
 from PIL import Image
 
 from .. import text
-from ..evaluation.results import SOUND, Curve, Detail, Evaluation, Figure, Headline, Value, difference, headline
+from ..evaluation.results import (
+    SOUND,
+    Curve,
+    Detail,
+    Evaluation,
+    Figure,
+    Headline,
+    Value,
+    difference,
+    headline,
+    value_text,
+)
 from ..files import write_whole
 from .plots import CLASSES, colour_index, draw, has_classes, inline_svg, panels_of
 
@@ -63,7 +74,7 @@ def _environment() -> jinja2.Environment:
     )
     functions = (
         counts, date, has_classes, interval, row_length, shared_entries, short_number, text.duration, text.listing,
-        thumbnails, typographic, usual_direction,
+        thumbnails, typographic, usual_direction, value_text,
     )  # fmt: skip
     environment.filters |= {
         **{function.__name__: function for function in functions},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..evaluation.results import Evaluation, Figure, Value, difference
+from ..evaluation.results import Evaluation, Figure, Unit, Value, difference, value_text
 from ..text import columns, one_line, quantity
 
 WIDTH = 100
@@ -52,10 +52,10 @@ def _table(evaluation: Evaluation, titles: Sequence[str], compared: bool) -> str
     return columns(rows, right=range(1, len(titles) + 2))
 
 
-def _value(value: Value | None, unit: str, width: int) -> str:
+def _value(value: Value | None, unit: Unit, width: int) -> str:
     if value is None:
         return UNMEASURED
-    text = quantity(value.value, unit)
+    text = value_text(value, unit)
     if value.at_most is not None:
         return _cut(f"{text} (at most {quantity(value.at_most, unit)})", width)
     ends = "-".join(quantity(end, unit, bare=True) for end in value.interval or ())

@@ -23,6 +23,7 @@ from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation
 from ..files import disk_errors
 from ..report import write_plots, write_report
 from .measurements.base import Context, Measurement
+from .measurements.classifiers import OtherLabels
 from .networks import NO_TWIN, EvaluatedNetwork, load_network, load_networks
 from .plan import chosen_suites, measurements_of
 from .runner import ADVICE, PartialResults, run, settings_of
@@ -49,6 +50,10 @@ class Options:
             the suite "paper"; None is `limit`.
         spectrum_limit: test images that spectra and effective ranks are taken of; None is twice the width of the widest
             layer, as far as there are so many, at most 2,500 (10,000 in the suite "paper"), at least `limit`.
+        radii: in ascending order, of which the smallest that misclassifies nearly all is sought (Table 10); None are
+            those of the suite, up to 32/255.
+        random_network: whether the layer cushion is measured of a network of the same architecture that was never
+            trained, too (paper, Fig. 4c).
         other_labels: a column of other labels, for the transfer of the representation to them.
         seed: of everything random.
         chunk: images in a batch and in a piece of work. AutoAttack's random numbers depend on it.
@@ -69,6 +74,8 @@ class Options:
     radius_units: tuple[str, ...] | None = None
     table_limit: int | None = None
     spectrum_limit: int | None = None
+    radii: tuple[float, ...] | None = None
+    random_network: bool = False
     other_labels: str | None = None
     seed: int = 0
     chunk: int = 100
@@ -101,7 +108,14 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
     """
     began = time.monotonic()
     suites = chosen_suites(options.suites)
-    measurements = list(options.measurements) or measurements_of(suites, options.radius_units, options.table_limit)
+    measurements = list(options.measurements) or measurements_of(
+        suites, options.radius_units, options.table_limit, options.radii, options.random_network
+    )
+    if options.other_labels is not None and not any(isinstance(one, OtherLabels) for one in measurements):
+        raise EvaluationError(
+            f"the suite {' + '.join(options.suites)} measures nothing with --other-labels: "
+            "add --suite paper, or leave it out"
+        )
     if options.chunk < 1:
         raise EvaluationError(f"--batch-size must be at least 1, not {options.chunk}")
     source = None if options.source is None else load_network(options.source)

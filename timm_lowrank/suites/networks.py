@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
+import torch
 from torch import nn
 
 from ..checkpoint.branches import BranchDescription, read_description
@@ -15,6 +16,7 @@ from ..comparators import BottleLR, architecture_of, is_bottlenecked
 from ..core.views import View
 from ..errors import EvaluationError
 from ..evaluation import PixelModel
+from ..evaluation.pixels import random_state_kept
 from ..evaluation.results import NetworkInfo
 from ..files import weights_sha256
 from ..layers import create_backbone
@@ -111,6 +113,25 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
     except (ValueError, OSError, RuntimeError) as error:
         raise EvaluationError(f"{where} is neither a folder here nor a network that can be loaded: {error}") from error
     return _evaluated(network, title, where)
+
+
+def random_twin(network: EvaluatedNetwork, seed: int = 0) -> PixelModel:
+    """A network of the same architecture with random weights, in eval mode; it leaves the random generators alone.
+
+    Raises:
+        EvaluationError: the architecture cannot be built again.
+    """
+    paths = RunPaths(network.path)
+    folder = paths.model if paths.is_run() else Path(network.path)
+    name = f"local-dir:{folder}" if folder.is_dir() else network.path
+    with random_state_kept():
+        torch.manual_seed(seed)
+        try:
+            twin = timm.create_model(name, pretrained=False)
+        except Exception as error:  # timm passes on what json and its own registry raise
+            raise EvaluationError(f"{network.path} cannot be built again with random weights: {error}") from error
+    mean, std = (tuple(values.flatten().tolist()) for values in (network.model.mean, network.model.std))
+    return PixelModel(twin.eval(), mean, std).eval().to(network.model.mean.device)
 
 
 def _from_folder(folder: Path, title: str | None) -> EvaluatedNetwork:

@@ -34,10 +34,14 @@ class Extent:
     Attributes:
         radius_units: of PGD and of the diagnosis.
         table_images: test images of the grid of Table 1; None are all.
+        radii: of which the smallest that misclassifies nearly all is sought.
+        random_network: whether the cushion of a network that was never trained is measured, too.
     """
 
     radius_units: tuple[str, ...] = ("pixel",)
     table_images: int | None = None
+    radii: tuple[float, ...] = GRID
+    random_network: bool = False
 
 
 def _quick(extent: Extent) -> list[Measurement]:
@@ -73,8 +77,11 @@ def _paper(extent: Extent) -> list[Measurement]:
         DeepFool(),
         DeepFool(black_box=True),
         *(IteratedFGSM(least_likely, 8 * LEVEL, 10, black_box=True) for least_likely in (False, True)),
-        *(MinimumPerturbation(least_likely, GRID) for least_likely in (False, True)),
-        *(MinimumPerturbation(least_likely, GRID, black_box=True) for least_likely in (False, True)),
+        *(
+            MinimumPerturbation(least_likely, extent.radii, black_box=black_box)
+            for black_box in (False, True)
+            for least_likely in (False, True)
+        ),
         *(OverSteps(least_likely, eps=0.1, step_size=0.01, steps=30) for least_likely in (False, True)),
         AccuracyByRadius(tuple(level * LEVEL for level in (0.5, 1, 2, 4, 6, 8, 12, 16)), 20),
         *(PixelNoise(probability, reading) for reading in NOISE_READINGS for probability in NOISE),
@@ -84,7 +91,7 @@ def _paper(extent: Extent) -> list[Measurement]:
         Sparsity(),
         CutPreactivations(),
         Stability(8 * LEVEL, 20),
-        Cushion(),
+        Cushion(extent.random_network),
         Hybrid(8 * LEVEL, 20),
         Plane(),
         OtherLabels(),
@@ -138,24 +145,32 @@ def chosen_suites(names: Sequence[str]) -> list[Suite]:
 
 
 def measurements_of(
-    suites: Sequence[Suite], radius_units: Sequence[str] | None = None, table_images: int | None = None
+    suites: Sequence[Suite],
+    radius_units: Sequence[str] | None = None,
+    table_images: int | None = None,
+    radii: Sequence[float] | None = None,
+    random_network: bool = False,
 ) -> list[Measurement]:
     """The measurements of all suites, each once; of two that differ in effort alone the later one.
 
     Args:
         radius_units: instead of those of the suites.
         table_images: test images of the grid of Table 1; None are all.
+        radii, random_network: as of an `Extent`; None are its default.
 
     Raises:
-        EvaluationError: an unknown unit, none, or less than one image.
+        EvaluationError: an unknown unit, none, less than one image, or radii that are none.
     """
     for unit in () if radius_units is None else (radius_units or ("none",)):
         check_choice(unit, RADIUS_UNITS, "a unit of radii")
     if table_images is not None and table_images < 1:
         raise EvaluationError(f"--table-limit must be at least 1, not {table_images}")
+    if radii is not None and not (radii and all(0 < eps <= 1 for eps in radii)):
+        raise EvaluationError(f"--radii must be numbers of levels of 255, between 0 and 255, not {list(radii)}")
+    grid = GRID if radii is None else tuple(sorted(set(radii)))
     measurements: dict[str, Measurement] = {}
     for suite in suites:
         units = suite.radius_units if radius_units is None else tuple(dict.fromkeys(radius_units))
-        measurements |= {one.key: one for one in suite.measurements(Extent(units, table_images))}
+        measurements |= {one.key: one for one in suite.measurements(Extent(units, table_images, grid, random_network))}
     chosen = measurements.values()
     return [one for one in chosen if not any(other.covers(one) for other in chosen)]

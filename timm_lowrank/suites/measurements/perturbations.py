@@ -111,12 +111,16 @@ class MinimumPerturbation(IteratedAttackMeasurement):
     As a black box the attack stops when this network is fooled, not the one that it follows.
 
     Args:
-        radii: the grid; with a step of 1/255, `steps` must reach the largest.
+        radii: the grid, in ascending order.
     """
 
     radii: tuple[float, ...]
-    steps: int = 40
     share: float = 0.99
+
+    @property
+    def steps(self) -> int:
+        """With a step of 1/255 they must reach the largest radius; some more, for steps back."""
+        return math.ceil(255 * max(self.radii) - 1e-9) + 8
 
     @property
     def key(self) -> str:
@@ -144,7 +148,8 @@ class MinimumPerturbation(IteratedAttackMeasurement):
                 SmallestRadii(*(torch.tensor(columns[name], dtype=torch.float64) for name in ("radius", "rho"))),
                 self.share,
             )
-            radius[title] = Value(math.nan if smallest.eps is None else smallest.eps, of=smallest.of)
+            beyond = max(self.radii) if smallest.eps is None else None
+            radius[title] = Value(math.nan if smallest.eps is None else smallest.eps, of=smallest.of, beyond=beyond)
             sizes[title] = Value(math.nan if smallest.rho is None else smallest.rho, of=smallest.of)
         about = self.about(None, self.steps, stops=True)
         grid = ", ".join(radius_text(eps) for eps in self.radii)

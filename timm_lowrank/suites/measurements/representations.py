@@ -5,12 +5,15 @@ And how sparse they are, and what low-rank pre-activations would make of them (p
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ...core.spectrum import singular_energies
 from ...errors import EvaluationError
+from ...evaluation import PixelModel
 from ...evaluation.cushion import histograms, layer_cushion
 from ...evaluation.representations import (
     activations,
@@ -21,6 +24,7 @@ from ...evaluation.representations import (
     stability,
 )
 from ...evaluation.results import Curve, Figure, Kind, Protocol, Series, Value
+from ..networks import random_twin
 from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol
 
 DIMENSION = "Dimension of the representations"
@@ -221,35 +225,70 @@ class Stability(Measurement):
 
 @dataclasses.dataclass(frozen=True)
 class Cushion(Measurement):
-    """The layer cushion of every convolution and linear layer (paper, Section 3.2, Fig. 4c, 12 to 20)."""
+    """The layer cushion of every convolution and linear layer (paper, Section 3.2, Fig. 4c, 12 to 20).
 
+    Args:
+        random_network: beside each network one of the same architecture that was never trained, as in the figures.
+    """
+
+    random_network: bool = False
     key = "cushion"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, _ = context.chunk_of(rows)
-        cushions = layer_cushion(context.networks[title].model, images, batch_size=context.chunk)
+        model = context.networks[title].model
+        columns = {f"trained {layer}": value for layer, value in self._cushions(context, model, images).items()}
+        if self.random_network:
+            twin = random_twin(context.networks[title], context.integer_seed("random network"))
+            columns |= {f"random {layer}": value for layer, value in self._cushions(context, twin, images).items()}
+        return columns
+
+    def _cushions(self, context: Context, model: PixelModel, images: Tensor) -> Columns:
+        cushions = layer_cushion(model, images, batch_size=context.chunk)
         return {layer: column(values) for layer, values in cushions.items()}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         protocol = context.protocol(
             quantity="||W x|| / (||W||_F ||x||) of each test image, W the linear map, without bias"
         )
-        for layer in dict.fromkeys(layer for columns in observed.values() for layer in columns):
-            ratios = {title: columns[layer] for title, columns in observed.items() if layer in columns}
-            results.figures.append(Figure(
-                key=f"cushion-{layer}", kind=Kind.CUSHION, group="Layer cushion", layer=layer,
-                label=f"{layer}: median", unit="number", protocol=protocol,
-                values={title: Value.median(values, context.confidence) for title, values in ratios.items()},
-            ))  # fmt: skip
-            drawn = histograms({title: torch.tensor(values) for title, values in ratios.items()})
+        names = dict.fromkeys(name for columns in observed.values() for name in columns)
+        for layer in (name.removeprefix("trained ") for name in names if name.startswith("trained ")):
+            drawn: dict[tuple[str, str], list[float]] = {}
+            for kind, ending, words in (("trained", "", ""), ("random", "-random", ", randomly initialised")):
+                ratios = {
+                    t: columns[f"{kind} {layer}"] for t, columns in observed.items() if f"{kind} {layer}" in columns
+                }
+                if not ratios:
+                    continue
+                drawn |= {(title, layer + words): values for title, values in ratios.items()}
+                median = Figure(
+                    key=f"cushion-{layer}{ending}", kind=Kind.CUSHION, group="Layer cushion", layer=layer,
+                    label=f"{layer}: median{words}", unit="number", protocol=protocol,
+                    values={title: Value.median(values, context.confidence) for title, values in ratios.items()},
+                )  # fmt: skip
+                smallest = {title: _smallest(values) for title, values in ratios.items()}
+                results.figures += [
+                    median,
+                    dataclasses.replace(
+                        median, key=f"cushion-{layer}{ending}-mu", kind=Kind.CUSHION_MU, values=smallest,
+                        label=f"{layer}: mu, the smallest of all images{words}",
+                    ),
+                ]  # fmt: skip
+            counted = histograms({str(key): torch.tensor(values) for key, values in drawn.items()})
+            lines = tuple(
+                Series(network=key[0], name=key[1], x=tuple(counted.edges), y=tuple(counted.counts[str(key)]))
+                for key in drawn
+            )
             results.curves.append(Curve(
                 key=f"cushion-{layer}", group="Layer cushion", kind="histogram", title=f"Cushion of {layer}",
-                x_label="layer cushion", y_label="test images", protocol=protocol,
-                lines=tuple(
-                    Series(network=title, name=layer, x=tuple(drawn.edges), y=tuple(counts))
-                    for title, counts in drawn.counts.items()
-                ),
+                x_label="layer cushion", y_label="test images", protocol=protocol, lines=lines,
             ))  # fmt: skip
+
+
+def _smallest(values: list[float]) -> Value:
+    """mu of the images at hand: Arora et al. (2018) take it over the training set."""
+    defined = [value for value in values if value == value]
+    return Value(min(defined, default=math.nan), of=len(defined))
 
 
 @dataclasses.dataclass(frozen=True)
