@@ -558,6 +558,17 @@ def test_results_of_an_earlier_name_go(run):
     assert [entry["name"] for entry in data["model-index"]] == ["tiny"]
 
 
+def test_front_matter_in_braces_keeps_its_values_as_they_were_written(run):
+    before = '---\n{license: mit, "language": [no, en], extra: 1.10, tags: [mine],\n a: {b: "x, y"}}\n---\nMine.\n'
+    after = merged(run, before).text
+    front = after.split("---\n")[1]
+    for line in ("license: mit", '"language": [no, en]', "extra: 1.10", 'a: {b: "x, y"}'):
+        assert f"\n{line}\n" in f"\n{front}"
+    assert yaml.safe_load(front)["tags"][0] == "mine"
+    assert yaml.safe_load(front)["library_name"] == "timm"
+    assert merged(run, after).text == after
+
+
 def test_a_short_card_becomes_a_full_one(run):
     """What `tlr.push_to_hub` wrote is generated text: the run's own card replaces all of it."""
     short = short_card(run / "model", REPO)

@@ -161,6 +161,12 @@ def test_a_card_under_another_licence_than_the_pretrained_weights_is_noted(hub, 
     assert note in capsys.readouterr().out
     done(push, run, REPO, "--license", "cc-by-nc-4.0")
     assert ModelCard.load(REPO).data.license == "cc-by-nc-4.0"
+    hub.seed(REPO, {"README.md": '---\nlicense: "\\e[2Jmine"\n---\n'})
+    capsys.readouterr()
+    done(push, run, REPO, "--dry-run", run / "dry")
+    out = capsys.readouterr().out
+    assert "licence [2Jmine, and" in out
+    assert "\x1b" not in out
 
 
 def test_marks_that_the_owner_took_out(hub, run, capsys):

@@ -170,12 +170,22 @@ def _merge_front(front: str, metadata: Mapping[str, Any], license: str | None, w
         else:
             after.setdefault(key, value)
     after |= {"license": license} if license else {}
-    spliced = _spliced(front, before, after)
-    try:
-        faithful = yaml.safe_load(spliced) == after
-    except yaml.YAMLError:
-        faithful = False
-    return spliced if faithful else str(yaml_dump(after, sort_keys=False))
+    for written in (front, _as_block(front)):
+        spliced = _spliced(written, before, after)
+        try:
+            if yaml.safe_load(spliced) == after:
+                return spliced
+        except yaml.YAMLError:
+            continue
+    return str(yaml_dump(after, sort_keys=False))
+
+
+def _as_block(front: str) -> str:
+    """A mapping in braces, {license: mit, language: [no, en]}, with a line for each key, values as written."""
+    node = yaml.compose(front, Loader=yaml.SafeLoader)
+    if not isinstance(node, yaml.MappingNode) or not node.flow_style:
+        return front
+    return "".join(f"{front[key.start_mark.index : value.end_mark.index]}\n" for key, value in node.value)
 
 
 def _loaded(front: str, where: str) -> dict[str, Any]:

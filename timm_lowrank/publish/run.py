@@ -49,14 +49,14 @@ class Outcome:
     def description(self) -> list[str]:
         """What was done, in lines for a terminal."""
         done = self.published
-        lines = [f"note: {note}" for note in self.notes]
+        lines = [f"note: {one_line(note)}" for note in self.notes]
         if done.folder is None:
             lines.append(f"published {done.repo_id}: {len(done.files)} files, {done.url}")
         else:
             lines.append(f"not published: {done.folder} holds what {done.repo_id} would get, {len(done.files)} files")
             lines += [f"  {(done.folder / name).stat().st_size:>12,} bytes  {name}" for name in done.files]
         deleted = "would be deleted" if done.folder else "deleted"
-        return [*lines, *(f"  {deleted}, as of an earlier push: {name}" for name in self.deleted)]
+        return [*lines, *(f"  {deleted}, as of an earlier push: {one_line(name)}" for name in self.deleted)]
 
 
 @dataclasses.dataclass(frozen=True)
