@@ -14,6 +14,7 @@ from timm_lowrank.evaluation.robustness import (
     SmallestRadii,
     deepfool_rho,
     minimum_perturbation,
+    noise_at,
     smallest_radii,
     step_accuracies,
     trajectory,
@@ -141,6 +142,17 @@ def test_the_smallest_radius_is_that_of_a_loop_over_images_and_radii(trained, di
         assert smallest.radius[index].item() == expected
         assert smallest.rho[index].item() == pytest.approx(distance, nan_ok=True)
     assert 0 < smallest.radius.isinf().sum() < 18
+
+
+def test_the_noise_at_which_accuracy_is_halved_lies_on_the_line_between_two_points():
+    assert noise_at([0.9, 0.7, 0.3, 0.1], [0.0, 0.1, 0.3, 0.5]) == pytest.approx(0.2)
+    assert noise_at([0.9, 0.5, 0.3], [0.0, 0.1, 0.3]) == pytest.approx(0.1)
+    assert noise_at([0.9, 0.7, 0.3], [0.0, 0.1, 0.3], 0.6) == pytest.approx(0.15)
+    assert noise_at([0.4, 0.3], [0.0, 0.1]) == 0
+    assert noise_at([0.9, 0.6], [0.0, 0.1]) == math.inf
+    for accuracies, sizes in (([], []), ([0.9], [0.0, 0.1])):
+        with pytest.raises(EvaluationError, match="give as many"):
+            noise_at(accuracies, sizes)
 
 
 def by_hand():

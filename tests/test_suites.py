@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -26,7 +27,15 @@ from timm_lowrank.core import spectrum
 from timm_lowrank.data import load_images
 from timm_lowrank.data.images import balanced_rows
 from timm_lowrank.errors import EvaluationError, RunError
-from timm_lowrank.evaluation import PixelModel, activations, layer_cushion
+from timm_lowrank.evaluation import (
+    PixelModel,
+    activations,
+    attacks,
+    deepfool_rho,
+    layer_cushion,
+    predictions,
+    rho,
+)
 from timm_lowrank.evaluation.results import (
     Kind,
     Protocol,
@@ -43,7 +52,7 @@ from timm_lowrank.suites.measurements import accuracy
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
 from timm_lowrank.suites.measurements.base import Results
 from timm_lowrank.suites.measurements.classifiers import LeadingFeatures
-from timm_lowrank.suites.measurements.perturbations import AdversarialStrip
+from timm_lowrank.suites.measurements.perturbations import AccuracyByNoise, AdversarialStrip, DeepFool
 from timm_lowrank.suites.measurements.representations import DIMENSION, Cushion, CutPreactivations, Sparsity, Spectrum
 from timm_lowrank.suites.networks import load_network, random_twin
 from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
@@ -505,6 +514,41 @@ def test_a_radius_beyond_the_grid_is_said_to_be_so(trained, tmp_path):
         text.endswith(f"misclassifies 99%: > 2/255 (of {value.of} images)") for text in evaluation.all_warnings()
     )
     assert read_evaluation(tmp_path / "evaluation.json") == evaluation
+
+
+def test_noise_that_halves_accuracy(trained, tmp_path):
+    measurements = (AccuracyByNoise(False, 0.5, 60), AccuracyByNoise(True, 0.5, 3, black_box=True), DeepFool())
+    evaluation = evaluated_in(trained, tmp_path, measurements=measurements, limit=30)
+    network, other = load_network(str(trained / "twin")).model, load_network(str(trained)).model
+    data = load_images(**RECIPE["data_args"])
+    rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 30, 10))
+    images, labels = data.test_images[rows].float() / 255, data.test_labels[rows]
+    curves = {curve.key: curve.lines[1] for curve in evaluation.curves}
+
+    def after(steps, attack, source):
+        points = attack(source, images, labels, eps=0.5, steps=steps)
+        return float(rho(images, points).mean()), float((predictions(network, points) == labels).double().mean())
+
+    line = curves["accuracy-by-noise-iter-fgsm"]
+    assert len(line.x) == 61
+    assert line.x[0] == 0
+    for steps in (7, 60):
+        assert (line.x[steps], line.y[steps]) == pytest.approx(after(steps, attacks.iterative_fgsm, network), abs=0.035)
+    half = evaluation.figure("accuracy-by-noise-iter-fgsm-half").values["plain"].value
+    assert line.y[0] > 0.5 > line.y[-1]
+    assert half == pytest.approx(float(np.interp(-0.5, [-y for y in line.y], line.x)), rel=0.2)
+    black = curves["accuracy-by-noise-transfer-iter-ll-fgsm"]
+    expected = after(3, attacks.iterative_least_likely, other)
+    assert (black.x[3], black.y[3]) == pytest.approx(expected, abs=0.035)
+    assert evaluation.figure("accuracy-by-noise-transfer-iter-ll-fgsm-half").values["plain"].beyond == max(black.x)
+    deepfool = deepfool_rho(network, images, labels)
+    sizes = deepfool.rho.nan_to_num(nan=math.inf)
+    own = curves["deepfool-accuracy-by-noise"]
+    assert own.y[0] == pytest.approx(float((sizes > 0).double().mean()))
+    for size, share in list(zip(own.x, own.y, strict=True))[::5]:
+        assert share == pytest.approx(float((sizes > size * (1 + 1e-6)).double().mean()), abs=0.035)
+    half = evaluation.figure("deepfool-half").values["plain"].value
+    assert float(sizes.sort().values[13]) <= half <= float(sizes.sort().values[15]) * (1 + 1e-6)
 
 
 def test_the_cushion_has_its_minimum_and_a_network_that_was_never_trained(trained, tmp_path):

@@ -7,7 +7,7 @@ from .maxmargin import HybridModel, linear_accuracy, max_margin_classifiers, par
 from .noise import NOISE_READINGS, pixel_noise
 from .pixels import PixelModel, classified_right, predictions
 from .representations import activations, class_variance_ratio, fit_plane, rho, stability
-from .robustness import deepfool_rho, minimum_perturbation, smallest_radii, step_accuracies, trajectory
+from .robustness import deepfool_rho, minimum_perturbation, noise_at, smallest_radii, step_accuracies, trajectory
 
 __all__ = [
     "NOISE_READINGS",
@@ -25,6 +25,7 @@ __all__ = [
     "masking",
     "max_margin_classifiers",
     "minimum_perturbation",
+    "noise_at",
     "parameters_behind",
     "pixel_noise",
     "predictions",

@@ -143,6 +143,31 @@ def deepfool_rho(
     )
 
 
+def noise_at(
+    accuracies: Sequence[float],  # (k,), at growing amounts of noise
+    sizes: Sequence[float],  # (k,) mean rho of each
+    accuracy: float = 0.5,
+) -> float:
+    """The amount of noise at which accuracy has fallen to `accuracy`, between two points along the line through them
+    (paper, Section 3.1, Fig. 4a, where it is 50 %).
+
+    The size at the first point if accuracy is no higher there; inf if it never falls so low.
+
+    Raises:
+        EvaluationError: no points, or accuracies and sizes of different numbers.
+    """
+    points = list(zip(sizes, accuracies, strict=False))
+    if not points or len(sizes) != len(accuracies):
+        raise EvaluationError(f"{len(sizes)} sizes and {len(accuracies)} accuracies: give as many, at least one")
+    before = points[0]
+    for size, here in points:
+        if here <= accuracy:
+            share = 1.0 if before[1] <= here else (before[1] - accuracy) / (before[1] - here)
+            return before[0] + share * (size - before[0])
+        before = (size, here)
+    return math.inf
+
+
 class StepAccuracies(NamedTuple):
     """The two curves of Fig. 11, from step 0 on."""
 

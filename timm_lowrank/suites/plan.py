@@ -11,7 +11,14 @@ from ..evaluation.noise import NOISE_READINGS
 from .measurements.accuracy import PGD, AccuracyByRadius, AutoAttack, Clean, Diagnosis, PGDSteps, PixelNoise
 from .measurements.base import Measurement
 from .measurements.classifiers import Compression, Hybrid, LeadingFeatures, OtherLabels
-from .measurements.perturbations import AdversarialStrip, DeepFool, IteratedFGSM, MinimumPerturbation, OverSteps
+from .measurements.perturbations import (
+    AccuracyByNoise,
+    AdversarialStrip,
+    DeepFool,
+    IteratedFGSM,
+    MinimumPerturbation,
+    OverSteps,
+)
 from .measurements.representations import Cushion, CutPreactivations, Plane, Sparsity, Spectrum, Stability
 
 LEVEL = 1 / 255
@@ -83,6 +90,7 @@ def _paper(extent: Extent) -> list[Measurement]:
             for least_likely in (False, True)
         ),
         *(OverSteps(least_likely, eps=0.1, step_size=0.01, steps=30) for least_likely in (False, True)),
+        *(AccuracyByNoise(least_likely, 32 * LEVEL, 32) for least_likely in (False, True)),
         AccuracyByRadius(tuple(level * LEVEL for level in (0.5, 1, 2, 4, 6, 8, 12, 16)), 20),
         *(PixelNoise(probability, reading) for reading in NOISE_READINGS for probability in NOISE),
         Spectrum(uncentred=True),

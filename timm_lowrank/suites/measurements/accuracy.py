@@ -22,7 +22,19 @@ from ...evaluation.results import (
     Series,
     radius_text,
 )
-from .base import AttackMeasurement, Columns, Context, Measurement, Results, column, pgd, pgd_protocol, share, shares
+from .base import (
+    AttackMeasurement,
+    Columns,
+    Context,
+    Measurement,
+    Results,
+    column,
+    noise_at_half,
+    pgd,
+    pgd_protocol,
+    share,
+    shares,
+)
 
 
 def radius_key(eps: float) -> str:
@@ -301,11 +313,12 @@ class AccuracyByRadius(AttackMeasurement):
             adversarial = pgd(context, self.attacked(context, title), rows, eps, self.steps)
             withstood.append(predictions(model, adversarial) == labels)
             sizes.append(rho(images, adversarial))
-        return {"withstood": column(torch.stack(withstood, 1)), "rho": column(torch.stack(sizes, 1))}
+        right = column(predictions(model, images) == labels)
+        return {"right": right, "withstood": column(torch.stack(withstood, 1)), "rho": column(torch.stack(sizes, 1))}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         protocol = self.protocol(context, observed, pgd_protocol(None, self.steps), step_size="eps/4")
-        by_radius, by_rho = [], []
+        by_radius, by_rho, halves = [], [], {}
         for title, columns in observed.items():
             accuracy = torch.tensor(columns["withstood"]).double().mean(0).tolist()
             sizes = torch.tensor(columns["rho"], dtype=torch.float64).nanmean(0).tolist()
@@ -313,6 +326,8 @@ class AccuracyByRadius(AttackMeasurement):
                 network=title, name=f"PGD-{self.steps}", x=tuple(eps * 255 for eps in self.radii), y=tuple(accuracy)
             )
             by_radius.append(line)
+            clean = sum(columns["right"]) / len(columns["right"])
+            halves[title] = noise_at_half([clean, *accuracy], [0.0, *sizes], len(columns["right"]))
             by_rho.append(dataclasses.replace(line, x=tuple(sizes)))
         against_radius = Curve(
             key=self.key, group=self.group, kind="line", title="Accuracy against the radius",
@@ -324,6 +339,10 @@ class AccuracyByRadius(AttackMeasurement):
             lines=tuple(by_rho),
         )  # fmt: skip
         results.curves += [against_radius, against_rho]
+        results.figures.append(Figure(
+            key=f"{self.key}-half", kind=Kind.PERTURBATION, group=self.group, protocol=protocol, values=halves,
+            label=f"PGD-{self.steps}: mean rho at which half of the images are misclassified", unit="number",
+        ))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

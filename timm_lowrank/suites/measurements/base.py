@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ from ...evaluation.results import (
     Value,
     Verdict,
 )
+from ...evaluation.robustness import noise_at
 from ..networks import EvaluatedNetwork
 
 Columns = dict[str, list[Any]]  # name -> entries, of most one an image; JSON takes it as it is
@@ -271,6 +273,12 @@ def share(context: Context, flags: Iterable[bool]) -> Value:
 def shares(context: Context, observed: Mapping[str, Columns], name: str) -> dict[str, Value]:
     """The share of a column of flags, of each network."""
     return {title: share(context, columns[name]) for title, columns in observed.items()}
+
+
+def noise_at_half(accuracies: Sequence[float], sizes: Sequence[float], of: int) -> Value:
+    """The mean rho at which half of the images are misclassified; of what withstands all of it, how much that is."""
+    size = noise_at(accuracies, sizes)
+    return Value(size, of=of, beyond=None if math.isfinite(size) else max(sizes))
 
 
 PGD_SETTINGS = {setting.name.lower(): setting for setting in (attacks.MADRY, attacks.FIXED, attacks.PAPER)}

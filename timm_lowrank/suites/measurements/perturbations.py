@@ -22,7 +22,7 @@ from ...evaluation.robustness import (
     trajectory,
 )
 from .accuracy import radius_key
-from .base import AttackMeasurement, Columns, Context, Measurement, Results, column, pgd_protocol, shares
+from .base import AttackMeasurement, Columns, Context, Measurement, Results, column, noise_at_half, pgd_protocol, shares
 
 STRIP_IMAGES, STRIP_PIXELS = 8, 64
 
@@ -196,6 +196,55 @@ class OverSteps(IteratedAttackMeasurement):
 
 
 @dataclasses.dataclass(frozen=True)
+class AccuracyByNoise(IteratedAttackMeasurement):
+    """Accuracy against the noise that an attack adds, step by step, and the noise that halves it (paper, Fig. 4a, 9).
+
+    As in the paper, noise grows with the number of steps of one and the same attack (its footnote 5).
+
+    Args:
+        eps: radius; far enough that steps of 1/255 do not end at it.
+        steps: of the attack.
+    """
+
+    eps: float
+    steps: int
+
+    @property
+    def key(self) -> str:
+        return f"accuracy-by-noise-{'transfer-' * self.black_box}{self.name.lower()}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        source, judge = self.attacked(context, title), context.networks[title].model
+        withstood, sizes = [], []
+
+        def note(step: int, points: Tensor, logits: Tensor) -> None:
+            classes = predictions(judge, points) if self.black_box else logits.argmax(dim=1)
+            withstood.append(classes == labels)
+            sizes.append(rho(images, points))
+
+        self.attack(source, images, labels, eps=self.eps, steps=self.steps, on_step=note)
+        return {"withstood": column(torch.stack(withstood, 1)), "rho": column(torch.stack(sizes, 1))}
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        protocol = self.protocol(context, observed, self.about(self.eps, self.steps))
+        lines, halves = [], {}
+        for title, columns in observed.items():
+            accuracy = torch.tensor(columns["withstood"]).double().mean(0).tolist()
+            sizes = torch.tensor(columns["rho"], dtype=torch.float64).nanmean(0).tolist()
+            lines.append(Series(network=title, name=self.name, x=tuple(sizes), y=tuple(accuracy)))
+            halves[title] = noise_at_half(accuracy, sizes, len(columns["rho"]))
+        results.curves.append(Curve(
+            key=self.key, group=self.group, kind="line", title=f"{self.name}: accuracy against the noise of its steps",
+            x_label="mean rho", y_label="accuracy", lines=tuple(lines), y_share=True, protocol=protocol,
+        ))  # fmt: skip
+        results.figures.append(Figure(
+            key=f"{self.key}-half", kind=Kind.PERTURBATION, group=self.group, protocol=protocol, values=halves,
+            label=f"{self.name}: mean rho at which half of the images are misclassified", unit="number",
+        ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class DeepFool(AttackMeasurement):
     """The smallest L2 perturbation that DeepFool finds, of images that are classified right (paper, Table 3)."""
 
@@ -239,7 +288,31 @@ class DeepFool(AttackMeasurement):
             median_length, key=f"{self.key}-rho", label=f"DeepFool: mean rho {which}",
             values={title: Value.mean(size for _, size in pairs) for title, pairs in fooled.items()},
         )  # fmt: skip
-        results.figures += [accuracy, median_length, mean_rho]
+        lines, halves = [], {}
+        for title, columns in observed.items():
+            right, sizes = _standing(columns["rho"], columns["withstood"])
+            lines.append(Series(network=title, name="DeepFool", x=tuple(sizes), y=tuple(right)))
+            halves[title] = noise_at_half(right, sizes, len(columns["rho"]))
+        half = dataclasses.replace(
+            median_length, key=f"{self.key}-half", values=halves,
+            label="DeepFool: rho that is enough for half of the images to be misclassified",
+        )  # fmt: skip
+        results.figures += [accuracy, median_length, mean_rho, half]
+        results.curves.append(Curve(
+            key=f"{self.key}-accuracy-by-noise", group=self.group, kind="line", x_label="rho", y_label="accuracy",
+            title="DeepFool: accuracy where each image may be changed by so much", lines=tuple(lines), y_share=True,
+            protocol=protocol,
+        ))  # fmt: skip
+
+
+def _standing(sizes: list[float], withstood: list[bool]) -> tuple[list[float], list[float]]:
+    """The share of images that take more than so much, and how much that is, at the sizes of those that are fooled.
+
+    Size 0, which comes first, is the image itself. Images of which nothing is known stand.
+    """
+    fooled = sorted(size for size, stands in zip(sizes, withstood, strict=True) if not stands and not math.isnan(size))
+    steps = {0.0: 0} | {size: number for number, size in enumerate(fooled, 1)}
+    return [1 - number / len(sizes) for number in steps.values()], list(steps)
 
 
 @dataclasses.dataclass(frozen=True)
