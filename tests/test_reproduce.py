@@ -24,9 +24,8 @@ from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
 from timm_lowrank.reproduce.reproduction import Cell, Line, Panel
 from timm_lowrank.reproduce.runs import Runs
 from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
-from timm_lowrank.reproduce.write import markdown, own_text, paper_text, table
+from timm_lowrank.reproduce.write import gain_text, markdown, own_text, paper_text, table
 from timm_lowrank.suites.plan import SUITES, measurements_of
-from timm_lowrank.training import Recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -43,10 +42,10 @@ def test_every_table_figure_and_claim_is_there():
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_entries_fit_what_is_measured_and_run(entry):
-    suite = set(map(repr, measurements_of([SUITES["paper"]])))
+    suite = {one.key for one in measurements_of([SUITES["paper"]])}
     measurements = [column.measurement for panel in entry.panels for column in panel.columns]
     measurements += [plan.measurement for plan in entry.curves] + [measurement for measurement, _ in entry.strips]
-    missing = {repr(one) for one in measurements} - suite
+    missing = {one.key for one in measurements} - suite
     assert not missing  # one evaluation with the suite "paper" is enough for every entry
     for panel in entry.panels:
         assert len({column.label for column in panel.columns}) == len(panel.columns)
@@ -56,7 +55,7 @@ def test_entries_fit_what_is_measured_and_run(entry):
             assert row.condition in CONDITIONS
             assert row.setup in setups_module.SETUPS
     assert entry.compute or entry.rows
-    assert set(map(repr, DIAGNOSES.values())) < suite
+    assert {one.key for one in DIAGNOSES.values()} < suite
 
 
 @pytest.mark.parametrize(
@@ -78,10 +77,21 @@ def test_printed_figures_are_those_of_the_paper(name, panel, row, column, printe
     assert line.printed[[one.label for one in plan.columns].index(column)] == pytest.approx(printed)
 
 
+@pytest.mark.parametrize("name", ["fast", "paper"])
+def test_every_recipe_of_a_scale_is_there(name):
+    for bases in SCALES[name].bases.values():
+        for base in bases:
+            recipe = base.make_recipe("2-LR", 1)
+            assert recipe.lowrank_enabled
+            assert (recipe.seed, recipe.name) == (1, base.name)
+    (*_, fast) = SCALES["fast"].bases[C10_R18]
+    assert fast.make_recipe("SRN", 0).comparator_args == {"share": 0.3}  # as its own recipe says
+    assert fast.make_recipe("Bottle-LR", 0).comparator_args == {"branches": {"pre_logits": 50}}
+    assert 512 not in fast.make_recipe("Matryoshka", 0).comparator_args["sizes"]
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_every_condition_makes_a_recipe_of_every_small_base(condition):
-    if condition in ("Bottle-LR", "Bottle-2LR", "SN", "SRN", "SNIP", "Matryoshka") and not hasattr(Recipe, "compared"):
-        pytest.skip("recipes have no comparators yet")
     recipes = {
         base.name: base.make_recipe(condition, 3, "somewhere")
         for bases in SCALES["smoke"].bases.values()
@@ -137,34 +147,44 @@ def test_cells_hold_mean_spread_and_difference():
     assert (nothing.values, nothing.mean, nothing.difference, nothing.figure) == ({}, None, None, None)
     assert own_text(nothing) == "not measured"
     assert paper_text(nothing) == "0.0180"
+    larger = dataclasses.replace(Cell.of("x", "number", {0: 0.01, 1: math.nan}), beyond=32 / 255)
+    assert own_text(larger) == "> 32/255"
+    bounded = dataclasses.replace(Cell.of("x", "count", {0: 900.0}), at_most=999.0)
+    assert own_text(bounded) == "900 (of 999 possible)"
     qualified = Cell.of("x", "count", {0: 1200.0}, 1000, "more than 1,000")
     assert (own_text(qualified), paper_text(qualified)) == ("1,200", "more than 1,000")
 
 
+def test_gains_are_paired_by_seed():
+    twin = Cell.of("x", "share", {0: 0.5, 1: 0.6, 5: 0.9}, printed=0.4)
+    cell = Cell.of("x", "share", {0: 0.7, 1: 0.7, 2: 0.1}, printed=0.65).over(twin)
+    assert (cell.gain, cell.gain_deviation) == pytest.approx((0.15, statistics.stdev([0.2, 0.1])))
+    assert cell.printed_gain == pytest.approx(0.25)
+    assert gain_text(cell) == "+15.0 ± 7.1 (paper +25.0)"
+    alone = Cell.of("x", "share", {3: 0.7}).over(twin)
+    assert (alone.gain, gain_text(alone)) == (None, "-")
+
+
 def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
-    def line(condition, recipe, values, printed=0.5, **options):
-        cells = (Cell.of("acc", "share", values, printed),)
-        return Line(
-            row="R18",
-            condition=condition,
-            recipe=recipe,
-            network="resnet10",
-            seeds=tuple(values),
-            cells=cells,
-            **options,
-        )
+    def line(condition, recipe, values, printed=0.5, gain=None, **options):
+        cells = (dataclasses.replace(Cell.of("acc", "share", values, printed), gain=gain),)
+        named = {"row": "R18", "condition": condition, "recipe": recipe, "network": "resnet10"}
+        return Line(**named, seeds=tuple(values), cells=cells, **options)
 
     lines = (
-        line("N-LR", "a", {0: 0.25}), line("N-LR", "b", {0: 0.5, 1: 0.6}, masking={0: "suspect", 1: "suspect"}),
-        line("2-LR", None, {}), line("1-LR", "a", {}, printed=None),
+        line("N-LR", "a", {0: 0.25}, printed_masking="suspect"),
+        line("N-LR", "b", {0: 0.5, 1: 0.6}, masking={0: "suspect", 1: "suspect"}), line("N-LR", "c", {}),
+        line("2-LR", None, {}), line("1-LR", "a", {0: 0.3}, printed=None, gain=0.05), line("SN", "a", {}, printed=None),
     )  # fmt: skip
     rows = [row.strip("| ").split(" | ") for row in table(Panel(title="t", columns=("acc",), lines=lines)).splitlines()]
     assert rows[2:] == [
-        ["R18, N-LR", "paper", "", "50.0"],
+        ["R18, N-LR", "paper", "", "50.0", "suspect"],
         ["ours: resnet10 (`a`)", "0", "25.0 (-25.0)", "not measured"],
         ["ours: resnet10 (`b`)", "0, 1", "55.0 ± 7.1 (+5.0)", "suspect"],
         ["R18, 2-LR", "paper", "", "50.0"],
-        ["R18, 1-LR", "ours: resnet10 (`a`)", "-", "not measured", "not measured"],
+        ["ours", "", "not measured"],
+        ["R18, 1-LR", "ours: resnet10 (`a`)", "0", "30.0", "not measured"],
+        ["over its twin N-LR", "", "+5.0"],
     ]
 
 

@@ -14,8 +14,9 @@ from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row
 from .published import Printed
 from .reproduction import Cell, Line, Panel, Reproduction, TrainedRun
 from .runs import FinishedRun, Runs, Seen
-from .setups import Base
+from .setups import PLAIN, Base, Scale
 
+RANDOM = "not trained"
 PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
 
 
@@ -65,12 +66,21 @@ def _bases(row: Row, runs: Runs) -> tuple[Base, ...]:
 
 def _panel(plan: PanelPlan, runs: Runs, missing: list[str]) -> Panel:
     lines = [line for row in plan.rows for line in _lines(plan, row, runs, missing)]
+    twins = {(line.row, line.recipe): line for line in lines if line.condition == PLAIN}
     return Panel(
         title=plan.title,
         columns=tuple(column.label for column in plan.columns),
-        lines=tuple(lines),
+        lines=tuple(_over(line, twins.get((line.row, line.recipe))) for line in lines),
         positions=plan.positions,
     )
+
+
+def _over(line: Line, twin: Line | None) -> Line:
+    """A line with its gains over its plain twin."""
+    if twin is None or twin is line:
+        return line
+    cells = tuple(own.over(other) for own, other in zip(line.cells, twin.cells, strict=True))
+    return dataclasses.replace(line, cells=cells)
 
 
 def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterable[Line]:
@@ -91,7 +101,8 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterabl
             missing.append(f"{name}: there is no finished run")
         values = [_values(column, seen) for column in plan.columns]
         cells = tuple(_cell(column, row, i, values[i]) for i, column in enumerate(plan.columns))
-        missing += [f"{name}: {cell.column} was not measured" for cell in cells if finished and cell.mean is None]
+        unknown = [cell.column for cell in cells if finished and cell.mean is None and cell.beyond is None]
+        missing += [f"{name}: {column} was not measured" for column in unknown]
         yield Line(
             row=row.setup,
             condition=row.condition,
@@ -107,8 +118,10 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterabl
 @dataclasses.dataclass(frozen=True)
 class _Measured:
     seed: int
-    value: float
+    value: float  # NaN: larger than all that was tried
     figure: Figure
+    beyond: float | None
+    at_most: float | None
 
 
 def _values(column: Column, seen: Mapping[int, Sequence[Seen]]) -> list[_Measured]:
@@ -118,7 +131,9 @@ def _values(column: Column, seen: Mapping[int, Sequence[Seen]]) -> list[_Measure
             pair = one.figure(column.key)
             value = None if pair is None else _value(column, one, *pair)
             if pair is not None and value is not None:
-                measured.append(_Measured(seed, value, pair[0]))
+                plain = column.source == "figure"
+                beyond, at_most = (pair[1].beyond, pair[1].at_most) if plain else (None, None)
+                measured.append(_Measured(seed, value, pair[0], beyond, at_most))
                 break
     return measured
 
@@ -131,13 +146,13 @@ def _value(column: Column, seen: Seen, figure: Figure, value: Value) -> float | 
     if column.source == "detail":
         detail = figure.protocol.details.get(column.detail)
         return float(detail) if isinstance(detail, int | float) else None
-    return value.value if value.known else None
+    return value.value if value.known or value.beyond is not None else None
 
 
 def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured]) -> Cell:
     printed = row.printed[index] if index < len(row.printed) else None
     how: dict[str, Detail] = measured[0].figure.protocol.entries() if measured else {}
-    return Cell.of(
+    cell = Cell.of(
         column.label,
         column.unit,
         {one.seed: one.value for one in measured},
@@ -146,6 +161,9 @@ def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured]) -
         how,
         measured[0].figure.key if measured else None,
     )
+    beyond = max((one.beyond for one in measured if one.beyond is not None), default=None)
+    at_most = max((one.at_most for one in measured if one.at_most is not None), default=None)
+    return dataclasses.replace(cell, beyond=beyond, at_most=at_most)
 
 
 def _verdicts(seen: Mapping[int, Sequence[Seen]], radius_unit: str) -> dict[int, str]:
@@ -173,6 +191,8 @@ def _curves(plan: CurvePlan, runs: Runs, missing: list[str]) -> Iterable[Curve]:
                     if curve.kind != "line" and any(line.network == condition for line in before.lines):
                         continue
                     named = [_renamed(line, condition, run.seed, curve.kind) for line in own]
+                    if any(line.network == RANDOM for line in before.lines):  # of the first condition; they are alike
+                        named = [line for line in named if line.network != RANDOM]
                     joined[curve.key] = dataclasses.replace(before, lines=(*before.lines, *named))
                     lines += len(named)
             if not lines:
@@ -184,8 +204,10 @@ def _curves(plan: CurvePlan, runs: Runs, missing: list[str]) -> Iterable[Curve]:
 
 
 def _renamed(line: Series, condition: str, seed: int, kind: str) -> Series:
-    names = [line.name if kind == "scatter" or line.name in ("instantaneous", "cumulative") else "", f"seed {seed}"]
-    return dataclasses.replace(line, network=condition, name=", ".join(filter(None, names)))
+    kept = kind == "scatter" or line.name in ("instantaneous", "cumulative")
+    names = [line.name if kept else "", f"seed {seed}"]
+    network = RANDOM if "randomly initialised" in line.name else condition
+    return dataclasses.replace(line, network=network, name=", ".join(filter(None, names)))
 
 
 def _strips(entry: Entry, runs: Runs, missing: list[str]) -> Iterable[Strip]:
@@ -229,10 +251,8 @@ def lacking(entry: Entry, runs: Runs, run: FinishedRun) -> list[Measurement]:
     for panel in entry.panels:
         if there(panel.rows):
             lacks += [column.measurement for column in panel.columns if not any(s.figure(column.key) for s in seen)]
-            if panel.masking and not any(s.verdict(panel.masking) for s in seen):
-                diagnosis = DIAGNOSES[panel.masking]
-                budget = diagnosis.budget if runs.scale.diagnosis == "full" else runs.scale.diagnosis
-                lacks.append(dataclasses.replace(diagnosis, budget=budget))
+            if panel.masking and not any(one.verdict(panel.masking) for one in seen):
+                lacks += _diagnoses(panel.masking, runs.scale)
     for plan in entry.curves:
         if there(plan.rows) and not any(one.curves(plan.key) for one in seen):
             lacks.append(plan.measurement)
@@ -247,6 +267,13 @@ def _data(base: Base, source: str) -> str:
     folder = Path(source)
     name = folder.name if folder.is_absolute() or folder.exists() else source
     return f"fixture: digits in the layout of {base.fixture}" if base.fixture and "fixtures" in folder.parts else name
+
+
+def _diagnoses(radius_unit: str, scale: Scale) -> list[Measurement]:
+    """The diagnosis of gradient masking as the scale has it."""
+    if scale.diagnosis == "full":
+        return [DIAGNOSES[radius_unit]]
+    return [dataclasses.replace(DIAGNOSES["pixel"], budget="quick")] if radius_unit == "pixel" else []
 
 
 def _trained(entry: Entry, runs: Runs) -> Iterable[TrainedRun]:

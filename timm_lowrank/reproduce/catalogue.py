@@ -48,7 +48,8 @@ def _measurement(kind: type[Kind], **settings: object) -> Kind:
 
 DIAGNOSES = {one.radius_unit: one for one in PAPER if isinstance(one, Diagnosis)}
 COMPRESSION = _measurement(Compression)
-STABILITY, HYBRID, CUSHION = _measurement(Stability), _measurement(Hybrid), _measurement(Cushion)
+STABILITY, HYBRID = _measurement(Stability), _measurement(Hybrid)
+CUSHION = dataclasses.replace(_measurement(Cushion), random_network=True)
 LEADING, SPECTRUM = _measurement(LeadingFeatures), _measurement(Spectrum)
 
 
@@ -224,15 +225,18 @@ def _without_plain(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 SHOWN_DIRECTIONS = (1, 5, 10, 20)
 
 
-def _spectrum_columns(*layers: str) -> tuple[Column, ...]:
+def _spectrum_columns(*layers: str, uncentred: bool = False) -> tuple[Column, ...]:
+    """The paper's formula takes activations as they are; a mean that is large then counts as the first direction."""
     columns = []
+    ending = "-uncentred" if uncentred else ""
     for layer in layers:
         where = "before the last stage" if layer == "inside" else "before the classifier"
         columns += [
-            Column(f"{where}: variance in {count}", f"variance-{{{layer}}}-{count}", SPECTRUM)
+            Column(f"{where}: variance in {count}", f"variance-{{{layer}}}-{count}{ending}", SPECTRUM)
             for count in SHOWN_DIRECTIONS
         ]
-        columns.append(Column(f"{where}: effective rank", f"effective-rank-{{{layer}}}", SPECTRUM, "count"))
+        if not uncentred:
+            columns.append(Column(f"{where}: effective rank", f"effective-rank-{{{layer}}}", SPECTRUM, "count"))
     return tuple(columns)
 
 
@@ -248,6 +252,11 @@ def _spectrum_entry(
             PanelPlan(
                 "Variance ratio and effective rank (99 %) of test activations",
                 _spectrum_columns("last", "inside"),
+                rows,
+            ),
+            PanelPlan(
+                "Variance ratio of test activations as they are (not centred), as the paper's formula has it",
+                _spectrum_columns("last", "inside", uncentred=True),
                 rows,
             ),
         ),
@@ -274,7 +283,6 @@ def _cushion_entry(number: int, stage: int, setup: str, source: str) -> Entry:
         f"Layer cushion of stage {stage}, {setup}",
         source,
         curves=(CurvePlan(f"cushion-layer{stage}*", CUSHION, tuple(Row(setup, one) for one in conditions)),),
-        notes=("The paper's fourth network, a randomly initialised one, is not among ours here.",),
     )
 
 
@@ -712,6 +720,7 @@ def _figures() -> list[Entry]:
             "Variance of each class in its first direction",
             "Figure 7, Appendix C.3",
             panels=(PanelPlan("Median over the classes, not centred", class_columns, networks),),
+            curves=tuple(CurvePlan(f"class-variance-{{{layer}}}", SPECTRUM, networks) for layer in ("last", "inside")),
         ),
         Entry(
             "figure-8",

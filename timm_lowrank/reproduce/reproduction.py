@@ -36,6 +36,12 @@ class Cell:
         printed: the paper's figure.
         printed_text: how the paper qualifies it.
         difference: mean - printed.
+        gain: over the plain twin of the same recipe, the mean over the seeds that both have; None without a twin.
+        gain_deviation: of it, over these seeds.
+        printed_gain: the same of the paper's figures.
+        beyond: where nothing is known but that it is larger than all that was tried, for at least one seed: the largest
+            of these.
+        at_most: the largest value that the number of images allows, where it bounds the figure.
         how: how it was measured, of the first seed, as names and values to print.
         figure: its key in evaluation.json.
     """
@@ -48,6 +54,11 @@ class Cell:
     printed: float | None = None
     printed_text: str | None = None
     difference: float | None = None
+    gain: float | None = None
+    gain_deviation: float | None = None
+    printed_gain: float | None = None
+    beyond: float | None = None
+    at_most: float | None = None
     how: Mapping[str, Detail] = dataclasses.field(default_factory=dict)
     figure: str | None = None
 
@@ -76,6 +87,17 @@ class Cell:
             difference=None if mean is None or printed is None else mean - printed,
             how=how or {},
             figure=figure if known else None,
+        )
+
+    def over(self, twin: Cell) -> Cell:
+        """This cell with its gain over that of the plain twin."""
+        gains = [value - twin.values[seed] for seed, value in self.values.items() if seed in twin.values]
+        printed = None if self.printed is None or twin.printed is None else self.printed - twin.printed
+        return dataclasses.replace(
+            self,
+            gain=statistics.fmean(gains) if gains else None,
+            gain_deviation=statistics.stdev(gains) if len(gains) > 1 else None,
+            printed_gain=printed,
         )
 
 

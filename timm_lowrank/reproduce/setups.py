@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import EvaluationError, nearest
 from ..training import Recipe
-from ..training.recipe import read_recipe, recipe_path
+from ..training.recipe import read_recipe, recipe_names, recipe_path
 
 PLAIN = "N-LR"
 LAST = "pre_logits"
@@ -30,7 +30,8 @@ class Condition:
         name: as the paper has it where it has it.
         change: takes the keys of a 2-LR recipe and gives those of this condition.
         text: in words.
-        recipes: endings of recipes that are the same, for runs in folders of their own: "snip" for cifar10-fast-snip.
+        recipes: endings of recipes that are the same: "snip" for cifar10-fast-snip. They say with which settings, and
+            their runs may lie in folders of their own.
     """
 
     name: str
@@ -86,7 +87,6 @@ def _ranks(factor: float) -> Callable[[Values], Values]:
 def _comparator(name: str, one_place: bool = False, **arguments: Any) -> Callable[[Values], Values]:
     def change(values: Values) -> Values:
         given = {**arguments, **({"branches": _last_alone(values)} if one_place else {})}
-        given |= values.get("comparator_args", {}) if values.get("comparator") == name else {}
         return {**_plain(values), "comparator": name, "comparator_args": given}
 
     return change
@@ -153,7 +153,10 @@ class Base:
         """
         values: Values = {**read_recipe(recipe_path(self.recipe)), **self.changes}
         values = {**CONDITIONS[condition].change(values), "name": self.name, "seed": seed, "twin": False}
-        if condition == "Matryoshka" and self.sizes:
+        own = [name for one in CONDITIONS[condition].recipes if (name := f"{self.recipe}-{one}") in recipe_names()]
+        if own:
+            values["comparator_args"] = read_recipe(recipe_path(own[0])).get("comparator_args", {})
+        elif condition == "Matryoshka" and self.sizes:
             values["comparator_args"] = {"sizes": list(self.sizes)}
         return Recipe.from_dict(values | ({} if data is None else {"data": data}))
 
@@ -167,7 +170,8 @@ class Scale:
         seeds: trained unless told otherwise.
         images, train_images: that are evaluated on, and that PCA and linear classifiers are fitted on.
         notice: said in every file.
-        diagnosis: how much is spent on the diagnosis of gradient masking, "quick" or "full".
+        diagnosis: how much is spent on the diagnosis of gradient masking, "full" or "quick", which makes it in units of
+            the pixel range alone.
     """
 
     name: str
@@ -238,7 +242,7 @@ SCALES = {
                 C10_VGG: (_small_vgg("cifar10-vgg19", "cifar10"),),
                 **_SVHN_SMOKE,
             },
-            seeds=(0,), images=60, train_images=300, diagnosis="quick",
+            seeds=(0,), images=40, train_images=300, diagnosis="quick",
             notice="smoke: networks of a few thousand weights, trained for seconds on handwritten digits (and digits "
             "drawn in the layout of CIFAR and SVHN). It shows that the command works and says nothing about the paper.",
         ),

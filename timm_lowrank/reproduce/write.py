@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..evaluation.results import Unit
+from ..evaluation.results import Unit, radius_text
 from ..files import disk_errors, write_whole
 from ..text import counted, duration, listing, markdown_table, number, percent, phrases
 from .pictures import draw
 from .reproduction import Cell, Line, Panel, Reproduction, write_reproduction
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NOTHING = "not measured", "-"
 
 
 def write(reproduction: Reproduction, folder: Path) -> list[Path]:
@@ -42,7 +42,9 @@ def markdown(reproduction: Reproduction, picture: str | None = None) -> str:
     if one.panels:
         parts.append(
             "Of each network first what the paper prints, then ours: mean and standard deviation over the seeds, "
-            "and in brackets ours minus the paper's. Shares are in per cent."
+            "and in brackets ours minus the paper's. Below stands the gain over the plain twin of the same recipe and "
+            "seeds, and in brackets the paper's gain. Shares are in per cent, differences in points. Lines of ours "
+            "without a counterpart in the paper stand among the others."
         )
     for panel in one.panels:
         parts += [f"## {panel.title}", table(panel)]
@@ -73,21 +75,23 @@ def table(panel: Panel) -> str:
     masked = any(line.masking or line.printed_masking for line in panel.lines)
     header = ["network", "", "seeds", *panel.columns, *(["gradient masking"] if masked else [])]
     rows: list[list[str]] = []
-    blocks = dict.fromkeys((line.row, line.condition) for line in panel.lines)
-    for row, condition in blocks:
+    for row, condition in dict.fromkeys((line.row, line.condition) for line in panel.lines):
         lines = [line for line in panel.lines if (line.row, line.condition) == (row, condition)]
         printed = [paper_text(cell) for cell in lines[0].cells]
-        if any(text != "-" for text in printed):
+        name, measured = f"{row}, {condition}", [line for line in lines if line.seeds]
+        if any(text != NOTHING for text in printed):
             verdict = [lines[0].printed_masking or ""] if masked else []
-            rows.append([f"{row}, {condition}", "paper", "", *printed, *verdict])
-        for line in lines:
-            if line.recipe is None:
-                continue
-            name = f"{row}, {condition}" if not any(text != "-" for text in printed) else ""
-            where = f"ours: {line.network or NOT_MEASURED} (`{line.recipe}`)"
-            seeds = ", ".join(map(str, line.seeds)) or "-"
-            cells = [own_text(cell) if line.seeds else NOT_MEASURED for cell in line.cells]
-            rows.append([name, where, seeds, *cells, *([_masking(line)] if masked else [])])
+            rows.append([name, "paper", "", *printed, *verdict])
+            name = ""
+            if not measured:
+                rows.append(["", "ours", "", *[NOT_MEASURED] * len(printed), *([""] if masked else [])])
+        for line in measured:
+            where, seeds = f"ours: {line.network} (`{line.recipe}`)", ", ".join(map(str, line.seeds))
+            verdict = [_masking(line)] if masked else []
+            rows.append([name, where, seeds, *map(own_text, line.cells), *verdict])
+            name = ""
+            if any(cell.gain is not None for cell in line.cells):
+                rows.append(["", "over its twin N-LR", "", *map(gain_text, line.cells), *([""] if masked else [])])
     return markdown_table(header, rows, right=range(3, 3 + len(panel.columns)))
 
 
@@ -100,21 +104,36 @@ def _masking(line: Line) -> str:
 def paper_text(cell: Cell) -> str:
     """What the paper prints: 31.0, or more than 1,000; "-" for nothing."""
     if cell.printed is None:
-        return "-"
+        return NOTHING
     return cell.printed_text or _quantity(cell.printed, cell.unit)
 
 
 def own_text(cell: Cell) -> str:
     """What was measured: 31.2 ± 0.4 (+4.5)."""
-    if cell.mean is None:
-        return NOT_MEASURED
+    if cell.mean is None or cell.beyond is not None:  # a mean of some seeds would be too small
+        return NOT_MEASURED if cell.beyond is None else f"> {radius_text(cell.beyond)}"
     text = _quantity(cell.mean, cell.unit)
+    if cell.at_most is not None:
+        text += f" (of {number(cell.at_most)} possible)"
     if cell.deviation is not None:
         text += f" ± {_quantity(cell.deviation, cell.unit, cell.mean)}"
     if cell.difference is not None and cell.printed_text is None:
-        sign = "-" if cell.difference < 0 else "+"
-        text += f" ({sign}{_quantity(abs(cell.difference), cell.unit, cell.mean)})"
+        text += f" ({_signed(cell.difference, cell)})"
     return text
+
+
+def gain_text(cell: Cell) -> str:
+    """How much more than the plain twin: +13.3 ± 0.4 (paper +14.3)."""
+    if cell.gain is None:
+        return NOTHING
+    text = _signed(cell.gain, cell)
+    if cell.gain_deviation is not None:
+        text += f" ± {_quantity(cell.gain_deviation, cell.unit, cell.gain)}"
+    return text if cell.printed_gain is None else f"{text} (paper {_signed(cell.printed_gain, cell)})"
+
+
+def _signed(value: float, cell: Cell) -> str:
+    return f"{'-' if value < 0 else '+'}{_quantity(abs(value), cell.unit, cell.mean)}"
 
 
 def _quantity(value: float, unit: Unit, beside: float | None = None) -> str:
