@@ -41,6 +41,7 @@ SHORT = [
     "model_args.channels=[8,8,16,16]", "data_args.train_limit=450", "epochs=6", "batch_size=32",
     "pretrain_epochs=1", "warmup_epochs=0",
     "lowrank.branches={layer3: 6}", "lowrank.warmup_updates=5",
+    "lowrank.project_every=8",
 ]  # fmt: skip
 
 
@@ -202,6 +203,17 @@ def test_what_is_too_large_is_left_out_or_refused(added, trained, capsys, monkey
     refused(message, checkpoints, "add", trained, "second", "--sample", "digits")
     assert in_folder(added) == whole
 
+    monkeypatch.setattr(publishing, "MOST_BYTES", size - 1)
+    done(checkpoints, "add", trained, "tiny", "--sample", "digits")
+    projected, as_trained = tlr.from_pretrained("tiny"), tlr.from_pretrained(trained)
+    assert same_weights(projected, trained / "model")
+    (own, expected) = (model.branches["layer3"] for model in (projected, as_trained))
+    assert torch.equal(own.bias, expected.bias)
+    assert own.weight.size == own.rank < expected.weight.size, "the run ended between two projections"
+    expected.project()
+    torch.testing.assert_close(own.weight.dense(), expected.weight.dense(), rtol=0, atol=0)
+
+    size = sum(len(data) for name, data in in_folder(added).items() if name.startswith("hub/checkpoints/"))
     monkeypatch.setattr(publishing, "MOST_BYTES", size - 1)
     done(checkpoints, "add", trained, "tiny", "--sample", "digits")
     assert ", without W and b" in capsys.readouterr().out

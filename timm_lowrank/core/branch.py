@@ -245,9 +245,17 @@ class LowRankBranch(nn.Module):
             self.weight.step(self.config.step_size / self._largest_curvature(count), count)
         self.updates += 1
         if projects:
-            rotation = self.weight.project(torch.Generator().manual_seed(self._seed(0)))
-            if self.head is not None:
-                self.head.move(rotation)
+            self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """W <- its rank-r approximation (Algorithm 2, line 13), as `update` does every `project_every` times.
+
+        Between two of these W holds the rows of the updates since the last one; without them its state is small.
+        """
+        rotation = self.weight.project(torch.Generator().manual_seed(self._seed(0)))
+        if self.head is not None:
+            self.head.move(rotation)
 
     def _largest_curvature(self, count: int) -> Tensor:
         """A tight upper bound of lambda_max(X^T X / count): a step on W below its inverse never overshoots.

@@ -14,11 +14,12 @@ from pathlib import Path
 from huggingface_hub.utils import yaml_dump
 
 from ..checkpoint import listed, verify
-from ..checkpoint.branches import leave_out_state
-from ..checkpoint.files import CHECKPOINT_FILES, LOWRANK_WEIGHTS
+from ..checkpoint.branches import leave_out_state, write_into
+from ..checkpoint.files import CHECKPOINT_FILES, LOWRANK_WEIGHTS, NETWORK_WEIGHTS
 from ..checkpoint.listed import Accuracy, Figures, ListedCheckpoint, Rank, Sample, folder_of, read_checkpoints
 from ..checkpoint.loading import load_folder
 from ..checkpoint.remote import checked_repo_id
+from ..core.model import LowRankModel
 from ..data import load_images
 from ..errors import CheckpointError, CheckpointWriteError, DataError
 from ..evaluation import PixelModel
@@ -67,7 +68,8 @@ def add_checkpoint(
 
     The folder gets the network, its branches, recipe.yaml, summary.json, evaluation.json, the picture of the spectrum
     and a card, written aside and swapped in; after an error everything is as it was. Where all that is more than
-    `MOST_BYTES`, W and b of the branches are left out. The weights keep their dtype, so that they are those evaluated.
+    `MOST_BYTES`, W of each branch is projected to its rank, and if that is not enough left out together with b. The
+    weights keep their dtype, so that they are those evaluated.
 
     Args:
         run: a finished, evaluated run; or such a folder, whose card and row are then made anew.
@@ -133,9 +135,10 @@ def _write(record: RunRecord, folder: Path, name: str, dataset: str | None) -> N
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
     _write_card(folder, name, dataset)
-    if _size(folder) > MOST_BYTES and (folder / LOWRANK_WEIGHTS).is_file():
-        leave_out_state(folder)
-        _write_card(folder, name, dataset)
+    for shrink in (_project, leave_out_state):
+        if _size(folder) > MOST_BYTES and (folder / LOWRANK_WEIGHTS).is_file():
+            shrink(folder)
+            _write_card(folder, name, dataset)
     verify(folder, sha256=record.sha256)
     others = sum(
         _size(other) for other in folder_of("").glob("*") if not other.name.startswith(".") and other.name != name
@@ -149,6 +152,16 @@ def _write(record: RunRecord, folder: Path, name: str, dataset: str | None) -> N
                 f"{what} would take {size:,} bytes, and {most:,} are the most that a clone carries: publish the run "
                 "with `timm-lowrank push` instead"
             )
+
+
+def _project(folder: Path) -> None:
+    """Brings W of every branch to its rank, without the rows that wait for the next projection."""
+    model = load_folder(folder)
+    if isinstance(model, LowRankModel):
+        for branch in model.branches.values():
+            if branch.updates:
+                branch.project()
+        write_into(folder, model, belong_to=[NETWORK_WEIGHTS])
 
 
 def _write_card(folder: Path, name: str, dataset: str | None) -> None:
