@@ -33,6 +33,7 @@ from timm_lowrank.evaluation import (
     attacks,
     deepfool_rho,
     layer_cushion,
+    max_margin_classifiers,
     predictions,
     rho,
 )
@@ -51,7 +52,7 @@ from timm_lowrank.suites import evaluation as evaluation_module
 from timm_lowrank.suites.measurements import accuracy
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
 from timm_lowrank.suites.measurements.base import Results
-from timm_lowrank.suites.measurements.classifiers import LeadingFeatures
+from timm_lowrank.suites.measurements.classifiers import UNTIL_FOOLED, FooledHybrid, LeadingFeatures
 from timm_lowrank.suites.measurements.perturbations import AccuracyByNoise, AdversarialStrip, DeepFool
 from timm_lowrank.suites.measurements.representations import DIMENSION, Cushion, CutPreactivations, Sparsity, Spectrum
 from timm_lowrank.suites.networks import load_network, random_twin
@@ -549,6 +550,44 @@ def test_noise_that_halves_accuracy(trained, tmp_path):
         assert share == pytest.approx(float((sizes > size * (1 + 1e-6)).double().mean()), abs=0.035)
     half = evaluation.figure("deepfool-half").values["plain"].value
     assert float(sizes.sort().values[13]) <= half <= float(sizes.sort().values[15]) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", UNTIL_FOOLED)
+def test_hybrids_on_images_that_were_changed_until_their_network_erred(name, trained, tmp_path):
+    one = FooledHybrid(name, steps=25)
+    evaluation = evaluated_in(trained, tmp_path, measurements=(one,), limit=30, chunk=30, pages=False)
+    network, other = load_network(str(trained)).model, load_network(str(trained / "twin")).model
+    data = load_images(**RECIPE["data_args"])
+    rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 30, 10))
+    images, labels = data.test_images[rows].float() / 255, data.test_labels[rows]
+    right = predictions(network, images) == labels
+    white, black = images.clone(), images.clone()
+    for index in range(30):
+        image, label = images[index : index + 1], labels[index : index + 1]
+        for source, into in ((network, white), (other, black)):
+            if name == "DeepFool":
+                into[index] = attacks.deepfool(source, image, label, steps=25)[0]
+                continue
+            for steps in range(1, 26):  # one by one, until it errs
+                if predictions(network, into[index : index + 1]) != label:
+                    break
+                into[index] = UNTIL_FOOLED[name](source, image, label, eps=32 / 255, steps=steps)[0]
+    for which, crafted in (("white", white), ("black", black), ("equal", black)):
+        value = evaluation.figure(f"{one.key}-layer3-{which}").values["2-LR"]
+        fooled = right & (predictions(network, crafted) != labels)
+        assert abs(value.of - int(fooled.sum())) <= 1
+        assert value.of >= (3 if which == "white" else 0)
+    attack = evaluation.figure(f"{one.key}-layer3-equal").protocol.attack
+    assert (attack.crafted_on, attack.stops_at_success) == ({"2-LR": "plain", "plain": "2-LR"}, True)
+    # The other network's hybrid at the noise of this one, by its own classifier.
+    train = torch.from_numpy(balanced_rows(data.train_labels.numpy(), 200, 10))
+    seen = activations(other, data.train_images[train].float() / 255, ["layer3"])["layer3"]
+    seed = zlib.crc32(b"0/max-margin/layer3") % 2**31
+    (classifier,) = max_margin_classifiers(seen, data.train_labels[train], seed=seed)
+    theirs = classifier.predict(activations(other, black, ["layer3"])["layer3"]) == labels
+    fooled = right & (predictions(network, black) != labels)
+    hits = evaluation.figure(f"{one.key}-layer3-equal").values["2-LR"].hits
+    assert abs(hits - int((theirs & fooled).sum())) <= 1
 
 
 def test_the_cushion_has_its_minimum_and_a_network_that_was_never_trained(trained, tmp_path):

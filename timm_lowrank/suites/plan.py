@@ -10,7 +10,7 @@ from ..evaluation.arguments import RADIUS_UNITS, check_choice
 from ..evaluation.noise import NOISE_READINGS
 from .measurements.accuracy import PGD, AccuracyByRadius, AutoAttack, Clean, Diagnosis, PGDSteps, PixelNoise
 from .measurements.base import Measurement
-from .measurements.classifiers import Compression, Hybrid, LeadingFeatures, OtherLabels
+from .measurements.classifiers import UNTIL_FOOLED, Compression, FooledHybrid, Hybrid, LeadingFeatures, OtherLabels
 from .measurements.perturbations import (
     AccuracyByNoise,
     AdversarialStrip,
@@ -101,6 +101,7 @@ def _paper(extent: Extent) -> list[Measurement]:
         Stability(8 * LEVEL, 20),
         Cushion(extent.random_network),
         Hybrid(8 * LEVEL, 20),
+        *map(FooledHybrid, UNTIL_FOOLED),
         Plane(),
         OtherLabels(),
         *(Diagnosis(DIAGNOSED_RADIUS, "full" if unit == "pixel" else "quick", unit) for unit in units),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from ...errors import EvaluationError
+from ...evaluation import PixelModel, attacks
 from ...evaluation.maxmargin import (
     HybridModel,
     judge_hybrid,
@@ -13,7 +17,7 @@ from ...evaluation.maxmargin import (
     parameters_behind,
 )
 from ...evaluation.pixels import classified_right
-from ...evaluation.results import Figure, Kind
+from ...evaluation.results import AttackProtocol, Figure, Kind
 from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol, shares
 
 LINEAR = "scaled, linear, hinge loss, L2 0.01, SGD"
@@ -152,6 +156,95 @@ class Hybrid(Measurement):
                     key=f"hybrid-{layer}-{which}", kind=Kind.HYBRID, group="Max-margin hybrids",
                     label=f"{layer} hybrid, {label}", layer=layer, protocol=protocol,
                     values=shares(context, observed, f"{layer} {which}"),
+                ))  # fmt: skip
+
+
+UNTIL_FOOLED: dict[str, Callable[..., Tensor]] = {
+    "DeepFool": attacks.deepfool,
+    "Iter-LL-FGSM": attacks.iterative_least_likely,
+    "Iter-FGSM": attacks.iterative_fgsm,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FooledHybrid(Measurement):
+    """Hybrids on images that were changed until their network erred, and no further (paper, Table 6, Appendix D.5).
+
+    Three figures for each layer. White box: the images are crafted on the network that the hybrid is made of. Black
+    box: they are crafted on the other network, until this one errs. And the hybrid of that other network on these,
+    which is the paper's comparison at equal noise: for N-LR it stops when 1-LR is fooled. Images count that the network
+    is right on and that fool it in the end.
+
+    DeepFool cannot be steered by another network: as a black box its images are those that it makes for the other
+    network, of which few fool this one.
+
+    Args:
+        attack: a key of `UNTIL_FOOLED`.
+        eps: radius of the two that have one, with steps of 1/255.
+        steps: at most so many.
+    """
+
+    attack: str
+    eps: float = 32 / 255
+    steps: int = 40
+
+    @property
+    def key(self) -> str:
+        return f"hybrid-{self.attack.lower()}"
+
+    def observe(self, context: Context, title: str, rows: range) -> Columns:
+        images, labels = context.chunk_of(rows)
+        model, other = context.networks[title].model, context.other(title)
+        crafted = {"white": self._crafted(model, model, images, labels)}
+        if other is not None:
+            crafted["black"] = self._crafted(other.model, model, images, labels)
+        columns: Columns = {}
+        for layer in context.layers:
+            own = HybridModel(model, layer, context.max_margin(title, layer), images[:1])
+            judges = {"white": ("white", own), "black": ("black", own)}
+            if other is not None and other.title in context.networks:
+                theirs = HybridModel(other.model, layer, context.max_margin(other.title, layer), images[:1])
+                judges["equal"] = ("black", theirs)
+            for name, (source, hybrid) in judges.items():
+                if source in crafted:
+                    verdict = judge_hybrid(model, hybrid, images, crafted[source], labels, batch_size=context.chunk)
+                    columns[f"{layer} {name}"] = column(verdict.right[verdict.counted])
+        return columns
+
+    def _crafted(self, source: PixelModel, judge: PixelModel, images: Tensor, labels: Tensor) -> Tensor:
+        """Images crafted on `source` until they fool `judge`."""
+        if self.attack == "DeepFool":
+            return attacks.deepfool(source, images, labels, steps=self.steps)
+        attack = functools.partial(UNTIL_FOOLED[self.attack], steps=self.steps)
+        if source is judge:
+            return attack(source, images, labels, eps=self.eps, stop_at_success=True)
+        return attacks.until_fooled(source, judge, attack)(images, labels, self.eps)
+
+    def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        iterated = self.attack != "DeepFool"
+        attack = AttackProtocol(
+            name=self.attack, norm="linf" if iterated else "l2", eps=self.eps if iterated else None, steps=self.steps,
+            step_size=1 / 255 if iterated else None, random_start=False, stops_at_success=True,
+        )  # fmt: skip
+        sources = {title: source.title for title in observed if (source := context.other(title))}
+        labels = {
+            "white": "its own images", "black": "images of the other network",
+            "equal": "the other network's hybrid on these, at the noise that fools this network",
+        }  # fmt: skip
+        for layer in context.layers:
+            for which, label in labels.items():
+                found = {title: c for title, c in observed.items() if f"{layer} {which}" in c}
+                if not found:
+                    continue
+                about = attack if which == "white" else dataclasses.replace(attack, crafted_on=sources)
+                results.figures.append(Figure(
+                    key=f"{self.key}-{layer}-{which}", kind=Kind.HYBRID, group="Max-margin hybrids, until fooled",
+                    label=f"{layer} hybrid, {self.attack} until fooled, {label}", layer=layer,
+                    values=shares(context, found, f"{layer} {which}"),
+                    protocol=context.protocol(
+                        attack=about, classifier=LINEAR, train_images=len(context.train_images),
+                        counted="images that the network is right on and that fool it",
+                    ),
                 ))  # fmt: skip
 
 
