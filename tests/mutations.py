@@ -162,6 +162,67 @@ MUTATIONS = (
         "        if self.origin is None:\n            return LICENSE", "        if True:\n            return LICENSE",
         "tests/test_hub_scripts.py",
     ),
+    # ------------------------------------------------------------------------------------------------- the comparators
+    Mutation(
+        "bottleneck beside the activations", "timm_lowrank/comparators.py",
+        "return functional.linear(functional.linear(rows, self.factor.T), self.factor)",
+        "return rows + functional.linear(functional.linear(rows, self.factor.T), self.factor)",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "a saved bottleneck forgets its image size", "timm_lowrank/comparators.py",
+        "\"example_size\": list(images.shape[1:])}",
+        "\"example_size\": None}",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "stable rank one too large", "timm_lowrank/comparators.py",
+        "math.sqrt(stable_rank - 1)",
+        "math.sqrt(stable_rank)",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "singular vectors of the last step but one", "timm_lowrank/comparators.py",
+        "cast(SpectralNormalized, module[0]).settle(",
+        "cast(SpectralNormalized, module[0])._reshape_weight_to_matrix(",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "snip by the gradient alone", "timm_lowrank/comparators.py",
+        "(layer.weight.detach() * gradients[name].to(layer.weight.device)).abs()",
+        "gradients[name].to(layer.weight.device).abs()",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "snip on each process for itself", "timm_lowrank/comparators.py",
+        "start.mean_over_processes(one)",
+        "one",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "masks dropped in training", "timm_lowrank/comparators.py",
+        "return weight * self.kept",
+        "return weight if self.training else weight * self.kept",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "nested classifiers see the last features", "timm_lowrank/comparators.py",
+        "features[:, : head.in_features]",
+        "features[:, -head.in_features :]",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "nested losses dropped", "timm_lowrank/training/loop.py",
+        "loss = task_loss + extra",
+        "loss = task_loss",
+        "tests/test_comparators.py",
+    ),
+    Mutation(
+        "initial weights ignored", "timm_lowrank/training/state.py",
+        "        network.load_state_dict(load_file(path))",
+        "        load_file(path)",
+        "tests/test_comparators.py",
+    ),
 )  # fmt: skip
 
 

@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 import timm_lowrank as tlr
-from timm_lowrank import comparators
+from timm_lowrank import cli, comparators
 from timm_lowrank.comparators import Bottleneck, SpectralNormalized, StableRankNormalized, Start
 from timm_lowrank.core.views import View
 from timm_lowrank.data import load_images
-from timm_lowrank.errors import RecipeError, RunError
+from timm_lowrank.errors import CheckpointError, RecipeError, RunError
 from timm_lowrank.suites.networks import load_network
 from timm_lowrank.training import Recipe, Run, load_recipe, recipe_names, train
 from timm_lowrank.training.state import build
@@ -117,6 +117,19 @@ def test_snip_keeps_the_largest_products_of_weight_and_gradient(digits, small_ne
     functional.cross_entropy(network(images), labels).backward()
     hidden = network.hidden
     assert not hidden.parametrizations.weight.original.grad[hidden.weight == 0].any()
+
+
+def test_snip_takes_the_mean_of_the_gradients_of_all_batches_and_processes(digits, small_net):
+    images, labels = batch(digits, 64)
+    whole = small_net().double()
+    parted = copy.deepcopy(whole)
+    quarters = list(zip(images.chunk(4), labels.chunk(4), strict=True))
+    # Another process has the second half, and its gradients come in the order of the layers.
+    theirs = iter(comparators._weight_gradients(whole, quarters[2:]).values())
+    start = Start(images, "1-LR", lambda count: quarters[:count], lambda mine: (mine + next(theirs)) / 2)
+    comparators.comparator_from("snip", {"sparsity": 0.5, "batches": 2}).attach(parted, start)
+    comparators.snip(whole, images, labels, sparsity=0.5)
+    assert [name for name, one in whole.state_dict().items() if not torch.equal(one, parted.state_dict()[name])] == []
 
 
 def test_snip_sees_through_norms_that_start_at_zero_and_leaves_the_network_as_it_was(digits):
@@ -261,7 +274,7 @@ def test_a_network_with_bottlenecks_is_saved_and_loaded(tmp_path, name, argument
     network = timm.create_model(name, num_classes=7, **arguments)
     network = comparators.bottleneck(network, branches, example_input=images).eval()
     network.bottlenecks["pre_logits"].factor.data += 0.1
-    tlr.save_pretrained(network, tmp_path / "saved", data_config={"input_size": (3, size, size)})
+    tlr.save_pretrained(network, tmp_path / "saved")
     for loaded in (
         timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True),
         tlr.from_pretrained(tmp_path / "saved", lowrank=False),
@@ -277,6 +290,17 @@ def test_a_network_with_bottlenecks_is_saved_and_loaded(tmp_path, name, argument
     ):
         loaded(torch.randn(30, 3, size, size))
     assert torch.linalg.matrix_rank(seen["pre_logits"], rtol=1e-4) <= network.bottlenecks["pre_logits"].factor.shape[1]
+
+
+@pytest.mark.parametrize("change", [comparators.spectral_normalize, lambda net: comparators.matryoshka(net, [2, 5])])
+def test_a_network_is_saved_when_it_is_folded(tmp_path, change):
+    network = change(timm.create_model("resnet10_cifar", channels=(8, 8, 16, 16)))
+    with pytest.raises(CheckpointError, match=r"(conv1|fc) has normalised .*comparators.fold\(network\)"):
+        tlr.save_pretrained(network, tmp_path / "saved")
+    tlr.save_pretrained(comparators.fold(network), tmp_path / "saved")
+    loaded, images = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images), network(images))
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -304,7 +328,7 @@ def recipe(**values) -> Recipe:
 def plain(tmp_path_factory):
     """The run of the plain network."""
     output = tmp_path_factory.mktemp("plain") / "run"
-    train(recipe(lowrank={**SMALL["lowrank"], "enabled": False}), output)
+    train(recipe(lowrank={**SMALL["lowrank"], "enabled": False}, ema_decay=0.5), output)
     return output
 
 
@@ -336,7 +360,9 @@ def test_a_recipe_from_start_to_export_and_resumed(name, plain, tmp_path):
     if name == "stable-rank":
         assert figures["largest_stable_rank_share"] == pytest.approx(0.4, abs=1e-3)
     exported = load_file(tmp_path / "whole" / "model" / "model.safetensors")
-    added = exported.keys() - load_file(plain / "model" / "model.safetensors").keys()
+    twin = load_file(plain / "model" / "model.safetensors")
+    assert all(not torch.equal(exported[key], twin[key]) for key in twin if key.endswith("conv1.weight"))
+    added = exported.keys() - twin.keys()
     layers = SMALL["lowrank"]["branches"] if name == "bottleneck" else ()
     assert added == {f"bottlenecks.{layer}.factor" for layer in layers}
 
@@ -363,6 +389,10 @@ def test_bottlenecks_fine_tune_a_trained_network_and_load_in_another_process(pla
     assert [key for key in trained if not torch.equal(trained[key], begun[key])] == []
     assert begun.keys() - trained.keys() == {"bottlenecks.pre_logits.factor"}
     summary = train(tuned, tmp_path / "tuned")
+    assert cli.main(["push", str(tmp_path / "tuned"), "user/name", "--dry-run", str(tmp_path / "hub")]) == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "It was trained as Bottle-LR (`bottleneck`), in the place of low-rank branches" in card
+    assert str(plain) not in (tmp_path / "hub" / "recipe.yaml").read_text()
     assert summary.branches["pre_logits"].effective_rank <= 4 < summary.branches["layer3"].effective_rank
     with torch.no_grad():
         images = normalised(tmp_path / "tuned")

@@ -104,6 +104,15 @@ def fold(network: nn.Module) -> nn.Module:
     return network
 
 
+def unfolded(network: nn.Module) -> list[str]:
+    """The layers that `fold` would change, whose parameters have names that timm does not know."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, NestedLinear) or parametrize.is_parametrized(module)
+    ]
+
+
 def _weighted_layers(network: nn.Module) -> dict[str, nn.Linear | _ConvNd]:
     """Convolutions and linear layers by name: those whose weights are normalised or pruned."""
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | _ConvNd)}

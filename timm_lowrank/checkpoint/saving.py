@@ -13,6 +13,7 @@ import timm.models
 import torch
 from torch import nn
 
+from ..comparators import unfolded
 from ..core.model import LowRankModel
 from ..errors import CheckpointError
 from .branches import write_into
@@ -42,7 +43,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        CheckpointError: the network was not made by timm, or the number of labels is not its number of classes.
+        CheckpointError: the network was not made by timm, is one of `timm_lowrank.comparators` that was not folded, or
+            the number of labels is not its number of classes.
         CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
     """
     backbone = model.unwrap() if isinstance(model, LowRankModel) else model
@@ -50,6 +52,11 @@ def save_pretrained(
         raise CheckpointError(
             f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
             "save its state_dict() with safetensors instead"
+        )
+    if layers := unfolded(backbone):
+        raise CheckpointError(
+            f"{layers[0]} has normalised or pruned weights, or nested classifiers, which timm could not load: "
+            "timm_lowrank.comparators.fold(network) leaves plain weights with the same logits"
         )
     if label_names is not None and len(label_names) != backbone.num_classes:
         raise CheckpointError(f"{len(label_names)} label names for {backbone.num_classes} classes")
