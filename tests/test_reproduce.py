@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 from test_training_compare import figure
@@ -24,7 +25,7 @@ from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
 from timm_lowrank.reproduce.reproduction import Cell, Line, Panel
 from timm_lowrank.reproduce.runs import Runs
 from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
-from timm_lowrank.reproduce.write import gain_text, markdown, own_text, paper_text, table
+from timm_lowrank.reproduce.write import fill, gain_text, markdown, own_text, paper_text, table
 from timm_lowrank.suites.plan import SUITES, measurements_of
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -36,7 +37,15 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def test_every_table_figure_and_claim_is_there():
     numbered = [f"table-{number}" for number in range(1, 11)] + [f"figure-{number}" for number in range(2, 21)]
     assert set(numbered) <= ENTRIES.keys()
-    claims = ("sparsity", "low-rank-preactivations", "relu-counter-example", "directions", "target-rank", "parameters")
+    claims = (
+        "sparsity",
+        "low-rank-preactivations",
+        "relu-counter-example",
+        "directions",
+        "target-rank",
+        "parameters",
+        "noise",
+    )
     assert {f"claim-{claim}" for claim in claims} | {"figure-compactness"} == ENTRIES.keys() - set(numbered)
 
 
@@ -349,6 +358,35 @@ def test_only_what_no_evaluation_has_is_measured(made, tiny):
     assert COMPRESSION not in wanted
     assert [one.key for one in wanted] == ["leading-features"]
     assert (base, "Matryoshka") in needed(ENTRIES["figure-compactness"], runs)
+
+
+# ------------------------------------------------------------------------------------------------------- quoted tables
+
+
+def test_pages_quote_what_the_results_say(made, tmp_path):
+    options, (table_5, *_), _ = made
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table-5, panel 2 -->\nold\n<!-- end -->\nafter\n")
+    arguments = ["reproduce", "--fill", str(page), "--output", str(options.output)]
+    assert main(arguments) == 0
+    filled = page.read_text()
+    assert filled == f"before\n<!-- table-5, panel 2 -->\n\n{table(table_5.panels[1])}\n\n<!-- end -->\nafter\n"
+    assert main(arguments) == 0
+    assert page.read_text() == filled
+    page.write_text("<!-- table-5, panel 3 -->\n<!-- end -->")
+    assert main(arguments) == 1
+    page.write_text("<!-- table-6, panel 1 -->\n<!-- end -->")
+    assert main(arguments) == 1
+
+
+def test_the_committed_pages_quote_the_committed_results():
+    root = Path(__file__).parents[1]
+    for result in (root / "results").glob("*.json"):
+        picture = result.with_suffix(".png")
+        page = result.with_suffix(".md").read_text()
+        assert page == markdown(read_reproduction(result), picture.name if picture.exists() else None), result.name
+    for page in [*root.glob("*.md"), *(root / "docs").glob("*.md")]:
+        assert fill(page.read_text(), root / "results") == page.read_text(), page.name
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

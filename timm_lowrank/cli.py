@@ -118,7 +118,8 @@ def _recipe_help() -> str:
         return f"The recipes and their keys cannot be shown: {error}\n"
     fields = Recipe.describe_fields()
     width = max(len(field.name) for field in fields)
-    lines = [*textwrap.wrap(f"recipes: {', '.join(recipe_names())}", 100, subsequent_indent="  "), ""]
+    names = ", ".join(recipe_names())
+    lines = [*textwrap.wrap(f"recipes: {names}", 100, subsequent_indent="  ", break_on_hyphens=False), ""]
     lines.append("keys of a recipe, for --set KEY=VALUE, with type, default and meaning:")
     for field in fields:
         head = f"  {field.name:<{width}}  "
@@ -298,14 +299,18 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", metavar="K", help="to train (default: those of the scale)")
     parser.add_argument("--existing", action="store_true", help="train and measure nothing, show what is there")
+    parser.add_argument(
+        "--fill", type=Path, action="append", default=[], metavar="PAGE",
+        help="bring the tables that a Markdown page quotes up to what lies in OUTPUT (docs/reproduce.md)",
+    )  # fmt: skip
 
 
 def _reproduce(given: argparse.Namespace) -> None:
-    from .reproduce import Options, overview, reproduce
+    from .reproduce import Options, fill_page, overview, reproduce
 
     names = [f"table-{n}" for n in given.table] + [f"figure-{n}" for n in given.figure]
     names += [f"claim-{name}" for name in given.claim]
-    if not (names or given.all or given.list):
+    if not (names or given.all or given.list or given.fill):
         raise EvaluationError("say what: --table N, --figure N, --claim NAME or --all; --list shows what there is")
     if wrong := [text for text in given.data if "=" not in text]:
         raise EvaluationError(f"--data {wrong[0]}: write it as cifar10=PATH_OR_NAME")
@@ -317,7 +322,10 @@ def _reproduce(given: argparse.Namespace) -> None:
     if given.list:
         print(overview(options))
         return
-    reproduce(options)
+    if names or given.all:
+        reproduce(options)
+    for page in given.fill:
+        fill_page(page, options.output)
     _next(f"open {options.output / 'README.md'}")
 
 

@@ -5,7 +5,7 @@
 """
 
 from .catalogue import ENTRIES
-from .command import Options, overview, reproduce
+from .command import Options, fill_page, overview, reproduce
 from .reproduction import Reproduction, read_reproduction
 
-__all__ = ["ENTRIES", "Options", "Reproduction", "overview", "read_reproduction", "reproduce"]
+__all__ = ["ENTRIES", "Options", "Reproduction", "fill_page", "overview", "read_reproduction", "reproduce"]

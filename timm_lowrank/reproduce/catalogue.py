@@ -15,7 +15,13 @@ from ..evaluation.results import Unit
 from ..suites.measurements.accuracy import AccuracyByRadius, Clean, Diagnosis, PGDSteps, PixelNoise
 from ..suites.measurements.base import Measurement
 from ..suites.measurements.classifiers import Compression, Hybrid, LeadingFeatures, OtherLabels
-from ..suites.measurements.perturbations import AdversarialStrip, DeepFool, MinimumPerturbation, OverSteps
+from ..suites.measurements.perturbations import (
+    AccuracyByNoise,
+    AdversarialStrip,
+    DeepFool,
+    MinimumPerturbation,
+    OverSteps,
+)
 from ..suites.measurements.representations import Cushion, CutPreactivations, Plane, Sparsity, Spectrum, Stability
 from ..suites.plan import EMBEDDINGS, NOISE, SUITES, TABLE_RADII, measurements_of
 from . import published
@@ -303,6 +309,7 @@ def _counter_example() -> tuple[Panel, ...]:
 
 
 def _claims() -> list[Entry]:
+    with_bottleneck = (PLAIN, "1-LR", "2-LR", "2-LR-strong", "Bottle-LR", "Bottle-2LR")
     one_lr = (PLAIN, "1-LR", "2-LR")
     directions = (
         Column("directions for 99 %, inside", "effective-rank-{inside}", SPECTRUM, "count"),
@@ -374,6 +381,16 @@ def _claims() -> list[Entry]:
                 ),
             ),
             statements=('"even for NLR, the effective rank is as low as 10" before the classifier',),
+        ),
+        Entry(
+            "claim-noise",
+            "LR networks take about twice the noise until half of the images are misclassified",
+            "Section 3.1",
+            panels=(_half_panel(tuple(Row(C10_R18, one) for one in with_bottleneck)),),
+            statements=(
+                '"to reach an adversarial mis-classification rate of 50%, our models require about twice the noise as '
+                'the N-LR or Bottle-LR"',
+            ),
         ),
         Entry(
             "claim-target-rank",
@@ -644,13 +661,35 @@ def _tables() -> list[Entry]:
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
+def _noise_curves(rows: tuple[Row, ...]) -> tuple[CurvePlan, ...]:
+    """Accuracy against the noise of DeepFool, Iter-LL-FGSM, Iter-FGSM, and PGD."""
+    deepfool, pgd = _measurement(DeepFool, black_box=False), _measurement(AccuracyByRadius)
+    iterated = [_measurement(AccuracyByNoise, least_likely=least_likely) for least_likely in (True, False)]
+    return (
+        CurvePlan(f"{deepfool.key}-accuracy-by-noise", deepfool, rows),
+        *(CurvePlan(one.key, one, rows) for one in iterated),
+        CurvePlan(f"{pgd.key}-rho", pgd, rows),
+    )
+
+
+def _half_panel(rows: tuple[Row, ...]) -> PanelPlan:
+    """The noise that halves the accuracy."""
+    deepfool, pgd = _measurement(DeepFool, black_box=False), _measurement(AccuracyByRadius)
+    iterated = [_measurement(AccuracyByNoise, least_likely=least_likely) for least_likely in (True, False)]
+    columns = (
+        Column("DeepFool", f"{deepfool.key}-half", deepfool, "number"),
+        *(Column(one.name, f"{one.key}-half", one, "number") for one in iterated),
+        Column("PGD", f"{pgd.key}-half", pgd, "number"),
+    )
+    return PanelPlan("rho at which half of the images are misclassified", columns, rows, masking="pixel")
+
+
 def _figures() -> list[Entry]:
     three = (PLAIN, "1-LR", "2-LR")
     networks = tuple(Row(C10_R18, one) for one in (*three, "2-LR-strong"))
     with_bottleneck = (*networks, Row(C10_R18, "Bottle-LR"), Row(C10_R18, "Bottle-2LR"))
     svhn = tuple(Row(SVHN_R18, one) for one in three)
     vgg = tuple(Row(C10_VGG, one) for one in (PLAIN, "2-LR"))
-    by_radius = _measurement(AccuracyByRadius)
     deepfool = _measurement(AdversarialStrip, attack="deepfool")
     coarse = tuple(Row(C100_R50, one) for one in (PLAIN, "1-LR"))
     steps = [_measurement(OverSteps, least_likely=least_likely) for least_likely in (True, False)]
@@ -682,13 +721,14 @@ def _figures() -> list[Entry]:
             "Accuracy against the perturbation, stability, layer cushion",
             "Figure 4, Section 3.2",
             curves=(
-                CurvePlan(f"{by_radius.key}-rho", by_radius, with_bottleneck),
+                *_noise_curves(with_bottleneck),
                 CurvePlan("stability-{last}", STABILITY, networks),
                 CurvePlan("cushion-fc", CUSHION, networks),
                 CurvePlan("cushion-layer3*", CUSHION, networks),
                 CurvePlan("cushion-layer4*", CUSHION, networks),
             ),
             panels=(
+                _half_panel(with_bottleneck),
                 PanelPlan(
                     "Median shift of the representation over that of the image",
                     tuple(
@@ -703,7 +743,7 @@ def _figures() -> list[Entry]:
                 '"to reach an adversarial mis-classification rate of 50%, our models require about twice the noise as '
                 'the N-LR or Bottle-LR"',
             ),
-            notes=("The perturbations are those of PGD-20.",),
+            notes=("The perturbations of the stability plots are those of PGD-20 at 8/255.",),
         ),
         _spectrum_entry(
             5,
@@ -732,10 +772,7 @@ def _figures() -> list[Entry]:
             "figure-9",
             "Accuracy against the perturbation, VGG-19 and SVHN",
             "Figure 9, Appendix D.2",
-            curves=(
-                CurvePlan(f"{by_radius.key}-rho", by_radius, vgg),
-                CurvePlan(f"{by_radius.key}-rho", by_radius, svhn),
-            ),
+            curves=(*_noise_curves(vgg), *_noise_curves(svhn)),
         ),
         Entry(
             "figure-10",

@@ -16,7 +16,7 @@ from .catalogue import ENTRIES, Entry, entry_of
 from .reproduction import Reproduction, read_reproduction
 from .runs import FinishedRun, Runs
 from .setups import PLAIN, Base, scale_of
-from .write import index, write
+from .write import fill, index, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,21 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
     with disk_errors(f"could not write to {options.output}"):
         write_whole(options.output / "README.md", index(_written(options.output)))
     return made
+
+
+def fill_page(page: Path, folder: Path) -> None:
+    """Brings the tables that a Markdown page quotes up to the JSON in a folder of results.
+
+    Raises:
+        EvaluationError: the page or a quoted result cannot be read.
+        RunError: the page cannot be written.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(f"cannot read the page {page}: {error.strerror}") from error
+    with disk_errors(f"could not write {page}"):
+        write_whole(page, fill(text, folder))
 
 
 def _train(runs: Runs, base: Base, condition: str, say: Callable[[str], None]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..errors import EvaluationError
 from ..evaluation.results import Unit, radius_text
 from ..files import disk_errors, write_whole
 from ..text import counted, duration, listing, markdown_table, number, percent, phrases
 from .pictures import draw
-from .reproduction import Cell, Line, Panel, Reproduction, write_reproduction
+from .reproduction import Cell, Line, Panel, Reproduction, read_reproduction, write_reproduction
 
 NOT_MEASURED, NOTHING = "not measured", "-"
 
@@ -182,6 +184,28 @@ def _runs(reproduction: Reproduction) -> str:
         for run in reproduction.runs
     ]  # fmt: skip
     return markdown_table(header, rows, right=(3, 4, 5))
+
+
+QUOTE = re.compile(r"<!-- (?P<name>[\w-]+), panel (?P<panel>\d+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+
+
+def fill(page: str, folder: Path) -> str:
+    """A page of Markdown with its quoted tables as the JSON in `folder` has them.
+
+    A quote stands between `<!-- table-5, panel 2 -->` and `<!-- end -->`; panels are counted from 1.
+
+    Raises:
+        EvaluationError: there is no such JSON, or no such panel.
+    """
+
+    def quoted(match: re.Match[str]) -> str:
+        panels = read_reproduction(folder / f"{match['name']}.json").panels
+        number = int(match["panel"])
+        if not 1 <= number <= len(panels):
+            raise EvaluationError(f"{match['name']} has {counted(len(panels), 'panel')}, none of them is {number}")
+        return f"<!-- {match['name']}, panel {number} -->\n\n{table(panels[number - 1])}\n\n<!-- end -->"
+
+    return QUOTE.sub(quoted, page)
 
 
 def index(reproductions: Sequence[Reproduction]) -> str:
