@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from test_training_compare import figure
 
 from timm_lowrank.cli import main
 from timm_lowrank.data import load_images
-from timm_lowrank.errors import EvaluationError
+from timm_lowrank.errors import EvaluationError, RecipeError
 from timm_lowrank.evaluation import results
 from timm_lowrank.evaluation.results import Kind, read_evaluation, write_evaluation
 from timm_lowrank.reproduce import ENTRIES, Options, overview, read_reproduction, reproduce
@@ -90,9 +91,13 @@ def test_printed_figures_are_those_of_the_paper(name, panel, row, column, printe
 def test_every_recipe_of_a_scale_is_there(name):
     for bases in SCALES[name].bases.values():
         for base in bases:
-            recipe = base.make_recipe("2-LR", 1)
+            recipe = base.make_recipe("1-LR", 1)
             assert recipe.lowrank_enabled
             assert (recipe.seed, recipe.name) == (1, base.name)
+    (deep,) = SCALES["paper"].bases[C10_R50]
+    for condition in ("2-LR", "2-LR-ranks-x2", "Bottle-2LR"):
+        with pytest.raises(RecipeError, match=f"has one branch, as the paper has it, so there is no {condition} of it"):
+            deep.make_recipe(condition, 0)
     (*_, fast) = SCALES["fast"].bases[C10_R18]
     assert fast.make_recipe("SRN", 0).comparator_args == {"share": 0.3}  # as its own recipe says
     assert fast.make_recipe("Bottle-LR", 0).comparator_args == {"branches": {"pre_logits": 50}}
@@ -358,6 +363,14 @@ def test_only_what_no_evaluation_has_is_measured(made, tiny):
     assert COMPRESSION not in wanted
     assert [one.key for one in wanted] == ["leading-features"]
     assert (base, "Matryoshka") in needed(ENTRIES["figure-compactness"], runs)
+
+
+def test_runs_and_results_name_the_commit_of_the_clone(made):
+    _, (table_5, *_), _ = made
+    done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=Path(__file__).parent, capture_output=True)
+    commit = done.stdout.decode().strip()
+    for versions in (table_5.versions, *(run.versions for run in table_5.runs)):
+        assert versions.get("commit", "").removesuffix("+") == commit  # empty where this is no clone
 
 
 # ------------------------------------------------------------------------------------------------------- quoted tables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import platform
@@ -33,17 +34,22 @@ def require(module: str, package: str, extra: str = "train") -> Any:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The version of Python and of those of the packages that are installed or imported."""
+    """The version of Python and of those of the packages that are installed or imported, and this one's commit."""
     numbers = {"python": platform.python_version()}
     for name in packages:
         said = getattr(sys.modules.get(name), "__version__", None)  # knows the build ("+cu130"), and a clone as well
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             numbers[name] = str(said or importlib.metadata.version(name))
-    return numbers
+    commit = git_commit()
+    return numbers if commit is None else {**numbers, "commit": commit}
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of the clone that this package is imported from, with "+" if files were changed; None elsewhere."""
+    """The commit of the clone that this package is imported from, with "+" if files were changed; None elsewhere.
+
+    That of the first call in a process, whose code it runs.
+    """
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -7,7 +7,7 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..environment import git_commit, versions
+from ..environment import versions
 from ..evaluation.results import Curve, Detail, Figure, Series, Strip, Value
 from ..suites.measurements.base import Measurement
 from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row
@@ -40,7 +40,6 @@ def build(entry: Entry, runs: Runs) -> Reproduction:
         command=_command(entry, runs),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=versions(PACKAGES),
-        commit=git_commit(),
         panels=panels,
         curves=curves,
         strips=tuple(_strips(entry, runs, missing)),

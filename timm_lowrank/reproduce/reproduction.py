@@ -169,7 +169,7 @@ class Reproduction:
         notes: deviations from the paper, and what is read differently.
         missing: what was not measured, in words.
         command: that gives this again.
-        commit: of the code, if it ran from a clone.
+        versions: of packages and, where it ran from a clone, the commit.
     """
 
     name: str
@@ -187,7 +187,6 @@ class Reproduction:
     statements: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    commit: str | None = None
 
 
 def read_reproduction(path: str | Path) -> Reproduction:

@@ -122,6 +122,7 @@ class Runs:
         self.folder, self.scale, self.existing, self._say = Path(folder), scale, existing, say
         self.data, self.seeds = dict(data or {}), tuple(scale.seeds if seeds is None else seeds)
         self._seen: dict[Path, list[Seen]] = {}
+        self._evaluations: dict[Path, Evaluation] = {}
         self._weights: dict[Path, str] = {}
         self._images: dict[str, ImageData] = {}
 
@@ -153,7 +154,7 @@ class Runs:
         if run.folder not in self._seen:
             files = [run.folder / "evaluation.json", *sorted(run.folder.glob("evaluations/*/evaluation.json"))]
             files += sorted(run.folder.parent.glob("*/evaluation.json"))
-            evaluations = [read_evaluation(file) for file in dict.fromkeys(files) if file.is_file()]
+            evaluations = [self._evaluation(file) for file in dict.fromkeys(files) if file.is_file()]
             self._seen[run.folder] = [
                 Seen(evaluation, network)
                 for evaluation in evaluations
@@ -161,6 +162,11 @@ class Runs:
                 if network.weights == self._weights_of(run.folder)
             ]
         return self._seen[run.folder]
+
+    def _evaluation(self, file: Path) -> Evaluation:
+        if file not in self._evaluations:
+            self._evaluations[file] = read_evaluation(file)
+        return self._evaluations[file]
 
     def _weights_of(self, folder: Path) -> str:
         if folder not in self._weights:
@@ -227,7 +233,8 @@ class Runs:
             pages=False,
         )
         evaluate(options, PartialState(), self._data(Run.open(run.folder).recipe, options.data))
-        del self._seen[run.folder]
+        self._evaluations.pop(run.folder / "evaluations" / digest / "evaluation.json", None)
+        self._seen.pop(run.folder, None)
 
     def _data(self, recipe: Recipe, source: str | None) -> ImageData | None:
         """The images of a recipe, read once; None where they are streamed."""

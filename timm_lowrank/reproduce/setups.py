@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import EvaluationError, nearest
+from ..errors import EvaluationError, RecipeError, nearest
 from ..training import Recipe
 from ..training.recipe import read_recipe, recipe_names, recipe_path
 
@@ -152,6 +152,9 @@ class Base:
             RecipeError: the recipe is not there, or this version does not know the condition.
         """
         values: Values = {**read_recipe(recipe_path(self.recipe)), **self.changes}
+        branches = values["lowrank"]["branches"]
+        if "2" in condition.partition("-ranks")[0] and isinstance(branches, Mapping) and len(branches) < 2:
+            raise RecipeError(f"{self.recipe} has one branch, as the paper has it, so there is no {condition} of it")
         values = {**CONDITIONS[condition].change(values), "name": self.name, "seed": seed, "twin": False}
         own = [name for one in CONDITIONS[condition].recipes if (name := f"{self.recipe}-{one}") in recipe_names()]
         if own:

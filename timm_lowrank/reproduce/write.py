@@ -13,6 +13,7 @@ from ..text import counted, duration, listing, markdown_table, number, percent, 
 from .pictures import draw
 from .reproduction import Cell, Line, Panel, Reproduction, read_reproduction, write_reproduction
 
+CODE = ("timm_lowrank", "commit", "torch")  # what a run says of the code that trained it
 NOT_MEASURED, NOTHING = "not measured", "-"
 
 
@@ -61,7 +62,7 @@ def markdown(reproduction: Reproduction, picture: str | None = None) -> str:
     if one.runs:
         parts.append("## Runs\n\n" + _runs(one))
     versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
-    parts.append(f"Made {one.created}{f' from commit {one.commit}' if one.commit else ''}; {versions}.")
+    parts.append(f"Made {one.created} by {versions}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,7 +180,7 @@ def _runs(reproduction: Reproduction) -> str:
         [
             f"`{run.folder}`", run.model, run.data, f"{run.train_images:,}", str(run.epochs),
             percent(run.clean_accuracy), duration(run.seconds), run.device,
-            ", ".join(f"{name} {run.versions[name]}" for name in ("timm_lowrank", "torch") if name in run.versions),
+            ", ".join(f"{name} {run.versions[name]}" for name in CODE if name in run.versions),
         ]
         for run in reproduction.runs
     ]  # fmt: skip
