@@ -41,10 +41,12 @@ from timm_lowrank.evaluation.results import (
     Kind,
     Protocol,
     Settings,
+    Value,
     evaluation_from_json,
     evaluation_to_json,
     headline,
     read_evaluation,
+    value_text,
 )
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes, plan
@@ -510,6 +512,8 @@ def test_a_radius_beyond_the_grid_is_said_to_be_so(trained, tmp_path):
     value = figure.values["2-LR"]
     assert (value.known, value.beyond) == (False, 2 / 255)
     assert "> 2/255" in text_table(evaluation)
+    assert "not a number" not in text_table(evaluation)
+    assert value_text(Value(math.nan, beyond=0.0333564), "number") == "> 0.0334"
     assert "<strong>&gt; 2/255</strong>" in (tmp_path / "report.html").read_text()
     assert any(
         text.endswith(f"misclassifies 99%: > 2/255 (of {value.of} images)") for text in evaluation.all_warnings()

@@ -492,7 +492,7 @@ class Evaluation:
     def all_warnings(self) -> tuple[str, ...]:
         """`warnings`, and one for every value that could not be computed or that the number of images bounds."""
         unknown = (
-            f"{title}, {figure.label}: {'not a number' if value.beyond is None else f'> {radius_text(value.beyond)}'}"
+            f"{title}, {figure.label}: {'not a number' if value.beyond is None else f'> {_beyond_text(value.beyond)}'}"
             f"{'' if value.of is None else f' (of {value.of} images)'}"
             for figure in self.figures
             for title, value in figure.values.items()
@@ -547,8 +547,13 @@ def headline(evaluation: Evaluation) -> Headline:
 def value_text(value: Value, unit: Unit) -> str:
     """A value in words: 41.1 %, 0.23, > 32/255, not a number."""
     if not value.known and value.beyond is not None:
-        return f"> {radius_text(value.beyond)}"
+        return f"> {_beyond_text(value.beyond)}"
     return text.quantity(value.value, unit)
+
+
+def _beyond_text(largest: float) -> str:
+    radius = radius_text(largest)
+    return radius if "/" in radius else text.number(largest)
 
 
 def radius_text(eps: float) -> str:

@@ -96,9 +96,12 @@ class PixelNoise(Measurement):
         return {"correct": column(predictions(model, noisy) == labels)}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
+        reading = NOISE_READINGS[self.reading]  # what tells the readings apart comes first: long labels are cut
+        which = " normalised" * (reading.unit == "normalized") + " together" * (not reading.per_channel)
         results.figures.append(Figure(
             key=self.key, kind=Kind.NOISE, group="Random noise",
-            label=f"Noise p={self.probability:g}, {self.reading}", values=shares(context, observed, "correct"),
+            label=f"Noise p={self.probability:g}{which}, {self.reading.split(',')[0]}",
+            values=shares(context, observed, "correct"),
             protocol=context.protocol(noise=NoiseProtocol(self.probability, self.reading)),
         ))  # fmt: skip
 

@@ -150,7 +150,8 @@ class MinimumPerturbation(IteratedAttackMeasurement):
             )
             beyond = max(self.radii) if smallest.eps is None else None
             radius[title] = Value(math.nan if smallest.eps is None else smallest.eps, of=smallest.of, beyond=beyond)
-            sizes[title] = Value(math.nan if smallest.rho is None else smallest.rho, of=smallest.of)
+            if smallest.eps is not None:  # else there is no "there"
+                sizes[title] = Value(math.nan if smallest.rho is None else smallest.rho, of=smallest.of)
         about = self.about(None, self.steps, stops=True)
         grid = ", ".join(radius_text(eps) for eps in self.radii)
         smallest_radius = Figure(
