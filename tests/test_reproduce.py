@@ -21,7 +21,7 @@ from timm_lowrank.evaluation.results import Kind, read_evaluation, write_evaluat
 from timm_lowrank.reproduce import ENTRIES, Options, overview, read_reproduction, reproduce
 from timm_lowrank.reproduce import setups as setups_module
 from timm_lowrank.reproduce.build import lacking, needed
-from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES
+from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES, quickened
 from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
 from timm_lowrank.reproduce.reproduction import Cell, Line, Panel
 from timm_lowrank.reproduce.runs import Runs
@@ -400,6 +400,15 @@ def test_the_committed_pages_quote_the_committed_results():
         assert page == markdown(read_reproduction(result), picture.name if picture.exists() else None), result.name
     for page in [*root.glob("*.md"), *(root / "docs").glob("*.md")]:
         assert fill(page.read_text(), root / "results") == page.read_text(), page.name
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_quick_measurements_make_the_figures_that_are_shown(entry):
+    shown = [column.measurement for panel in entry.panels for column in panel.columns]
+    shown += [plan.measurement for plan in entry.curves] + list(DIAGNOSES.values())
+    for one in shown:
+        quick = quickened(one)
+        assert quick is None or quick.key == one.key
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

@@ -10,11 +10,11 @@ from pathlib import Path
 from ..environment import versions
 from ..evaluation.results import Curve, Detail, Figure, Series, Strip, Value
 from ..suites.measurements.base import Measurement
-from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row
+from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row, quickened
 from .published import Printed
 from .reproduction import Cell, Line, Panel, Reproduction, TrainedRun
 from .runs import FinishedRun, Runs, Seen
-from .setups import PLAIN, Base, Scale
+from .setups import PLAIN, Base
 
 RANDOM = "not trained"
 PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
@@ -251,14 +251,15 @@ def lacking(entry: Entry, runs: Runs, run: FinishedRun) -> list[Measurement]:
         if there(panel.rows):
             lacks += [column.measurement for column in panel.columns if not any(s.figure(column.key) for s in seen)]
             if panel.masking and not any(one.verdict(panel.masking) for one in seen):
-                lacks += _diagnoses(panel.masking, runs.scale)
+                lacks.append(DIAGNOSES[panel.masking])
     for plan in entry.curves:
         if there(plan.rows) and not any(one.curves(plan.key) for one in seen):
             lacks.append(plan.measurement)
     for measurement, key in entry.strips:
         if there(entry.shown) and not any(one.strip(key) for one in seen):
             lacks.append(measurement)
-    return [one for one in dict.fromkeys(lacks) if not any(s.has(one) for s in seen)]
+    cut = [quickened(one) for one in lacks] if runs.scale.quick else lacks
+    return [one for one in dict.fromkeys(cut) if one is not None and not any(s.has(one) for s in seen)]
 
 
 def _data(base: Base, source: str) -> str:
@@ -266,13 +267,6 @@ def _data(base: Base, source: str) -> str:
     folder = Path(source)
     name = folder.name if folder.is_absolute() or folder.exists() else source
     return f"fixture: digits in the layout of {base.fixture}" if base.fixture and "fixtures" in folder.parts else name
-
-
-def _diagnoses(radius_unit: str, scale: Scale) -> list[Measurement]:
-    """The diagnosis of gradient masking as the scale has it."""
-    if scale.diagnosis == "full":
-        return [DIAGNOSES[radius_unit]]
-    return [dataclasses.replace(DIAGNOSES["pixel"], budget="quick")] if radius_unit == "pixel" else []
 
 
 def _trained(entry: Entry, runs: Runs) -> Iterable[TrainedRun]:

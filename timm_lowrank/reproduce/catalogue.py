@@ -23,7 +23,7 @@ from ..suites.measurements.perturbations import (
     OverSteps,
 )
 from ..suites.measurements.representations import Cushion, CutPreactivations, Plane, Sparsity, Spectrum, Stability
-from ..suites.plan import EMBEDDINGS, NOISE, SUITES, TABLE_RADII, measurements_of
+from ..suites.plan import EMBEDDINGS, LEVEL, NOISE, SUITES, TABLE_RADII, measurements_of
 from . import published
 from .published import Printed
 from .reproduction import Cell, Line, Panel
@@ -49,6 +49,17 @@ Kind = TypeVar("Kind", bound=Measurement)
 def _measurement(kind: type[Kind], **settings: object) -> Kind:
     """The one measurement of the suite of this class and these settings."""
     (measurement,) = [one for one in PAPER if type(one) is kind and vars(one).items() >= settings.items()]
+    return measurement
+
+
+def quickened(measurement: Measurement) -> Measurement | None:
+    """What is measured in its place at a scale that is quick; None for nothing."""
+    if isinstance(measurement, Diagnosis):
+        return dataclasses.replace(measurement, budget="quick") if measurement.radius_unit == "pixel" else None
+    if isinstance(measurement, MinimumPerturbation):
+        return dataclasses.replace(measurement, radii=tuple(level * LEVEL for level in (2, 8, 16)))
+    if isinstance(measurement, OverSteps | AccuracyByNoise):
+        return dataclasses.replace(measurement, steps=8)
     return measurement
 
 

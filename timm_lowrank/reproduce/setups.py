@@ -173,8 +173,8 @@ class Scale:
         seeds: trained unless told otherwise.
         images, train_images: that are evaluated on, and that PCA and linear classifiers are fitted on.
         notice: said in every file.
-        diagnosis: how much is spent on the diagnosis of gradient masking, "full" or "quick", which makes it in units of
-            the pixel range alone.
+        quick: whether the longest attacks are cut short, and gradient masking is looked for in units of the pixel range
+            alone: a grid of few radii, few steps, the quick diagnosis.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Scale:
     images: int
     train_images: int
     notice: str
-    diagnosis: str = "full"
+    quick: bool = False
 
 
 C10_R18, C10_R50 = "CIFAR-10, ResNet-18", "CIFAR-10, ResNet-50"
@@ -245,7 +245,7 @@ SCALES = {
                 C10_VGG: (_small_vgg("cifar10-vgg19", "cifar10"),),
                 **_SVHN_SMOKE,
             },
-            seeds=(0,), images=40, train_images=300, diagnosis="quick",
+            seeds=(0,), images=40, train_images=300, quick=True,
             notice="smoke: networks of a few thousand weights, trained for seconds on handwritten digits (and digits "
             "drawn in the layout of CIFAR and SVHN). It shows that the command works and says nothing about the paper.",
         ),
