@@ -10,7 +10,9 @@ import timm
 import torch
 from states import same
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import timm_lowrank as tlr
@@ -377,11 +379,100 @@ def test_attach_updates_after_each_step(wrapped, data):
     assert model.branches["body"].updates == 6
 
 
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation by the interface of its authors: `step` is never called, `base_optimizer` steps."""
+
+    def __init__(self, parameters, radius=0.05):
+        super().__init__(parameters, {"radius": radius})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, 0.05, momentum=0.9)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["moved"] = 0.01 * parameter.grad.sign()
+            parameter.add_(self.state[parameter]["moved"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(self.state[parameter]["moved"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+class Holder:
+    """No torch optimizer itself."""
+
+    def __init__(self, base):
+        self.base, self.param_groups = base, base.param_groups
+
+    def step(self):
+        self.base.step()
+
+    def zero_grad(self):
+        self.base.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model: create_optimizer_v2(model, "lookahead_sgd", lr=0.01),  # takes hooks and never calls them
+        lambda model: Holder(sgd(model)),
+        lambda model: Holder(Holder(sgd(model))),
+        lambda model: Holder(SAM(model.parameters()).base_optimizer),
+        lambda model: accelerate.optimizer.AcceleratedOptimizer(sgd(model)),
+    ],
+    ids=["lookahead", "holder", "held holder", "base", "accelerate"],
+)
+def test_attach_finds_the_optimizer_that_steps(wrapped, data, fresh_accelerate, build):
+    accelerate.Accelerator(cpu=True)
+    model = wrapped()
+    optimizer = build(model)
+    attach(optimizer, model)
+    train(model, optimizer, data(3), update=False)
+    assert model.branches["body"].updates == 3
+
+
+def test_attach_counts_a_step_of_sharpness_aware_minimisation_once(wrapped, data):
+    model = wrapped()
+    optimizer = SAM(model.parameters())
+    attach(optimizer, model)
+    for images, labels in data(3):
+        for part in (optimizer.first_step, optimizer.second_step):
+            (nn.functional.cross_entropy(model(images), labels) + model.penalty()).backward()
+            part()
+    assert model.branches["body"].updates == 3
+
+
 def test_attach_says_what_it_needs(wrapped):
     model = wrapped()
     for wrong in (model, []):
         with pytest.raises(TypeError, match=f"torch optimizer, not a {type(wrong).__name__}"):
             attach(wrong, model)
+    with pytest.raises(TypeError, match=r"needs the LowRankModel itself, as wrap\(\) gave it, not a SmallNet"):
+        attach(sgd(model), model.backbone)
+    several = Holder(sgd(model))
+    several.others = [sgd(model)]
+    with pytest.raises(TypeError, match=r"Holder holds several optimizers \(SGD, SGD\): .* call model\.update"):
+        attach(several, model)
+
+
+def test_attach_twice_is_refused_until_the_first_is_gone(wrapped, data):
+    model = wrapped()
+    optimizer, other = sgd(model), sgd(model)
+    handle = attach(optimizer, model)
+    for again in (optimizer, other):
+        with pytest.raises(ValueError, match=r"attached to an optimizer already.*remove\(\)"):
+            attach(again, model)
+    attach(sgd(twin := copy.deepcopy(model)), twin)
+    handle.remove()
+    attach(other, model)
+    train(model, other, data(2), update=False)
+    assert model.branches["body"].updates == 2
+    del other, again  # an optimizer that is gone holds nobody back
+    attach(optimizer, model)
 
 
 def test_a_step_that_a_gradient_scaler_skips_is_no_update(wrapped, data):
@@ -478,13 +569,22 @@ def test_a_checkpoint_of_accelerate_resumes_bit_for_bit(wrapped, data, fresh_acc
     assert resumed.branches["body"].updates == 9
 
 
-def test_attach_finds_the_optimizer_inside_a_lookahead(wrapped, data):
-    """timm's Lookahead is an optimizer itself, but never calls the hooks that it takes."""
+@pytest.mark.parametrize("kind", [ModelEma, ModelEmaV2, ModelEmaV3, AveragedModel])
+def test_averages_are_those_of_the_plain_network(wrapped, data, kind):
+    """The factor of W changes its size from update to update, and an average of W would not have its rank."""
     model = wrapped()
-    optimizer = create_optimizer_v2(model, "lookahead_sgd", lr=0.01)
-    attach(optimizer, model)
-    train(model, optimizer, data(3), update=False)
-    assert model.branches["body"].updates == 3
+    plain = copy.deepcopy(model.backbone)
+    averages = [kind(module, **({} if kind is AveragedModel else {"decay": 0.5})) for module in (model, plain)]
+    optimizer = sgd(model)
+    for batch in data(9):
+        train(model, optimizer, [batch])
+        plain.load_state_dict(model.backbone.state_dict())
+        for average, source in zip(averages, (model, plain), strict=True):
+            average.update_parameters(source) if kind is AveragedModel else average.update(source)
+    averaged, expected = (average.ema if kind is ModelEma else average.module for average in averages)
+    assert same(averaged.unwrap().state_dict(), expected.state_dict())
+    assert not same(averaged.unwrap().state_dict(), model.unwrap().state_dict())
+    assert any(name.startswith("branches.") for name in model.state_dict()), "left out of averages alone"
 
 
 # a loop that forgets half of the branch is told so, once

@@ -166,10 +166,7 @@ def refuse_deepspeed(model: nn.Module) -> None:
         return
     hooks = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]  # the engine leaves some on its module
     within = any(_is_within(getattr(hook, "__module__", None), _ENGINE) for hook in hooks)
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not within:  # on a model inside the engine's module it leaves none
-        within, frame = _is_within(frame.f_globals.get("__name__"), _ENGINE), frame.f_back
-    if within:
+    if within or called_from(_ENGINE):  # on a model inside the engine's module it leaves none
         raise LowRankError(f"the model runs in a DeepSpeed engine: {_ADVICE}")
 
 
@@ -186,6 +183,16 @@ def refuse_deepspeed_optimizer(optimizer: object) -> None:
         if wraps or any(_is_within(kind.__module__, _ENGINE) for kind in classes):
             raise LowRankError(f"{type(inner).__name__} belongs to DeepSpeed: {_ADVICE}")
         inner = getattr(inner, "optimizer", None)
+
+
+def called_from(package: str) -> bool:
+    """Whether a function of a module or package is among those that are being called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _is_within(frame.f_globals.get("__name__"), package):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_within(module: object, package: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .distributed import refuse_deepspeed_optimizer
 from .head import fits_labels
 from .model import LowRankModel
-
-_WRAPPED = ("optimizer", "_base_optimizer")  # where wrappers keep the optimizer that they are around
 
 
 class LossHook(nn.Module):
@@ -49,15 +47,27 @@ def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHa
     Args:
         optimizer: a torch optimizer, or a wrapper around one, see `hooked_optimizer`. The hook sits on the torch
             optimizer, so it does not fire where accumulation or an overflow skips the step.
-        model: the `LowRankModel` itself.
+        model: the `LowRankModel` itself, not a DDP or compiled wrapper around it.
 
     Returns:
         A handle; `handle.remove()` detaches.
 
     Raises:
-        TypeError: `optimizer` is no torch optimizer and holds none.
+        TypeError: `optimizer` is no torch optimizer and does not hold exactly one, or `model` is no `LowRankModel`.
+        ValueError: the model is attached to an optimizer already.
     """
     refuse_deepspeed_optimizer(optimizer)
+    raw = hooked_optimizer(optimizer)
+    if not isinstance(model, LowRankModel):
+        raise TypeError(
+            f"attach() needs the LowRankModel itself, as wrap() gave it, not a {type(model).__name__}: "
+            "attach(optimizer, model)"
+        )
+    if model.attached:
+        raise ValueError(
+            "the model is attached to an optimizer already, and one step must not make two updates: call remove() on "
+            "the handle that attach() gave first. Of several optimizers, attach the one that steps last"
+        )
 
     def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
         waiting = any(branch.waiting for branch in model.branches.values())
@@ -65,21 +75,51 @@ def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHa
         if waiting or any(group.get("lr") != 0 for group in stepped.param_groups):
             model.update()
 
-    return hooked_optimizer(optimizer).register_step_post_hook(after_step)
+    model.attachment = handle = raw.register_step_post_hook(after_step)
+    return handle
 
 
 def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside `optimizer` whose `step` calls hooks.
+    """The torch optimizer whose `step` calls hooks: `optimizer` itself, or the one that it keeps in an attribute.
 
-    accelerate keeps it as `.optimizer`. timm's Lookahead is an optimizer itself, but takes hooks and never calls them:
-    its inner one does.
+    Wrappers keep it under many names: `optimizer` (accelerate), `_base_optimizer` (timm's Lookahead), `base_optimizer`
+    (SAM), `base` (schedule-free). Even one that is a torch optimizer itself may take hooks and never call them, as
+    Lookahead, or have no `step` that is used, as SAM: the inner one is what really steps.
 
     Raises:
-        TypeError: `optimizer` is no torch optimizer and holds none.
+        TypeError: `optimizer` is no torch optimizer and holds none, or holds several.
     """
-    raw = optimizer
-    while inner := next((held for name in _WRAPPED if (held := getattr(raw, name, None)) is not None), None):
-        raw = inner
-    if not isinstance(raw, torch.optim.Optimizer):
-        raise TypeError(f"attach() needs a torch optimizer, not a {type(optimizer).__name__}")
-    return raw
+    found = {id(inner): inner for inner in _innermost(optimizer, ())}
+    if len(found) > 1:
+        names = ", ".join(type(inner).__name__ for inner in found.values())
+        raise TypeError(
+            f"the {type(optimizer).__name__} holds several optimizers ({names}): attach the one that steps last, or "
+            "call model.update() after their step"
+        )
+    if not found:
+        raise TypeError(
+            f"attach() needs a torch optimizer, not a {type(optimizer).__name__}, which holds none either: "
+            "call model.update() after its step instead"
+        )
+    return next(iter(found.values()))
+
+
+def _innermost(holder: Any, outside: tuple[int, ...]) -> Iterator[torch.optim.Optimizer]:
+    """The torch optimizers that hold no further one, in `holder` and the optimizers in its attributes."""
+    held: list[Any] = []
+    for value in vars(holder).values() if hasattr(holder, "__dict__") else ():
+        parts = value if isinstance(value, list | tuple) else value.values() if type(value) is dict else (value,)
+        held += [part for part in parts if _steps(part) and id(part) not in outside]
+    inner = [one for part in held for one in _innermost(part, (*outside, id(holder)))]
+    if inner:
+        yield from inner
+    elif isinstance(holder, torch.optim.Optimizer):
+        yield holder
+
+
+def _steps(value: Any) -> bool:
+    """Whether `value` is an optimizer or looks like one."""
+    return isinstance(value, torch.optim.Optimizer) or (
+        callable(getattr(type(value), "step", None))
+        and (hasattr(type(value), "param_groups") or "param_groups" in getattr(value, "__dict__", ()))
+    )

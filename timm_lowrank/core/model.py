@@ -14,7 +14,7 @@ from ..errors import CaptureError, LowRankWarning
 from .branch import LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
-from .distributed import Processes, pack_where_sharded, refuse_deepspeed
+from .distributed import Processes, called_from, pack_where_sharded, refuse_deepspeed
 
 STEPS_BEFORE_WARNING = 50  # training forwards of a loop that leaves out penalty() or update()
 
@@ -84,6 +84,7 @@ class LowRankModel(nn.Module):
         self.taps = tuple(taps)
         self.classes = classes
         self.enabled = True
+        self.attachment: torch.utils.hooks.RemovableHandle | None = None  # of `attach`, which looks after it
         self._recording: Recording | None = None
         self._usage = UsageCheck()
         device = next((p.device for p in backbone.parameters()), None)
@@ -94,6 +95,7 @@ class LowRankModel(nn.Module):
             branch.name, branch.view = tap.layer, tap.view
             self.branches[tap.layer] = branch
         self.register_state_dict_post_hook(pack_where_sharded)
+        self.register_state_dict_post_hook(_leave_out_where_averaged)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's output, in train and eval mode alike."""
@@ -196,6 +198,12 @@ class LowRankModel(nn.Module):
             branch.processes = Processes(group)
         return self
 
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer that still exists calls `update`, see `timm_lowrank.attach`."""
+        hooks = None if self.attachment is None else self.attachment.hooks_dict_ref()
+        return hooks is not None and self.attachment is not None and self.attachment.id in hooks
+
     def losses(self) -> dict[str, dict[str, Tensor]]:
         """Per layer the detached parts of its last penalty, see `LowRankBranch.losses`."""
         return {layer: branch.losses() for layer, branch in self.branches.items()}
@@ -219,13 +227,25 @@ class LowRankModel(nn.Module):
             return getattr(self.backbone, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recording": None}  # graph tensors can neither be copied nor pickled
+        # Graph tensors can neither be copied nor pickled, and no optimizer steps on a copy.
+        return {**self.__dict__, "_recording": None, "attachment": None}
 
     def _replicate_for_data_parallel(self) -> LowRankModel:
         raise RuntimeError(
             "nn.DataParallel would give each replica activations that the branches never see; use "
             "DistributedDataParallel, for example through `accelerate launch`"
         )
+
+
+def _leave_out_where_averaged(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object) -> None:
+    """A post hook of `LowRankModel.state_dict()`: no branches where timm's EMA asks for it.
+
+    Every version of it averages all that there is, tensor by tensor. An average of matrices of rank r has not rank r,
+    and the factor of W grows between two updates, so that its sizes would not even fit.
+    """
+    if called_from("timm.utils.model_ema"):
+        for key in [key for key in state_dict if key.startswith(f"{prefix}branches.")]:
+            del state_dict[key]
 
 
 class UsageCheck:
