@@ -53,7 +53,7 @@ def test_every_table_figure_and_claim_is_there():
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_entries_fit_what_is_measured_and_run(entry):
     suite = {one.key for one in measurements_of([SUITES["paper"]])}
-    measurements = [column.measurement for panel in entry.panels for column in panel.columns]
+    measurements = [one.measurement for panel in entry.panels for one in panel.columns if one.measurement]
     measurements += [plan.measurement for plan in entry.curves] + [measurement for measurement, _ in entry.strips]
     missing = {one.key for one in measurements} - suite
     assert not missing  # one evaluation with the suite "paper" is enough for every entry
@@ -188,6 +188,7 @@ def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
     lines = (
         line("N-LR", "a", {0: 0.25}, printed_masking="suspect"),
         line("N-LR", "b", {0: 0.5, 1: 0.6}, masking={0: "suspect", 1: "suspect"}), line("N-LR", "c", {}),
+        dataclasses.replace(line("N-LR", "d", {0: 0.5}), seeds=(0, 1)),
         line("2-LR", None, {}), line("1-LR", "a", {0: 0.3}, printed=None, gain=0.05), line("SN", "a", {}, printed=None),
     )  # fmt: skip
     rows = [row.strip("| ").split(" | ") for row in table(Panel(title="t", columns=("acc",), lines=lines)).splitlines()]
@@ -195,6 +196,7 @@ def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
         ["R18, N-LR", "paper", "", "50.0", "suspect"],
         ["ours: resnet10 (`a`)", "0", "25.0 (-25.0)", "not measured"],
         ["ours: resnet10 (`b`)", "0, 1", "55.0 ± 7.1 (+5.0)", "suspect"],
+        ["ours: resnet10 (`d`)", "0, 1", "50.0 (+0.0) [1 of 2 seeds]", "not measured"],
         ["R18, 2-LR", "paper", "", "50.0"],
         ["ours", "", "not measured"],
         ["R18, 1-LR", "ours: resnet10 (`a`)", "0", "30.0", "not measured"],
@@ -276,6 +278,29 @@ def test_three_files_of_each_entry_say_the_same(made):
     assert all(f"[{name}]({name}.md)" in readme for name in NAMES)
     claim = reproductions[-1].panels[0].lines[0]
     assert [(cell.mean, cell.printed) for cell in claim.cells] == [(1.0, 1), (2.0, 2)]
+
+
+def test_what_a_run_says_of_itself_needs_no_evaluation(made, tmp_path, tiny):
+    options, _, _ = made
+    base = tiny.bases[C10_R18][0].name
+    copied = shutil.copytree(options.runs / base / "2-LR-seed0", tmp_path / base / "Matryoshka-seed0")
+    shutil.rmtree(copied / "evaluations")
+    summary = json.loads((copied / "summary.json").read_text())
+    figures = {"accuracy_of_first_5": 0.4, "accuracy_of_first_7": 0.1}
+    summary["comparator"] = {"name": "matryoshka", "title": "Matryoshka", "args": {}, "figures": figures}
+    (copied / "summary.json").write_text(json.dumps(summary))
+    shutil.copytree(options.runs / base / "2-LR-seed0", tmp_path / base / "2-LR-seed0")
+    names = ("figure-compactness", "claim-target-rank")
+    changed = dataclasses.replace(options, names=names, runs=tmp_path, output=tmp_path / "out", existing=True)
+    compactness, ranks = reproduce(changed, lambda text: None)
+    (nested,) = compactness.panels[2].lines
+    assert {cell.column: cell.mean for cell in nested.cells if cell.mean is not None} == {"5": 0.4}
+    (own,) = [line for line in ranks.panels[0].lines if line.condition == "2-LR"]
+    cells = {cell.column: cell for cell in own.cells}
+    assert cells["clean"].values == {0: summary["clean_accuracy"]}
+    assert cells["clean"].how == {"images": 40}
+    target = {"inside": 6.0, "before the classifier": 4.0}
+    assert {where: cells[f"target rank {where}"].mean for where in target} == target
 
 
 def test_the_list_says_which_runs_are_there(made):
@@ -404,7 +429,7 @@ def test_the_committed_pages_quote_the_committed_results():
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_quick_measurements_make_the_figures_that_are_shown(entry):
-    shown = [column.measurement for panel in entry.panels for column in panel.columns]
+    shown = [column.measurement for panel in entry.panels for column in panel.columns if column.measurement]
     shown += [plan.measurement for plan in entry.curves] + list(DIAGNOSES.values())
     for one in shown:
         quick = quickened(one)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..environment import versions
 from ..evaluation.results import Curve, Detail, Figure, Series, Strip, Value
 from ..suites.measurements.base import Measurement
+from ..training.run import Summary
 from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row, quickened
 from .published import Printed
 from .reproduction import Cell, Line, Panel, Reproduction, TrainedRun
@@ -98,7 +99,8 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterabl
         name = f"{base.name}, {row.condition}"
         if not finished:
             missing.append(f"{name}: there is no finished run")
-        values = [_values(column, seen) for column in plan.columns]
+        summaries = {run.seed: runs.describe(run).summary for run in finished}
+        values = [_values(column, seen) if column.measurement else _said(column, summaries) for column in plan.columns]
         cells = tuple(_cell(column, row, i, values[i]) for i, column in enumerate(plan.columns))
         unknown = [cell.column for cell in cells if finished and cell.mean is None and cell.beyond is None]
         missing += [f"{name}: {column} was not measured" for column in unknown]
@@ -106,7 +108,7 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterabl
             row=row.setup,
             condition=row.condition,
             recipe=base.name,
-            network=runs.describe(finished[0]).summary.model if finished else None,
+            network=summaries[finished[0].seed].model if finished else None,
             seeds=tuple(seen),
             cells=cells,
             masking=_verdicts(seen, plan.masking) if plan.masking else {},
@@ -118,9 +120,27 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterabl
 class _Measured:
     seed: int
     value: float  # NaN: larger than all that was tried
-    figure: Figure
-    beyond: float | None
-    at_most: float | None
+    how: Mapping[str, Detail]
+    figure: str | None = None  # its key
+    beyond: float | None = None
+    at_most: float | None = None
+
+
+def _said(column: Column, summaries: Mapping[int, Summary]) -> list[_Measured]:
+    """What the summaries of the runs say."""
+    measured = []
+    for seed, summary in summaries.items():
+        value, layers = None, list(summary.branches)
+        if column.source == "clean":
+            value = summary.clean_accuracy
+        elif column.source == "target" and len(layers) > (column.detail == "inside"):
+            value = summary.branches[layers[0 if column.detail == "inside" else -1]].target_rank
+        elif column.source == "nested" and summary.comparator:
+            value = summary.comparator.figures.get(f"accuracy_of_first_{column.detail}")
+        if value is not None:
+            how = {"images": summary.data.test_images} if column.unit == "share" else {}
+            measured.append(_Measured(seed, float(value), how))
+    return measured
 
 
 def _values(column: Column, seen: Mapping[int, Sequence[Seen]]) -> list[_Measured]:
@@ -128,20 +148,21 @@ def _values(column: Column, seen: Mapping[int, Sequence[Seen]]) -> list[_Measure
     for seed, evaluations in seen.items():
         for one in evaluations:
             pair = one.figure(column.key)
-            value = None if pair is None else _value(column, one, *pair)
+            value = None if pair is None else _value(column, *pair)
             if pair is not None and value is not None:
                 plain = column.source == "figure"
                 beyond, at_most = (pair[1].beyond, pair[1].at_most) if plain else (None, None)
-                measured.append(_Measured(seed, value, pair[0], beyond, at_most))
+                how = pair[0].protocol.entries()
+                measured.append(_Measured(seed, value, how, pair[0].key, beyond, at_most))
                 break
     return measured
 
 
-def _value(column: Column, seen: Seen, figure: Figure, value: Value) -> float | None:
+def _value(column: Column, figure: Figure, value: Value) -> float | None:
     """What the column shows; None if it is not known."""
-    if column.source == "target":
-        rank = seen.network.branches.get(seen.layers.get(column.detail, ""))
-        return None if rank is None else float(rank)
+    if column.source == "share replaced":
+        of, replaced = (figure.protocol.details.get(name) for name in ("parameters", "replaces_parameters"))
+        return of / replaced if isinstance(of, int) and isinstance(replaced, int) and replaced else None
     if column.source == "detail":
         detail = figure.protocol.details.get(column.detail)
         return float(detail) if isinstance(detail, int | float) else None
@@ -150,15 +171,14 @@ def _value(column: Column, seen: Seen, figure: Figure, value: Value) -> float | 
 
 def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured]) -> Cell:
     printed = row.printed[index] if index < len(row.printed) else None
-    how: dict[str, Detail] = measured[0].figure.protocol.entries() if measured else {}
     cell = Cell.of(
         column.label,
         column.unit,
         {one.seed: one.value for one in measured},
         printed.value if isinstance(printed, Printed) else printed,
         printed.text if isinstance(printed, Printed) else None,
-        how,
-        measured[0].figure.key if measured else None,
+        measured[0].how if measured else {},
+        measured[0].figure if measured else None,
     )
     beyond = max((one.beyond for one in measured if one.beyond is not None), default=None)
     at_most = max((one.at_most for one in measured if one.at_most is not None), default=None)
@@ -249,7 +269,11 @@ def lacking(entry: Entry, runs: Runs, run: FinishedRun) -> list[Measurement]:
 
     for panel in entry.panels:
         if there(panel.rows):
-            lacks += [column.measurement for column in panel.columns if not any(s.figure(column.key) for s in seen)]
+            lacks += [
+                column.measurement
+                for column in panel.columns
+                if column.measurement and not any(one.figure(column.key) for one in seen)
+            ]
             if panel.masking and not any(one.verdict(panel.masking) for one in seen):
                 lacks.append(DIAGNOSES[panel.masking])
     for plan in entry.curves:

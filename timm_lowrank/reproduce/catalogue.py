@@ -12,7 +12,7 @@ from ..errors import EvaluationError, nearest
 from ..evaluation.masking import PGDAccuracy, diagnose_published
 from ..evaluation.representations import cut_spectrum
 from ..evaluation.results import Unit
-from ..suites.measurements.accuracy import AccuracyByRadius, Clean, Diagnosis, PGDSteps, PixelNoise
+from ..suites.measurements.accuracy import AccuracyByRadius, Diagnosis, PGDSteps, PixelNoise
 from ..suites.measurements.base import Measurement
 from ..suites.measurements.classifiers import Compression, Hybrid, LeadingFeatures, OtherLabels
 from ..suites.measurements.perturbations import (
@@ -77,17 +77,20 @@ class Column:
     Args:
         label: its heading.
         key: of the figure in evaluation.json; {inside} and {last} are the first and the last layer that was measured.
+            Empty for what the summary of the run says.
         measurement: that makes the figure.
         unit: of the figure.
-        source: "figure" takes its value, "detail" an entry of its protocol, "target" the target rank of a layer.
-        detail: which entry, or "inside" or "last".
+        source: "figure" takes its value, "detail" an entry of its protocol, "share replaced" how many parameters a
+            linear classifier has over those that it replaces. Of the summary: "clean" is the accuracy on all test
+            images, "target" the target rank of a layer, "nested" that of a classifier on the first features.
+        detail: which entry; "inside" or "last"; how many features.
     """
 
     label: str
-    key: str
-    measurement: Measurement
+    key: str = ""
+    measurement: Measurement | None = None
     unit: Unit = "share"
-    source: Literal["figure", "detail", "target"] = "figure"
+    source: Literal["figure", "detail", "share replaced", "clean", "target", "nested"] = "figure"
     detail: str = ""
 
 
@@ -172,7 +175,7 @@ def _all_rows(printed: Mapping[str, Mapping[str, Sequence[Print]]], *more: str) 
 # ------------------------------------------------------------------------------------------------------------- attacks
 
 
-CLEAN = Column("clean", "clean", Clean())
+CLEAN = Column("clean", source="clean")
 SETTINGS = {
     "madry": "random start, step radius/4",
     "fixed": "random start, step 2/255",
@@ -320,6 +323,7 @@ def _counter_example() -> tuple[Panel, ...]:
 
 
 def _claims() -> list[Entry]:
+    everything = "compression-{inside}-all"
     with_bottleneck = (PLAIN, "1-LR", "2-LR", "2-LR-strong", "Bottle-LR", "Bottle-2LR")
     one_lr = (PLAIN, "1-LR", "2-LR")
     directions = (
@@ -411,9 +415,9 @@ def _claims() -> list[Entry]:
                 PanelPlan(
                     "2-LR with five pairs of target ranks",
                     (
-                        Column("target rank inside", "clean", Clean(), "count", "target", "inside"),
+                        Column("target rank inside", unit="count", source="target", detail="inside"),
                         Column("effective rank inside", "effective-rank-{inside}", SPECTRUM, "count"),
-                        Column("target rank before the classifier", "clean", Clean(), "count", "target", "last"),
+                        Column("target rank before the classifier", unit="count", source="target", detail="last"),
                         Column("effective rank before the classifier", "effective-rank-{last}", SPECTRUM, "count"),
                         CLEAN,
                         *_embedded("inside", (10,)),
@@ -431,22 +435,16 @@ def _claims() -> list[Entry]:
                 PanelPlan(
                     "Parameters behind the layer before the last stage",
                     (
+                        Column("replaced", everything, COMPRESSION, "count", "detail", "replaces_parameters"),
                         Column(
-                            "parameters replaced",
-                            "compression-{inside}-all",
-                            COMPRESSION,
-                            "count",
-                            "detail",
-                            "replaces_parameters",
-                        ),
-                        Column(
-                            "of the linear classifier, all features",
-                            "compression-{inside}-all",
+                            "of the classifier on all features",
+                            everything,
                             COMPRESSION,
                             "count",
                             "detail",
                             "parameters",
                         ),
+                        Column("as a share of those replaced", everything, COMPRESSION, "share", "share replaced"),
                         Column(
                             "of it on 20 directions",
                             "compression-{inside}-20",
@@ -455,10 +453,10 @@ def _claims() -> list[Entry]:
                             "detail",
                             "parameters",
                         ),
-                        Column("accuracy on all features", "compression-{inside}-all", COMPRESSION),
+                        Column("accuracy on all features", everything, COMPRESSION),
                         CLEAN,
                     ),
-                    _rows(C10_R18, {"2-LR": (published.REPLACED[0], Printed(168000, "0.02 times as many"))}),
+                    _rows(C10_R18, {"2-LR": published.REPLACED}),
                 ),
             ),
             statements=(
@@ -628,7 +626,7 @@ def _tables() -> list[Entry]:
             ),
             notes=(
                 "The paper trained on SVHN with its extra images, without augmentation.",
-                "Clean accuracy is that of the network on the test images of the evaluation.",
+                "Clean accuracy is that on all test images.",
             ),
         ),
         Entry(
@@ -830,6 +828,12 @@ def _compactness() -> Entry:
             *(
                 PanelPlan(f"{where[layer]}: leading directions of PCA", columns, rows, sizes)
                 for layer, columns in projected.items()
+            ),
+            PanelPlan(
+                "before the classifier: the classifiers on the first features that the network was trained with",
+                tuple(Column(f"{size}", source="nested", detail=f"{size}") for size in EMBEDDINGS),
+                (Row(C10_R18, "Matryoshka"),),
+                sizes,
             ),
             PanelPlan(
                 "before the classifier: the first features as they are",

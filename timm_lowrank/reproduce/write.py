@@ -89,13 +89,20 @@ def table(panel: Panel) -> str:
             if not measured:
                 rows.append(["", "ours", "", *[NOT_MEASURED] * len(printed), *([""] if masked else [])])
         for line in measured:
+            own = [_of_seeds(own_text(cell), cell, line) for cell in line.cells]
             where, seeds = f"ours: {line.network} (`{line.recipe}`)", ", ".join(map(str, line.seeds))
             verdict = [_masking(line)] if masked else []
-            rows.append([name, where, seeds, *map(own_text, line.cells), *verdict])
+            rows.append([name, where, seeds, *own, *verdict])
             name = ""
             if any(cell.gain is not None for cell in line.cells):
                 rows.append(["", "over its twin N-LR", "", *map(gain_text, line.cells), *([""] if masked else [])])
     return markdown_table(header, rows, right=range(3, 3 + len(panel.columns)))
+
+
+def _of_seeds(text: str, cell: Cell, line: Line) -> str:
+    """Says of how many seeds a figure is, if it is not of all."""
+    fewer = 0 < len(cell.values) < len(line.seeds) and cell.beyond is None
+    return f"{text} [{len(cell.values)} of {len(line.seeds)} seeds]" if fewer else text
 
 
 def _masking(line: Line) -> str:
