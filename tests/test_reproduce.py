@@ -115,9 +115,14 @@ def test_every_condition_makes_a_recipe_of_every_small_base(condition):
         assert (recipe.name, recipe.seed, recipe.data, recipe.twin) == (name, 3, "somewhere", False)
         assert recipe.lowrank_enabled == condition.startswith(("1-LR", "2-LR"))
     ranks = recipes["smoke-cifar10-resnet18"].lowrank["branches"]
-    expected = {"1-LR": {"pre_logits": 4}, "2-LR-ranks-x0.5": {"layer3": 3, "pre_logits": 2}}
+    expected = {"2-LR-strong": ranks, "1-LR": {"pre_logits": 4}, "2-LR-ranks-x0.5": {"layer3": 3, "pre_logits": 2}}
     assert ranks == expected.get(condition, ranks)
-    assert condition != "2-LR-strong" or ranks["layer3"] == {"rank": 6, "reconstruction_weight": 20.0}
+    if condition == "2-LR-strong":
+        plain, strong = (
+            recipe.lowrank_config().for_branch("layer3").reconstruction_weight
+            for recipe in (SCALES["smoke"].bases[C10_R18][0].make_recipe("2-LR", 3), recipes["smoke-cifar10-resnet18"])
+        )
+        assert strong >= 3 * plain
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

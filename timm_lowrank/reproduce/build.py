@@ -103,7 +103,7 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterabl
         values = [_values(column, seen) if column.measurement else _said(column, summaries) for column in plan.columns]
         cells = tuple(_cell(column, row, i, values[i]) for i, column in enumerate(plan.columns))
         unknown = [cell.column for cell in cells if finished and cell.mean is None and cell.beyond is None]
-        missing += [f"{name}: {column} was not measured" for column in unknown]
+        missing += [f"{name}, {plan.title}: {', '.join(unknown)}"] if unknown else []
         yield Line(
             row=row.setup,
             condition=row.condition,
@@ -223,7 +223,7 @@ def _curves(plan: CurvePlan, runs: Runs, missing: list[str]) -> Iterable[Curve]:
 
 
 def _renamed(line: Series, condition: str, seed: int, kind: str) -> Series:
-    kept = kind == "scatter" or line.name in ("instantaneous", "cumulative")
+    kept = len(set(line.labels)) > 1 or line.name in ("instantaneous", "cumulative")
     names = [line.name if kept else "", f"seed {seed}"]
     network = RANDOM if "randomly initialised" in line.name else condition
     return dataclasses.replace(line, network=network, name=", ".join(filter(None, names)))

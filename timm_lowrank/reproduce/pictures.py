@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ COLOURS = {  # of a condition the same in every picture; the plain twin is grey
 }  # fmt: skip
 FURTHER = ("#6fa1e8", "#4b83d6", "#1a4a99", "#12366f", "#5b6b7a")
 DASHES = ("-", "--", ":", "-.")
+TITLE_LETTERS = 56
 WIDTH, HEIGHT, ACROSS = 4.2, 3.0, 3
 LOG_SPREAD = 50  # an axis of numbers whose ends are further apart than this factor is logarithmic
 
@@ -179,6 +181,7 @@ def _draw_strip(axes: Any, strip: Strip) -> None:
 def _finish(axes: Any, title: str) -> None:
     dress(axes)
     axes.tick_params(labelsize=7)
-    axes.set_title(title.replace("$", r"\$"), fontsize=7.5, color=INK, loc="left", wrap=True)
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, TITLE_LETTERS)]
+    axes.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7.5, color=INK, loc="left")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=7, labelcolor=INK)

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..core.config import LowRankConfig
 from ..errors import EvaluationError, RecipeError, nearest
 from ..training import Recipe
 from ..training.recipe import read_recipe, recipe_names, recipe_path
@@ -56,8 +57,10 @@ def _plain(values: Values) -> Values:
 
 
 def _stronger(values: Values) -> Values:
-    """Four times the pull inside the network."""
+    """The named strength, or where the configuration has none four times the pull inside the network."""
     branches = values["lowrank"]["branches"]
+    if any(field.name == "strength" for field in dataclasses.fields(LowRankConfig)):
+        return _branches(values, branches, strength="strong")
     if not isinstance(branches, Mapping):
         return _branches(values, branches, reconstruction_weight=20.0)
     inside = {
