@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_training_compare import figure
 
 from timm_lowrank.cli import main
@@ -372,6 +373,20 @@ def test_every_finished_seed_counts_and_evaluations_of_other_weights_do_not(made
     runs = Runs(tmp_path, tiny)
     (strong,) = runs.finished(tiny.bases[C10_R18][0], "2-LR-strong")
     assert {seen.network.weights for seen in runs.seen(strong)} == {runs._weights_of(strong.folder)}
+
+
+def test_weights_may_be_stored_in_half_precision(made, tmp_path, tiny):
+    options, _, _ = made
+    (base,) = tiny.bases[C10_R18]
+    copied = shutil.copytree(options.runs / base.name / "N-LR-seed0", tmp_path / base.name / "N-LR-seed0")
+    shutil.rmtree(copied / "evaluations")
+    path = copied / "model" / "model.safetensors"
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()}
+    save_file(halves, path)
+    runs = Runs(tmp_path, tiny, say=lambda text: None)
+    (run,) = runs.finished(base, "N-LR")
+    runs.measure(run, [COMPRESSION])
+    assert [seen.figure("compression-{last}-all") is not None for seen in runs.seen(run)] == [True]
 
 
 def test_a_comparator_is_found_in_the_folder_of_its_own_recipe(made, tmp_path, tiny):

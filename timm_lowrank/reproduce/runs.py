@@ -172,9 +172,12 @@ class Runs:
         if folder not in self._weights:
             path = RunPaths(folder).model / "model.safetensors"
             try:
-                self._weights[folder] = weights_sha256(load_file(path))
+                stored = load_file(path)
             except (OSError, SafetensorError) as error:
                 raise RunError(f"the weights of the run in {folder} cannot be read: {error}") from error
+            # A network that is evaluated has float32 weights, whatever they are stored as.
+            wide = {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+            self._weights[folder] = weights_sha256(wide)
         return self._weights[folder]
 
     # -------------------------------------------------------------------------------------------- training, measuring
