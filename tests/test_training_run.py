@@ -29,6 +29,7 @@ from timm_lowrank.data.batches import StreamTrainBatches, TrainBatches
 from timm_lowrank.errors import DivergedError, RecipeError, RunError, TrainingError
 from timm_lowrank.training import Recipe, Run, load_recipe, train
 from timm_lowrank.training import state as state_module
+from timm_lowrank.training.checkpoints import damage, seal
 from timm_lowrank.training.compare import compare_runs
 from timm_lowrank.training.loop import Means, check_not_at_chance
 from timm_lowrank.training.report import layer_spectra
@@ -416,17 +417,112 @@ def test_how_the_data_is_read_may_change_but_not_the_data(shards, tmp_path):
     RunFolder(tmp_path / "run", streamed(shards, epochs=2, workers=3), resume=True)
 
 
-def test_a_damaged_checkpoint_says_what_to_do(finished, tmp_path):
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, cut, lambda path: path.write_bytes(b"")], ids=["gone", "half", "empty"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "checkpoint.json", "all"]
+)
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, file, harm):
+    assert set(os.listdir(finished[0] / "checkpoints" / "epoch_0005")) == {
+        "model.safetensors", "optimizer.bin", "random_states_0.pkl", "checkpoint.json", "progress.json",
+        "average.safetensors", "metrics.csv",
+    }  # fmt: skip
+    checkpoint = Path(shutil.copytree(finished[0] / "checkpoints" / "epoch_0005", tmp_path / "epoch_0005"))
+    assert damage(checkpoint) is None
+    for path in list(checkpoint.iterdir()) if file == "all" else [checkpoint / file]:
+        harm(path)
+    assert ("checkpoint.json" if file == "all" else file) in damage(checkpoint)
+
+
+def test_the_checkpoint_before_a_damaged_one_gives_the_same_run(finished, tmp_path, capsys):
     output = copy(finished, tmp_path)
     (output / "summary.json").unlink()
-    newest = output / "checkpoints" / "epoch_0005"
-    for file in newest.iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(RunError, match=r"epoch_0005 cannot be loaded .* delete it to resume from an older one"):
-        train(recipe(twin=True, ema_decay=0.9), output, resume=True)
-    shutil.rmtree(newest)
+    cut(output / "metrics.csv")
+    cut(output / "checkpoints" / "epoch_0005" / "optimizer.bin")
+    (output / "checkpoints" / "epoch_0004" / "random_states_0.pkl").unlink()
+    for stray in (".DS_Store", "checkpoints/.DS_Store", "checkpoints/epoch_0004 copy", "checkpoints/epoch_best"):
+        (output / stray).mkdir() if "epoch" in stray else (output / stray).touch()
+    for leftover in (".writing-x", "model/.writing-x", "checkpoints/.epoch_0001.old"):
+        (output / leftover).mkdir()
     train(recipe(twin=True, ema_decay=0.9), output, resume=True)
     assert_same_run(output, finished[0])
+    said = capsys.readouterr().out
+    assert "epoch_0005 is left out and removed: its optimizer.bin was cut off or changed" in said
+    assert "epoch_0004 is left out and removed: its random_states_0.pkl is missing" in said
+    assert "resumed after epoch 3" in said
+    assert not [*output.rglob(".writing-*"), *output.rglob(".epoch*"), *output.glob(".lock")]
+    assert (output / "checkpoints" / ".DS_Store").exists()
+    # Without any that is whole, nothing is begun anew behind one's back.
+    (output / "summary.json").unlink()
+    for checkpoint in output.glob("checkpoints/epoch_0*"):
+        (checkpoint / "checkpoint.json").unlink(missing_ok=True)
+    with pytest.raises(RunError, match=r"none of the checkpoints .*epoch_0001: it has no checkpoint.json.*delete that"):
+        train(recipe(twin=True, ema_decay=0.9), output, resume=True)
+
+
+class Touch:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "pytorch_model.bin"]
+)
+def test_nothing_is_unpickled_that_a_run_folder_brings(finished, tmp_path, file):
+    output = copy(finished, tmp_path) / "twin"
+    (output / "summary.json").unlink()
+    newest, canary = output / "checkpoints" / "epoch_0005", tmp_path / "ran"
+    torch.save(Touch(canary), newest / file)
+    if file == "pytorch_model.bin":
+        (newest / "model.safetensors").unlink()
+    seal(newest)  # whoever made it could do so, too
+    with pytest.raises(RunError, match="epoch_0005 cannot be loaded"):
+        train(recipe(twin=True, ema_decay=0.9).plain(), output, resume=True)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("left", [(), ("checkpoints/",), (".config.yaml.partial",), ("config.yaml",), (".DS_Store",)])
+def test_a_run_that_was_killed_before_it_began_is_a_new_one(tmp_path, left):
+    made = recipe(epochs=1, pretrain_epochs=0)
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("name: sm")
+    folder = RunFolder(tmp_path, made, resume=True)
+    with folder.exclusive():
+        assert Recipe.from_dict(yaml.safe_load(folder.config.read_text())) == made
+    if left != ("config.yaml",):
+        return
+    folder.checkpoint_folder.joinpath("epoch_0001").mkdir()
+    folder.config.write_bytes(b"\0\xff")
+    with pytest.raises(RunError, match=r"cannot be resumed, since its recipe cannot be read"):
+        RunFolder(tmp_path, made, resume=True)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from timm_lowrank.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1]), ValueError()): print('inside', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"inside\n"
+        with (
+            pytest.raises(RunError, match=r"another process is training into .*--output"),
+            RunFolder(tmp_path, recipe(), resume=True).exclusive(),
+        ):
+            pass
+        other.kill()
+    with RunFolder(tmp_path, recipe(), resume=True).exclusive():
+        assert (tmp_path / "config.yaml").exists()
+    assert not (tmp_path / ".lock").exists()
 
 
 # --------------------------------------------------------------------------------------------------- output folders

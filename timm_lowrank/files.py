@@ -33,8 +33,61 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder where these can be asked, would outlast a loss of power."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, taken: Exception) -> Iterator[None]:
+    """Keeps out of a folder every other process that asks for the same, until the block or this process ends.
+
+    Where the platform or the file system has no locks, nobody is kept out.
+
+    Args:
+        folder: exists. A file ".lock" lies in it meanwhile, and after a kill until the next time.
+        taken: is raised if another process is inside.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        yield
+        return
+    path = folder / ".lock"
+    while True:
+        file = path.open("w")
+        try:
+            # Of this process alone: a lock that forked workers share would outlast a kill for as long as they do.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise taken from None
+        except OSError:
+            break
+        with contextlib.suppress(FileNotFoundError):  # the one before may just have removed the file
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 @contextlib.contextmanager

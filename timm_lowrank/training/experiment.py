@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from ..data import Data, StreamedData, load_data
 from ..data.batches import TestBatches, evaluation_batches
 from ..environment import require
 from ..errors import RunError
+from .checkpoints import Progress
 from .loop import Tested, TrainedEpoch, check_not_at_chance, evaluate, train_epoch
 from .recipe import Recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
 from .run import ComparatorSummary, EpochMetrics, Run, RunFolder, Spectrum, Summary
-from .state import Progress, TrainingState, build, seeded
+from .state import TrainingState, build, seeded
 
 BRANCH_PARTS = ("reconstruction", "norm", "head", "activation_norm", "gradient_share")
 Finished = tuple[Summary, Spectrum]
@@ -76,17 +78,15 @@ def _run(
         print(f"{folder.folder} is complete", flush=True)
         run = Run.open(folder.folder)
         return run.summary, run.spectrum()
-    with seeded(recipe.seed):
+    with seeded(recipe.seed), contextlib.ExitStack() as ours:
         state = build(recipe, data, folder.folder)
         accelerator = state.accelerator
         if accelerator.is_main_process:
             for new in (within, folder):
                 if new is not None:
-                    new.create()
+                    ours.enter_context(new.exclusive())
         accelerator.wait_for_everyone()
         began = folder.load_newest(accelerator)
-        if accelerator.is_main_process:
-            folder.keep_metrics(began)
         accelerator.print(_introduction(recipe, data, folder, state.progress), flush=True)
         if recipe.trackers:
             accelerator.init_trackers("timm_lowrank", config={k: str(v) for k, v in recipe.to_dict().items()})

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from ..data.batches import TestBatches
 from ..errors import DivergedError
+from .checkpoints import EpochPosition
 from .recipe import learning_rate, penalty_weight
-from .state import EpochPosition, TrainingState
+from .state import TrainingState
 
 REPORT_EVERY = 10  # optimizer steps between two looks at the losses: each one waits for the device
 
@@ -148,7 +149,7 @@ def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], Non
         due = recipe.save_every_steps and (step + 1) % recipe.save_every_steps == 0
         if due and accelerator.sync_gradients and not last:  # after the last step comes the checkpoint of the epoch
             stopped = time.perf_counter()
-            sums = gather_object([means.state_dict()])
+            sums = tuple(gather_object([means.state_dict()]))
             state.progress.inside = EpochPosition(step + 1, stopped - began, sums)
             save(epoch, step + 1)
             began += time.perf_counter() - stopped

@@ -6,22 +6,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..errors import RecipeError, RunError
-from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, read_json, write_whole
+from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, exclusive, read_json, sync, write_whole
 from ..records import decode
+from .checkpoints import check_random_states, damage, listed, name_of, remove_leftovers, seal
 from .recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -296,27 +300,46 @@ class RunFolder(RunPaths):
     def __init__(self, folder: str | Path, recipe: Recipe, resume: bool = False) -> None:
         super().__init__(folder)
         self.recipe = recipe
+        self._resume = resume
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"the output {self.folder} is a file: choose a folder with --output")
+        self._check()
+
+    def _check(self) -> None:
+        """That the folder may be used. Hidden files, such as .DS_Store, are nobody's run."""
         with disk_errors(f"cannot read the output folder {self.folder}"):
-            held = sorted(entry.name for entry in self.folder.iterdir()) if self.folder.exists() else []
+            entries = self.folder.iterdir() if self.folder.exists() else ()
+            held = sorted(entry.name for entry in entries if not entry.name.startswith("."))
         if not held:
             return
-        if not resume:
+        if not self._resume:
             raise RunError(
                 f"the output folder {self.folder} exists and is not empty: continue that run with --resume auto, "
                 "choose another folder with --output, or delete it"
             )
-        if RUN_CONFIG not in held:
+        own = {RUN_CONFIG, self.checkpoint_folder.name}
+        if RUN_CONFIG not in held and not (own.issuperset(held) and self._nothing_done()):
             raise RunError(
                 f"{self.folder} holds no {RUN_CONFIG}, so it is not a run that could be resumed: choose another folder"
             )
-        self._check_same_recipe()
+        if not self._nothing_done():
+            self._check_same_recipe()
+
+    def _nothing_done(self) -> bool:
+        """Whether a run was killed before anything was worth keeping, its recipe included."""
+        results = (self.metrics_csv, self.summary_json, self.twin)
+        return not listed(self.checkpoint_folder) and not any(path.exists() for path in results)
 
     def _check_same_recipe(self) -> None:
         """Compares with config.yaml, all but the keys in FREE."""
-        # A run that is older than a key was made with its default.
-        before, now = Recipe.from_dict(read_recipe(self.config)).to_dict(), self.recipe.to_dict()
+        try:
+            # A run that is older than a key was made with its default.
+            before, now = Recipe.from_dict(read_recipe(self.config)).to_dict(), self.recipe.to_dict()
+        except RecipeError as error:
+            raise RunError(
+                f"{self.folder} cannot be resumed, since its recipe cannot be read: {error}. Put the recipe that it "
+                f"was started with at {self.config}, or choose another folder with --output"
+            ) from error
         keys = [key for key in now if key not in FREE and before[key] != now[key]]
         if keys:
             changes = "; ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in keys)
@@ -325,32 +348,53 @@ class RunFolder(RunPaths):
                 f"(--config {self.config}), or choose another folder with --output."
             )
 
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """`create`, and until the block ends no other process may train into the folder.
+
+        Raises:
+            RunError: one does.
+        """
+        with disk_errors(f"cannot write to the output folder {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            locked = contextlib.ExitStack()
+            locked.enter_context(exclusive(self.folder, RunError(
+                f"another process is training into {self.folder}: wait for it, stop it, or choose another folder with "
+                "--output"
+            )))  # fmt: skip
+        with locked:
+            self._check()  # a run may have begun there in the meantime
+            self.create()
+            self._resume = True  # what lies there from here on is this run's
+            yield
+
     def create(self) -> None:
         """Makes the folder and writes config.yaml; removes what a killed process left half written."""
         with disk_errors(f"cannot write to the output folder {self.folder}"):
-            self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.checkpoint_folder.glob(".*"):
-                shutil.rmtree(leftover)
-            if not self.config.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder, self.model):
+                for leftover in folder.glob(".writing-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            if self._nothing_done() or not self.config.exists():
                 write_whole(self.config, yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
+            self.checkpoint_folder.mkdir(exist_ok=True)
+            remove_leftovers(self.checkpoint_folder)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(epochs completed, folder) of every complete checkpoint, oldest first."""
-        # epoch_0003 < epoch_0003_step_00000500 < epoch_0004; more than 9,999 epochs still come in order.
-        complete = [(int(path.name.split("_")[1]), path) for path in self.checkpoint_folder.glob("epoch_*")]
-        return sorted(complete, key=lambda one: (one[0], one[1].name))
+        """(epochs completed, folder) of every checkpoint, oldest first."""
+        return listed(self.checkpoint_folder)
 
     def save(self, accelerator: Accelerator, epoch: int, step: int = 0) -> None:
         """Writes a checkpoint of all processes after `epoch` epochs and `step` steps, then removes the oldest ones.
 
-        The name appears with one rename once everything is written: a checkpoint with that name is complete.
+        It holds metrics.csv as it is then. The name appears with one rename once everything is on the disk.
 
         Raises:
             RunError: if the disk is full or not writable; the older checkpoints are then untouched.
         """
-        final = self.checkpoint_folder / (f"epoch_{epoch:04d}" + (f"_step_{step:08d}" if step else ""))
+        final = self.checkpoint_folder / name_of(epoch, step)
         partial = final.with_name(f".{final.name}.partial")
         when = f"epoch {epoch}, step {step}" if step else f"epoch {epoch}"
         what = f"could not write the checkpoint of {when} to {self.checkpoint_folder}"
@@ -359,52 +403,91 @@ class RunFolder(RunPaths):
                 accelerator.save_state(str(partial))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
+                    if self.metrics_csv.exists():
+                        shutil.copyfile(self.metrics_csv, partial / self.metrics_csv.name)
+                    seal(partial)
                     os.replace(partial, final)
+                    sync(self.checkpoint_folder)
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
         if accelerator.is_main_process:
-            self._remove_old()
+            for _, path in self.checkpoints()[: -self.recipe.keep_checkpoints]:
+                self._remove(path)
         accelerator.wait_for_everyone()
 
     def _kept(self) -> str:
         complete = self.checkpoints()
         return f"the checkpoint of epoch {complete[-1][0]} is untouched" if complete else "there is no older checkpoint"
 
-    def _remove_old(self) -> None:
-        for _, path in self.checkpoints()[: -self.recipe.keep_checkpoints]:
-            # Out of sight first: a kill between two deletions must not leave half of one under its name.
-            hidden = path.with_name(f".{path.name}.old")
-            os.replace(path, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+    def _remove(self, checkpoint: Path) -> None:
+        # Out of sight first: a kill between two deletions must not leave half of one under its name.
+        hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+        os.replace(checkpoint, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
     def load_newest(self, accelerator: Accelerator) -> int:
-        """Loads the newest complete checkpoint into what `accelerator` prepared; epochs completed, 0 without one."""
-        complete = self.checkpoints()
-        if not complete:
-            return 0
-        epoch, path = complete[-1]
+        """Takes what `accelerator` prepared, and metrics.csv, to the newest checkpoint that is whole.
+
+        Newer ones, which are damaged, are removed, with a line that says why.
+
+        Returns:
+            The epochs completed; 0 without a checkpoint.
+
+        Raises:
+            RunError: there are checkpoints, but none of them is whole; the newest whole one is of other data or does
+                not fit.
+        """
+        damaged: list[tuple[Path, str]] = []
+        chosen: list[Any] = [None]
+        if accelerator.is_main_process:
+            for epoch, path in reversed(self.checkpoints()):
+                if (wrong := damage(path)) is None:
+                    chosen[0] = (epoch, path)
+                    break
+                damaged.append((path, wrong))
+            if damaged and chosen[0] is None:
+                reasons = "; ".join(f"{path.name}: {wrong}" for path, wrong in damaged)
+                chosen[0] = RunError(
+                    f"none of the checkpoints in {self.checkpoint_folder} can be resumed from ({reasons}): delete that "
+                    "folder and resume, which begins anew, or choose another one with --output"
+                )
+        broadcast_object_list(chosen)
+        if isinstance(chosen[0], RunError):
+            raise chosen[0]
+        newest: tuple[int, Path] | None = chosen[0]
+        if newest is not None:
+            self._load(accelerator, newest[1])
+        if accelerator.is_main_process:
+            for broken, wrong in damaged:
+                print(f"{broken} is left out and removed: {wrong}", flush=True)
+                self._remove(broken)
+            self._restore_metrics(None if newest is None else newest[1])
+        return 0 if newest is None else newest[0]
+
+    @staticmethod
+    def _load(accelerator: Accelerator, checkpoint: Path) -> None:
         try:
-            accelerator.load_state(str(path))
+            check_random_states(checkpoint, accelerator.process_index)
+            accelerator.load_state(str(checkpoint))
         except RunError:
             raise
-        except (OSError, RuntimeError, SafetensorError, KeyError) as error:
+        except (OSError, RuntimeError, SafetensorError, LookupError, TypeError, ValueError, UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
             raise RunError(
-                f"the checkpoint {path} cannot be loaded ({error}): delete it to resume from an older one"
+                f"the checkpoint {checkpoint} cannot be loaded ({reason}): delete it to resume from an older one"
             ) from error
-        return epoch
+
+    def _restore_metrics(self, checkpoint: Path | None) -> None:
+        """metrics.csv as it was at a checkpoint, or at the beginning."""
+        saved = None if checkpoint is None else checkpoint / self.metrics_csv.name
+        with disk_errors(f"cannot rewrite {self.metrics_csv}"):
+            if saved is not None and saved.exists():
+                write_whole(self.metrics_csv, saved.read_bytes())
+            else:
+                self.metrics_csv.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------------------------------------------- metrics
-
-    def keep_metrics(self, epochs: int) -> None:
-        """Drops the rows of metrics.csv after `epochs` epochs, and a last one that was cut off."""
-        path = self.metrics_csv
-        if not path.exists():
-            return
-        with disk_errors(f"cannot rewrite {path}"):
-            header, *rows = path.read_text().splitlines(keepends=True) or [""]
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
-            write_whole(path, "".join([header, *kept] if header.endswith("\n") and kept else []))
 
     def append_metrics(self, metrics: EpochMetrics) -> None:
         """Adds one epoch to metrics.csv, numbers with six digits; the first row names the columns."""

@@ -27,48 +27,11 @@ from ..comparators import Comparator, Start
 from ..core.model import LowRankModel
 from ..data import Data
 from ..data.batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
-from ..data.stream import FINGERPRINT
 from ..errors import CheckpointError, DataError, RecipeError, RunError
 from ..layers import create_backbone
 from ..wrapping import wrap
+from .checkpoints import OwnState, Progress
 from .recipe import Recipe, require_trackers
-
-
-@dataclasses.dataclass
-class EpochPosition:
-    """How far a run is in an epoch; all zero at its beginning."""
-
-    step: int = 0  # optimizer steps taken
-    seconds: float = 0.0
-    sums: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # `Means.state_dict()` of each process
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint."""
-
-    fingerprint: str  # of the data, so that a run is not resumed on other images
-    epoch: int = 0  # epochs completed
-    step: int = 0  # optimizer steps taken
-    seconds: float = 0.0  # spent training, evaluation not counted
-    best_train_accuracy: float = 0.0
-    inside: EpochPosition = dataclasses.field(default_factory=EpochPosition)  # the epoch that is being trained
-
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.fingerprint:
-            was, now = (held.startswith(FINGERPRINT) for held in (state["fingerprint"], self.fingerprint))
-            raise RunError(
-                "the data is not what this run was started with (its fingerprint differs): "
-                + (
-                    "give the same data, or start a new run in another folder"
-                    if was == now
-                    else f"that {'was' if was else 'was not'} streamed, so set streaming={str(was).lower()}"
-                )
-            )
-        vars(self).update({**state, "inside": EpochPosition(**state.get("inside", {}))})
 
 
 @dataclasses.dataclass
@@ -120,12 +83,11 @@ def build(recipe: Recipe, data: Data, output: Path) -> TrainingState:
         lowrank = lowrank.to(memory_format=torch.channels_last)
     optimizer = _optimizer(recipe, lowrank.backbone)
     progress = Progress(data.fingerprint)
-    accelerator.register_for_checkpointing(progress)
     ema = None
     if recipe.ema_decay is not None:
         # Of the backbone alone: an average of matrices of rank r is not of rank r.
         ema = ModelEmaV3(lowrank.backbone, decay=recipe.ema_decay, use_warmup=True)
-        accelerator.register_for_checkpointing(ema)
+    OwnState(progress, ema).travel_with(accelerator)
     network, prepared = accelerator.prepare(lowrank, optimizer)
     if recipe.compile:
         network.compile()
