@@ -81,6 +81,7 @@ class Recipe:
     epochs: int = _key("passes over the training images")
     pretrain_epochs: int = _key("epochs of plain training before the branches are switched on (paper: 50 of 350)", 0)
     ramp_epochs: int = _key("epochs after that over which the weight of the penalty grows from zero to one", 0)
+    cooldown_epochs: int = _key("epochs at the end over which the weight of the penalty falls to zero", 0)
     batch_size: int = _key("images of one optimizer step, over all processes and accumulated parts together", 128)
     eval_batch_size: int = _key("images of one forward in evaluation", 500)
     optimizer: str = _key(
@@ -317,10 +318,12 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
 
 
 def penalty_weight(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
-    """The factor of the penalty: 0 while the branches are off, then growing to 1 over `ramp_epochs`."""
+    """The factor of the penalty: 0 while the branches are off, then growing to 1 over `ramp_epochs`, and falling in the
+    end over `cooldown_epochs`."""
     if not recipe.lowrank_enabled or epoch < recipe.pretrain_epochs:
         return 0.0
-    return _grown(epoch - recipe.pretrain_epochs + (step + 1) / steps, recipe.ramp_epochs)
+    risen = _grown(epoch - recipe.pretrain_epochs + (step + 1) / steps, recipe.ramp_epochs)
+    return min(risen, _grown(recipe.epochs - epoch - step / steps, recipe.cooldown_epochs))
 
 
 def _grown(epochs: float, over: int) -> float:
@@ -339,7 +342,7 @@ POSITIVE = (
     "epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "save_every", "keep_checkpoints",
     "learning_rate", "gamma", "clip_norm", "spectrum_images", "image_size", "shuffle_buffer", "save_every_steps",
 )  # fmt: skip
-NOT_NEGATIVE = ("pretrain_epochs", "ramp_epochs", "warmup_epochs", "momentum", "weight_decay", "seed", "workers")
+NOT_NEGATIVE = ("pretrain_epochs", "ramp_epochs", "cooldown_epochs", "warmup_epochs", "momentum", "weight_decay", "seed", "workers")
 
 # accelerate's trackers. Each is the name of its importable package, too.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
