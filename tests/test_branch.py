@@ -678,14 +678,22 @@ def collapse(images, labels, seed=0, epochs=9, **values):
 
 
 @pytest.mark.parametrize(("step_rule", "step_size", "weight"), [("fixed", 0.001, 1.0), ("normalized", 0.5, 5.0)])
-def test_the_printed_loss_kills_a_layer_and_says_so(digits, step_rule, step_size, weight):
-    before, after, error = collapse(
-        *digits, scale="paper", step_rule=step_rule, step_size=step_size, reconstruction_weight=weight
-    )
+def test_the_printed_l_c_alone_kills_a_layer_at_weight_1_and_says_so(digits, step_rule, step_size, weight):
+    steps = {"step_rule": step_rule, "step_size": step_size}
+    before, after, error = collapse(*digits, scale="paper", reconstruction_weight=weight, norm_weight=0.0, **steps)
     assert before > 0.85
     assert after < 0.2
     assert "layer '1' collapsed" in str(error)
-    assert "Lower reconstruction_weight" in str(error)
+    assert "Lower strength, reconstruction_weight" in str(error)
+
+
+@pytest.mark.parametrize("weights", [{"reconstruction_weight": 1.0}, {"strength": 1.0}])
+def test_with_both_its_terms_the_printed_loss_trains(digits, weights):
+    """L_n has the weight of L_c: at 1 the layer lives, though it costs accuracy; at the default it costs none."""
+    settings = {"reconstruction_weight": None, **weights}
+    before, after, error = collapse(*digits, scale="paper", **settings)
+    assert error is None
+    assert after > before - (0.1 if "reconstruction_weight" in weights else 0.03)
 
 
 @pytest.mark.parametrize("weight", [1.0, 5.0])

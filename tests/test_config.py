@@ -17,6 +17,7 @@ WRONG = {
     "projection": ["svd"],
     "storage": ["sparse"],
     "reconstruction_weight": [-1.0, float("nan"), float("inf"), "1", True],
+    "strength": ["weak", -1, float("nan"), None],
     "norm_weight": [-0.1, float("nan")],
     "head_weight": [-0.1, float("inf"), "a"],
     "head_sizes": [(), (0,), (2.5,), 5, "5"],
@@ -108,8 +109,30 @@ def test_options_of_one_branch():
     assert [own.head_weight for own in each] == [0.25, 0.25, 1]
     assert config.for_branch("b").branches == {"b": 3}
     assert config.for_branch("b").seed == 9
-    defaults = {layer: LowRankConfig().for_branch(layer).reconstruction_weight for layer in ("layer3", "pre_logits")}
-    assert defaults == {"layer3": 5.0, "pre_logits": 0.3}
+
+
+def test_strength_gives_the_weights_that_nobody_set():
+    def weights(layer="layer3", **values):
+        return dataclasses.astuple(LowRankConfig(**values).weights(layer))
+
+    assert weights() == weights(strength=1) == weights(strength="standard")
+    assert weights(strength=3) == tuple(3 * weight for weight in weights())
+    assert weights(strength=0) == (0, 0, 0)
+    light, standard, strong = (weights(strength=name) for name in ("light", "standard", "strong"))
+    assert (light[0], light[2]) < (standard[0], standard[2]) < (strong[0], strong[2])
+    assert light[2] > 0
+    assert weights("pre_logits")[0] < weights()[0]
+    assert weights("pre_logits")[2] == 0
+    assert weights(strength="strong", reconstruction_weight=7, head_weight=0) == (7, 0, 0)
+    own = {"layer3": {"rank": 4, "reconstruction_weight": 2, "norm_weight": 1, "head_weight": 3}}
+    assert weights(branches=own, strength=9) == (2, 1, 3)
+    # The printed loss has both terms and nothing that is not the paper's.
+    reconstruction, norm, head = weights(scale="paper")
+    assert reconstruction == norm > 0
+    assert weights(scale="paper", strength=9) == (reconstruction, norm, head)
+    assert head == 0
+    assert weights(scale="paper", reconstruction_weight=0.5) == (0.5, 0.5, 0)
+    assert weights(scale="paper", reconstruction_weight=0.5, norm_weight=0) == (0.5, 0, 0)
 
 
 def test_nearest_names():

@@ -19,7 +19,7 @@ import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, LowRankWarning, attach
 from timm_lowrank.core.model import STEPS_BEFORE_WARNING
 
-PLAIN = {"project_every": 4, "warmup_updates": 0, "reconstruction_weight": 1.0, "scale": "unit"}
+PLAIN = {"project_every": 4, "warmup_updates": 0, "reconstruction_weight": 1.0, "head_weight": 0.0, "scale": "unit"}
 
 
 def config(branches=None, **values):

@@ -71,7 +71,7 @@ def wrap(
             f"the {type(backbone).__name__} does not take an image of {tuple(images.shape[1:])}, the size in its "
             f"pretrained_cfg ({problem}); pass example_input=images, one batch as the network takes it"
         ) from problem
-    heads = any(config.for_branch(tap.layer).head_weight for tap in taps)
+    heads = any(config.weights(tap.layer).head for tap in taps)
     classes = class_count(backbone, images) if heads else None
     wrapped = LowRankModel(backbone, config, taps, widths, ranks, classes)
     return wrapped.train(backbone.training)

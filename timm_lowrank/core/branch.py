@@ -73,7 +73,8 @@ class LowRankBranch(nn.Module):
         self.bias = torch.zeros(num_features, device=device, dtype=dtype)
         self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, self.bias.device, dtype)
         self.head: SubspaceHead | None = None
-        if config.head_weight and classes:
+        self.loss_weights = config.weights("")
+        if self.loss_weights.head and classes:
             sizes = sorted({min(size, rank) for size in config.head_sizes})
             self.head = SubspaceHead(classes, sizes, self.bias.device, dtype)
         self.reference_norm = self.bias.new_zeros(())  # root mean square of ||a - mean|| at switch-on
@@ -126,29 +127,17 @@ class LowRankBranch(nn.Module):
                 self._buffer.add(activations.detach(), factors.detach(), images.products, alone=self.processes.alone)
             sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
-            total = self.reconstruction_weight * reconstruction
-            if self.config.norm_weight:  # else a NaN gradient of L_n would not be multiplied away
-                total = total + self.config.norm_weight * norm
+            total = self.loss_weights.reconstruction * reconstruction
+            if self.loss_weights.norm:  # else a NaN gradient of L_n would not be multiplied away
+                total = total + self.loss_weights.norm * norm
             losses = {"reconstruction": reconstruction.detach(), "norm": norm.detach()}
             if self.head is not None and labels is not None:
                 classified = self.head.loss(images.coordinates, labels, remember=remember)  # L_s
-                total = total + self.head_weight * classified
+                total = total + self.loss_weights.head * classified
                 losses["head"] = classified.detach()
             total = total * self._warmup_factor()
         self._losses = {**losses, "activation_norm": norms.detach().square().mean().sqrt()}
         return total
-
-    @property
-    def reconstruction_weight(self) -> float:
-        """lambda_1 of this branch."""
-        assert self.config.reconstruction_weight is not None  # see LowRankConfig.for_branch
-        return self.config.reconstruction_weight
-
-    @property
-    def head_weight(self) -> float:
-        """The weight of L_s in this branch."""
-        assert self.config.head_weight is not None  # see LowRankConfig.for_branch
-        return self.config.head_weight
 
     def _warmup_factor(self) -> float:
         """The share of its weight that the penalty has by now, see `LowRankConfig.warmup_updates`."""
@@ -240,7 +229,7 @@ class LowRankBranch(nn.Module):
             self._raise_if_collapsed()
         self._step_bias()  # first: its gradient is taken at the old W
         if self.config.step_rule == "fixed":
-            self.weight.step(self.config.step_size * self.reconstruction_weight, count)
+            self.weight.step(self.config.step_size * self.loss_weights.reconstruction, count)
         else:
             self.weight.step(self.config.step_size / self._largest_curvature(count), count)
         self.updates += 1
@@ -273,7 +262,7 @@ class LowRankBranch(nn.Module):
         mean = self._moments.mean()
         seen = (self._moments.count > 0).to(mean.dtype)
         if self.config.step_rule == "fixed":  # b <- b - lambda dL_c/db,  dL_c/db = 2 (W - I)^2 (mean + b)
-            gradient = 2 * self.reconstruction_weight * self.weight.residual(mean + self.bias)
+            gradient = 2 * self.loss_weights.reconstruction * self.weight.residual(mean + self.bias)
             self.bias = self.bias - seen * self.config.step_size * gradient
         else:  # minus the mean is the optimum of b for every W, and no offset of the layer can hide in it
             self.bias = self.bias - seen * self.config.bias_momentum * (mean + self.bias)
@@ -285,8 +274,8 @@ class LowRankBranch(nn.Module):
         squares = self._moments.variance() if count > 1 else self._moments.squares
         spread = float(squares.sqrt()) if count else math.nan
         advice = (
-            "Lower reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
-            "warmup_updates; the loss as printed (scale='paper') kills most wide layers."
+            "Lower strength, reconstruction_weight or the learning rate, switch the branch on later (model.enable) or "
+            "raise warmup_updates. The loss as printed (scale='paper') needs both terms, with weights of about 0.01."
         )
         if not spread < math.inf:
             raise CollapseError(

@@ -18,7 +18,28 @@ STORAGES = ("factored", "dense")
 PRESETS = ("1-LR", "2-LR")
 
 PRE_LOGITS = "pre_logits"  # as a layer name: the input of the classifier
-INSIDE_WEIGHT, CLASSIFIER_WEIGHT = 5.0, 0.3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of the losses of a branch."""
+
+    reconstruction: float  # lambda_1, of L_c
+    norm: float  # lambda_2, of L_n
+    head: float  # of L_s
+
+    def __mul__(self, factor: float) -> Weights:
+        return Weights(**{name: factor * weight for name, weight in vars(self).items()})
+
+
+# For each strength the weights of a layer inside the network and of the input of the classifier, where ten directions
+# tell all that the network knows and a head would add nothing. docs/objective.md has the runs.
+STRENGTHS = {
+    "light": (Weights(reconstruction=1.0, norm=0.0, head=0.3), Weights(reconstruction=0.05, norm=0.0, head=0.0)),
+    "standard": (Weights(reconstruction=1.0, norm=0.0, head=1.0), Weights(reconstruction=0.05, norm=0.0, head=0.0)),
+    "strong": (Weights(reconstruction=3.0, norm=0.0, head=1.0), Weights(reconstruction=0.1, norm=0.0, head=0.0)),
+}
+PRINTED = Weights(reconstruction=0.003, norm=0.003, head=0.0)  # of scale="paper", whatever the strength is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,22 +61,28 @@ class LowRankConfig:
         branches: where the branches sit. "1-LR" is the input of the classifier with target rank 100; "2-LR"
             adds the input of the last stage with target rank 500 (paper, Section 3). Or a mapping from layer
             name to target rank, or to a mapping with "rank" and, for that branch alone, "reconstruction_weight",
-            "norm_weight", "view" ("flatten", "token" or "pool": what counts as one sample; by default what suits the
-            layer's output, see `timm_lowrank.layers.natural_view`) or "channel_dim" (which dimension of the output
-            holds the channels, where that is not plain from its shape).
-        reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6). None is 5 for a layer inside the
-            network and 0.3 for the input of the classifier, where the same weight pulls much harder
-            (`docs/objective.md`).
-        norm_weight: lambda_2, the weight of L_n (Algorithm 2, line 7).
+            "norm_weight", "head_weight", "view" ("flatten", "token" or "pool": what counts as one sample; by default
+            what suits the layer's output, see `timm_lowrank.layers.natural_view`) or "channel_dim" (which dimension of
+            the output holds the channels, where that is not plain from its shape).
+        strength: how strongly the branches act on the network: "light", "standard", "strong", or a number by
+            which the weights of "standard" are multiplied. It gives the weights that are None below, and
+            `docs/objective.md` shows what each costs and brings. Those of `scale="paper"` do not depend on it.
+        reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6). By strength it is 1, 1 or 3 for a layer
+            inside the network and 0.05, 0.05 or 0.1 for the input of the classifier, where the same weight pulls much
+            harder; with `scale="paper"` 0.003.
+        norm_weight: lambda_2, the weight of L_n (Algorithm 2, line 7). By strength it is 0, but with `scale="paper"`
+            that of L_c.
         head_weight: the weight of L_s, the loss of a linear classifier that reads the layer through the leading
-            directions of its branch and is dropped with it (`head.py`). It needs labels: `model.penalty(labels)`. 0 is
-            the paper's loss.
+            directions of its branch and is dropped with it (`head.py`). It needs labels: `model.penalty(labels)`. By
+            strength it is 0.3, 1 or 1 for a layer inside the network and 0 for the input of the classifier. 0 is the
+            paper's loss, and what `scale="paper"` has.
         head_sizes: on how many leading directions that classifier is fitted, all at once; sizes above the target rank
             become it.
         scale: how the rows that L_c sees are scaled; `scaling.py` explains each.
             "reference": divided by the root mean square norm at the time the branch was switched on. "unit":
             every centred activation vector divided by its own norm, so that L_c is the share of a sample's energy
-            outside the subspace. "batch": divided by the root mean square norm of the batch. "paper": as printed.
+            outside the subspace. "batch": divided by the root mean square norm of the batch. "paper": as printed, with
+            both terms.
         step_size: lambda of the Update Step (Algorithm 2, line 12). With `step_rule="normalized"` it is in
             units of the largest step that is stable for the current batch, whatever the norm of its
             activations, and must lie in (0, 1].
@@ -82,8 +109,9 @@ class LowRankConfig:
     """
 
     branches: str | Mapping[str, int | Mapping[str, Any]] = "1-LR"
+    strength: str | float = "standard"
     reconstruction_weight: float | None = None
-    norm_weight: float = 0.0
+    norm_weight: float | None = None
     head_weight: float | None = None
     head_sizes: tuple[int, ...] = (5, 10, 20)
     scale: str = "reference"
@@ -111,7 +139,11 @@ class LowRankConfig:
         top = 1.0 if self.step_rule == "normalized" else math.inf
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             "reconstruction_weight": (lambda v: v is None or _is_weight(v), "must be a finite number >= 0"),
-            "norm_weight": (_is_weight, "must be a finite number >= 0"),
+            "strength": (
+                lambda v: v in STRENGTHS if isinstance(v, str) else _is_weight(v),
+                f"must be one of {', '.join(STRENGTHS)}, or a finite number >= 0",
+            ),
+            "norm_weight": (lambda v: v is None or _is_weight(v), "must be a finite number >= 0"),
             "head_weight": (lambda v: v is None or _is_weight(v), "must be a finite number >= 0"),
             "head_sizes": (
                 lambda v: isinstance(v, tuple) and len(v) > 0 and all(map(_is_count, v)),
@@ -175,23 +207,36 @@ class LowRankConfig:
         return BranchOptions(**{k: v for k, v in spec.items() if k != "rank"} if isinstance(spec, Mapping) else {})
 
     def for_branch(self, layer: str) -> LowRankConfig:
-        """This configuration for one branch: its own options in force, and a reconstruction weight in any case."""
-        options = self.options(layer)
-        weight, norm_weight, head = options.reconstruction_weight, options.norm_weight, options.head_weight
-        if weight is None:
-            weight = self.reconstruction_weight
-        if weight is None:
-            weight = CLASSIFIER_WEIGHT if layer == PRE_LOGITS else INSIDE_WEIGHT
-        if head is None:
-            head = self.head_weight
-        if head is None:
-            head = 0.0
+        """This configuration for one branch: its own options in force, and no weight left to the strength."""
+        options, weights = self.options(layer), self.weights(layer)
         return dataclasses.replace(
             self,
             branches=self.branches if options == BranchOptions() else {layer: self.ranks()[layer]},
-            reconstruction_weight=weight,
-            norm_weight=self.norm_weight if norm_weight is None else norm_weight,
-            head_weight=head,
+            reconstruction_weight=weights.reconstruction,
+            norm_weight=weights.norm,
+            head_weight=weights.head,
+        )
+
+    def weights(self, layer: str) -> Weights:
+        """The weights of a branch: its own, else those of all branches, else those of the strength."""
+        own, number = self.options(layer), 0 if layer != PRE_LOGITS else 1
+        if self.scale == "paper":
+            by_strength = PRINTED
+        elif isinstance(self.strength, str):
+            by_strength = STRENGTHS[self.strength][number]
+        else:
+            by_strength = STRENGTHS["standard"][number] * self.strength
+
+        def first(*values: float | None) -> float:
+            return next(value for value in values if value is not None)
+
+        reconstruction = first(own.reconstruction_weight, self.reconstruction_weight, by_strength.reconstruction)
+        return Weights(
+            reconstruction=reconstruction,
+            norm=first(
+                own.norm_weight, self.norm_weight, reconstruction if self.scale == "paper" else by_strength.norm
+            ),
+            head=first(own.head_weight, self.head_weight, by_strength.head),
         )
 
     def to_dict(self) -> dict[str, Any]:

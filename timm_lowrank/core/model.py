@@ -146,7 +146,7 @@ class LowRankModel(nn.Module):
     @property
     def uses_labels(self) -> bool:
         """Whether a branch has a subspace head, which learns from labels."""
-        return any(branch.config.head_weight for branch in self.branches.values())
+        return any(branch.loss_weights.head for branch in self.branches.values())
 
     def _checked(self, tap: Tap, record: Recording) -> Tensor:
         value = record.activation(tap)

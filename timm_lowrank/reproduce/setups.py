@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..core.config import LowRankConfig
 from ..errors import EvaluationError, RecipeError, nearest
 from ..training import Recipe
 from ..training.recipe import read_recipe, recipe_names, recipe_path
@@ -56,19 +55,8 @@ def _plain(values: Values) -> Values:
     return _branches(values, values["lowrank"]["branches"], enabled=False)
 
 
-def _stronger(values: Values) -> Values:
-    """The named strength, or where the configuration has none four times the pull inside the network."""
-    branches = values["lowrank"]["branches"]
-    if any(field.name == "strength" for field in dataclasses.fields(LowRankConfig)):
-        return _branches(values, branches, strength="strong")
-    if not isinstance(branches, Mapping):
-        return _branches(values, branches, reconstruction_weight=20.0)
-    inside = {
-        layer: {**(one if isinstance(one, Mapping) else {"rank": one}), "reconstruction_weight": 20.0}
-        for layer, one in branches.items()
-        if layer != LAST
-    }
-    return _branches(values, {**branches, **inside})
+def _strong(values: Values) -> Values:
+    return _branches(values, values["lowrank"]["branches"], strength="strong")
 
 
 def _ranks(factor: float) -> Callable[[Values], Values]:
@@ -102,7 +90,7 @@ CONDITIONS = {
         Condition(PLAIN, _plain, "plain"),
         Condition("1-LR", lambda values: _branches(values, _last_alone(values)), "a branch before the classifier"),
         Condition("2-LR", lambda values: values, "another branch before the last stage"),
-        Condition("2-LR-strong", _stronger, "2-LR with a strong pull inside the network"),
+        Condition("2-LR-strong", _strong, "2-LR of strength strong"),
         *(
             Condition(f"2-LR-ranks-x{factor:g}", _ranks(factor), f"2-LR with {factor:g} times the target ranks")
             for factor in RANK_FACTORS

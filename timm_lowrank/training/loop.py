@@ -275,8 +275,8 @@ def _check_finite(state: TrainingState, means: Mapping[str, float], epoch: int) 
 def _advice(state: TrainingState) -> str:
     advice = f"Lower learning_rate (now {state.recipe.learning_rate:g}) or set clip_norm"
     if state.recipe.lowrank_enabled and state.progress.epoch >= state.recipe.pretrain_epochs:
-        weights = ", ".join(f"{b.reconstruction_weight:g}" for b in state.lowrank.branches.values())
-        advice += f", lower lowrank.reconstruction_weight (now {weights}), or let it grow with ramp_epochs"
+        weights = ", ".join(f"{b.loss_weights.reconstruction:g}" for b in state.lowrank.branches.values())
+        advice += f", lower lowrank.strength or lowrank.reconstruction_weight (now {weights}), or set ramp_epochs"
     return advice + "; then start a new run. The checkpoints of this one are kept."
 
 

@@ -342,7 +342,16 @@ POSITIVE = (
     "epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "save_every", "keep_checkpoints",
     "learning_rate", "gamma", "clip_norm", "spectrum_images", "image_size", "shuffle_buffer", "save_every_steps",
 )  # fmt: skip
-NOT_NEGATIVE = ("pretrain_epochs", "ramp_epochs", "cooldown_epochs", "warmup_epochs", "momentum", "weight_decay", "seed", "workers")
+NOT_NEGATIVE = (
+    "pretrain_epochs",
+    "ramp_epochs",
+    "cooldown_epochs",
+    "warmup_epochs",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "workers",
+)
 
 # accelerate's trackers. Each is the name of its importable package, too.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
