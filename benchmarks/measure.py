@@ -63,7 +63,7 @@ def sgd_step(
         with torch.autocast(kind, torch.bfloat16, enabled=half):
             loss = nn.functional.cross_entropy(forward(batch), labels[now])
         if isinstance(network, LowRankModel):
-            loss = loss + network.penalty()
+            loss = loss + network.penalty(labels[now])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

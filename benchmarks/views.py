@@ -53,7 +53,7 @@ def trained(view: str | None, seed: int, epochs: int, images: Tensor, labels: Te
         model.train().enable(view is not None and epoch >= PLAIN_EPOCHS)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000 * seed + epoch))
         for rows in order.split(BATCH)[:steps]:
-            loss = functional.cross_entropy(model(images[rows]), labels[rows]) + model.penalty()
+            loss = functional.cross_entropy(model(images[rows]), labels[rows]) + model.penalty(labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

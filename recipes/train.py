@@ -7,7 +7,7 @@ What is particular to low-rank training are three lines, the first in timm_lowra
 in timm_lowrank/training/loop.py, where they stand in a plain accelerate loop:
 
     model = timm_lowrank.wrap("resnet18", config, num_classes=10)
-    loss = criterion(model(images), labels) + model.penalty()
+    loss = criterion(model(images), labels) + model.penalty(labels)
     model.update()                                            # after optimizer.step()
 """
 

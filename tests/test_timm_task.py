@@ -68,7 +68,7 @@ def test_a_step_of_the_task_is_the_step_of_the_loop_in_the_readme(batches):
     task, model = make_task(), tlr.wrap(network(), CONFIG, example_input=ZEROS).train()
     optimizer, own = sgd(task), sgd(ClassificationTask(model.backbone, verbose=False))
     for images, labels in batches:
-        loss = nn.functional.cross_entropy(model(images), labels) + model.penalty()
+        loss = nn.functional.cross_entropy(model(images), labels) + model.penalty(labels)
         own.zero_grad()
         loss.backward()
         own.step()
