@@ -10,7 +10,11 @@ import torch
 import timm_lowrank as tlr
 from timm_lowrank.errors import EvaluationError
 from timm_lowrank.evaluation import PixelModel, classified_right, predictions
+from timm_lowrank.evaluation.attacks import fgsm
+from timm_lowrank.evaluation.maxmargin import HybridModel, MaxMarginClassifier
 from timm_lowrank.evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION, VARIANCE, pixel_noise
+from timm_lowrank.integrations.transformers_models import as_transformers
+from timm_lowrank.training.report import layer_spectra
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,34 @@ def test_predictions_are_those_of_eval_mode_in_any_batch(network):
         classified_right(model, images, labels[1:])
     with pytest.raises(EvaluationError, match=r"labels must lie in 0\.\.9"):
         classified_right(model, images, labels + 10)
+
+
+def looks_at(network, images):
+    """What reads a network and is not to change it."""
+    config = tlr.LowRankConfig(branches={"layer3": 2, "pre_logits": 2})
+    wrapped = tlr.wrap(network, config, example_input=images)
+    yield "wrap", lambda: tlr.wrap(network, config, example_input=images)
+    yield "PixelModel", lambda: PixelModel(network)
+    yield "predictions", lambda: predictions(PixelModel(network), images)
+    yield "attack", lambda: fgsm(PixelModel(network), images, torch.arange(4), eps=0.1)
+    yield "list_layers", lambda: tlr.list_layers(network)
+    yield "layer_spectra", lambda: layer_spectra(wrapped, [(images, None)], None)
+    classifier = MaxMarginClassifier(torch.zeros(8, 10).double(), torch.zeros(10).double(), None)
+    yield "HybridModel", lambda: HybridModel(PixelModel(network), "pre_logits", classifier, images)
+    yield "as_transformers", lambda: as_transformers(network)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_look_at_a_network_leaves_the_mode_of_each_module(network, training):
+    """A BatchNorm that is frozen stays so, and what is built around the network has the network's own mode."""
+    network = copy.deepcopy(network).train(training)
+    network.bn1.train(not training)
+    modes = {name: module.training for name, module in network.named_modules()}
+    for name, look in looks_at(network, torch.rand(4, 3, 32, 32)):
+        built = look()
+        assert {key: module.training for key, module in network.named_modules()} == modes, name
+        if isinstance(built, torch.nn.Module):
+            assert built.training is training, name
 
 
 def test_pixel_noise_hits_the_share_of_pixels_that_it_is_told_to():

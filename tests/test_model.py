@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from states import same
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
@@ -216,6 +217,66 @@ def test_switched_off_everything_is_free(wrapped, data):
     assert model.branches["body"].updates == 2
 
 
+# the wrapper as timm and torch see it
+
+
+def groups_of(model, names, **options):
+    """(weight decay, scale of the learning rate) of each parameter in an optimizer of timm."""
+    groups = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, **options).param_groups
+    return {names[id(p)]: (group["weight_decay"], group.get("lr_scale")) for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_decay": 0.7}])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_resnet", "test_convnext", "test_nfnet", "test_efficientnet", "tnt_s_patch16_224"]
+)
+def test_timm_groups_the_parameters_as_those_of_the_plain_network(name, options):
+    plain = timm.create_model(name, num_classes=10)
+    names = {id(p): key for key, p in plain.named_parameters()}
+    model = tlr.wrap(plain, LowRankConfig(branches={"pre_logits": 4}))
+    assert groups_of(model, names, **options) == groups_of(plain, names, **options)
+    for coarse in (False, True):
+        mine, theirs = (group_parameters(m, m.group_matcher(coarse=coarse), reverse=True) for m in (model, plain))
+        assert mine == {f"backbone.{key}": group for key, group in theirs.items()}
+
+
+def test_a_network_without_name_based_hooks_has_none_when_wrapped(wrapped):
+    assert not any(hasattr(wrapped(), hook) for hook in ("no_weight_decay", "group_matcher"))
+
+
+def test_what_is_written_through_the_wrapper_is_written_to_the_network(wrapped, data):
+    model = wrapped()
+    backbone = model.unwrap()
+    backbone.scale = nn.Parameter(torch.ones(()))
+    backbone.register_buffer("steps", torch.zeros(()))
+    backbone.num_classes, backbone.taps, backbone.enabled = 10, "the network's", "the network's"
+    model.classifier, model.num_classes = nn.Linear(32, 5), 5
+    model.scale, model.steps = nn.Parameter(torch.zeros(())), torch.ones(())
+    ((images, _),) = data(1)
+    assert backbone(images).shape == (16, 5) == model(images).shape
+    assert backbone.num_classes == 5
+    assert backbone.scale.item() == 0
+    assert backbone.steps.item() == 1
+    assert {key.split(".")[0] for key, _ in model.named_parameters()} == {"backbone"}
+    del model.scale
+    assert not hasattr(backbone, "scale")
+    model.note, model._note = 1, 2
+    assert not {"note", "_note"} & vars(backbone).keys(), "what the network does not have"
+    model.enable(False).taps = ()
+    assert (model.enabled, model.taps) == (False, ()), "the wrapper's own"
+    assert backbone.taps == backbone.enabled == "the network's"
+
+
+def test_a_network_with_the_names_of_the_wrapper(small_net, digits):
+    net = small_net()
+    net.branches, net.classes, net.lowrank_config = nn.Identity(), "classes", "configuration"
+    model = tlr.wrap(net, config({"body": 3}), example_input=digits[0][:2])
+    assert list(model.branches) == ["body"]
+    assert isinstance(model.lowrank_config, LowRankConfig)
+    assert isinstance(net.branches, nn.Identity)
+    assert (net.classes, net.lowrank_config) == ("classes", "configuration")
+
+
 # errors of penalty and update
 
 
@@ -328,6 +389,7 @@ def test_deepcopy_and_pickle_with_a_graph_that_waits(data):
     train(model, optimizer, [(images, labels)] * 3)
     model(images)  # activations with a graph are held now
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    model.penalty()
     for twin in copies:
         assert same(state_of(twin), state_of(model))
         assert torch.equal(twin(images), model(images))
@@ -633,6 +695,36 @@ def test_right_loops_and_forwards_that_are_no_training_hear_nothing(wrapped):
     assert warned(loop, model, 3) == []
     assert warned(model.eval) == [], "a few forwards before an evaluation are no training"
     assert len(warned(loop, model.train(), STEPS_BEFORE_WARNING - 3)) == 1
+
+
+def test_one_penalty_for_several_forwards(wrapped, data):
+    """The last one counts, and that is said once."""
+    model = wrapped()
+    (first, _), (second, _) = data(2)
+    model(first)
+    model(second)
+    (message,) = warned(model.penalty)
+    assert "2 training forwards before one penalty(): only the last one's activations count" in message
+    model(first)
+    model(second)
+    assert warned(model.penalty) == []
+    alone = wrapped()
+    for each in (first, second):  # as the message says
+        alone(each)
+        assert warned(alone.penalty) == []
+
+
+def test_forwards_without_gradients_are_no_training(wrapped, data):
+    model, twin = wrapped(), wrapped()
+    (images, _), (others, _) = data(2)
+    with torch.no_grad():
+        assert warned(loop, model, 2 * STEPS_BEFORE_WARNING) == [], "as torch.optim.swa_utils.update_bn does"
+        assert warned(model.eval) == []
+    model.train()(images)
+    with torch.no_grad():
+        model(others)
+    twin(images)
+    assert torch.equal(model.penalty(), twin.penalty()), "of the forward that learns"
 
 
 @pytest.mark.parametrize("used", [True, False])

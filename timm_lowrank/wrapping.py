@@ -73,8 +73,7 @@ def wrap(
         ) from problem
     heads = any(config.weights(tap.layer).head for tap in taps)
     classes = class_count(backbone, images) if heads else None
-    wrapped = LowRankModel(backbone, config, taps, widths, ranks, classes)
-    return wrapped.train(backbone.training)
+    return LowRankModel(backbone, config, taps, widths, ranks, classes)
 
 
 def find_taps(

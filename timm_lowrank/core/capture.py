@@ -46,6 +46,8 @@ class Recording:
     values: dict[str, object] = dataclasses.field(default_factory=dict)
     versions: dict[str, int] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    learns: bool = True  # whether gradients were on
+    forwards: int = 1  # this one and those before it whose recordings it replaced
 
     def store(self, layer: str, value: object) -> None:
         self.values[layer] = value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,11 @@ class LowRankModel(nn.Module):
 
     A training forward records the regularized activations; `penalty` turns them into the branches' loss and
     `update` moves W and b after the optimizer's step. In eval mode, or switched off, the wrapper only calls the
-    backbone. Attributes that it does not have are looked up on the backbone. State dict: the backbone's under
-    "backbone.", unchanged, and the branches' under "branches.".
+    backbone. Attributes that it does not have are read from, written to and deleted on the backbone; what timm's
+    `no_weight_decay` and `group_matcher` say of parameters by name, they say by the names that these have here. State
+    dict: the backbone's under "backbone.", unchanged, and the branches' under "branches.".
+
+    Takes the backbone's own mode, train or eval, and leaves that of each of its modules alone.
 
     Built by `timm_lowrank.wrap`, which finds taps and widths.
 
@@ -66,8 +70,13 @@ class LowRankModel(nn.Module):
         classes: how many the labels tell apart, for subspace heads; None where the network does not say.
     """
 
+    # Its own, whatever names the backbone has.
     backbone: nn.Module
     branches: BranchDict
+    lowrank_config: LowRankConfig
+    taps: tuple[Tap, ...]
+    classes: int | None
+    enabled: bool
 
     def __init__(
         self,
@@ -94,6 +103,8 @@ class LowRankModel(nn.Module):
             branch = LowRankBranch(widths[tap.layer], ranks[tap.layer], own, device, classes=classes)
             branch.name, branch.view = tap.layer, tap.view
             self.branches[tap.layer] = branch
+        self.training = backbone.training  # not train(): that would undo a frozen BatchNorm's eval mode
+        self.branches.train(backbone.training)
         self.register_state_dict_post_hook(pack_where_sharded)
         self.register_state_dict_post_hook(_leave_out_where_averaged)
 
@@ -108,10 +119,18 @@ class LowRankModel(nn.Module):
         return output
 
     def take(self, record: Recording) -> None:
-        """What the next `penalty` is of: for a loop that records the forward of a larger model around the backbone."""
-        self._recording = record
-        if not torch.compiler.is_compiling():  # a count would be compiled in, and compiled anew whenever it changes
+        """What the next `penalty` is of: for a loop that records the forward of a larger model around the backbone.
+
+        A forward without gradients trains nothing: it takes the place of no other that waits for its penalty.
+        """
+        record.learns = torch.is_grad_enabled()
+        if not record.learns and self._recording is not None and self._recording.learns:
+            return
+        # A count would be compiled in, and compiled anew whenever it changes.
+        if record.learns and not torch.compiler.is_compiling():
+            record.forwards += 0 if self._recording is None else self._recording.forwards
             self._usage.count_forward()
+        self._recording = record
 
     def penalty(
         self,
@@ -119,7 +138,8 @@ class LowRankModel(nn.Module):
     ) -> Tensor:
         """The summed penalty of all branches for the last training forward, a scalar with a graph (Alg. 2, line 8).
 
-        Can be had once per forward, so that no batch counts twice. Zero while the branches are switched off.
+        Can be had once per forward, so that no batch counts twice. Of several forwards the last one counts: where each
+        is trained on, add `penalty()` behind each. Zero while the branches are switched off.
 
         Args:
             labels: of that batch. Subspace heads need them, and are left out, with a warning, where there are none.
@@ -137,7 +157,7 @@ class LowRankModel(nn.Module):
                 "it was called without one, or twice for the same one"
             )
         record, self._recording = self._recording, None
-        self._usage.count_penalty()
+        self._usage.count_penalty(record.forwards)
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
         if self.uses_labels:
             self._usage.count_labels(given=labels is not None)
@@ -186,7 +206,9 @@ class LowRankModel(nn.Module):
     def train(self, mode: bool = True) -> LowRankModel:
         """As of any module."""
         if not mode and self.training:
-            self._usage.pause(unused=self._recording is not None)
+            self._usage.pause(unused=self._recording is not None and self._recording.learns)
+            if self._recording is not None:
+                self._recording.forwards = 0  # what was before an evaluation may have been a trial
         return super().train(mode)
 
     def train_within(self, group: torch.distributed.ProcessGroup) -> LowRankModel:
@@ -224,7 +246,30 @@ class LowRankModel(nn.Module):
         except AttributeError:
             if name == "backbone":  # not built yet, or being unpickled: looking further would never end
                 raise
-            return getattr(self.backbone, name)
+            value = getattr(self.backbone, name)
+            return _RENAMED[name](value) if name in _RENAMED else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_of_backbone(name):
+            setattr(self.backbone, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_of_backbone(name):
+            delattr(self.backbone, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_of_backbone(self, name: str) -> bool:
+        """Whether reading the attribute means the backbone's. What starts with an underscore is never written there
+        unless it is a module or tensor: libraries keep notes about the module that they were given in such names."""
+        backbone = self.__dict__.get("_modules", {}).get("backbone")
+        own = name in self.__dict__ or name in LowRankModel.__annotations__ or hasattr(type(self), name)
+        if backbone is None or own:
+            return False
+        registered = any(name in held for held in (backbone._modules, backbone._parameters, backbone._buffers))
+        return registered or (not name.startswith("_") and hasattr(backbone, name))
 
     def __getstate__(self) -> dict[str, Any]:
         # Graph tensors can neither be copied nor pickled, and no optimizer steps on a copy.
@@ -248,6 +293,37 @@ def _leave_out_where_averaged(model: nn.Module, state_dict: dict[str, Any], pref
             del state_dict[key]
 
 
+def _renamed_names(hook: Callable[[], Iterable[str]]) -> Callable[[], set[str]]:
+    """A network's `no_weight_decay` with the names, or patterns of them, that its parameters have in the wrapper."""
+    return lambda: {_PREFIX + name for name in hook()}
+
+
+def _renamed_matcher(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A network's `group_matcher` for the names that its parameters have in the wrapper."""
+
+    def group_matcher(coarse: bool = False) -> Any:
+        groups = hook(coarse=coarse)
+        if callable(groups):
+            return lambda name: groups(name.removeprefix(_PREFIX))
+        return {group: _renamed_patterns(patterns) for group, patterns in groups.items()}
+
+    return group_matcher
+
+
+def _renamed_patterns(patterns: Any) -> Any:
+    """None, a regular expression that names are matched with from their start, or pairs of one and a suffix."""
+    if isinstance(patterns, list | tuple):
+        return [(_renamed_patterns(pattern), *suffix) for pattern, *suffix in patterns]
+    if patterns is None:
+        return None
+    unanchored = re.sub(r"(?<![\\\[])\^", "", patterns)  # the start is that of the whole name, and matched in any case
+    return f"{re.escape(_PREFIX)}(?:{unanchored})"
+
+
+_PREFIX = "backbone."
+_RENAMED: dict[str, Callable[[Any], Any]] = {"no_weight_decay": _renamed_names, "group_matcher": _renamed_matcher}
+
+
 class UsageCheck:
     """Warns, once and loudly, of a training loop that forgot half of the branch.
 
@@ -257,6 +333,7 @@ class UsageCheck:
     def __init__(self) -> None:
         self.forwards = 0  # in training; those of a compiled network are not seen
         self.penalties = 0
+        self.forwards_missed = False  # one penalty followed several forwards
         self.labels_missed = False  # penalty() was called without labels where a head needs them
         self.done = False  # the loop was found to be right, or was warned
 
@@ -275,8 +352,18 @@ class UsageCheck:
                 stacklevel=4,
             )
 
-    def count_penalty(self) -> None:
+    def count_penalty(self, forwards: int) -> None:
+        """A penalty after so many training forwards since the last one."""
         self.penalties += 1
+        if forwards > 1 and not self.forwards_missed:
+            self.forwards_missed = True
+            warnings.warn(
+                f"{forwards} training forwards before one penalty(): only the last one's activations count. Where "
+                "each is trained on, add model.penalty() to the loss behind each forward; where the others are not, "
+                "run them under torch.no_grad() or in eval mode",
+                LowRankWarning,
+                stacklevel=3,
+            )
         if self.penalties >= STEPS_BEFORE_WARNING:
             self._warn(
                 f"penalty() was called {self.penalties} times, but update() never, so W and b stay what they were",

@@ -201,7 +201,7 @@ class HybridModel(nn.Module):
         classifier.scores(activations)  # raises if the widths differ
         self.register_buffer("weight", classifier.weight.to(activations.device, torch.float32), persistent=False)
         self.register_buffer("bias", classifier.bias.to(activations.device, torch.float32), persistent=False)
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (batch, classes) float32 of images (batch, channels, height, width) float in [0, 1]."""

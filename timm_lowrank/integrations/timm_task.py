@@ -120,6 +120,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         """
         # timm's loop switches the mode of what get_trainable_module() and get_eval_model() give: of the backbone.
         self.lowrank.training = self.backbone.training
+        self.lowrank.branches.train(self.backbone.training)
         trains = self.lowrank.training and torch.is_grad_enabled()
         if trains and self.start_epoch and self._epoch is None:
             raise RuntimeError(

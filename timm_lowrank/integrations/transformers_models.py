@@ -43,7 +43,8 @@ def as_transformers(network: nn.Module) -> Any:
     with torch.device("meta"), torch.random.fork_rng(devices=[]):  # a shell without weights
         shell = TimmWrapperForImageClassification(config)
     setattr(shell, TIMM, network)
-    return shell.train(network.training)
+    shell.training = network.training
+    return shell
 
 
 def _is_plain(value: object) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.capture import evaluating
 from ..core.model import LowRankModel
 from ..core.spectrum import Sketch, singular_energies
 from ..data import Data, StreamedData
@@ -70,13 +71,12 @@ def layer_spectra(
     Raises:
         DivergedError: for a layer whose activations are all equal.
     """
-    lowrank.eval()
     views = {tap.layer: tap.view for tap in lowrank.taps if layers is None or tap.layer in layers}
     held: dict[str, list[Tensor] | Sketch] = {layer: [] for layer in views}
     taken = 0
     for images, _ in batches:
         images = images if limit is None else images[: limit - taken]
-        with lowrank.capture() as activations:
+        with evaluating(lowrank), lowrank.capture() as activations:
             lowrank.unwrap()(images)  # not the wrapper: once compiled, it does not see hooks that come later
         for layer, view in views.items():  # the samples that the branch has seen
             kept, rows = held[layer], view.rows(activations[layer].float())
