@@ -179,7 +179,7 @@ def test_layers_of_a_module_that_is_not_timm_s(small_net):
     listed = list_layers(small_net(), images=torch.zeros(2, 1, 8, 8))
     names = [info.name for info in listed if "." not in info.name]
     assert names == ["stem", "body", "hidden", "act", "classifier", "pre_logits"]
-    with pytest.raises(ValueError, match="input size of a SmallNet is not known; pass example_input"):
+    with pytest.raises(ValueError, match="input size of a SmallNet is not known; pass images=images"):
         list_layers(small_net())
 
 
@@ -259,12 +259,119 @@ def test_a_network_without_a_classifier_has_no_pre_logits():
     assert list(tlr.wrap(network, branch_on("layer4"), example_input=images(32)).branches) == ["layer4"]
 
 
-def test_a_module_without_linear_layers_has_no_pre_logits():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    with pytest.raises(ValueError, match=r"Sequential runs no nn\.Linear.*name a layer"):
-        tlr.wrap(network, example_input=images(8))
-    with pytest.raises(ValueError, match='"2-LR" needs timm'):
-        tlr.wrap(network, LowRankConfig(branches="2-LR"), example_input=images(8))
+class Squeeze(nn.Module):
+    """A squeeze-and-excitation layer."""
+
+    def __init__(self, channels, squeezed=4):
+        super().__init__()
+        self.reduce, self.expand = nn.Linear(channels, squeezed), nn.Linear(squeezed, channels)
+
+    def forward(self, maps):
+        return maps * self.expand(self.reduce(maps.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+
+
+class Classified(nn.Module):
+    """Three convolutions with a squeeze layer between them, and a head."""
+
+    def __init__(self, head, after=lambda logits: logits):
+        super().__init__()
+        self.conv, self.squeeze, self.deep = nn.Conv2d(3, 10, 3, 2), Squeeze(10), nn.Conv2d(10, 16, 3, 2)
+        self.head, self.after = head, after
+
+    def forward(self, maps):
+        return self.after(self.head(self.deep(self.squeeze(self.conv(maps)))))
+
+
+class LastSqueeze(Classified):
+    """A classifier whose logits are gated by an auxiliary layer that runs after it, with as many features."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)))
+        self.auxiliary = nn.Linear(10, 10)
+
+    def forward(self, maps):
+        logits = super().forward(maps)
+        self.auxiliary(logits)
+        return logits
+
+
+def pooled(maps):
+    return maps.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("network", "path", "width"),
+    [
+        (lambda: Classified(nn.Conv2d(16, 10, 1), pooled), "head", 16 * 49),
+        (lambda: Classified(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 10, 1), nn.Flatten())), "head.1", 16),
+        (
+            lambda: Classified(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), lambda x: x.softmax(1)),
+            "head.1",
+            784,
+        ),
+        (lambda: Classified(nn.Conv2d(16, 10, 1), lambda maps: {"logits": pooled(maps)}), "head", 16 * 49),
+        (lambda: Classified(nn.Conv2d(16, 10, 1), lambda maps: (pooled(maps), maps)), "head", 16 * 49),
+        (LastSqueeze, "head.2", 16),
+    ],
+    ids=["convolution", "pooled", "softmax", "dictionary", "tuple", "a layer that runs after it"],
+)
+@pytest.mark.parametrize("pretrained_cfg", [False, True])
+def test_pre_logits_of_a_network_that_is_not_timms_is_the_input_of_what_gives_the_logits(
+    network, path, width, pretrained_cfg
+):
+    network = network()
+    if pretrained_cfg:  # a network of one's own that says what images it takes
+        network.pretrained_cfg = {"input_size": (3, 32, 32)}
+    model = tlr.wrap(network, branch_on("pre_logits", 3), example_input=None if pretrained_cfg else images(32))
+    assert [tap.path for tap in model.taps] == [path]
+    assert model.branches["pre_logits"].num_features == width
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), r"gives 144 logits, and no layer does"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), r"gives no logits \(batch, classes\)"),
+    ],
+)
+def test_what_cannot_be_told_is_asked_for(network, message):
+    with pytest.raises(ValueError, match=message + r".*name a layer instead, for example branches=\{'0': 1\}"):
+        tlr.wrap(network(), example_input=images(8))
+    with pytest.raises(ValueError, match=r'"2-LR" needs timm.*branches=\{"[01]": 500'):
+        tlr.wrap(network(), LowRankConfig(branches="2-LR"), example_input=images(8))
+
+
+class Handing(nn.Module):
+    """A wrapper that hands on what it does not have, as a PeftModel does."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.model = network
+
+    def forward(self, maps):
+        return self.model(maps)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+
+@pytest.mark.filterwarnings("ignore:.*capped there")
+def test_a_wrapper_around_a_timm_network_has_its_stages():
+    network = timm.create_model("test_resnet", num_classes=10)
+    model = tlr.wrap(Handing(network), LowRankConfig(branches="2-LR"), example_input=images(32))
+    assert list(model.branches) == ["model.layer3", "pre_logits"]
+
+
+@pytest.mark.filterwarnings("ignore:.*capped there")
+def test_a_peft_model_of_a_timm_network_has_its_stages():
+    peft = pytest.importorskip("peft")
+    network = timm.create_model("test_resnet", num_classes=10)
+    adapted = peft.get_peft_model(network, peft.LoraConfig(target_modules=["conv2"], modules_to_save=["fc"]))
+    model = tlr.wrap(adapted, LowRankConfig(branches="2-LR"), example_input=images(32))
+    assert list(model.branches) == ["base_model.model.layer3", "pre_logits"]
 
 
 @pytest.mark.parametrize(

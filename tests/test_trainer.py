@@ -21,7 +21,7 @@ from timm_lowrank.checkpoint import load_branches
 transformers = pytest.importorskip("transformers")
 
 from timm_lowrank.integrations.trainer import LowRankCallback, LowRankMixin, LowRankTrainer  # noqa: E402
-from timm_lowrank.integrations.transformers_models import RecordingForward, last_stage_input  # noqa: E402
+from timm_lowrank.integrations.transformers_models import RecordingForward  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -184,17 +184,6 @@ def test_layers_of_a_timm_wrapper_go_by_either_name_and_wrong_ones_are_named(bui
         run(build("vit", lowrank=config(branches={"layers.1": 4})))
     with pytest.raises(CaptureError, match=r"'vit.layers.1.attention' gives a tuple"):
         run(build("vit", lowrank=config(branches={"vit.layers.1.attention": 4})))
-
-
-def test_a_model_without_one_list_of_stages_has_no_two_lr():
-    with pytest.raises(ValueError, match=r"has none; name the layers instead"):
-        last_stage_input(torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    two = torch.nn.Module()
-    two.first, two.second = (torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)]) for _ in range(2))
-    with pytest.raises(ValueError, match="has first, second; name the layers"):
-        last_stage_input(two)
-    del two.second
-    assert last_stage_input(two) == "first.1"
 
 
 def test_a_timm_network_and_a_wrapped_one(build, images, tmp_path):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from .core.capture import Recording, Tap, evaluating, recording
+from .core.capture import Recording, Tap, evaluating, innermost, recording
 from .core.config import PRE_LOGITS
 from .core.views import View
 from .errors import CaptureError, nearest
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +45,11 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def default_input(backbone: nn.Module, **create_kwargs: Any) -> Tensor:
+def default_input(backbone: nn.Module, keyword: str = "example_input", **create_kwargs: Any) -> Tensor:
     """One image of zeros, (1, channels, height, width) float32, of the size that a timm network was configured for.
 
     Args:
+        keyword: what the caller's own example is called, for the message.
         create_kwargs: what `timm.create_model` was given: `in_chans` and `img_size` change the size.
 
     Raises:
@@ -55,7 +58,7 @@ def default_input(backbone: nn.Module, **create_kwargs: Any) -> Tensor:
     size = dict(getattr(backbone, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
         raise ValueError(
-            f"the input size of a {type(backbone).__name__} is not known; pass example_input=images, "
+            f"the input size of a {type(backbone).__name__} is not known; pass {keyword}=images, "
             "one batch as the network takes it"
         )
     channels, height, width = size
@@ -74,14 +77,14 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
         create_kwargs: for `timm.create_model`.
     """
     backbone = create_backbone(model, **create_kwargs) if isinstance(model, str) else model
-    images = default_input(backbone, **create_kwargs) if images is None else images
+    images = default_input(backbone, "images", **create_kwargs) if images is None else images
     # On the modules themselves, not inside Sequentials: every name gets a row of its own.
     taps = [Tap(name, name) for name, _ in backbone.named_modules() if name]
     record = example_forward(backbone, taps, images)
     layers = []
     for name, value in list(record.values.items()):
         item = pick_item(backbone, Tap(name, name), value, len(images)).item
-        record.values[name] = value if item is None else value[item]  # type: ignore[index]
+        record.values[name] = value if item is None else innermost(value[item])  # type: ignore[index]
         with contextlib.suppress(CaptureError):  # then no branch can sit there
             activations = record.activation(Tap(name, name))
             if activations.shape[0] == images.shape[0]:
@@ -141,8 +144,8 @@ def _channel_dim(shape: Sequence[int], output_format: str) -> int:
 def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap:
     """The tap of a branch on one layer.
 
-    "pre_logits" is the input of the classifier: of timm's `get_classifier()`, else of the last linear layer that runs.
-    `images` are needed for it where the network is not timm's.
+    "pre_logits" is the input of the classifier: of timm's `get_classifier()`, else of the layer whose features are the
+    logits. `images` are needed for it where the network is not timm's.
 
     Raises:
         AttributeError: the network has no such layer.
@@ -150,7 +153,7 @@ def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap
     """
     if layer != PRE_LOGITS:
         return Tap.at(layer, layer, backbone)
-    if hasattr(backbone, "get_classifier") or hasattr(backbone, "pretrained_cfg"):
+    if hasattr(backbone, "get_classifier"):
         classifier = _classifier(backbone)
         for name, module in backbone.named_modules():
             if module is classifier and not isinstance(module, nn.Identity):
@@ -162,13 +165,58 @@ def tap_on(backbone: nn.Module, layer: str, images: Tensor | None = None) -> Tap
         )
     if images is None:
         raise ValueError(f"{type(backbone).__name__} is no timm network: finding {PRE_LOGITS!r} takes example images")
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    ran = example_forward(backbone, [Tap(name, name) for name in linear], images).values
-    if not ran:
-        raise ValueError(
-            f"{type(backbone).__name__} runs no nn.Linear, so there is no {PRE_LOGITS!r}; name a layer instead"
-        )
-    return Tap(PRE_LOGITS, list(ran)[-1], takes_input=True)
+    return Tap(PRE_LOGITS, _layer_of_logits(backbone, images), takes_input=True)
+
+
+def _layer_of_logits(backbone: nn.Module, images: Tensor) -> str:
+    """The name of the linear layer or convolution that gives the logits, by what comes out of it for `images`.
+
+    Of several with as many features as there are logits, the one that gives the very logits, or a map whose mean they
+    are; else the last that runs. That a squeeze layer runs last is thus no reason to take it for the classifier.
+
+    Raises:
+        ValueError: the output holds no logits, or no layer has as many features.
+    """
+    names = [name for name, module in backbone.named_modules() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))]
+    with evaluating(backbone), recording(backbone, [Tap(name, name) for name in names]) as record:
+        logits = logits_of(backbone(images))
+    features = {name: _features_last(backbone, name, value) for name, value in record.values.items()}
+    if logits is not None:
+        fitting = [name for name, value in features.items() if value.shape[-1] == logits.shape[1]]
+        exact = [name for name in fitting if _are_logits(features[name], logits)]
+        if fitting:
+            return (exact or fitting)[-1]
+    found = "no logits (batch, classes)" if logits is None else f"{logits.shape[1]} logits, and no layer does"
+    inside = {name: value.shape[-1] for name, value in features.items() if value.shape[-1] > 1}
+    examples = [f", for example branches={{{name!r}: {max(1, width // 4)}}}" for name, width in inside.items()]
+    raise ValueError(
+        f"the {type(backbone).__name__} gives {found}, so what {PRE_LOGITS!r} is cannot be told; name a layer instead"
+        + "".join(examples[-1:])
+    )
+
+
+def _features_last(backbone: nn.Module, name: str, value: Any) -> Tensor:
+    """What a linear layer or convolution gave, (batch, ..., features)."""
+    is_map = isinstance(backbone.get_submodule(name), _CONVOLUTIONS)
+    return value.movedim(1, -1) if is_map and value.dim() > 2 else value  # type: ignore[no-any-return]
+
+
+def _are_logits(value: Tensor, logits: Tensor) -> bool:
+    """Whether (batch, ..., classes) are `logits` (batch, classes), or have them as their mean."""
+    if len(value) != len(logits):
+        return False
+    return torch.allclose(value.reshape(len(value), -1, value.shape[-1]).mean(dim=1), logits, rtol=1e-4, atol=1e-5)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits (batch, classes) in what a network gave: a tensor, the first of a tuple, or `logits` by name.
+
+    None where there are none.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    return found if isinstance(found, Tensor) and found.dim() == 2 and found.is_floating_point() else None
 
 
 def _classifier(backbone: nn.Module) -> Any:
@@ -188,6 +236,15 @@ def stage_names(backbone: nn.Module) -> list[str]:
 
     Where it names a list of blocks, which never runs as a whole, the last block stands for it.
     """
+    network, inside = backbone, ""
+    if hasattr(backbone, "feature_info") and "feature_info" not in vars(backbone):  # a wrapper that hands on: peft's
+        owners = [(name, module) for name, module in backbone.named_modules() if "feature_info" in vars(module)]
+        inside, network = owners[0] if owners else ("", backbone)
+    names = _stage_names(network)
+    return [f"{inside}.{name}" if inside else name for name in names]
+
+
+def _stage_names(backbone: nn.Module) -> list[str]:
     info = getattr(backbone, "feature_info", None)
     entries = [] if info is None else (info.info if hasattr(info, "info") else info)
     modules, names = dict(backbone.named_modules()), []
@@ -207,16 +264,80 @@ def _last_of_list(name: str, module: nn.Module) -> str:
     return f"{name}.{len(module) - 1}" if isinstance(module, nn.ModuleList) and len(module) else name
 
 
+def last_stage_input(backbone: nn.Module, images: Tensor) -> str:
+    """The name of the layer whose output enters the last stage, or the last block where there is one stage alone.
+
+    It is what the network says itself (`lowrank_stage`), else the last but one of timm's stages. Other networks, those
+    of transformers among them, keep stages or blocks in an `nn.ModuleList`:
+
+    - stages (modules with a list of blocks in them): the last but one;
+    - blocks, and what lies between them: the one in front of the last that makes the map smaller, or the last but one
+      if none does, as in ViT.
+
+    Args:
+        images: a batch as the network takes it.
+
+    Raises:
+        ValueError: the network has neither.
+    """
+    if hasattr(backbone, "lowrank_stage"):  # a network that knows better, such as a VGG
+        return str(backbone.lowrank_stage)
+    if len(stages := stage_names(backbone)) > 1:
+        return stages[-2]
+    lists = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in lists.items() if len(module) > 1}
+    outer = {name: lists[name] for name in lists if not any(name.startswith(f"{other}.") for other in lists)}
+    if outer:
+        largest = max(outer, key=lambda name: sum(parameter.numel() for parameter in outer[name].parameters()))
+        last = f"{largest}.{len(outer[largest]) - 2}"
+        runs = not isinstance(outer[largest][0], nn.ModuleList)
+        if runs and all(any(isinstance(m, nn.ModuleList) for m in stage.modules()) for stage in outer[largest]):
+            return last
+        blocks = [block for name, module in outer.items() for block in _running(name, module)]
+        record = example_forward(backbone, [Tap(name, name) for name in blocks], images)
+        sizes = {name: _positions(value, len(images)) for name, value in record.values.items()}
+        chain = [(name, size) for name, size in sizes.items() if size]
+        smaller = [number for number in range(1, len(chain)) if chain[number][1] < chain[number - 1][1]]
+        if smaller:
+            return chain[smaller[-1] - 1][0]
+        if runs:
+            return last
+    record = example_forward(backbone, [Tap(name, name) for name, _ in backbone.named_modules() if name], images)
+    layers = [name for name, value in record.values.items() if isinstance(value, Tensor) and value.dim() > 1]
+    raise ValueError(
+        f'"2-LR" needs timm\'s feature_info with at least two stages, or an nn.ModuleList of stages or blocks, which '
+        f"{type(backbone).__name__} does not have; name the layers instead, for example "
+        f'branches={{"{layers[len(layers) // 2]}": 500, "pre_logits": 100}}'
+    )
+
+
+def _running(name: str, modules: nn.ModuleList) -> list[str]:
+    """The names of the modules in a list, and in lists in it: a list itself never runs."""
+    names = []
+    for number, module in enumerate(modules):
+        own = f"{name}.{number}"
+        names += _running(own, module) if isinstance(module, nn.ModuleList) else [own]
+    return names
+
+
+def _positions(value: object, batch: int) -> int:
+    """At how many positions of an image a layer has features; 0 where there are none, or no such tensor."""
+    tensors = map(innermost, value) if isinstance(value, tuple | list) else [value]
+    found = next((one for one in tensors if isinstance(one, Tensor) and one.dim() > 2 and len(one) == batch), None)
+    return 0 if found is None else found[0].numel() // found.shape[_channel_dim(found.shape, "NCHW")]
+
+
 def pick_item(backbone: nn.Module, tap: Tap, value: object, batch: int) -> Tap:
-    """`tap` itself, or on one of the tensors that a stage of timm's gives: its features may come with their size or
-    with class tokens. The first that has a row for each image is meant.
+    """`tap` itself, or on one of the tensors that a stage or block gives: its features may come with their size, with
+    class tokens or with attentions. The first that has a row for each image is meant.
 
     Args:
         value: what the tap saw.
         batch: number of images that it saw.
     """
-    if isinstance(value, tuple | list) and tap.layer in stage_names(backbone):
-        for item, one in enumerate(value):
+    parent = backbone.get_submodule(tap.path.rpartition(".")[0])
+    if isinstance(value, tuple | list) and (isinstance(parent, nn.ModuleList) or tap.layer in stage_names(backbone)):
+        for item, one in enumerate(map(innermost, value)):
             if isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 1 and len(one) == batch:
                 return dataclasses.replace(tap, item=item)
     return tap
@@ -231,8 +352,8 @@ def class_count(backbone: nn.Module, images: Tensor) -> int | None:
     if isinstance(named, int):
         return named
     with evaluating(backbone):
-        output = backbone(images)
-    return output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else None
+        logits = logits_of(backbone(images))
+    return None if logits is None else logits.shape[1]
 
 
 def example_forward(backbone: nn.Module, taps: Sequence[Tap], images: Tensor) -> Recording:

@@ -18,9 +18,9 @@ from .layers import (
     create_backbone,
     default_input,
     example_forward,
+    last_stage_input,
     natural_view,
     pick_item,
-    stage_names,
     tap_on,
 )
 
@@ -95,7 +95,7 @@ def find_taps(
     elif config.branches == "1-LR":
         wanted = {PRE_LOGITS: PRE_LOGITS_RANK}
     else:
-        wanted = {_last_stage_input(backbone): STAGE_RANK, PRE_LOGITS: PRE_LOGITS_RANK}
+        wanted = {last_stage_input(backbone, images): STAGE_RANK, PRE_LOGITS: PRE_LOGITS_RANK}
     _raise_if_unknown(backbone, wanted)
     taps = [tap_on(backbone, layer, images) for layer in wanted]
     record = example_forward(backbone, taps, images)
@@ -116,19 +116,6 @@ def find_taps(
         if isinstance(config.branches, str) and view.kind == "token" and value.dim() > 2:
             wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
     return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
-
-
-def _last_stage_input(backbone: nn.Module) -> str:
-    """The name of the layer whose output enters the last stage, from timm's `feature_info`."""
-    if hasattr(backbone, "lowrank_stage"):  # a network that knows better, such as a VGG
-        return str(backbone.lowrank_stage)
-    stages = stage_names(backbone)
-    if len(stages) < 2:
-        raise ValueError(
-            f'"2-LR" needs timm\'s feature_info with at least two stages, which {type(backbone).__name__} does '
-            'not have; name the layers instead, for example branches={"layer3": 500, "pre_logits": 100}'
-        )
-    return stages[-2]
 
 
 def _raise_if_unknown(backbone: nn.Module, wanted: Mapping[str, int]) -> None:

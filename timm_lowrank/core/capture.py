@@ -112,7 +112,14 @@ def recording(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[Recording]:
 def _hook(tap: Tap, record: Recording) -> Callable[..., None]:
     if tap.takes_input:
         return lambda _, args: record.store(tap.layer, args[0] if args else None)
-    return lambda _, args, output: record.store(tap.layer, output if tap.item is None else output[tap.item])
+    return lambda _, args, output: record.store(tap.layer, output if tap.item is None else innermost(output[tap.item]))
+
+
+def innermost(value: object) -> object:
+    """The first of a tuple or list, of tuples in it too; anything else as it is."""
+    while isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value
 
 
 @contextlib.contextmanager

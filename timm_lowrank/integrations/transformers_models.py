@@ -72,37 +72,7 @@ def wrap_network(model: nn.Module, config: LowRankConfig, images: Tensor) -> Low
         branches = {name.removeprefix(f"{TIMM}."): options for name, options in config.branches.items()}
         config = dataclasses.replace(config, branches=branches)
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), images.dtype)
-    images = images.to(dtype)
-    if config.branches != "2-LR" or not isinstance(network, PreTrainedModel) or hasattr(network, "lowrank_stage"):
-        return wrap(network, config, example_input=images)
-    network.lowrank_stage = last_stage_input(network)  # says what "2-LR" means, for the time being
-    try:
-        return wrap(network, config, example_input=images)
-    finally:
-        del network.lowrank_stage
-
-
-def last_stage_input(model: nn.Module) -> str:
-    """The name of the layer whose output enters the last stage, or the last block, of a model of transformers.
-
-    That is the last but one in the outermost list of layers: resnet.encoder.stages, vit.layers.
-
-    Raises:
-        ValueError: there is no such list, or more than one.
-    """
-    lists = {
-        name: layers
-        for name, layers in model.named_modules()
-        if isinstance(layers, nn.ModuleList) and len(layers) > 1 and len({type(layer) for layer in layers}) == 1
-    }
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outermost) != 1:
-        which = f"has {', '.join(outermost)}" if outermost else "has none"
-        raise ValueError(
-            f'"2-LR" needs one list of stages or blocks, and {type(model).__name__} {which}; name the layers instead, '
-            f'for example branches={{"{next(iter(outermost), "encoder")}.1": 500, "pre_logits": 100}}'
-        )
-    return f"{outermost[0]}.{len(lists[outermost[0]]) - 2}"
+    return wrap(network, config, example_input=images.to(dtype))
 
 
 class RecordingForward:
