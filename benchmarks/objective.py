@@ -102,7 +102,7 @@ class Layer:
     """One layer of one network; shares in [0, 1]."""
 
     linear: dict[str, float]  # number of leading directions, or "all" -> accuracy of the linear classifier
-    variance: dict[int, float]  # number of leading directions -> share of the test variance
+    variance: dict[int, float]  # number of leading directions, 10 among them -> share of the test variance
     rank: int  # directions that hold 99 % of it
 
 
@@ -212,13 +212,42 @@ def table(rows: list[Row]) -> str:
 
         cells = [form, str(len(mine)), mean([row.clean for row in mine]), mean([row.noise for row in mine])]
         for layer in layers:
-            counts = list(mine[0].layers[layer].linear)
-            cells += [" / ".join(mean([row.layers[layer].linear[count] for row in mine]) for count in counts)]
+            linear = mine[0].layers[layer].linear
+            cells += [" / ".join(mean([row.layers[layer].linear[count] for row in mine]) for count in linear)]
             cells += [mean([row.layers[layer].variance[10] for row in mine])]
             cells += [f"{statistics.mean(row.layers[layer].rank for row in mine):.0f}"]
         lines.append(cells)
-    head = [f"{layer} {what}" for layer in layers for what in ("linear 5 / 10 / 20 / all", "variance 10", "rank")]
+    counts = " / ".join(rows[0].layers[layers[0]].linear)
+    head = [f"{layer} {what}" for layer in layers for what in (f"linear {counts}", "variance 10", "rank")]
     return markdown_table(["form", "seeds", "clean", "noise", *head], lines)
+
+
+def picture(path: Path, rows: list[Row], directions: str = "10") -> None:
+    """Clean accuracy against the accuracy of the linear classifier at the layer inside, a point for each form."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    layer = next(iter(rows[0].layers))
+    for form in dict.fromkeys(row.form for row in rows):
+        mine = [row for row in rows if row.form == form]
+        x, y = ([100 * value for value in values] for values in (
+            [row.layers[layer].linear[directions] for row in mine], [row.clean for row in mine]
+        ))  # fmt: skip
+        axes.errorbar(
+            statistics.mean(x), statistics.mean(y), fmt="o", capsize=3,
+            xerr=statistics.stdev(x) if len(x) > 1 else None, yerr=statistics.stdev(y) if len(y) > 1 else None,
+        )  # fmt: skip
+        name = f"{form} ({len(mine)})"
+        axes.annotate(name, (statistics.mean(x), statistics.mean(y)), (5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(f"accuracy of a linear classifier on {directions} leading directions of {layer}, per cent")
+    axes.set_ylabel("clean test accuracy, per cent")
+    axes.set_title("Means over so many seeds; bars are standard deviations", fontsize=10)
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -234,6 +263,7 @@ def main() -> None:
     parser.add_argument("--runs", help="keep the run folders here")
     parser.add_argument("--list", action="store_true", help="print the forms and stop")
     parser.add_argument("--markdown", action="store_true", help="print the table of what is there and stop")
+    parser.add_argument("--picture", type=Path, help="draw what is there and stop")
     options = parser.parse_args()
     if options.list:
         print("\n".join(FORMS))
@@ -244,6 +274,9 @@ def main() -> None:
     rows = read_rows(path)
     if options.markdown:
         print(table(rows) if rows else f"{path} has no rows")
+        return
+    if options.picture:
+        picture(options.picture, rows)
         return
     overrides = [*options.overrides, *([f"data={options.data}"] if options.data else []), "streaming=false"]
     have = {(row.form, row.seed) for row in rows}

@@ -2,6 +2,9 @@
 
 import json
 import re
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,16 +70,43 @@ def test_the_readme_stays_a_page():
     assert len(README.splitlines()) <= 160
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md"])
-def test_the_table_of_three_seeds_is_what_was_measured(page):
+THREE_SEEDS = "| | plain (N-LR) | 2-LR |\n| --- | ---: | ---: |\n"
+
+
+def cells_of(page):
+    table = (ROOT / page).read_text().split(THREE_SEEDS)[1].split("\n\n")[0]
+    rows = [tuple(cell.strip() for cell in row.split("|")[2:4]) for row in table.splitlines() if "rank" not in row]
+    assert len(rows) >= 8
+    return set(rows)
+
+
+def test_the_table_of_the_small_network_is_what_was_measured():
     figures = json.loads((ROOT / "docs" / "cifar10-small.json").read_text())["figures"].values()
     shares = [one["groups"] for one in figures if one["unit"] == "share"]
     measured = {
         tuple(f"{100 * groups[name]['mean']:.1f} ± {100 * groups[name]['deviation']:.1f}" for name in ("N-LR", "2-LR"))
         for groups in shares
     }
-    head = "| | plain (N-LR) | 2-LR |\n| --- | ---: | ---: |\n"
-    table = (ROOT / page).read_text().split(head)[1].split("\n\n")[0]
-    rows = [tuple(cell.strip() for cell in row.split("|")[2:4]) for row in table.splitlines() if "rank" not in row]
-    assert len(rows) >= 9
-    assert set(rows) <= measured
+    assert cells_of("docs/measurements.md") <= measured
+
+
+def test_the_table_of_the_readme_is_what_was_measured():
+    rows = json.loads((ROOT / "docs" / "objective-final.json").read_text())
+
+    def numbers(row):
+        layers = row["layers"].values()
+        linear = [value for layer in layers for value in layer["linear"].values()]
+        return [row["clean"], row["noise"], *linear, *(layer["variance"]["10"] for layer in layers)]
+
+    columns = []
+    for form in ("N-LR", "2-LR standard"):
+        values = zip(*(numbers(row) for row in rows if row["form"] == form), strict=True)
+        columns.append([f"{100 * statistics.mean(v):.1f} ± {100 * statistics.stdev(v):.1f}" for v in values])
+    assert cells_of("README.md") <= set(zip(*columns, strict=True))
+
+
+@pytest.mark.parametrize("name", ["objective-final", "objective-full"])
+def test_the_tables_of_the_objective_are_what_was_measured(name):
+    command = [sys.executable, "benchmarks/objective.py", "full", "--markdown", "--output", f"docs/{name}.json"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table.strip() in (ROOT / "docs" / "objective.md").read_text()
