@@ -726,6 +726,21 @@ def test_batches_of_one_sample_are_no_collapse():
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+def test_one_sample_over_and_over_is_no_collapse_until_it_dies(storage):
+    branch, (row,) = build(project_every=1, storage=storage), batches(1, rows=1)
+    assert train_all(branch, [row] * 5).updates == 5
+    with pytest.raises(CollapseError, match="collapsed"):
+        train_all(branch, [row * 1e-9] * 400)
+
+
+def test_room_for_rows_is_made_as_they_come():
+    branch = build(project_every=10**9, update_rows=64, storage="factored")
+    assert train_all(branch, batches(5)).updates == 5
+    kept = branch.weight.size
+    assert kept <= len(branch.weight._buffer) <= 2 * kept
+
+
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("before", "updates"), [(5, 7), (0, 3)])
 def test_activations_that_stay_not_finite_are_an_error_at_the_next_projection(storage, value, before, updates):

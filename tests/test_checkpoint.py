@@ -445,6 +445,7 @@ def test_weights_that_timm_would_resample(tmp_path):
     ("changes", "match"),
     [
         ({"num_classes": 5}, "do not belong together"),
+        ({"num_classes": 10**12}, r"describes a network of 97,000,\d*,\d*,\d* numbers, and model.safetensors holds"),
         ({"architecture": "test_vit"}, "cannot build 'test_vit'"),
         (
             {"architecture": "resnet18_cifra"},
@@ -495,6 +496,18 @@ def test_json_that_is_none(folder, name):
 def test_a_lowrank_json_that_makes_no_sense(folder, changes, match):
     rewrite(folder / "lowrank.json", **changes)
     refused(folder, match)
+
+
+def test_dense_matrices_that_are_not_in_the_file_are_not_made(folder):
+    config = read(folder)["config"]
+    rewrite(folder / "lowrank.json", config={**config, "storage": "dense"})
+    refused(folder, r"holds no W of \d+ x \d+ numbers for layer 'layer3', as storage=\"dense\"")
+
+
+@pytest.mark.parametrize("name", ["config.json", "lowrank.json"])
+def test_a_description_of_millions_of_lists_is_not_parsed(folder, name):
+    (folder / name).write_text('{"a": [' + "[]," * 6_000_000 + "0]}")
+    refused(folder, rf"{name} has 18,\d*,\d* bytes, and no such file has more than 16,777,216")
 
 
 def test_branches_on_layers_that_are_not_there(model, folder):

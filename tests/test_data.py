@@ -11,12 +11,15 @@ import pytest
 import torch
 from parquet_images import DIGITS, TARGET, encoded, png, write, write_shards
 from pyarrow import parquet
+from torchvision.transforms.v2 import functional
 
 from timm_lowrank import data as data_module
+from timm_lowrank.data import decode as decode_module
 from timm_lowrank.data import load_data, load_images, sources
 from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamTrainBatches
 from timm_lowrank.data.decode import Decoder
+from timm_lowrank.data.images import decoded
 from timm_lowrank.data.sources import Shard, Source, Split
 from timm_lowrank.data.stream import stream
 from timm_lowrank.errors import DataError, EvaluationError
@@ -398,6 +401,36 @@ def test_a_hub_name_without_network(monkeypatch, streaming):
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("shape", [(1, 8000), (8000, 1), (40, 1500)])
+def test_a_line_of_pixels_takes_no_more_than_its_centre(shape, crop_pct, monkeypatch):
+    waves = np.sin(np.add.outer(*(np.arange(side) / 8 for side in shape)))
+    pixels = (128 + 100 * waves).astype(np.uint8)
+    decode = Decoder("L", (24, 24), resize=True, crop_pct=crop_pct)
+    made, resize = [], functional.resize
+
+    def watched(image, size, *arguments, **options):
+        made.append(size)
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(functional, "resize", watched)
+    small = decode(png(pixels), "here").astype(int)
+    monkeypatch.setattr(decode_module, "LONGEST", 10**6)
+    whole = decode(png(pixels), "here").astype(int)
+    assert np.prod(made[0]) <= 10 * 24 * 24 / crop_pct**2 + 1000
+    assert np.prod(made[1]) > 2 * np.prod(made[0])
+    assert np.abs(small - whole).max() <= 16  # the sides are rounded to whole pixels, and the centre with them
+
+
+def test_numbers_are_checked_before_memory_is_taken(own):
+    write(own / "train-00002-of-00003.parquet", range(180, 230), label=[2**40] * 50)
+    with pytest.raises(DataError, match=r"has the label 1099511627776 among 230 images, and labels must be integers"):
+        load_data(str(own))
+    huge = Decoder("L", (10**7, 10**7))
+    with pytest.raises(DataError, match=r"55 images of 10000000 x 10000000 pixels do not fit into .*set image_size"):
+        decoded(sources.open_source(str(write_shards(own / "other"))).test, None, 10, huge)
 
 
 def test_large_images_are_cut_and_resized(random_stream):

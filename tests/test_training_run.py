@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -26,12 +28,12 @@ import timm_lowrank
 from timm_lowrank.data import load_data, load_images
 from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamTrainBatches, TrainBatches
-from timm_lowrank.errors import DivergedError, RecipeError, RunError, TrainingError
-from timm_lowrank.training import Recipe, Run, load_recipe, train
+from timm_lowrank.errors import DataError, DivergedError, RecipeError, RunError, TrainingError
+from timm_lowrank.training import Recipe, Run, load_recipe, loop, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.checkpoints import damage, seal
 from timm_lowrank.training.compare import compare_runs
-from timm_lowrank.training.loop import Means, check_not_at_chance
+from timm_lowrank.training.loop import Means, TrainedEpoch, check_alive, check_not_at_chance
 from timm_lowrank.training.report import layer_spectra
 from timm_lowrank.training.run import RunFolder
 from timm_lowrank.training.state import build, seeded
@@ -614,6 +616,50 @@ def test_an_accuracy_that_falls_back_to_chance_stops_the_run(tmp_path):
     check_not_at_chance(state, 0.30, 0.1)
     with pytest.raises(DivergedError, match=r"fell to chance \(10.5%\) after 60.0%.*lowrank.reconstruction_weight"):
         check_not_at_chance(state, 0.105, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "test", "epoch", "message"),
+    [
+        (
+            2.31,
+            0.12,
+            2.4,
+            3,
+            r"epoch 3: nothing was learned in 60 .*\(12.0%\) and loss \(2.31\).*\(10.0%, 2.3\)",
+        ),
+        (2.31, 0.12, 2.4, 2, None),  # not yet
+        (2.20, 0.12, 2.4, 3, None),  # the loss says that it begins to learn
+        (2.31, 0.30, 2.4, 3, None),
+        (
+            1.00,
+            0.60,
+            1e19,
+            1,
+            "the test loss is 1e[+]19, though the training loss is 1: what the network gives in eval",
+        ),
+        (1.00, 0.60, float("nan"), 1, "the test loss is nan"),
+        (1.00, 0.60, 50.0, 1, None),
+    ],
+)
+def test_a_dead_run_stops_with_a_reason(tmp_path, loss, accuracy, test, epoch, message):
+    state = build(recipe(pretrain_epochs=0), load_images(**SMALL["data_args"]), tmp_path)
+    state.progress.epoch, state.progress.step = epoch, 20 * epoch
+    means = {"train_loss": loss, "train_accuracy": accuracy}
+    trained = TrainedEpoch(0.1, 1.0, means, loop.Tested(math.log(10), 0.1), 1.0, 1.0)
+    refused = contextlib.nullcontext() if message is None else pytest.raises(DivergedError, match=message)
+    with refused:
+        check_alive(state, trained, loop.Tested(test, 0.5))
+
+
+def test_guessing_is_what_frequencies_alone_give(tmp_path):
+    state = build(recipe(), load_images(**SMALL["data_args"]), tmp_path)
+    means = Means(CPU, 4)
+    means.count(torch.tensor([0, 1, 1, 3]))
+    assert means.guessing(state.accelerator) == pytest.approx((1.5 * math.log(2), 0.5))
+    one = TrainedEpoch(0.1, 1.0, {"train_loss": 0.0, "train_accuracy": 1.0}, loop.Tested(0.0, 1.0), 1.0, 1.0)
+    with pytest.raises(DataError, match="all training images of the epoch are of one class"):
+        check_alive(state, one, loop.Tested(0.0, 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- options

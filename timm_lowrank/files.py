@@ -136,8 +136,8 @@ def disk_errors(
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path, error: type[Exception] = CheckpointError) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def read_json(path: Path, error: type[Exception] = CheckpointError, limit: int = 16 << 20) -> dict[str, Any]:
+    """A JSON file of at most `limit` bytes that holds an object: parsed, a byte may take twenty.
 
     Raises:
         CheckpointDamagedError: it is not valid JSON.
@@ -145,7 +145,11 @@ def read_json(path: Path, error: type[Exception] = CheckpointError) -> dict[str,
     """
     damaged = CheckpointDamagedError if error is CheckpointError else error
     try:
+        if (size := path.stat().st_size) > limit:
+            raise error(f"{path} has {size:,} bytes, and no such file has more than {limit:,}: it was exchanged")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except error:
+        raise
     except (ValueError, RecursionError) as problem:
         raise damaged(f"{path} is not valid JSON ({problem}): it was damaged; fetch it again") from problem
     except OSError as problem:

@@ -284,6 +284,12 @@ def _read_tensors(folder: Path, description: BranchDescription) -> dict[str, Ten
         bias = tensors.get(layer.replace(".", "/") + ".bias")
         if bias is None or bias.shape != (one.num_features,):
             raise CheckpointError(f"{path} does not fit {LOWRANK_CONFIG} at layer {layer!r}: fetch both again")
+        matrix = tensors.get(layer.replace(".", "/") + ".matrix")
+        if description.config.storage == "dense" and (matrix is None or matrix.shape != (one.num_features,) * 2):
+            raise CheckpointError(
+                f"{path} holds no W of {one.num_features} x {one.num_features} numbers for layer {layer!r}, as "
+                f'storage="dense" in {LOWRANK_CONFIG} says: fetch both again'
+            )
     return tensors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -248,8 +249,10 @@ def _load_network(folder: Path, config: dict[str, Any]) -> nn.Module:
             kept = {key: value for key, value in source.items() if key in known}
             Path(without, NETWORK_CONFIG).write_text(json.dumps({**config, "pretrained_cfg": kept}))
             shutil.copyfile(folder / NETWORK_WEIGHTS, Path(without, NETWORK_WEIGHTS))
+        where = f"local-dir:{without if unknown else folder}"
+        _require_size(where, folder)
         try:
-            return timm.create_model(f"local-dir:{without if unknown else folder}", pretrained=True)
+            return timm.create_model(where, pretrained=True)
         except Exception as error:  # timm's constructors raise whatever a wrong argument leads to
             if isinstance(error, RuntimeError) and "state_dict" in str(error):
                 raise _misfit(folder, error) from error
@@ -257,6 +260,25 @@ def _load_network(folder: Path, config: dict[str, Any]) -> nn.Module:
                 f"timm {timm.__version__} cannot build {architecture!r} as {folder / NETWORK_CONFIG} describes it "
                 f"({type(error).__name__}: {error}). Was it written by a newer version? Then: pip install -U timm"
             ) from error
+
+
+def _require_size(where: str, folder: Path) -> None:
+    """Raises CheckpointError if config.json describes a network far larger than the weights, before it takes memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"):
+                network = timm.create_model(where)
+        except Exception:  # not every network can be built without memory, and what is wrong is said when it is built
+            return
+    described = sum(value.numel() for value in network.state_dict().values())
+    with safe_open(folder / NETWORK_WEIGHTS, framework="pt") as file:
+        held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    if described > 2 * held + (1 << 20):  # timm makes some weights fit others that are a little smaller
+        raise CheckpointError(
+            f"{folder / NETWORK_CONFIG} describes a network of {described:,} numbers, and {NETWORK_WEIGHTS} holds "
+            f"{held:,}: the two files do not belong together; fetch both again"
+        )
 
 
 def _misfit(folder: Path, error: RuntimeError) -> CheckpointError:

@@ -270,8 +270,9 @@ class LowRankBranch(nn.Module):
     def _raise_if_collapsed(self) -> None:
         """The one point of a training step that waits for the device, at projections, which do so anyway."""
         count, reference = float(self._moments.count), float(self.reference_norm)
-        # b follows the mean late. A single row has no spread; its length must do.
-        squares = self._moments.variance() if count > 1 else self._moments.squares
+        # b follows the mean late. A single row has no spread, and the first one is minus b: its length must do.
+        single = torch.maximum(self._moments.squares, self._moments.mean().square().sum())
+        squares = self._moments.variance() if count > 1 else single
         spread = float(squares.sqrt()) if count else math.nan
         advice = (
             "Lower strength, reconstruction_weight or the learning rate, switch the branch on later (model.enable) or "

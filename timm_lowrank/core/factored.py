@@ -111,11 +111,11 @@ class FactoredWeight:
         self.generation = getattr(self, "generation", 0) + 1
 
     def _reserve(self, count: int) -> None:
-        """Make room for `count` rows; at first for all rows that a whole interval between projections brings."""
+        """Make room for `count` rows: twice as many as before, at most for a whole interval between projections."""
         if count <= self._buffer.shape[0]:
             return
         interval = self.rank + (self.config.update_rows or 0) * self.config.project_every
-        larger = self._buffer.new_empty(max(count, interval), self.num_features)
+        larger = self._buffer.new_empty(max(count, min(interval, 2 * len(self._buffer))), self.num_features)
         larger[: self._buffer.shape[0]] = self._buffer
         self._buffer = larger
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from itertools import islice
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import DataError
 from .sources import Source
 
 INTERPOLATION = "bicubic"
+LONGEST = 8  # times the side that is cut out of an image: what is resized of it at most
 PROBED = 32  # images whose headers are looked at
 GREY = ("1", "L")  # modes of pillow
 
@@ -81,6 +83,14 @@ class Decoder:
     def _fitted(self, image: Any) -> Any:
         functional = require("torchvision.transforms.v2.functional", "torchvision")
         scale = max(self.size[0] / image.height, self.size[1] / image.width) / self.crop_pct
+        # Of a line of 8,000 x 1 pixels, scaled as a whole, all but the centre would be gigabytes for nothing.
+        most = [math.ceil(LONGEST * side / scale) for side in self.size]
+        kept = [
+            min(old, side + (old - side) % 2)  # about the same centre
+            for side, old in zip(most, (image.height, image.width), strict=True)
+        ]
+        if kept != [image.height, image.width]:
+            image = functional.center_crop(image, kept)
         larger = [
             max(side, round(scale * old)) for side, old in zip(self.size, (image.height, image.width), strict=True)
         ]

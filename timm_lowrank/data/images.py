@@ -99,7 +99,14 @@ def decoded(
         if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= count:
             raise DataError(f"cannot take limit={limit!r} of the {count} images of {split.name}")
         rows = balanced_rows(split.labels(), limit, classes)
-    images = np.empty((len(rows), *decoder.shape), dtype=np.uint8)
+    try:
+        images = np.empty((len(rows), *decoder.shape), dtype=np.uint8)
+    except MemoryError as error:
+        _, height, width = decoder.shape
+        raise DataError(
+            f"{len(rows)} images of {width} x {height} pixels do not fit into memory ({split.name}): set image_size, "
+            "or streaming=true"
+        ) from error
     labels = np.empty(len(rows), dtype=np.int64)
     reading = tqdm(split.read(rows), f"decoding {split.name}", len(rows), delay=2, disable=not progress, leave=False)
     for number, item in enumerate(reading):

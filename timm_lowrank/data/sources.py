@@ -254,7 +254,13 @@ def _checked_classes(train: Split, test: Split) -> tuple[str, ...]:
     """The names in the first file, or numbers up to the largest training label; every label is checked."""
     ranges = [shard.label_range for shard in train.shards if shard.label_range is not None]
     lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
-    names = train.shards[0].class_names or tuple(str(label) for label in range(highest + 1))
+    named = train.shards[0].class_names
+    if named is None and highest >= len(train):
+        raise DataError(
+            f"{train.name} has the label {highest} among {len(train)} images, and labels must be integers without "
+            "gaps: number the classes from 0, or name another column with data_args.label_column"
+        )
+    names = named or tuple(str(label) for label in range(highest + 1))
     for shard in (*train.shards, *test.shards):
         if shard.label_range is None or 0 <= shard.label_range[0] <= shard.label_range[1] < len(names):
             continue

@@ -36,6 +36,7 @@ from ..files import read_json, write_whole
 from ..records import decode_fields, encode
 
 FORMAT = 2
+MOST_BYTES = 256 << 20  # of evaluation.json, which holds pictures
 NORMS = {"linf": "L_inf", "l2": "L2", "l1": "L1"}
 
 Detail = str | int | float | bool
@@ -577,7 +578,7 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
         EvaluationError: it cannot be read, is of another format, or is not complete: every problem in one message.
     """
-    return evaluation_from_json(read_json(path, EvaluationError))
+    return evaluation_from_json(read_json(path, EvaluationError, limit=MOST_BYTES))
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:

@@ -12,7 +12,7 @@ from ..checkpoint import verify
 from ..checkpoint.files import NETWORK_CONFIG, NETWORK_WEIGHTS
 from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
-from ..evaluation.results import Evaluation, Figure, Headline, Kind, Value, evaluation_from_json
+from ..evaluation.results import MOST_BYTES, Evaluation, Figure, Headline, Kind, Value, evaluation_from_json
 from ..files import read_json, sha256_of, weights_sha256
 from ..training.run import Run, Summary
 from .card import LICENSE
@@ -169,7 +169,9 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
     if not path.is_file():
         return None, None, None
     try:
-        evaluation = evaluation_from_json(without_paths_in_titles(read_json(path, EvaluationError)))  # as published
+        evaluation = evaluation_from_json(
+            without_paths_in_titles(read_json(path, EvaluationError, limit=MOST_BYTES))
+        )  # as published
     except EvaluationError as error:
         raise CheckpointError(f"{path}: {error}") from error
     digest = weights_sha256(load_folder(run.model, lowrank=False).float().state_dict())

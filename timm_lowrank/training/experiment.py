@@ -14,7 +14,7 @@ from ..data.batches import TestBatches, evaluation_batches
 from ..environment import require
 from ..errors import RunError
 from .checkpoints import Progress
-from .loop import Tested, TrainedEpoch, check_not_at_chance, evaluate, train_epoch
+from .loop import Tested, TrainedEpoch, check_alive, evaluate, train_epoch
 from .recipe import Recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
 from .run import ComparatorSummary, EpochMetrics, Run, RunFolder, Spectrum, Summary
@@ -110,7 +110,7 @@ def _epoch(state: TrainingState, folder: RunFolder, epoch: int) -> None:
         folder.append_metrics(metrics)
     accelerator.print(_line(recipe, metrics), flush=True)
     accelerator.log({name: value for name, value in metrics.to_row().items() if value is not None}, step=epoch + 1)
-    check_not_at_chance(state, metrics.train_accuracy, trained.chance)
+    check_alive(state, trained, test)
     if (epoch + 1) % recipe.save_every == 0 or epoch + 1 == recipe.epochs:
         folder.save(accelerator, epoch + 1)
 

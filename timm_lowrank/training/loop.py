@@ -17,12 +17,21 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..data.batches import TestBatches
-from ..errors import DivergedError
+from ..errors import DataError, DivergedError
 from .checkpoints import EpochPosition
 from .recipe import learning_rate, penalty_weight
 from .state import TrainingState
 
+PATIENCE = (3, 50)  # epochs after the warm-up, and optimizer steps, after which a network has learned something
+MOST_LOSS = 1e4  # of a network that can still be measured; e^-10000 is no probability in any precision
 REPORT_EVERY = 10  # optimizer steps between two looks at the losses: each one waits for the device
+
+
+class Tested(NamedTuple):
+    """What a network is on some images."""
+
+    loss: float  # mean cross-entropy
+    accuracy: float  # in [0, 1]
 
 
 class Means:
@@ -54,10 +63,10 @@ class Means:
         """Counts `labels`, (n,), int64, below the number of classes."""
         self._labels.index_add_(0, labels, torch.ones_like(labels))
 
-    def most_frequent(self, accelerator: Accelerator) -> float:
-        """The share of the most frequent label, over the samples of every process."""
-        counts = accelerator.reduce(self._labels, "sum")
-        return float(counts.max() / counts.sum())
+    def guessing(self, accelerator: Accelerator) -> Tested:
+        """Loss and accuracy of who knows how frequent each label is, and nothing else; over all processes."""
+        counts = accelerator.reduce(self._labels, "sum").double()
+        return Tested(float(torch.distributions.Categorical(counts).entropy()), float(counts.max() / counts.sum()))
 
     def now(self, *names: str) -> dict[str, float]:
         """The means so far of those of these numbers that were added, on this process."""
@@ -106,7 +115,7 @@ class TrainedEpoch:
     learning_rate: float  # of the last step
     penalty_weight: float  # of the last step
     means: dict[str, float]  # "train_loss", "train_accuracy", "penalty" and "LAYER.PART" of the branches
-    chance: float  # the share of the most frequent label
+    guessing: Tested  # what training would give that learns nothing but how frequent each label is
     seconds: float
     images_per_second: float
 
@@ -158,8 +167,8 @@ def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], Non
     state.progress.epoch, state.progress.seconds = epoch + 1, state.progress.seconds + seconds
     state.progress.inside = EpochPosition()
     images_per_second = batches.steps * batches.batch_size / seconds
-    over_all, chance = means.over_processes(accelerator), means.most_frequent(accelerator)
-    return TrainedEpoch(rate, weight, over_all, chance, seconds, images_per_second)
+    over_all, guessing = means.over_processes(accelerator), means.guessing(accelerator)
+    return TrainedEpoch(rate, weight, over_all, guessing, seconds, images_per_second)
 
 
 def _resume(state: TrainingState, means: Means) -> int:
@@ -220,13 +229,6 @@ def gradient_shares(task_loss: Tensor, loss: Tensor, activations: Mapping[str, T
     return shares
 
 
-class Tested(NamedTuple):
-    """What a network is on the test images."""
-
-    loss: float  # mean cross-entropy
-    accuracy: float  # in [0, 1]
-
-
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches) -> Tested:
     """Loss and accuracy over the test images of all processes.
@@ -247,13 +249,46 @@ def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches)
     return Tested(over_all["loss"], over_all["accuracy"])
 
 
+def check_alive(state: TrainingState, trained: TrainedEpoch, test: Tested) -> None:
+    """Compares an epoch with guessing.
+
+    Raises:
+        DataError: all its images were of one class.
+        DivergedError: nothing was learned so far, what had been was lost, or the test loss is no loss any more.
+    """
+    accuracy, guessing = trained.means["train_accuracy"], trained.guessing
+    if guessing.accuracy == 1:
+        raise DataError("all training images of the epoch are of one class: there is nothing to learn")
+    if not test.loss < MOST_LOSS:
+        raise DivergedError(
+            f"epoch {state.progress.epoch}: the test loss is {test.loss:.3g}, though the training loss is "
+            f"{trained.means['train_loss']:.3g}: what the network gives in eval mode has blown up, as when the running "
+            f"statistics of BatchNorm do not follow. {_advice(state)}"
+        )
+    check_not_at_chance(state, accuracy, guessing.accuracy)
+    progress, (epochs, steps) = state.progress, PATIENCE
+    learned = progress.best_train_accuracy > guessing.accuracy + 3 * _error(state, guessing.accuracy)
+    tried = progress.epoch >= state.recipe.warmup_epochs + epochs and progress.step >= steps
+    if tried and not learned and trained.means["train_loss"] > 0.99 * guessing.loss:
+        raise DivergedError(
+            f"epoch {progress.epoch}: nothing was learned in {progress.step} optimizer steps. The training accuracy "
+            f"({accuracy:.1%}) and loss ({trained.means['train_loss']:.3g}) are those of guessing "
+            f"({guessing.accuracy:.1%}, {guessing.loss:.3g}). {_advice(state)}"
+        )
+
+
+def _error(state: TrainingState, share: float) -> float:
+    """The standard error of a share of the images of an epoch."""
+    return math.sqrt(share * (1 - share) / (state.train_batches.steps * state.train_batches.batch_size))
+
+
 def check_not_at_chance(state: TrainingState, accuracy: float, chance: float) -> None:
     """Compares the training accuracy of an epoch with the best before, and with the share of the largest class.
 
     Raises:
         DivergedError: if it is that of guessing the most frequent class, after it had clearly been above.
     """
-    error = math.sqrt(chance * (1 - chance) / (state.train_batches.steps * state.train_batches.batch_size))
+    error = _error(state, chance)
     best = state.progress.best_train_accuracy
     state.progress.best_train_accuracy = max(best, accuracy)
     if best > max(1.5 * chance, chance + 10 * error) and accuracy <= chance + 3 * error:

@@ -262,6 +262,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), **replace: An
     return Recipe.from_dict(values)
 
 
+MOST_BYTES = 1 << 20
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML recipe as they are written, its name added.
 
@@ -269,6 +272,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         RecipeError: it is not there, not YAML, or holds something else.
     """
     try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise RecipeError(f"{path} has {size:,} bytes, and a recipe at most {MOST_BYTES:,}: give another file")
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         near = sorted(other.stem for other in path.parent.glob("*.yaml"))
