@@ -232,6 +232,15 @@ def test_no_image_and_one_image(net, batch):
         assert (result.images.shape, len(result.broken_by)) == ((count, 1, 8, 8), names)
 
 
+def test_a_batch_that_the_network_gets_all_wrong(net, batch):
+    images = batch[0][:4]
+    with torch.no_grad():
+        wrong = (net(images).argmax(1) + 1) % 10
+    result = run_autoattack(net, images, wrong, eps=0.3, **SHORT)
+    assert result.broken_by == ("clean",) * 4
+    assert torch.equal(result.images, images)
+
+
 # ---- what is left as it was ----
 
 

@@ -380,11 +380,34 @@ def test_a_peft_model_of_a_timm_network_has_its_stages():
         (lambda: 18, {}, r"a timm name or an nn\.Module is needed, not a int"),
         (lambda: timm.create_model("test_vit"), {"num_classes": 3}, r"num_classes: .* but the model exists already"),
         (lambda: tlr.wrap("test_vit", branch_on("blocks.1")), {}, r"wrapped already; wrap model\.unwrap\(\)"),
+        (
+            lambda: torch.compile(timm.create_model("test_vit"), backend="eager"),
+            {},
+            r"wrap .* first, and then torch\.compile",
+        ),
     ],
 )
 def test_wrong_models(model, options, message):
     with pytest.raises(TypeError, match=message):
         tlr.wrap(model(), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*capped there")
+def test_branches_by_themselves_stand_for_a_configuration():
+    expected = tlr.wrap("test_resnet", LowRankConfig(branches="2-LR")).lowrank_config
+    assert tlr.wrap("test_resnet", "2-LR").lowrank_config == expected
+    assert tlr.wrap("test_resnet", {"layer3": 5}).lowrank_config == LowRankConfig(branches={"layer3": 5})
+    with pytest.raises(TypeError, match=r"keywords alone: LowRankConfig\(branches='2-LR'\)"):
+        LowRankConfig("2-LR")
+    with pytest.raises(ValueError, match=r"branches=\['layer3'\] must name .* and its rank, such as \{'layer3': 500\}"):
+        tlr.wrap("test_resnet", LowRankConfig(branches=["layer3"]))
+
+
+def test_images_of_another_size_than_those_that_the_model_was_wrapped_with():
+    model = tlr.wrap("test_resnet", LowRankConfig(branches={"layer3": 5}, head_weight=0.0)).train()
+    model(images(32))
+    with pytest.raises(ValueError, match=r"another image size\? .*example_input=images"):
+        model.penalty()
 
 
 def test_a_size_that_is_not_known():

@@ -86,7 +86,7 @@ def test_both_presets_find_their_layers_and_train(family, options, size, stage):
     images = torch.rand(4, 3, size, size)
     if family == "ImageGPT":  # whose pixels are tokens
         images = torch.randint(0, 17, (4, size * size))
-    config = LowRankConfig(branches="2-LR", warmup_updates=0, project_every=2)
+    config = LowRankConfig(branches="2-LR", warmup_updates=0, project_every=2, head_weight=0.0)
     model = tlr.wrap(network.train(), config, example_input=images)
     assert list(model.branches)[1] == "pre_logits"
     assert next(iter(model.branches)).endswith(stage)

@@ -291,7 +291,7 @@ def last_stage_input(backbone: nn.Module, images: Tensor) -> str:
         largest = max(outer, key=lambda name: sum(parameter.numel() for parameter in outer[name].parameters()))
         last = f"{largest}.{len(outer[largest]) - 2}"
         runs = not isinstance(outer[largest][0], nn.ModuleList)
-        if runs and all(any(isinstance(m, nn.ModuleList) for m in stage.modules()) for stage in outer[largest]):
+        if runs and all(map(_has_blocks, outer[largest])):
             return last
         blocks = [block for name, module in outer.items() for block in _running(name, module)]
         record = example_forward(backbone, [Tap(name, name) for name in blocks], images)
@@ -309,6 +309,12 @@ def last_stage_input(backbone: nn.Module, images: Tensor) -> str:
         f"{type(backbone).__name__} does not have; name the layers instead, for example "
         f'branches={{"{layers[len(layers) // 2]}": 500, "pre_logits": 100}}'
     )
+
+
+def _has_blocks(stage: nn.Module) -> bool:
+    """Whether there is a list of modules that consist of others in it."""
+    lists = [module for module in stage.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return any(all(any(block.children()) for block in blocks) for blocks in lists if len(blocks))
 
 
 def _running(name: str, modules: nn.ModuleList) -> list[str]:

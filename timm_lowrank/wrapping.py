@@ -29,7 +29,7 @@ PRE_LOGITS_RANK, STAGE_RANK = 100, 500  # paper, Section 3
 
 def wrap(
     model: str | nn.Module,
-    config: LowRankConfig | None = None,
+    config: LowRankConfig | str | Mapping[str, Any] | None = None,
     *,
     example_input: Tensor | None = None,
     **create_kwargs: Any,
@@ -39,7 +39,8 @@ def wrap(
     Args:
         model: a timm name (`create_kwargs` go to `timm.create_model`), or any `nn.Module` that takes a batch of
             images. A module is wrapped, not copied: training the wrapper trains it.
-        config: what to regularize; None is `LowRankConfig()`, one branch before the classifier.
+        config: what to regularize; None is `LowRankConfig()`, one branch before the classifier. "2-LR" or {layer: rank}
+            stand for `LowRankConfig(branches=...)`.
         example_input: a batch (batch, channels, height, width) as the network takes it, to find the widths of
             the layers by one forward in eval mode. Needed where the images have another size than timm's
             `pretrained_cfg` says, and for a module that has none. One image of zeros otherwise.
@@ -50,14 +51,21 @@ def wrap(
     Raises:
         ValueError: unknown timm name or layer (the nearest are named), a rank larger than its layer, a network that
             does not take images of the size in its `pretrained_cfg`.
-        TypeError: `create_kwargs` for a module that exists already, or a model that is neither name nor module.
+        TypeError: `create_kwargs` for a module that exists already, a model that is neither name nor module, or one
+            that was compiled before.
         CaptureError: a layer without usable activations.
     """
-    config = config or LowRankConfig()
+    if config is None or isinstance(config, str | Mapping):
+        config = LowRankConfig() if config is None else LowRankConfig(branches=config)
     if isinstance(model, LowRankModel):
         raise TypeError("the model is wrapped already; wrap model.unwrap() to change its branches")
     if not isinstance(model, str | nn.Module):
         raise TypeError(f"a timm name or an nn.Module is needed, not a {type(model).__name__}")
+    if isinstance(model, nn.Module) and (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
+        raise TypeError(
+            "the network is compiled already, and what it compiled does not see the branches: wrap the plain network "
+            "first, and then torch.compile the wrapped model"
+        )
     if create_kwargs and isinstance(model, nn.Module):
         raise TypeError(f"{', '.join(create_kwargs)}: keywords for timm.create_model, but the model exists already")
     backbone = create_backbone(model, **create_kwargs) if isinstance(model, str) else model

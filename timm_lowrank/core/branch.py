@@ -151,7 +151,8 @@ class LowRankBranch(nn.Module):
         if activations.dim() != 2 or activations.shape[1] != self.num_features:
             raise ValueError(
                 f"{where}activations of shape {tuple(activations.shape)} do not fit (batch, {self.num_features}); "
-                "was the model wrapped for another image size?"
+                "was the model wrapped for another image size? Give wrap() one batch as it is trained on: "
+                "example_input=images"
             )
         if activations.shape[0] == 0:
             raise ValueError(f"{where}an empty batch has no penalty")

@@ -128,6 +128,11 @@ class LowRankConfig:
     storage: str = "factored"
     seed: int = 0
 
+    def __new__(cls, *values: Any, **options: Any) -> LowRankConfig:
+        if values:
+            raise TypeError(f"LowRankConfig takes keywords alone: LowRankConfig(branches={values[0]!r}), for example")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.head_sizes, list):  # as JSON and YAML give it
             object.__setattr__(self, "head_sizes", tuple(self.head_sizes))
@@ -176,7 +181,10 @@ class LowRankConfig:
                 f"branches={self.branches!r} is neither of {', '.join(PRESETS)} nor a mapping of layer name to rank"
             ]
         if not isinstance(self.branches, Mapping) or not self.branches:
-            return [f"branches={self.branches!r} must name at least one layer"]
+            return [
+                f"branches={self.branches!r} must name at least one layer and its rank, such as {{'layer3': 500}}, or "
+                f"be one of {', '.join(PRESETS)}"
+            ]
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             "rank": (_is_count, "an integer >= 1"),
             "reconstruction_weight": (_is_weight, "a finite number >= 0"),

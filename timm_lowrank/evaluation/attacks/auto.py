@@ -106,7 +106,11 @@ def run_autoattack(
         right = predicted == labels
         plan = _plan(version, attacks, classes, flags)
         # The package looks for zero gradients with its other losses alone, so that apgd-ce would fail in silence.
-        if set(plan) != {"square"} and (dead := _dead_gradients(logits_of, images[right], labels[right], batch_size)):
+        if (
+            right.any()
+            and set(plan) != {"square"}
+            and (dead := _dead_gradients(logits_of, images[right], labels[right], batch_size))
+        ):
             flags.add(f"the gradient of the cross-entropy is zero for {dead} of {int(right.sum())} images")
         settings = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "version": version}
         if package.__name__ == "autoattack":
