@@ -107,7 +107,7 @@ def examine(
         # A projection reads numbers: on the meta device there are none.
         config = tlr.LowRankConfig(branches=branches, warmup_updates=0, project_every=100 if images.is_meta else 2)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capped there")
+            warnings.filterwarnings("ignore", ".*where the branch has (no|little) effect")
             model = tlr.wrap(network, config, example_input=images)
         found["layers"][label] = {layer: [b.num_features, b.rank] for layer, b in model.branches.items()}
         step(model.train(), images)

@@ -762,3 +762,22 @@ def test_a_layer_that_blows_up_is_named(storage):
     train(branch, rows)
     with pytest.raises(CollapseError, match=r"layer 'layer3' blew up: after 1 updates"):
         train(branch, rows * 1e6)
+
+
+BROKEN = {
+    "NaN in W": ({"basis": lambda t: t * torch.nan}, "W holds values that are NaN"),
+    "NaN in b": ({"bias": lambda t: t * torch.nan}, "b or the reference norm is NaN"),
+    "asymmetric core": ({"core": lambda t: t + torch.ones_like(t).triu(1)}, "core of W is not symmetric"),
+    "foreign Gram matrix": ({"gram": lambda t: 2 * t}, "Gram matrix is not that of the factor"),
+    "rank": ({"factored": lambda t: t + 5}, "do not fit the target rank 4"),
+    "counters": ({"counters": lambda t: t[:1]}, "counters have other shapes"),
+    "no counters": ({"factored": lambda t: t[:0]}, "While loading"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_branch_that_makes_no_sense_is_not_loaded(changes, message):
+    branch = train_all(build(), batches(5))
+    state = {key: changes[key](value) if key in changes else value for key, value in branch.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        build().load_state_dict(state)

@@ -1,5 +1,6 @@
 """Loading and decoding images: held or streamed, one reader with one set of checks."""
 
+import io
 import os
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pyarrow
 import pytest
 import torch
 from parquet_images import DIGITS, TARGET, encoded, png, write, write_shards
+from PIL import Image
 from pyarrow import parquet
 from torchvision.transforms.v2 import functional
 
@@ -381,7 +383,9 @@ def test_folders_names_and_numbers_that_are_not_there(tmp_path, own, streaming):
     with pytest.raises(DataError, match=r"no train split .* It holds no parquet file at all"):
         load_data(str(tmp_path / "empty"), streaming=streaming)
     (own / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(DataError, match=r"no test split \(test\*.parquet\). It holds train-00000"):
+    with pytest.raises(
+        DataError, match=r"no test split \(test.parquet, test-00000-of-00001.parquet\). It holds train-00000"
+    ):
         load_data(str(own), streaming=streaming)
     for wrong in ("/no/such/folder", "./here", "~nobody/x/y"):
         with pytest.raises(DataError, match="is not a folder"):
@@ -450,7 +454,79 @@ def test_large_images_are_cut_and_resized(random_stream):
     assert random_stream()
     untouched = Decoder("RGB", (24, 24), resize=True, crop_pct=0.75, augment="none")
     assert np.array_equal(untouched(encoded, "here", 3), shown)
-    assert Decoder("L", (24, 24), resize=True)(encoded, "here").shape == (1, 24, 24)
+    assert Decoder("L", (24, 24), resize=True)(png(pixels[..., 0]), "here").shape == (1, 24, 24)
+
+
+def jpeg(pixels, orientation):
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(buffer, format="jpeg", quality=100, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+HALVES = np.repeat(np.array([255, 0], dtype=np.uint8), 32).reshape(8, 8)  # white above black
+DEEP = (np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)
+DECODED = {
+    "16 bit": (png(DEEP), DEEP >> 8),
+    "upright": (jpeg(HALVES, 1), HALVES),
+    "turned": (jpeg(HALVES, 6), np.rot90(HALVES, -1)),
+    "upside down": (jpeg(HALVES, 3), HALVES[::-1]),
+}
+
+
+@BOTH
+@pytest.mark.parametrize(("image", "expected"), DECODED.values(), ids=DECODED)
+def test_depth_and_orientation_are_read_as_they_were_meant(own, streaming, image, expected):
+    for shard in own.glob("train-*"):
+        shard.unlink()
+    write(own / "train.parquet", range(10), image=[{"bytes": image, "path": None}] * 10)
+    data = load_data(str(own), streaming=streaming)
+    pixels = (data.subset(10, 10) if streaming else data).train_images[0]
+    assert pixels.shape == (1, 8, 8)
+    assert np.abs(pixels[0].numpy().astype(int) - expected).max() <= 8
+
+
+@BOTH
+@pytest.mark.parametrize("row", [0, 40])
+def test_one_coloured_image_makes_a_data_set_coloured(own, streaming, row):
+    images = encoded(DIGITS[:90])
+    images[row] = {"bytes": png(np.stack([DIGITS[0], 255 - DIGITS[0], DIGITS[1]], axis=-1)), "path": None}
+    write(own / "train-00000-of-00003.parquet", range(90), image=images)
+    assert load_data(str(own), streaming=streaming).image_size == (3, 8, 8)
+
+
+@BOTH
+def test_a_split_is_its_name(own, streaming):
+    counts = load_data(str(own), streaming=streaming).counts
+    for other in ("train_unlabeled", "training_holdout", "train-extra-00000-of-00001", "test_corrupted"):
+        write(own / f"{other}.parquet", range(7))
+    assert load_data(str(own), streaming=streaming).counts == counts == (230, 55)
+
+
+@BOTH
+@pytest.mark.parametrize("names", ["ab", "bac"])
+def test_class_names_that_do_not_agree(tmp_path, streaming, names):
+    for split, own_names in (("train", "abc"), ("test", names)):
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(own_names))})
+        columns = {"img": encoded(DIGITS[:10]), "label": [0, 1] * 5}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(
+        DataError, match=r"class names in .*test.parquet \(.*\) are not those in .*train.parquet \(a, b, c\)"
+    ):
+        load_data(str(tmp_path), streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mean": [123.7]}, "divide what is in 0 to 255"),
+        ({"mean": [float("nan")]}, "in \\[0, 1\\]"),
+        ({"std": [58.4]}, "in 0 to 255"),
+    ],
+)
+def test_statistics_of_another_scale(own, values, message):
+    with pytest.raises(DataError, match=message):
+        load_data(str(own), **values)
 
 
 def test_mirroring_is_for_crop_flip_alone():

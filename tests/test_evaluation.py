@@ -41,12 +41,22 @@ def test_a_pixel_model_normalises_inside(network):
     [
         (torch.rand(2, 3, 32, 32) * 255, r"must lie in \[0, 1\]"),
         (torch.randn(2, 3, 32, 32).clamp(-1, 1), r"must lie in \[0, 1\]"),
+        (torch.full((2, 3, 32, 32), torch.nan), r"must lie in \[0, 1\]"),
+        (torch.rand(2, 1, 32, 32), r"\(batch, 3, height, width\), one channel for each number in mean and std"),
         (torch.randint(255, (2, 3, 32, 32)), "divide by 255"),
     ],
 )
 def test_a_pixel_model_refuses_what_is_no_pixel(network, images, message):
     with pytest.raises(ValueError, match=message):
         PixelModel(network)(images)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((123.7, 116.3, 103.5), (0.2,) * 3), ((0.5,) * 3, (58.4,) * 3), ((torch.nan,) * 3, (0.2,) * 3)]
+)
+def test_statistics_of_another_scale(network, mean, std):
+    with pytest.raises(ValueError, match=r"must be of pixels in \[0, 1\]: divide what is in 0 to 255 by 255"):
+        PixelModel(network, mean, std)
 
 
 def test_predictions_are_those_of_eval_mode_in_any_batch(network):

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-import timm_lowrank.networks  # noqa: F401  (registers the architectures)
+import timm_lowrank as tlr
 from timm_lowrank.networks import CifarResNet
 
 NAMES = ["resnet10_cifar", "resnet18_cifar", "resnet50_cifar", "vgg19_bn_cifar"]
@@ -144,6 +144,16 @@ def test_lowrank_stage_of_vgg_is_the_input_of_its_first_fully_connected_layer():
     assert seen["out"].data_ptr() == seen["fc"].data_ptr()
     assert seen["out"].flatten(1).shape == (3, 512)
     assert not hasattr(build("resnet10_cifar"), "lowrank_stage")  # the generic rule is right there
+
+
+def test_presets_have_the_ranks_of_the_paper():
+    """100 before fully connected layers, also where "2-LR" finds one in the place of a stage."""
+    network = build("vgg19_bn_cifar", width=1, hidden_size=512)
+    model = tlr.wrap(network, tlr.LowRankConfig(branches="2-LR"))
+    assert [branch.rank for branch in model.branches.values()] == [100, 100]
+    narrow = build("vgg19_bn_cifar", hidden_size=128)
+    with pytest.warns(UserWarning, match="rank 100 is more than half of the 128 features of 'pre_logits'"):
+        tlr.wrap(narrow, tlr.LowRankConfig(branches="1-LR"))
 
 
 @pytest.mark.parametrize("name", NAMES)

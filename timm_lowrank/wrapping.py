@@ -91,7 +91,8 @@ def find_taps(
 
     The ranks of the presets are capped by the width of the layer, with a warning. For a stage of tokens they are a
     quarter of the channels at most: the paper's 500 are a thirtieth of the features that it has before the last stage,
-    and in a network with 384 or 768 channels it would be no constraint at all.
+    and in a network with 384 or 768 channels it would be no constraint at all. Where the last stage is entered by one
+    vector per image, as the fully connected layers of a VGG are, it is the paper's 100 there, too.
 
     Raises:
         ValueError: layers that do not exist (all named in one message, with the nearest ones), or ranks larger
@@ -123,6 +124,8 @@ def find_taps(
         widths[tap.layer] = view.width(value)
         if isinstance(config.branches, str) and view.kind == "token" and value.dim() > 2:
             wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
+        elif isinstance(config.branches, str) and value[0].numel() == value.shape[view.channel_dim]:
+            wanted[tap.layer] = min(wanted[tap.layer], PRE_LOGITS_RANK)
     return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
 
 
@@ -146,5 +149,16 @@ def _fitting_ranks(wanted: Mapping[str, int], widths: Mapping[str, int], *, capp
     if too_large:
         warnings.warn(
             f"{text}; capped there, where the branch has no effect: name the layers and smaller ranks", stacklevel=3
+        )
+    loose = {layer: rank for layer, rank in wanted.items() if widths[layer] / 2 < rank <= widths[layer]}
+    if loose and capped:
+        text = "; ".join(
+            f"rank {rank} is more than half of the {widths[layer]} features of {layer!r}"
+            for layer, rank in loose.items()
+        )
+        advice = {layer: max(1, widths[layer] // 4) for layer in loose}
+        warnings.warn(
+            f"{text}, where the branch has little effect: name the layers and smaller ranks, such as {advice}",
+            stacklevel=3,
         )
     return {layer: min(rank, widths[layer]) for layer, rank in wanted.items()}

@@ -381,11 +381,15 @@ class LowRankBranch(nn.Module):
                 raise ValueError(
                     f"a bias of shape {tuple(state['bias'].shape)} does not fit {self.num_features} features"
                 )
+            if not (state["bias"].isfinite().all() and state["reference_norm"].isfinite().all()):
+                raise ValueError("b or the reference norm is NaN or infinite: the training that wrote it had diverged")
+            if state["reference_norm"].numel() != 1 or state["counters"].dim() != 1 or len(state["counters"]) < 2:
+                raise ValueError("the reference norm and the counters have other shapes than a branch writes")
             self._check_view(*state["counters"][2:].tolist())
             self.weight.load_state(state)
             if self.head is not None and heads:
                 self.head.load_state(heads, self.weight.kept)
-        except ValueError as problem:
+        except (ValueError, IndexError, RuntimeError) as problem:
             error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")
             return
         self.bias = state["bias"].to(self.bias, copy=True)

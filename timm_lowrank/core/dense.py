@@ -106,6 +106,10 @@ class DenseWeight:
             raise ValueError(
                 f"a matrix of shape {tuple(matrix.shape)} does not fit a layer of {self.num_features} features"
             )
+        if not matrix.isfinite().all():
+            raise ValueError("W holds values that are NaN or infinite: the training that wrote it had diverged")
+        if not torch.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-3 * float(matrix.abs().max())):
+            raise ValueError("W is not symmetric: the file was damaged or changed")
         self.matrix, self.start = matrix, state["start"][:, 1:].to(self.start, copy=True)
         self._rows, self._seen = self._rows[:0], state["seen"][1:].to(self._seen, copy=True)
 

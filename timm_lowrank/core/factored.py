@@ -252,7 +252,16 @@ class FactoredWeight:
                 f"a factor of shape {tuple(basis.shape)} with a core of shape {tuple(core.shape)} does not fit "
                 f"a layer of {self.num_features} features"
             )
-        self._load(basis, core, gram, kept=int(state["factored"][0]))
+        kept, largest = state["factored"].tolist()[0], float(gram.abs().max()) if gram.numel() else 0.0
+        if not all(tensor.isfinite().all() for tensor in (basis, core, gram)):
+            raise ValueError("W holds values that are NaN or infinite: the training that wrote it had diverged")
+        if not torch.allclose(core, core.T, rtol=1e-3, atol=1e-3 * float(core.abs().max()) if core.numel() else 0.0):
+            raise ValueError("the core of W is not symmetric: the file was damaged or changed")
+        if not torch.allclose(gram, basis @ basis.T, rtol=1e-3, atol=1e-3 * largest):
+            raise ValueError("the Gram matrix is not that of the factor of W: the file was damaged or changed")
+        if not 0 <= kept <= min(self.rank, len(basis)):
+            raise ValueError(f"{kept} directions from the last projection do not fit the target rank {self.rank}")
+        self._load(basis, core, gram, kept=kept)
         self.projections = int(state["factored"][1])
 
     def to(self, device: torch.device) -> None:

@@ -13,12 +13,13 @@ import torch
 
 from ..environment import require
 from ..errors import DataError
-from .sources import Source
+from .sources import Source, Split
 
 INTERPOLATION = "bicubic"
 LONGEST = 8  # times the side that is cut out of an image: what is resized of it at most
 PROBED = 32  # images whose headers are looked at
-GREY = ("1", "L")  # modes of pillow
+DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of pillow for grey values of 16 bits
+GREY = ("1", "L", *DEEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,10 @@ def find_decoder(
     augment: str = "none",
     crop_scale: float = 0.08,
 ) -> Decoder:
-    """The decoder for all images of a data set: grey if its first ones all are, and of their size if none is given.
+    """The decoder for all images of a data set: grey if all are, and of the size of the first if none is given.
+
+    Of a data set on the Hub that is read whenever it is needed, the first images decide: a coloured one behind grey
+    ones is then an error when its turn comes.
 
     Raises:
         DataError: an image cannot be decoded, or images are not of one kind.
@@ -121,6 +125,9 @@ def find_decoder(
         raise DataError(f"{train.name} holds images of different sizes ({shown}): set image_size")
     else:
         decoder = Decoder(mode, sizes.pop())
+    if mode == "L" and not source.remote and not _all_grey(train):
+        decoder = dataclasses.replace(decoder, mode="RGB")
+        mode = "RGB"
     first = next(test.read(np.arange(1)))
     if mode == "L" and _opened(first.image, first.where).mode not in GREY:
         raise DataError(f"training images are grey and test images are not ({first.where}): one kind is needed")
@@ -128,16 +135,36 @@ def find_decoder(
     return decoder
 
 
+def _all_grey(split: Split) -> bool:
+    """Whether all images are; of a PNG, as most grey data sets are, the byte that says it is enough."""
+    for item in split.read(np.arange(len(split))):
+        if item.image[:8] == b"\x89PNG\r\n\x1a\n" and item.image[25:26] == b"\0":
+            continue
+        if _opened(item.image, item.where).mode not in GREY:
+            return False
+    return True
+
+
 def _opened(encoded: bytes, where: str, mode: str | None = None) -> Any:
-    """A pillow image, converted to `mode`; without a mode as it is, and then only its header is read.
+    """A pillow image, upright as its EXIF orientation says; converted to `mode`, or without one as it is.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: it cannot be decoded, is of 32 bits, or is coloured where "L" is wanted.
     """
-    image_module = require("PIL.Image", "pillow")
+    image_module, operations = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
     try:
         image = image_module.open(io.BytesIO(encoded))
-        return image if mode is None else image.convert(mode)
+        if mode is not None or image.format == "JPEG":  # of others, reading the orientation decodes the image
+            image = operations.exif_transpose(image)
+        if mode is None:
+            return image
+        if mode == "L" and image.mode not in GREY:
+            raise DataError(f"{where}: the image is coloured and the first ones are grey: store all images as one kind")
+        if image.mode == "F" or (image.mode in DEEP and image.getextrema()[1] > 65535):
+            raise DataError(f"{where}: the image has values of 32 bits, whose range is not known: store 8 or 16 bits")
+        if image.mode in DEEP:  # convert() would cut at 255
+            image = image_module.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert(mode)
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         raise DataError(f"{where}: the image cannot be decoded: {error}") from error
 

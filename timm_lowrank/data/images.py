@@ -145,6 +145,8 @@ def per_channel(name: str, values: Sequence[float] | None, channels: int) -> tup
         return None
     if not isinstance(values, list | tuple) or len(values) != channels:
         raise DataError(f"data_args.{name}={values!r} must list a number for each of the {channels} channels")
+    if not all(0 <= value <= 1 for value in values):  # NaN too
+        raise DataError(f"data_args.{name}={values!r} must be of pixels in [0, 1]: divide what is in 0 to 255 by 255")
     if name == "std" and min(values) <= 0:
         raise DataError(f"data_args.std={values!r} must be positive")
     return tuple(float(value) for value in values)

@@ -251,16 +251,23 @@ def open_source(
 
 
 def _checked_classes(train: Split, test: Split) -> tuple[str, ...]:
-    """The names in the first file, or numbers up to the largest training label; every label is checked."""
+    """The names in the files, which agree, or numbers up to the largest training label; every label is checked."""
     ranges = [shard.label_range for shard in train.shards if shard.label_range is not None]
     lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
-    named = train.shards[0].class_names
-    if named is None and highest >= len(train):
+    named = [shard for shard in (*train.shards, *test.shards) if shard.class_names]
+    for shard in named[1:]:
+        if shard.class_names != named[0].class_names:
+            raise DataError(
+                f"the class names in {shard.path} ({_some(shard.class_names)}) are not those in {named[0].path} "
+                f"({_some(named[0].class_names)}), so a label would mean two classes: "
+                "write all files with the same names"
+            )
+    if not named and highest >= len(train):
         raise DataError(
             f"{train.name} has the label {highest} among {len(train)} images, and labels must be integers without "
             "gaps: number the classes from 0, or name another column with data_args.label_column"
         )
-    names = named or tuple(str(label) for label in range(highest + 1))
+    names = (named[0].class_names if named else None) or tuple(str(label) for label in range(highest + 1))
     for shard in (*train.shards, *test.shards):
         if shard.label_range is None or 0 <= shard.label_range[0] <= shard.label_range[1] < len(names):
             continue
@@ -274,6 +281,11 @@ def _checked_classes(train: Split, test: Split) -> tuple[str, ...]:
     if lowest == highest:
         raise DataError(f"{train.name} holds a single class, {names[lowest]}: there is nothing to learn")
     return names
+
+
+def _some(names: tuple[str, ...] | None) -> str:
+    names = names or ()
+    return ", ".join(names[:5]) + (f", ... {len(names)} in all" if len(names) > 5 else "")
 
 
 # ------------------------------------------------------------------------------------------------ finding the files
@@ -303,11 +315,15 @@ def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
         DataError: there is none, or they lie in several places.
     """
     root = folder / config if config and (folder / config).is_dir() else folder
-    files = sorted(root.rglob(f"{name}*.parquet"))
+    # The name itself, or with the number of a shard as the Hub writes it: train_unlabeled is another split.
+    shard = re.compile(re.escape(name) + r"([-._ ]*\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{16})?)?\.parquet")
+    files = sorted(path for path in root.rglob("*.parquet") if shard.fullmatch(path.name))
     if not files:
         there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
         holds = f"It holds {', '.join(there[:8])}." if there else "It holds no parquet file at all."
-        raise DataError(f"the folder {folder} has no {name} split ({name}*.parquet). {holds}")
+        raise DataError(
+            f"the folder {folder} has no {name} split ({name}.parquet, {name}-00000-of-00001.parquet). {holds}"
+        )
     parents = sorted({str(path.parent.relative_to(folder)) for path in files})
     if len(parents) > 1:
         raise DataError(

@@ -54,12 +54,18 @@ def checked(
 
 
 def check_logits(logits: Tensor, count: int) -> Tensor:
-    """The logits, if they are (count, classes) of at least two classes; EvaluationError otherwise."""
+    """The logits, if they are finite (count, classes) of at least two classes; EvaluationError otherwise."""
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != count:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise EvaluationError(f"the model must give logits ({count}, classes), not {shape}")
     if logits.shape[1] < 2:
         raise EvaluationError("an attack needs logits of at least two classes; this model gives one")
+    finite = logits.detach().isfinite().all(dim=1)
+    if not finite.all():
+        share = (~finite).float().mean().item()
+        raise EvaluationError(
+            f"{share:.0%} of the images get logits that are NaN or infinite: a diverged checkpoint, or half precision?"
+        )
     return logits
 
 

@@ -86,11 +86,6 @@ def _check_normalisation(model: nn.Module) -> None:
 
 
 def _check_logit_values(logits: Tensor) -> None:
-    if not logits.isfinite().all():
-        share = (~logits.isfinite()).any(dim=1).float().mean().item()
-        raise EvaluationError(
-            f"{share:.0%} of the images get logits that are NaN or infinite: a diverged checkpoint, or half precision?"
-        )
     sums = logits.sum(dim=1)
     if logits.min() >= 0 and logits.max() <= 1 and (sums - 1).abs().max() < 1e-3:
         raise EvaluationError(

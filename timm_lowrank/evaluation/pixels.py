@@ -21,7 +21,7 @@ class PixelModel(nn.Module):
         mean, std: per channel; for a network without `pretrained_cfg`, or to overrule it.
 
     Raises:
-        ValueError: mean and std are not known.
+        ValueError: mean and std are not known, or not those of pixels in [0, 1].
     """
 
     mean: Tensor
@@ -38,6 +38,11 @@ class PixelModel(nn.Module):
         mean, std = mean or config.get("mean"), std or config.get("std")
         if mean is None or std is None:
             raise ValueError(f"the normalisation of a {type(self.network).__name__} is not known: pass mean and std")
+        if not (all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):  # NaN too
+            raise ValueError(
+                f"mean {tuple(mean)} and std {tuple(std)} must be of pixels in [0, 1]: "
+                "divide what is in 0 to 255 by 255"
+            )
         device = next((parameter.device for parameter in self.network.parameters()), None)
         self.register_buffer("mean", torch.tensor(mean, device=device).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=device).view(1, -1, 1, 1), persistent=False)
@@ -46,12 +51,18 @@ class PixelModel(nn.Module):
         """Logits (batch, classes) float32 of images (batch, channels, height, width) float in [0, 1].
 
         Raises:
-            ValueError: integer images, or pixels outside [0, 1].
+            ValueError: integer images, pixels that are NaN or outside [0, 1], or other channels than mean has.
         """
+        channels = self.mean.shape[1]
+        if images.dim() != 4 or (channels > 1 and images.shape[1] != channels):
+            raise ValueError(
+                f"images must be (batch, {channels}, height, width), one channel for each number in mean and std, not "
+                f"{tuple(images.shape)}; where the network takes these, pass PixelModel mean and std of its channels"
+            )
         if not images.is_floating_point():
             raise ValueError(f"pixels must be floating point in [0, 1], not {images.dtype}: divide by 255")
         low, high = images.detach().aminmax()
-        if low < 0 or high > 1:
+        if not (low >= 0 and high <= 1):  # NaN too
             raise ValueError(
                 f"pixels must lie in [0, 1], these in [{low:.3g}, {high:.3g}]: are they normalised already?"
             )
