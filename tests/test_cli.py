@@ -81,6 +81,12 @@ def test_a_mistake_is_one_message(arguments, message, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("package", ["matplotlib.figure", "sklearn.linear_model"])
+def test_a_package_that_is_missing_is_said_before_measuring(package, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install" in fails(capsys, "evaluate", "no/such/run")
+
+
 def test_ctrl_c_is_one_line(capsys, monkeypatch):
     def interrupted(given):
         raise KeyboardInterrupt

@@ -394,6 +394,7 @@ def test_bytes_that_are_no_partial_results_are_replaced(partial):
         ({"table_limit": 0}, "--table-limit must be at least 1"),
         ({"radius_units": ("normalised",)}, "did you mean 'normalized'"),
         ({"limit": 0}, "--limit, --train-limit and --spectrum-limit must be"),
+        ({"train_limit": -1, "run": "nowhere/at/all"}, "--limit, --train-limit and .* must be at least 1, not -1"),
         ({"run": "nowhere/at/all"}, "neither a folder here nor a network"),
         ({"run": "./nowhere"}, "is no run folder"),
         ({"against": ("./nowhere",)}, "is no run folder"),

@@ -652,6 +652,13 @@ def test_a_dead_run_stops_with_a_reason(tmp_path, loss, accuracy, test, epoch, m
         check_alive(state, trained, loop.Tested(test, 0.5))
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_batchnorm_needs_more_than_one_image(tmp_path, parts):
+    limits = {"train_limit": 40, "test_limit": 20}
+    with pytest.raises(RecipeError, match="BatchNorm cannot train on a single image at a time: raise batch_size"):
+        train(recipe(data_args=limits, batch_size=parts, gradient_accumulation=parts), tmp_path / "run")
+
+
 def test_guessing_is_what_frequencies_alone_give(tmp_path):
     state = build(recipe(), load_images(**SMALL["data_args"]), tmp_path)
     means = Means(CPU, 4)

@@ -209,11 +209,14 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
+    from .environment import require
     from .evaluation.attacks.auto import find_package
     from .report import text_table
     from .suites import Options, evaluate, join_processes
 
-    find_package()  # which every suite needs: its absence is said now, not in the middle
+    find_package()  # these every suite needs: their absence is said now, not in the middle
+    require("matplotlib.figure", "matplotlib", "evaluate")
+    require("sklearn.linear_model", "scikit-learn", "evaluate")
     options = Options(
         network=given.network, against=tuple(given.against), suites=tuple(dict.fromkeys(given.suite)), data=given.data,
         limit=given.limit, train_limit=given.train_limit, other_labels=given.other_labels, seed=given.seed,

@@ -107,6 +107,8 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         TrainingError: data that cannot be read, a disk that cannot be written; what is finished is kept.
     """
     began = time.monotonic()
+    for limit in (options.limit, options.train_limit, options.spectrum_limit):
+        _require_positive(1 if limit is None else limit)
     suites = chosen_suites(options.suites)
     measurements = list(options.measurements) or measurements_of(
         suites, options.radius_units, options.table_limit, options.radii, options.random_network
@@ -258,9 +260,13 @@ def _enough_images(networks: Sequence[EvaluatedNetwork], layers: Sequence[str], 
     return needed
 
 
-def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
+def _require_positive(limit: int) -> None:
     if limit < 1:
         raise EvaluationError(f"--limit, --train-limit and --spectrum-limit must be at least 1, not {limit}")
+
+
+def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
+    _require_positive(limit)
     return torch.from_numpy(balanced_rows(labels.numpy(), min(limit, len(labels)), classes))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..data.batches import TestBatches
-from ..errors import DataError, DivergedError
+from ..errors import DataError, DivergedError, RecipeError
 from .checkpoints import EpochPosition
 from .recipe import learning_rate, penalty_weight
 from .state import TrainingState
@@ -190,7 +190,7 @@ def _train_step(
         images = images.contiguous(memory_format=torch.channels_last)
     with accelerator.accumulate(state.network):
         nothing: contextlib.AbstractContextManager[dict[str, Tensor]] = contextlib.nullcontext({})
-        with lowrank.capture() if shares else nothing as activations:
+        with lowrank.capture() if shares else nothing as activations, _batches_of_one(len(images)):
             logits = state.network(images)
         task_loss = loss = functional.cross_entropy(logits.float(), labels)
         if (extra := state.comparator.extra_loss(lowrank.backbone, labels)) is not None:
@@ -217,6 +217,20 @@ def _train_step(
     if weight:
         parts = {f"{layer}.{part}": value for layer, own in lowrank.losses().items() for part, value in own.items()}
         means.add({"penalty": penalty, **parts}, len(images))
+
+
+@contextlib.contextmanager
+def _batches_of_one(images: int) -> Iterator[None]:
+    """Says what to do where BatchNorm finds a single number for each channel."""
+    try:
+        yield
+    except ValueError as error:
+        if images > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise RecipeError(
+            "BatchNorm cannot train on a single image at a time: raise batch_size, or lower gradient_accumulation and "
+            "the number of processes, among which it is divided"
+        ) from error
 
 
 def gradient_shares(task_loss: Tensor, loss: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
