@@ -413,3 +413,21 @@ def test_images_of_another_size_than_those_that_the_model_was_wrapped_with():
 def test_a_size_that_is_not_known():
     with pytest.raises(ValueError, match="input size of a Linear is not known"):
         tlr.wrap(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "inside"),
+    [
+        ("test_resnet", "global_pool", "layer3"),
+        ("test_vit", "fc_norm", "blocks.1"),
+        ("test_efficientnet", "global_pool", "blocks.3"),
+    ],
+)
+def test_one_tensor_has_one_weight_whatever_it_is_called(name, other, inside, tmp_path):
+    network = timm.create_model(name, num_classes=10)
+    model = tlr.wrap(network, tlr.LowRankConfig(branches={other: 4, "pre_logits": 4, inside: 4}))
+    weights = {layer: branch.config.reconstruction_weight for layer, branch in model.branches.items()}
+    assert weights[other] == weights["pre_logits"] != weights[inside]
+    tlr.save_pretrained(model, tmp_path)
+    restored = tlr.from_pretrained(tmp_path)
+    assert {layer: branch.config.reconstruction_weight for layer, branch in restored.branches.items()} == weights

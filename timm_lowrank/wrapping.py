@@ -79,7 +79,7 @@ def wrap(
             f"the {type(backbone).__name__} does not take an image of {tuple(images.shape[1:])}, the size in its "
             f"pretrained_cfg ({problem}); pass example_input=images, one batch as the network takes it"
         ) from problem
-    heads = any(config.weights(tap.layer).head for tap in taps)
+    heads = any(config.weights(tap.layer, feeds_classifier=tap.feeds_classifier).head for tap in taps)
     classes = class_count(backbone, images) if heads else None
     return LowRankModel(backbone, config, taps, widths, ranks, classes)
 
@@ -111,6 +111,8 @@ def find_taps(
     whole, taps = taps, [pick_item(backbone, tap, record.values.get(tap.layer), len(images)) for tap in taps]
     if taps != whole:
         record = example_forward(backbone, taps, images)
+    features = _classifier_input(backbone, images, taps)
+    record = record if features is None else example_forward(backbone, [*taps, features], images)
     viewed, widths = [], {}
     for tap in taps:
         value, options = record.activation(tap), config.options(tap.layer)
@@ -120,13 +122,31 @@ def find_taps(
                 f"layer {tap.layer!r} gives a tensor of shape {tuple(value.shape)} for {len(images)} images; its first "
                 'dimension is not the batch, so its rows are not images: choose another layer, or the view "token"'
             )
-        viewed.append(dataclasses.replace(tap, view=view))
+        same = features is not None and _is_same(value, record.values.get(features.layer))
+        viewed.append(dataclasses.replace(tap, view=view, feeds_classifier=same or tap.layer == PRE_LOGITS))
         widths[tap.layer] = view.width(value)
         if isinstance(config.branches, str) and view.kind == "token" and value.dim() > 2:
             wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
         elif isinstance(config.branches, str) and value[0].numel() == value.shape[view.channel_dim]:
             wanted[tap.layer] = min(wanted[tap.layer], PRE_LOGITS_RANK)
     return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
+
+
+def _classifier_input(backbone: nn.Module, images: Tensor, taps: list[Tap]) -> Tap | None:
+    """The tap of "pre_logits" where other layers may give the same tensor; None where there is no such thing."""
+    if all(tap.layer == PRE_LOGITS for tap in taps):
+        return None
+    try:
+        return dataclasses.replace(tap_on(backbone, PRE_LOGITS, images), layer="")
+    except (ValueError, CaptureError):
+        return None
+
+
+def _is_same(value: Tensor, other: object) -> bool:
+    """Whether two activations are one tensor, perhaps in two shapes."""
+    if not isinstance(other, Tensor) or value.is_meta:
+        return False
+    return value.data_ptr() == other.data_ptr() and value.numel() == other.numel()
 
 
 def _raise_if_unknown(backbone: nn.Module, wanted: Mapping[str, int]) -> None:

@@ -44,6 +44,7 @@ class LayerDescription:
     view: str | None = None  # kind of the view; None in files from before there were views
     channel_dim: int | None = None  # of the view
     item: int | None = None  # which tensor is meant where the layer gives several
+    feeds_classifier: bool | None = None  # whether it is what "pre_logits" names, by another name
 
     @classmethod
     def of(cls, branch: LowRankBranch, tap: Tap) -> LayerDescription:
@@ -54,6 +55,7 @@ class LayerDescription:
             view=tap.view.kind,
             channel_dim=tap.view.channel_dim,
             item=tap.item,
+            feeds_classifier=tap.feeds_classifier or None,
         )
 
     @classmethod
@@ -68,12 +70,14 @@ class LayerDescription:
         Raises:
             CheckpointError: rank and width are no integers, or there is no such view.
         """
-        defaults = {"view": options.view, "channel_dim": options.channel_dim, "item": None}
+        defaults = {"view": options.view, "channel_dim": options.channel_dim, "item": None, "feeds_classifier": None}
         known: dict[str, Any] = {**defaults, **values} if isinstance(values, Mapping) else {}
         if not _are_integers(known, "rank", "num_features"):
             raise CheckpointError(f"{where} must have rank and num_features, both integers")
         if known["view"] not in (None, *VIEWS) or not _are_integers(known, "channel_dim", "item", optional=True):
             raise CheckpointError(f"{where} has a view that is none of {', '.join(VIEWS)}")
+        if known["feeds_classifier"] not in (None, True, False):
+            raise CheckpointError(f"{where}: feeds_classifier must be true or false")
         return cls(**{field.name: known[field.name] for field in dataclasses.fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,7 +263,12 @@ def restore_branches(network: nn.Module, description: BranchDescription, folder:
         )
     layers = description.layers.items()
     with _restoring(folder):
-        taps = [dataclasses.replace(tap_on(network, layer), view=one.viewed(), item=one.item) for layer, one in layers]
+        taps = [
+            dataclasses.replace(
+                tap_on(network, layer), view=one.viewed(), item=one.item, feeds_classifier=bool(one.feeds_classifier)
+            )
+            for layer, one in layers
+        ]
         widths = {layer: one.num_features for layer, one in layers}
         ranks = {layer: one.rank for layer, one in layers}
         classes = getattr(network, "num_classes", None)

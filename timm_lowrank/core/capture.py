@@ -27,6 +27,7 @@ class Tap:
     takes_input: bool = False  # the module's first input instead of its output
     view: View = FLATTEN  # what counts as one sample
     item: int | None = None  # which one is meant where the module gives a tuple or list
+    feeds_classifier: bool = False  # whether it is the tensor that "pre_logits" names, by whatever name
 
     @classmethod
     def at(cls, layer: str, path: str, backbone: nn.Module, *, takes_input: bool = False) -> Tap:

@@ -214,9 +214,9 @@ class LowRankConfig:
         spec = {} if isinstance(self.branches, str) else self.branches.get(layer)
         return BranchOptions(**{k: v for k, v in spec.items() if k != "rank"} if isinstance(spec, Mapping) else {})
 
-    def for_branch(self, layer: str) -> LowRankConfig:
+    def for_branch(self, layer: str, *, feeds_classifier: bool = False) -> LowRankConfig:
         """This configuration for one branch: its own options in force, and no weight left to the strength."""
-        options, weights = self.options(layer), self.weights(layer)
+        options, weights = self.options(layer), self.weights(layer, feeds_classifier=feeds_classifier)
         return dataclasses.replace(
             self,
             branches=self.branches if options == BranchOptions() else {layer: self.ranks()[layer]},
@@ -225,9 +225,13 @@ class LowRankConfig:
             head_weight=weights.head,
         )
 
-    def weights(self, layer: str) -> Weights:
-        """The weights of a branch: its own, else those of all branches, else those of the strength."""
-        own, number = self.options(layer), 0 if layer != PRE_LOGITS else 1
+    def weights(self, layer: str, *, feeds_classifier: bool = False) -> Weights:
+        """The weights of a branch: its own, else those of all branches, else those of the strength.
+
+        Args:
+            feeds_classifier: whether the layer gives the classifier its input, as "pre_logits" does.
+        """
+        own, number = self.options(layer), 1 if feeds_classifier or layer == PRE_LOGITS else 0
         if self.scale == "paper":
             by_strength = PRINTED
         elif isinstance(self.strength, str):

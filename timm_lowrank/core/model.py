@@ -99,7 +99,7 @@ class LowRankModel(nn.Module):
         device = next((p.device for p in backbone.parameters()), None)
         self.branches = BranchDict()
         for tap in self.taps:
-            own = config.for_branch(tap.layer)
+            own = config.for_branch(tap.layer, feeds_classifier=tap.feeds_classifier)
             branch = LowRankBranch(widths[tap.layer], ranks[tap.layer], own, device, classes=classes)
             branch.name, branch.view = tap.layer, tap.view
             self.branches[tap.layer] = branch
