@@ -144,6 +144,31 @@ def test_training_makes_activations_low_rank(wrapped, digits):
     assert shares[True] > shares[False] + 0.1
 
 
+def test_the_report_is_that_of_the_last_batch_and_of_w(wrapped, data):
+    model = wrapped(warmup_updates=3)
+    assert all(one.penalty != one.penalty and one.rank == one.updates == 0 for one in model.report().values())
+    batches = data(8)
+    train(model, sgd(model), batches[:7])
+    twin = copy.deepcopy(model)
+    model(batches[7][0])
+    total = model.penalty()
+    with twin.capture() as activations, torch.no_grad():
+        twin(batches[7][0])
+    report = model.report()
+    assert sum(one.penalty for one in report.values()) == pytest.approx(float(total), rel=1e-5)
+    for layer, one in report.items():
+        branch = twin.branches[layer]
+        weight, rows = branch.dense_weight().double(), (activations[layer].flatten(1) + branch.bias).double()
+        lost = (rows @ weight - rows).square().sum() / rows.square().sum()
+        assert one.outside == pytest.approx(float(lost), rel=1e-3)
+        assert one.rank == torch.linalg.matrix_rank(weight, rtol=1e-6)
+        assert one.updates == 7
+        assert not one.warming_up
+    early = wrapped(warmup_updates=5)
+    train(early, sgd(early), batches[:7])
+    assert all(one.warming_up for one in early.report().values())
+
+
 def test_branch_names_and_options(wrapped):
     model = wrapped(
         {"body.0": {"rank": 3, "reconstruction_weight": 0.1}, "pre_logits": {"rank": 4, "norm_weight": 0.7}},

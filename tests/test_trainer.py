@@ -143,6 +143,7 @@ def test_both_presets_train_and_leave_a_plain_model(kind, build, images, tmp_pat
     assert not hasattr(trainer.model, "lowrank_stage")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry[f"{LAYERS[kind]}.reconstruction"] > 0 for entry in logs)
+    assert all(entry[f"{LAYERS[kind]}.rank"] > 0 and entry[f"{LAYERS[kind]}.outside"] > 0 for entry in logs)
     assert logs[-1]["penalty"] > 0
     assert trainer.evaluate()["eval_loss"] < logs[-1]["loss"]  # without the penalty
 

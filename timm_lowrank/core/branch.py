@@ -26,6 +26,17 @@ from .views import FLATTEN, VIEWS, View
 _DEAD, _BLOWN_UP = 1e-3, 1e4
 
 
+@dataclasses.dataclass(frozen=True)
+class BranchReport:
+    """How far the branch of one layer is, in plain numbers; `penalty` and `outside` are NaN before the first batch."""
+
+    penalty: float  # what the last batch added to the loss
+    outside: float  # ||W x - x||^2 over ||x||^2, summed over the last batch: the energy that W leaves outside
+    rank: int  # of W; between two projections it is more than the target rank
+    updates: int  # Update Steps so far
+    warming_up: bool  # whether the penalty has less than its full weight, see `LowRankConfig.warmup_updates`
+
+
 class LowRankBranch(nn.Module):
     """The low-rank branch of one layer: W of rank r and the bias b, with their losses and their Update Step.
 
@@ -83,6 +94,7 @@ class LowRankBranch(nn.Module):
         self._provisional = False  # whether they were taken from the first of these batches, until then
         self._fresh = True  # whether W and b have not moved since they were made or loaded
         self._losses: dict[str, Tensor] = {}
+        self._progress: tuple[Tensor, Tensor] | None = None  # penalty and share outside, of the last batch
         self._forget_batches()
 
     def _forget_batches(self) -> None:
@@ -137,6 +149,8 @@ class LowRankBranch(nn.Module):
                 losses["head"] = classified.detach()
             total = total * self._warmup_factor()
         self._losses = {**losses, "activation_norm": norms.detach().square().mean().sqrt()}
+        outside = images.errors.detach().sum() / norms.detach().square().sum()
+        self._progress = (total.detach(), outside)
         return total
 
     def _warmup_factor(self) -> float:
@@ -308,6 +322,14 @@ class LowRankBranch(nn.Module):
         """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted), "head"
         (L_s, unweighted, where there is a subspace head) and "activation_norm" (root mean square of ||a + b||)."""
         return dict(self._losses)
+
+    @torch.no_grad()
+    def report(self) -> BranchReport:
+        """How far the branch is. Waits for the device: for a line in a log now and then, not for every step."""
+        penalty, outside = (math.nan, math.nan) if self._progress is None else map(float, self._progress)
+        sizes = self.weight.eigenvalues().abs()
+        rank = int((sizes > 1e-6 * sizes.amax()).sum()) if sizes.numel() else 0
+        return BranchReport(penalty, outside, rank, self.updates, self._warmup_factor() < 1)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:

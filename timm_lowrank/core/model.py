@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, LowRankWarning
-from .branch import LowRankBranch
+from .branch import BranchReport, LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
 from .distributed import Processes, called_from, pack_where_sharded, refuse_deepspeed
@@ -229,6 +229,10 @@ class LowRankModel(nn.Module):
     def losses(self) -> dict[str, dict[str, Tensor]]:
         """Per layer the detached parts of its last penalty, see `LowRankBranch.losses`."""
         return {layer: branch.losses() for layer, branch in self.branches.items()}
+
+    def report(self) -> dict[str, BranchReport]:
+        """Per layer how far its branch is, in plain numbers, for the log of any loop; see `BranchReport`."""
+        return {layer: branch.report() for layer, branch in self.branches.items()}
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[dict[str, Any]]:

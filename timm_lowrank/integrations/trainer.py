@@ -117,7 +117,8 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
     The branches are made at the first training batch, whose images say how wide the layers are; until then `lowrank`
     is None. Their penalty is added to what `compute_loss` of the next class gives, and scaled as that is, under
     gradient accumulation too. Logged beside the loss are "penalty" and, for each layer, "LAYER.reconstruction",
-    "LAYER.norm" and "LAYER.activation_norm": means since the last log, on this process.
+    "LAYER.norm" and "LAYER.activation_norm": means since the last log, on this process; and of the last batch
+    "LAYER.outside", the share of energy that W leaves outside, and "LAYER.rank", the rank of W.
 
     Some models of transformers take `num_items_in_batch` and ignore it, so that their loss is too large under gradient
     accumulation and on several processes; this is noticed, warned of and put right.
@@ -301,6 +302,9 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         """As of the Trainer; logs of the training loss get the losses of the branches, too."""
         if "loss" in logs:
             logs.update(self._means.take())
+            if self.lowrank is not None and self.lowrank.enabled:
+                for layer, one in self.lowrank.report().items():
+                    logs.update({f"{layer}.outside": one.outside, f"{layer}.rank": one.rank})
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
