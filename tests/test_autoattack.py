@@ -238,6 +238,7 @@ def test_a_batch_that_the_network_gets_all_wrong(net, batch):
         wrong = (net(images).argmax(1) + 1) % 10
     result = run_autoattack(net, images, wrong, eps=0.3, **SHORT)
     assert result.broken_by == ("clean",) * 4
+    assert run_autoattack(net, images, wrong.numpy(), eps=0.3, **SHORT).broken_by == result.broken_by
     assert torch.equal(result.images, images)
 
 

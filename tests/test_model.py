@@ -169,6 +169,11 @@ def test_the_report_is_that_of_the_last_batch_and_of_w(wrapped, data):
     assert all(one.warming_up for one in early.report().values())
 
 
+def test_scripting_the_wrapper_names_the_plain_network(wrapped):
+    with pytest.raises(TypeError, match=r"script the plain network, model\.unwrap\(\)"):
+        torch.jit.script(wrapped())
+
+
 def test_branch_names_and_options(wrapped):
     model = wrapped(
         {"body.0": {"rank": 3, "reconstruction_weight": 0.1}, "pre_logits": {"rank": 4, "norm_weight": 0.7}},

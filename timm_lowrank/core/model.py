@@ -275,6 +275,10 @@ class LowRankModel(nn.Module):
         registered = any(name in held for held in (backbone._modules, backbone._parameters, backbone._buffers))
         return registered or (not name.startswith("_") and hasattr(backbone, name))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script asks for it first."""
+        raise TypeError("torch.jit cannot script the branches: script the plain network, model.unwrap()")
+
     def __getstate__(self) -> dict[str, Any]:
         # Graph tensors can neither be copied nor pickled, and no optimizer steps on a copy.
         return {**self.__dict__, "_recording": None, "attachment": None}

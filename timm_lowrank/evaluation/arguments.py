@@ -28,7 +28,7 @@ def check_images(images: Tensor, least: int = 1) -> None:
 
 def checked(
     images: Tensor,  # (n, channels, height, width) floating point in [0, 1]; n may be 0
-    labels: Tensor,  # (n,) integers
+    labels: Tensor,  # (n,) integers; an array of numpy does, too
     name: str = "labels",
 ) -> tuple[Tensor, Tensor]:
     """The images, contiguous float32 without a graph, and the labels int64 beside them.
@@ -37,6 +37,7 @@ def checked(
         EvaluationError: another shape or dtype, pixels outside [0, 1], or another number of labels.
     """
     check_images(images, least=0)
+    labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels)  # of numpy, or a list
     if images.numel():
         low, high = images.detach().aminmax()
         if not (low >= 0 and high <= 1):  # NaN too
