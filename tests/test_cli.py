@@ -113,6 +113,7 @@ def test_train_evaluate_compare_say_where_they_wrote_and_what_comes_next(
     assert main(["evaluate", "runs/digits", "--limit", "20", "--train-limit", "100"]) == 0
     printed = capsys.readouterr().out
     assert "runs/digits: report.html, evaluation.json" in printed
+    assert "the page: runs/digits/report.html" in printed
     assert "timm-lowrank push runs/digits USER/NAME" in printed
     command = json.loads(Path("runs/digits/evaluation.json").read_text())["command"]
     assert command == "timm-lowrank evaluate runs/digits --limit 20 --train-limit 100"

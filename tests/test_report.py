@@ -30,6 +30,7 @@ from PIL import Image
 
 from timm_lowrank import drawing, text
 from timm_lowrank.evaluation.results import (
+    Kind,
     NetworkInfo,
     Series,
     Strip,
@@ -241,6 +242,14 @@ def test_every_figure_stands_there_with_its_interval_and_its_counts(page):
 )  # fmt: skip
 def test_the_first_screen_says_what_matters(page, words):
     assert words in page.text[: page.text.index("How it was measured")]
+
+
+def test_what_the_branches_are_for_comes_before_the_diagnosis(tmp_path):
+    ranks = dataclasses.replace(CLEAN, key="rank", kind=Kind.EFFECTIVE_RANK, label="rank of layer3", unit="number")
+    text = rendered(make_evaluation(figures=(CLEAN, ranks)), tmp_path).text
+    summary = text[text.index("In short") : text.index("How it was measured")]
+    assert summary.index("rank of layer3") < summary.index("suspected gradient masking")
+    assert "Directions that hold" not in rendered(make_evaluation(figures=(CLEAN,)), tmp_path).text
 
 
 def test_pgd_without_autoattack_is_called_an_upper_bound(tmp_path, page):

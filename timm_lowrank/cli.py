@@ -231,7 +231,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     if evaluation is not None:
         folder = options.folder
         print(text_table(evaluation))
-        _say("", f"written to {folder}: report.html, evaluation.json, plots/")
+        _say("", f"written to {folder}: report.html, evaluation.json, plots/", f"the page: {folder / 'report.html'}")
         following = [f"{PROGRAM} push {shlex.quote(str(folder))} USER/NAME --dry-run preview"]
         _next(*following if (folder / "model").is_dir() else [f"open {folder / 'report.html'}"])
     if state.num_processes > 1:
