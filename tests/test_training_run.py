@@ -732,3 +732,9 @@ def test_trackers_get_every_epoch(tmp_path):
     pytest.importorskip("tensorboard")
     train(recipe(epochs=2, pretrain_epochs=1, trackers=["tensorboard"]), tmp_path / "run")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(("penalty", "shown"), [(0.0, "warming up"), (0.25, "0.250")])
+def test_the_bar_says_while_the_penalty_has_no_weight(penalty, shown):
+    means = {"train_loss": 1.0, "train_accuracy": 0.5, "penalty": penalty}
+    assert loop._postfix(means, 10, 1.0)["penalty"] == shown

@@ -340,5 +340,5 @@ def _bar(state: TrainingState, epoch: int, first: int) -> tqdm[Any]:
 def _postfix(means: Mapping[str, float], images: int, seconds: float) -> dict[str, str]:
     shown = {"loss": f"{means['train_loss']:.3f}", "accuracy": f"{means['train_accuracy']:.1%}"}
     if "penalty" in means:
-        shown["penalty"] = f"{means['penalty']:.3f}"
+        shown["penalty"] = f"{means['penalty']:.3f}" if means["penalty"] else "warming up"
     return {**shown, "images/s": f"{images / seconds:.0f}"}
