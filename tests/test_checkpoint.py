@@ -426,7 +426,8 @@ def test_a_file_that_was_cut_off_or_changed(folder, name):
         refused(folder, f"{name} cannot be read as safetensors.*cut off or damaged")
 
 
-def test_weights_of_a_network_that_was_changed_after_timm_had_built_it(tmp_path):
+def test_weights_of_a_network_that_was_changed_after_timm_had_built_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_lowrank.checkpoint.saving._check_rebuilt", lambda *_: None)  # as earlier versions saved
     network = timm.create_model("test_resnet", num_classes=3)
     network.conv1[0] = nn.Conv2d(3, 16, 5, padding=2, bias=False)
     save_pretrained(network, tmp_path)
@@ -607,3 +608,39 @@ def test_cifar_sized_networks_load_where_this_package_is_not(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["equal"] * 6
+
+
+def swap_activations(network):
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.GELU())
+
+
+CHANGED = {
+    "no pooling": (lambda n: setattr(n, "maxpool", nn.Identity()), "with other logits"),
+    "activations": (swap_activations, "with other logits"),
+    "stride": (lambda n: setattr(n.layer2[0].conv1, "stride", (1, 1)) or setattr(n.layer2[0], "downsample", None), ""),
+    "stem": (lambda n: setattr(n, "conv1", nn.Conv2d(3, 16, 5, padding=2)), "could not load"),
+    "head": (lambda n: setattr(n, "fc", nn.Sequential(nn.Dropout(), nn.Linear(n.num_features, 10))), "could not load"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGED.values(), ids=CHANGED)
+def test_a_network_that_timm_would_not_build_again_is_not_saved(change, message, tmp_path):
+    network = timm.create_model("test_resnet", num_classes=10)
+    tlr.save_pretrained(network, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    change(network)
+    with pytest.raises(tlr.CheckpointError, match=f"{message}.*Save its state_dict"):
+        tlr.save_pretrained(network, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_compiled_network_is_saved_as_it_is(tmp_path):
+    model = tlr.wrap("test_resnet", tlr.LowRankConfig(branches={"layer3": 4}))
+    tlr.save_pretrained(torch.compile(model, backend="eager"), tmp_path)
+    restored = tlr.from_pretrained(tmp_path)
+    images = torch.rand(2, 3, 64, 64)
+    assert list(restored.branches) == ["layer3"]
+    assert torch.equal(restored(images), model.eval()(images))

@@ -123,7 +123,7 @@ def find_taps(
                 'dimension is not the batch, so its rows are not images: choose another layer, or the view "token"'
             )
         same = features is not None and _is_same(value, record.values.get(features.layer))
-        viewed.append(dataclasses.replace(tap, view=view, feeds_classifier=same or tap.layer == PRE_LOGITS))
+        viewed.append(dataclasses.replace(tap, view=view, feeds_classifier=same and tap.layer != PRE_LOGITS))
         widths[tap.layer] = view.width(value)
         if isinstance(config.branches, str) and view.kind == "token" and value.dim() > 2:
             wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from ..comparators import unfolded
+from ..core.capture import evaluating
 from ..core.model import LowRankModel
 from ..errors import CheckpointError
 from .branches import write_into
 from .files import CHECKPOINT_FILES, NETWORK_CONFIG, NETWORK_WEIGHTS, staged
+from .loading import _take_over_exactly, load_folder
 
 
 def save_pretrained(
@@ -33,7 +35,7 @@ def save_pretrained(
     stay as they were if anything fails. `from_pretrained` is the inverse.
 
     Args:
-        model: a `LowRankModel`, or a plain timm network (then only timm's two files are written).
+        model: a `LowRankModel`, or a plain timm network (then only timm's two files are written), compiled or not.
         folder: is made if it does not exist; other files in it are left alone.
         label_names: one per class, in the order of the logits; None takes those that the network was loaded with.
         data_config: input_size, mean, std and so on of the images that the model was trained on, over the
@@ -43,11 +45,13 @@ def save_pretrained(
         The folder.
 
     Raises:
-        CheckpointError: the network was not made by timm, is one of `timm_lowrank.comparators` that was not folded, or
-            the number of labels is not its number of classes.
+        CheckpointError: the network was not made by timm, or was changed since, so that what timm builds has other
+            parameters or gives other logits (it is built and compared); it is one of `timm_lowrank.comparators` that
+            was not folded; or the number of labels is not its number of classes.
         CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
     """
-    backbone = model.unwrap() if isinstance(model, LowRankModel) else model
+    model = _uncompiled(model)
+    backbone = _uncompiled(model.unwrap()) if isinstance(model, LowRankModel) else model
     if not getattr(backbone, "pretrained_cfg", None):
         raise CheckpointError(
             f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
@@ -63,6 +67,7 @@ def save_pretrained(
     folder = Path(folder)
     with staged(folder, CHECKPOINT_FILES) as staging:
         _write_backbone(backbone, staging, label_names, data_config)
+        _check_rebuilt(backbone, staging)
         if isinstance(model, LowRankModel):
             write_into(staging, model, belong_to=[NETWORK_WEIGHTS])
     return folder
@@ -91,3 +96,47 @@ def _write_backbone(
     if "label_names" in config:  # and not twice: those that the network was loaded with may be older
         config["pretrained_cfg"].pop("label_names", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
+_WAY_OUT = (
+    "Save its state_dict() with safetensors instead, or write the change as an architecture of its own and register it "
+    "with timm (timm.models.register_model)"
+)
+
+
+def _check_rebuilt(backbone: nn.Module, folder: Path) -> None:
+    """Raises CheckpointError unless what timm builds from the files is the network, as far as its logits tell."""
+    name = type(backbone).__name__
+    try:
+        with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
+            rebuilt = load_folder(folder, lowrank=False)
+            _take_over_exactly(rebuilt, folder)
+    except CheckpointError as error:
+        reason = str(error).replace(str(folder), "the checkpoint")
+        raise CheckpointError(f"timm could not load this {name} again: {reason} {_WAY_OUT}") from error
+    parameter = next(backbone.parameters(), None)
+    size = dict(backbone.pretrained_cfg).get("input_size")  # type: ignore[arg-type]
+    if parameter is None or size is None or parameter.is_meta:
+        return
+    channels = getattr(backbone, "in_chans", None) or size[0]
+    images = torch.rand(1, channels, *size[1:], generator=torch.Generator().manual_seed(0)).to(parameter)
+    with torch.random.fork_rng(devices=[]), evaluating(backbone):
+        try:
+            logits, again = backbone(images), backbone(images)
+        except (RuntimeError, AssertionError):  # it takes images of another size: the parameters must do
+            return
+        other = rebuilt.to(parameter.device)(images)
+    if not all(isinstance(one, torch.Tensor) for one in (logits, again, other)) or not torch.equal(logits, again):
+        return
+    close = 1e-2 * float(logits.abs().max())
+    if logits.shape != other.shape or not torch.allclose(logits, other, rtol=0, atol=close):
+        raise CheckpointError(
+            f"timm would build this {name} with other logits: it was changed after timm had built it, in a way that "
+            f"leaves no trace in its weights (an activation, a pooling or a stride, for example). {_WAY_OUT}"
+        )
