@@ -119,7 +119,7 @@ def _metrics(
     state: TrainingState, epoch: int, trained: TrainedEpoch, test: Tested, averaged: Tested | None
 ) -> EpochMetrics:
     means, regularized = trained.means, state.recipe.lowrank_enabled
-    layers = state.lowrank.branches if regularized else ()
+    layers = dict(state.lowrank.branches.items()) if regularized else {}
     return EpochMetrics(
         epoch=epoch + 1,
         learning_rate=trained.learning_rate,
@@ -130,7 +130,10 @@ def _metrics(
         ema_test_accuracy=averaged.accuracy if averaged else None,
         penalty_weight=trained.penalty_weight if regularized else None,
         penalty=means.get("penalty"),
-        branches={layer: {part: means.get(f"{layer}.{part}") for part in BRANCH_PARTS} for layer in layers},
+        branches={
+            layer: {part: means.get(f"{layer}.{part}") for part in BRANCH_PARTS if part != "head" or branch.head}
+            for layer, branch in layers.items()
+        },
         images_per_second=trained.images_per_second,
         seconds=trained.seconds,
     )
