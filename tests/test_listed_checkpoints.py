@@ -254,7 +254,7 @@ def test_what_else_is_refused_leaves_everything_as_it_was(added, trained, tmp_pa
     shutil.copytree(trained, tmp_path / "wrong", dirs_exist_ok=True)
     path = tmp_path / "wrong" / "model" / "config.json"
     config = json.loads(path.read_text())
-    config["pretrained_cfg"] |= {"mean": [3.0], "std": [0.01]}
+    config["pretrained_cfg"] |= {"mean": [1.0], "std": [0.01]}
     path.write_text(json.dumps(config))
     refused("of all test images according to its run: .*normalised", checkpoints, "add", tmp_path / "wrong", "tiny",
             "--sample", "digits")  # fmt: skip
