@@ -76,6 +76,7 @@ FAMILIES = [
 
 
 @pytest.mark.filterwarnings("ignore:.*capped there")
+@pytest.mark.filterwarnings("ignore:.*more than half of the")
 @pytest.mark.parametrize(("family", "options", "size", "stage"), FAMILIES, ids=[family[0] for family in FAMILIES])
 def test_both_presets_find_their_layers_and_train(family, options, size, stage):
     ending = {"Perceiver": "Learned"}.get(family, "")

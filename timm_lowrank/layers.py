@@ -205,7 +205,8 @@ def _are_logits(value: Tensor, logits: Tensor) -> bool:
     """Whether (batch, ..., classes) are `logits` (batch, classes), or have them as their mean."""
     if len(value) != len(logits):
         return False
-    return torch.allclose(value.reshape(len(value), -1, value.shape[-1]).mean(dim=1), logits, rtol=1e-4, atol=1e-5)
+    means = value.float().reshape(len(value), -1, value.shape[-1]).mean(dim=1)  # under autocast their dtypes differ
+    return torch.allclose(means, logits.float(), rtol=1e-4, atol=1e-5)
 
 
 def logits_of(output: Any) -> Tensor | None:
