@@ -578,6 +578,7 @@ assert "timm_lowrank" not in sys.modules
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*more than half of the")
 def test_cifar_sized_networks_load_where_this_package_is_not(tmp_path):
     """Trained one step with either preset, then loaded by timm and by transformers in a process of their own."""
     pytest.importorskip("transformers")

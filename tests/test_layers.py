@@ -358,7 +358,7 @@ class Handing(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
 
-@pytest.mark.filterwarnings("ignore:.*capped there")
+@pytest.mark.filterwarnings("ignore:.*capped there", "ignore:.*more than half of the")
 def test_a_wrapper_around_a_timm_network_has_its_stages():
     network = timm.create_model("test_resnet", num_classes=10)
     model = tlr.wrap(Handing(network), LowRankConfig(branches="2-LR"), example_input=images(32))

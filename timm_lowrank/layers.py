@@ -186,11 +186,14 @@ def _layer_of_logits(backbone: nn.Module, images: Tensor) -> str:
         exact = [name for name in fitting if _are_logits(features[name], logits)]
         if fitting:
             return (exact or fitting)[-1]
-    found = "no logits (batch, classes)" if logits is None else f"{logits.shape[1]} logits, and no layer does"
+    if logits is None:
+        found = "gives no logits (batch, classes): it has no classifier (an encoder?)"
+    else:
+        found = f"gives {logits.shape[1]} logits, and no layer does"
     inside = {name: value.shape[-1] for name, value in features.items() if value.shape[-1] > 1}
     examples = [f", for example branches={{{name!r}: {max(1, width // 4)}}}" for name, width in inside.items()]
     raise ValueError(
-        f"the {type(backbone).__name__} gives {found}, so what {PRE_LOGITS!r} is cannot be told; name a layer instead"
+        f"the {type(backbone).__name__} {found}, so what {PRE_LOGITS!r} is cannot be told; name a layer instead"
         + "".join(examples[-1:])
     )
 
@@ -355,9 +358,9 @@ def class_count(backbone: nn.Module, images: Tensor) -> int | None:
 
     None where the output for `images` is no (batch, classes).
     """
-    named = getattr(backbone, "num_classes", None) or getattr(getattr(backbone, "config", None), "num_labels", None)
+    named = getattr(backbone, "num_classes", getattr(getattr(backbone, "config", None), "num_labels", None))
     if isinstance(named, int):
-        return named
+        return named or None  # 0 of an encoder
     with evaluating(backbone):
         logits = logits_of(backbone(images))
     return None if logits is None else logits.shape[1]

@@ -19,7 +19,8 @@ def marker(rows, **settings):
     network = nn.Sequential(nn.Flatten(), nn.Linear(rows, rows, bias=False))
     nn.init.eye_(network[1].weight)
     network.requires_grad_(False)
-    settings = {"step_rule": "fixed", "scale": "paper", "warmup_updates": 0, **settings}
+    printed = {"scale": "paper", "reconstruction_weight": 5.0, "norm_weight": 0.0}
+    settings = {"step_rule": "fixed", **printed, "warmup_updates": 0, **settings}
     return tlr.wrap(
         network, tlr.LowRankConfig(branches={"1": 1}, **settings), example_input=torch.zeros(1, rows)
     ).train()

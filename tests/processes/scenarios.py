@@ -36,7 +36,7 @@ class Scenario:
         return self.sometimes if self.sometimes and step % 4 == 3 else self.parts
 
 
-COMMON = {"reconstruction_weight": 0.5, "warmup_updates": 10}
+COMMON = {"reconstruction_weight": 0.5, "head_weight": 0.0, "warmup_updates": 10}
 SMALL = {**COMMON, "branches": {"first": 6, "second": {"rank": 4, "norm_weight": 0.01}}}
 TOKENS = {
     **COMMON,
