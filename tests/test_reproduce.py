@@ -268,6 +268,20 @@ def test_what_is_missing_is_trained_and_measured_once(made, tmp_path):
     assert not any(text.startswith(("training", "measuring")) for text in again)
 
 
+def test_fewer_images_where_the_scale_has_too_many(made, tmp_path, tiny):
+    options, _, _ = made
+    base = tiny.bases[C10_R18][0].name
+    copied = shutil.copytree(options.runs / base / "N-LR-seed0", tmp_path / base / "N-LR-seed0")
+    shutil.rmtree(copied / "evaluations")
+    few = dataclasses.replace(
+        options, names=("table-5",), runs=tmp_path, output=tmp_path / "out", seeds=(), images=15, train_images=50
+    )
+    (table,) = reproduce(few, lambda text: None)
+    (own,) = [line for line in table.panels[1].lines if line.condition == "N-LR" and line.seeds]
+    assert [(cell.how["images"], cell.how["train_images"]) for cell in own.cells] == [(15, 50)] * 4
+    assert table.command == "timm-lowrank reproduce --table 5 --scale tiny --images 15 --train-images 50"
+
+
 def test_three_files_of_each_entry_say_the_same(made):
     options, reproductions, _ = made
     for one in reproductions:
@@ -467,6 +481,8 @@ def test_quick_measurements_make_the_figures_that_are_shown(entry):
         (["--claim", "target-ranks"], "Did you mean: claim-target-rank"),
         (["--figure", "2", "--data", "cifar10"], "write it as cifar10=PATH_OR_NAME"),
         (["--figure", "2", "--data", "mnist=x"], "not mnist="),
+        (["--figure", "2", "--images", "0"], "must be at least 1"),
+        (["--figure", "2", "--train-images", "-5"], "must be at least 1"),
     ],
 )
 def test_mistakes_are_one_message(arguments, message, capsys, tmp_path, monkeypatch):

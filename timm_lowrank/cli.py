@@ -302,6 +302,10 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", metavar="K", help="to train (default: those of the scale)")
     parser.add_argument("--existing", action="store_true", help="train and measure nothing, show what is there")
+    parser.add_argument("--images", type=int, metavar="N", help="test images to evaluate on (default: the scale's)")
+    parser.add_argument(
+        "--train-images", type=int, metavar="N", help="to fit linear classifiers and PCA on (default: the scale's)"
+    )
     parser.add_argument(
         "--fill", type=Path, action="append", default=[], metavar="PAGE",
         help="bring the tables that a Markdown page quotes up to what lies in OUTPUT (docs/reproduce.md)",
@@ -320,7 +324,7 @@ def _reproduce(given: argparse.Namespace) -> None:
     options = Options(
         names=() if given.all else tuple(dict.fromkeys(names)), scale=given.scale, runs=given.runs, output=given.output,
         data=dict(text.split("=", 1) for text in given.data), existing=given.existing,
-        seeds=None if given.seeds is None else tuple(given.seeds),
+        seeds=None if given.seeds is None else tuple(given.seeds), images=given.images, train_images=given.train_images,
     )  # fmt: skip
     if given.list:
         print(overview(options))

@@ -15,7 +15,7 @@ from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row, quic
 from .published import Printed
 from .reproduction import Cell, Line, Panel, Reproduction, TrainedRun
 from .runs import FinishedRun, Runs, Seen
-from .setups import PLAIN, Base
+from .setups import PLAIN, Base, scale_of
 
 RANDOM = "not trained"
 PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
@@ -54,7 +54,12 @@ def build(entry: Entry, runs: Runs) -> Reproduction:
 def _command(entry: Entry, runs: Runs) -> str:
     """How to make it again, without the folders and data of whoever made it."""
     kind, _, name = entry.name.partition("-")
-    return f"timm-lowrank reproduce --{kind} {name} --scale {runs.scale.name}{' --existing' if runs.existing else ''}"
+    scale, usual = runs.scale, scale_of(runs.scale.name)
+    given = [f"--{kind} {name}", f"--scale {scale.name}"]
+    given += [f"--images {scale.images}"] if scale.images != usual.images else []
+    given += [f"--train-images {scale.train_images}"] if scale.train_images != usual.train_images else []
+    given += ["--existing"] if runs.existing else []
+    return " ".join(["timm-lowrank reproduce", *given])
 
 
 def _bases(row: Row, runs: Runs) -> tuple[Base, ...]:

@@ -31,6 +31,7 @@ class Options:
         data: name of a data set ("cifar10", "cifar100", "svhn") -> a folder or a name on the Hub.
         seeds: to train; None are those of the scale. All that are finished count.
         existing: whether to train and measure nothing, and show what is there.
+        images, train_images: to evaluate on, and to fit linear classifiers and PCA on; None are those of the scale.
     """
 
     names: tuple[str, ...] = ()
@@ -40,6 +41,8 @@ class Options:
     data: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
     existing: bool = False
+    images: int | None = None
+    train_images: int | None = None
 
     @property
     def entries(self) -> list[Entry]:
@@ -47,10 +50,16 @@ class Options:
         return [entry_of(name) for name in self.names] or list(ENTRIES.values())
 
     def folder(self, say: Callable[[str], None] = print) -> Runs:
-        """The runs of the scale."""
+        """The runs of the scale. Raises an EvaluationError for an unknown data set or a number of images below 1."""
         if unknown := self.data.keys() - {"cifar10", "cifar100", "svhn"}:
             raise EvaluationError(f"--data takes cifar10=, cifar100= and svhn=, not {', '.join(sorted(unknown))}=")
-        return Runs(self.runs, scale_of(self.scale), self.data, self.seeds, self.existing, say)
+        scale = scale_of(self.scale)
+        images = scale.images if self.images is None else self.images
+        train_images = scale.train_images if self.train_images is None else self.train_images
+        if min(images, train_images) < 1:
+            raise EvaluationError("--images and --train-images must be at least 1")
+        scale = dataclasses.replace(scale, images=images, train_images=train_images)
+        return Runs(self.runs, scale, self.data, self.seeds, self.existing, say)
 
 
 def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Reproduction]:
