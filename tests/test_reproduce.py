@@ -274,12 +274,18 @@ def test_fewer_images_where_the_scale_has_too_many(made, tmp_path, tiny):
     copied = shutil.copytree(options.runs / base / "N-LR-seed0", tmp_path / base / "N-LR-seed0")
     shutil.rmtree(copied / "evaluations")
     few = dataclasses.replace(
-        options, names=("table-5",), runs=tmp_path, output=tmp_path / "out", seeds=(), images=15, train_images=50
-    )
-    (table,) = reproduce(few, lambda text: None)
+        options, names=("table-5", "figure-2"), runs=tmp_path, output=tmp_path / "out", seeds=(),
+        images=15, train_images=50, spectrum_limit=30,
+    )  # fmt: skip
+    table, spectrum = reproduce(few, lambda text: None)
+    (own,) = [line for line in spectrum.panels[0].lines if line.condition == "N-LR"]
+    assert {cell.how["images"] for cell in own.cells if cell.values} == {30}
     (own,) = [line for line in table.panels[1].lines if line.condition == "N-LR" and line.seeds]
     assert [(cell.how["images"], cell.how["train_images"]) for cell in own.cells] == [(15, 50)] * 4
-    assert table.command == "timm-lowrank reproduce --table 5 --scale tiny --images 15 --train-images 50"
+    assert (
+        table.command
+        == "timm-lowrank reproduce --table 5 --scale tiny --images 15 --train-images 50 --spectrum-limit 30"
+    )
 
 
 def test_three_files_of_each_entry_say_the_same(made):

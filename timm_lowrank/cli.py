@@ -307,6 +307,9 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
         "--train-images", type=int, metavar="N", help="to fit linear classifiers and PCA on (default: the scale's)"
     )
     parser.add_argument(
+        "--spectrum-limit", type=int, metavar="N", help="test images for the spectrum (default: as many as the width)"
+    )
+    parser.add_argument(
         "--fill", type=Path, action="append", default=[], metavar="PAGE",
         help="bring the tables that a Markdown page quotes up to what lies in OUTPUT (docs/reproduce.md)",
     )  # fmt: skip
@@ -325,6 +328,7 @@ def _reproduce(given: argparse.Namespace) -> None:
         names=() if given.all else tuple(dict.fromkeys(names)), scale=given.scale, runs=given.runs, output=given.output,
         data=dict(text.split("=", 1) for text in given.data), existing=given.existing,
         seeds=None if given.seeds is None else tuple(given.seeds), images=given.images, train_images=given.train_images,
+        spectrum_limit=given.spectrum_limit,
     )  # fmt: skip
     if given.list:
         print(overview(options))

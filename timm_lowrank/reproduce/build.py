@@ -58,6 +58,7 @@ def _command(entry: Entry, runs: Runs) -> str:
     given = [f"--{kind} {name}", f"--scale {scale.name}"]
     given += [f"--images {scale.images}"] if scale.images != usual.images else []
     given += [f"--train-images {scale.train_images}"] if scale.train_images != usual.train_images else []
+    given += [f"--spectrum-limit {scale.spectrum_limit}"] if scale.spectrum_limit else []
     given += ["--existing"] if runs.existing else []
     return " ".join(["timm-lowrank reproduce", *given])
 

@@ -32,6 +32,7 @@ class Options:
         seeds: to train; None are those of the scale. All that are finished count.
         existing: whether to train and measure nothing, and show what is there.
         images, train_images: to evaluate on, and to fit linear classifiers and PCA on; None are those of the scale.
+        spectrum_limit: test images for the spectrum; None as `timm_lowrank.suites.Options`.
     """
 
     names: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class Options:
     existing: bool = False
     images: int | None = None
     train_images: int | None = None
+    spectrum_limit: int | None = None
 
     @property
     def entries(self) -> list[Entry]:
@@ -58,7 +60,7 @@ class Options:
         train_images = scale.train_images if self.train_images is None else self.train_images
         if min(images, train_images) < 1:
             raise EvaluationError("--images and --train-images must be at least 1")
-        scale = dataclasses.replace(scale, images=images, train_images=train_images)
+        scale = dataclasses.replace(scale, images=images, train_images=train_images, spectrum_limit=self.spectrum_limit)
         return Runs(self.runs, scale, self.data, self.seeds, self.existing, say)
 
 

@@ -219,6 +219,7 @@ class Runs:
         self._say(f"measuring {run.folder}: {len(measurements)} figures")
         twin = next((one for one in self.finished(run.base, PLAIN) if one.seed == run.seed), None)
         settings = [*map(repr, measurements), str(self.scale.images), str(self.scale.train_images)]
+        settings += [str(self.scale.spectrum_limit)] if self.scale.spectrum_limit else []
         digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
         options = Options(
             str(run.folder),
@@ -229,6 +230,7 @@ class Runs:
             data=self.source(run.base),
             limit=self.scale.images,
             train_limit=self.scale.train_images,
+            spectrum_limit=self.scale.spectrum_limit,
             other_labels=other_labels,
             chunk=min(CHUNK, self.scale.images),
             output=run.folder / "evaluations" / digest,

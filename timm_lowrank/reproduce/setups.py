@@ -163,6 +163,7 @@ class Scale:
         bases: setup -> what is trained in its place; a setup that is not there is not run.
         seeds: trained unless told otherwise.
         images, train_images: that are evaluated on, and that PCA and linear classifiers are fitted on.
+        spectrum_limit: test images for the spectrum; None as `timm_lowrank.suites.Options`.
         notice: said in every file.
         quick: whether the longest attacks are cut short, and gradient masking is looked for in units of the pixel range
             alone: a grid of few radii, few steps, the quick diagnosis.
@@ -175,6 +176,7 @@ class Scale:
     train_images: int
     notice: str
     quick: bool = False
+    spectrum_limit: int | None = None
 
 
 C10_R18, C10_R50 = "CIFAR-10, ResNet-18", "CIFAR-10, ResNet-50"
