@@ -22,7 +22,7 @@ from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamTrainBatches
 from timm_lowrank.data.decode import Decoder
 from timm_lowrank.data.images import decoded
-from timm_lowrank.data.sources import Shard, Source, Split
+from timm_lowrank.data.sources import Files, Shard, Source, Split
 from timm_lowrank.data.stream import stream
 from timm_lowrank.errors import DataError, EvaluationError
 from timm_lowrank.suites import evaluation
@@ -157,14 +157,143 @@ def test_what_is_not_stored_as_parquet_is_read_from_the_cache_of_datasets(folder
     assert held.test_labels.tolist() == TARGET[230:285].tolist()
 
 
+# ------------------------------------------------------------------------------------------------- folders of images
+
+
+CLASSES = ("0", "test tube", "train-set")  # names that `datasets` would take for those of splits
+
+
+def write_images(root, splits=("train", "test"), classes=CLASSES, images=range(12)):
+    """PNGs of digits, each of class `number % 3`, as SPLIT/CLASS/NUMBER.png."""
+    for split in splits:
+        for number in images:
+            path = root / split / classes[number % len(classes)] / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(DIGITS[number]))
+    return root
+
+
+@pytest.fixture
+def image_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+BY_CLASS = [DIGITS[number] for label in range(3) for number in range(label, 12, 3)]
+
+
+@BOTH
+@pytest.mark.parametrize("place", ["plain", "a [b] *c ü"])
+@pytest.mark.parametrize(
+    ("folders", "options"),
+    [
+        (("train", "test"), {}),
+        (("train", "val"), {}),
+        (("Train", "Validation"), {"test_split": "validation"}),
+        (("train", "test", "val"), {"test_split": "val"}),
+        (("unlabeled", "dev"), {"train_split": "unlabeled"}),
+    ],
+)
+def test_a_folder_of_images(tmp_path, image_cache, streaming, place, folders, options):
+    root = write_images(tmp_path / place, folders)
+    (root / folders[0] / ".DS_Store").write_bytes(b"x")
+    data = load_data(str(root), streaming=streaming, **options)
+    assert (data.counts, data.class_names, data.image_size) == ((12, 12), CLASSES, (1, 8, 8))
+    held = data.subset(12, 12) if streaming else data
+    assert np.array_equal(held.train_images[:, 0].numpy(), BY_CLASS)
+    assert held.test_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@BOTH
+def test_images_on_the_hub_that_are_files_of_their_own(tmp_path, hub, streaming):
+    root = write_images(tmp_path / "images", classes=("a", "b", "c"))
+    data = load_data(str(root), streaming=streaming)
+    held = data.subset(12, 12) if streaming else data
+    assert np.array_equal(held.train_images[:, 0].numpy(), BY_CLASS)
+    assert (held.class_names, held.train_labels.tolist()) == (("a", "b", "c"), [0] * 4 + [1] * 4 + [2] * 4)
+
+
+def test_images_with_their_labels_in_a_table(tmp_path, image_cache):
+    root = write_images(tmp_path / "images")
+    for split in ("train", "test"):
+        rows = [f"{CLASSES[n % 3]}/{n:02d}.png,{n % 2}" for n in range(12)]
+        (root / split / "metadata.csv").write_text("\n".join(["file_name,odd", *rows]))
+    data = load_images(str(root), label_column="odd")
+    assert sorted(data.train_labels.tolist()) == [0] * 6 + [1] * 6
+    with pytest.raises(DataError, match="have no 'label': a class is a folder of its own"):
+        load_images(str(root))
+
+
+def test_a_copy_of_streamed_images_is_the_same_data_and_a_change_is_seen(tmp_path, image_cache):
+    one, two = (load_data(str(write_images(tmp_path / place)), streaming=True) for place in ("a", "longer/name"))
+    assert one.fingerprint == two.fingerprint
+    changed = tmp_path / "a" / "train" / "0" / "00.png"
+    changed.write_bytes(png(DIGITS[40]) + b"longer" * 20)
+    os.utime(changed, (1, 1))
+    assert load_data(str(tmp_path / "a"), streaming=True).fingerprint != one.fingerprint
+
+
+@BOTH
+def test_workers_read_images_that_are_files_of_their_own(tmp_path, image_cache, streaming):
+    root = write_images(tmp_path / "images", images=range(150))
+    data = load_data(str(root), streaming=streaming)
+    assert data.counts == (150, 150)
+    if streaming:
+        assert len(data.train.row_groups) > 1
+        batches = StreamTrainBatches(data, PLAIN, CPU, batch_size=30, workers=1, buffer=20)
+        pixels = torch.cat([images for images, _ in batches.epoch(0)]).double().sum(0)[0].numpy()
+        assert pixels == pytest.approx(DIGITS[:150].sum(0) / 255, rel=1e-6)
+
+
+WRONG_FOLDERS = {
+    "no classes": (
+        lambda root: [(root / s / "1.png", png(DIGITS[0])) for s in ("train", "test")], "a folder of its own"
+    ),
+    "no splits": (lambda root: [(root / c / "1.png", png(DIGITS[0])) for c in "ab"], "no split 'test' or 'validation'"),
+    "only a test split": (
+        lambda root: [(root / "test" / c / "1.png", png(DIGITS[0])) for c in "ab"], "no split 'train'; it has test"
+    ),
+    "damaged": (
+        lambda root: [(root / s / c / "1.png", b"\x89PNG") for s in ("train", "test") for c in "ab"],
+        r"train/a/1.png: the image cannot be decoded",
+    ),
+    "levels": (
+        lambda root: [
+            (root / s / c / "1.png", png(DIGITS[0])) for s in ("train", "test") for c in ("a", "b/c", "d")
+        ], "all on the same level",
+    ),
+    "two splits": (
+        lambda root: [(root / "all" / "test-train" / c / "1.png", png(DIGITS[0])) for c in "ab"],
+        "stands in two splits",
+    ),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize(("files", "message"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS)
+def test_folders_of_images_that_are_wrong_are_one_error(tmp_path, image_cache, streaming, files, message):
+    for path, content in files(tmp_path / "own"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_data(str(tmp_path / "own"), streaming=streaming)
+
+
+def test_an_image_that_goes_away_is_named(tmp_path, image_cache):
+    root = write_images(tmp_path / "images")
+    data = load_data(str(root), streaming=True)
+    (root / "train" / "0" / "03.png").unlink()
+    with pytest.raises(DataError, match=r"train/0/03\.png: the image cannot be read: FileNotFoundError"):
+        data.subset(12, 12)
+
+
 def test_files_elsewhere_are_read_through_their_address(folder, hub, monkeypatch):
     files = pytest.importorskip("fsspec").filesystem("memory")
     addresses = []
     for path in sorted(folder.iterdir()):
         files.pipe(f"/data/{path.name}", path.read_bytes())
         addresses.append(f"memory://data/{path.name}")
-    local_files = [sorted(map(str, folder.glob(f"{name}*"))) for name in ("train", "test")]
-    monkeypatch.setattr(sources, "_hub_files", lambda *_: [addresses[1:], addresses[:1]])
+    local_files = [Files(name, sorted(map(str, folder.glob(f"{name}*")))) for name in ("train", "test")]
+    monkeypatch.setattr(sources, "_hub_files", lambda *_: [Files("train", addresses[1:]), Files("test", addresses[:1])])
     monkeypatch.setattr(sources, "_cached_files", lambda *_: local_files)
     remote = load_data("someone/images", streaming=True)
     assert type(load_data("someone/images")).__name__ == "ImageData"  # from files that were fetched
@@ -380,7 +509,7 @@ def test_folders_names_and_numbers_that_are_not_there(tmp_path, own, streaming):
     with pytest.raises(DataError, match="must list a number for each of the 1 channels"):
         load_data(str(own), streaming=streaming, mean=[0.5, 0.5, 0.5])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no train split .* It holds no parquet file at all"):
+    with pytest.raises(DataError, match=r"no train split .* It holds neither parquet files nor images"):
         load_data(str(tmp_path / "empty"), streaming=streaming)
     (own / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(
@@ -399,7 +528,7 @@ def test_a_hub_name_without_network(monkeypatch, streaming):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = r"(?s)could not load 'nobody-here/no-such-images' from the Hub.*local folder of parquet files with --data"
+    message = r"(?s)could not load 'nobody-here/no-such-images' from the Hub.*folder of parquet files or images with"
     with pytest.raises(DataError, match=message):
         load_data("nobody-here/no-such-images", streaming=streaming)
 

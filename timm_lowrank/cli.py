@@ -99,7 +99,8 @@ def _declare_train(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--data", metavar="PATH_OR_NAME",
-        help='a folder of parquet files, a data set on the Hub such as uoft-cs/cifar10, or "digits"',
+        help='a folder of parquet files or of images (train/CLASS/NAME.png), a data set on the Hub such as '
+        'uoft-cs/cifar10, or "digits"',
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the run goes (default: runs/RECIPE)")
     parser.add_argument(

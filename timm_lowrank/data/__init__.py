@@ -37,7 +37,7 @@ def load_data(
     image_column: str | None = None,
     label_column: str = "label",
     train_split: str = "train",
-    test_split: str = "test",
+    test_split: str | None = None,
     extra: bool = False,
     train_limit: int | None = None,
     test_limit: int | None = None,
@@ -53,12 +53,15 @@ def load_data(
     """Loads a data set, or looks at its files if it is to be streamed.
 
     Args:
-        source: "digits" (built in), a folder with train*.parquet and test*.parquet, or a name on the Hub.
+        source: "digits" (built in), a folder with train*.parquet and test*.parquet, a folder of images as `datasets`
+            reads it (train/CLASS/NAME.png and test/CLASS/NAME.png, or metadata.csv with the labels), or a name on the
+            Hub, of either kind.
         config: the configuration of a Hub data set, or the subfolder of a folder that holds several.
         image_column: the column of encoded images; None takes "img" or "image".
         label_column: the column of integer labels.
         train_split: what the source calls the split of training images.
-        test_split: the same of the test images, such as "validation".
+        test_split: the same of the test images, such as "validation"; None takes "test", or "validation" where there
+            is no "test". The folder of images of the split "validation" may also be called val, valid or dev.
         extra: whether a split "extra" joins the training images (SVHN); it comes after them.
         train_limit: the first so many training images, those of `extra` among them, the same number from every class;
             None takes all.

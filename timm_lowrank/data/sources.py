@@ -1,4 +1,4 @@
-"""Where images lie: parquet files in a folder or on the Hub, the Arrow files of its cache, scikit-learn's digits.
+"""Where images lie: parquet files or images in a folder or on the Hub, the Arrow files of its cache, the digits.
 
 `open_source` looks at a data set once, at footers and columns of labels alone: what its classes are, how many images
 there are, and whether every label is right. `Split.read` then gives the encoded images of any rows, whether they are
@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,9 @@ from ..environment import require
 from ..errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
+TEST_SPLITS = ("test", "validation")  # where none is named: the first that there is
+IMAGE_FOLDER = "imagefolder"  # what `datasets` calls images that are files of their own
+METADATA = "metadata.parquet"  # of such images, not a shard
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ROWS_AT_ONCE = 64  # taken out of a row group in one piece
 BUFFER_BYTES = 1 << 20  # read from a file in one piece
@@ -58,6 +63,7 @@ class Shard:
         class_names: as the `datasets` library notes them, if it does.
         footer: of a parquet file.
         table: what is in memory is not read from `path`.
+        apart: whether the images are files of their own, whose paths the table has instead of bytes.
     """
 
     path: str
@@ -68,25 +74,29 @@ class Shard:
     class_names: tuple[str, ...] | None
     footer: Any = dataclasses.field(default=None, repr=False)
     table: Any = dataclasses.field(default=None, repr=False)
+    apart: bool = False
 
     @property
     def name(self) -> str:
         """The name without folders."""
         return self.path.rsplit("/", 1)[-1]
 
-    def rows(self, group: int, wanted: np.ndarray) -> Iterator[tuple[int, Any, int]]:
-        """(row in the group, encoded image or None, label) of the `wanted` rows, in ascending order.
+    def rows(self, group: int, wanted: np.ndarray) -> Iterator[tuple[int, Any, int, str | None]]:
+        """(row in the group, encoded image or None, label, own file) of the `wanted` rows, in ascending order.
 
         Raises:
-            DataError: the file cannot be read.
+            DataError: the file, or that of an image, cannot be read.
         """
         begin = 0
         with _damage(self.path, f"row group {group} of "):
             for part in self._batches(group):
                 images, labels = _bytes_of(part[self.image]), part[self.label]
+                paths = part[self.image].field("path") if self.apart else None
                 first, last = np.searchsorted(wanted, [begin, begin + len(part)])
                 for row in wanted[first:last].tolist():
-                    yield row, images[row - begin].as_py(), labels[row - begin].as_py()
+                    image, label = images[row - begin].as_py(), labels[row - begin].as_py()
+                    path = None if paths is None or image is not None else paths[row - begin].as_py()
+                    yield row, image if path is None else _content(path), label, path
                 begin += len(part)
                 if begin > wanted[-1]:
                     return
@@ -184,8 +194,8 @@ class Split:
         for run in np.split(rows, breaks) if len(rows) else []:
             index = int(np.searchsorted(starts, run[0], side="right")) - 1
             shard, number, before = self.row_groups[index]
-            for row, image, label in shard.rows(number, run - starts[index]):
-                where = f"{shard.path}, row {before + row}"
+            for row, image, label, path in shard.rows(number, run - starts[index]):
+                where = path or f"{shard.path}, row {before + row}"
                 if image is None:
                     raise DataError(f"{where}: the image is missing")
                 yield Encoded(image, label, int(starts[index]) + row, where)
@@ -213,7 +223,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str = "label",
     train_split: str = "train",
-    test_split: str = "test",
+    test_split: str | None = None,
     extra: bool = False,
     download: bool = False,
 ) -> Source:
@@ -228,19 +238,21 @@ def open_source(
     Raises:
         DataError: it is not there, is damaged, or lacks a split, a column or images; a label is missing or wrong.
     """
-    names = [train_split, test_split, *(["extra"] if extra else [])]
+    wanted = [(train_split,), TEST_SPLITS if test_split is None else (test_split,), *([("extra",)] if extra else [])]
     if name == "digits":
         if extra:
             raise DataError("data='digits' has no extra images: set data_args.extra=false")
         splits = _digits()
     else:
-        if (folder := local_folder(name)) is not None:
-            paths = [[str(path) for path in files_of(folder, config, split)] for split in names]
+        folder = local_folder(name)
+        if folder is None:
+            found = (None if download else _hub_files(name, config, wanted)) or _cached_files(name, config, wanted)
+        elif _holds_images(root := _root(folder, config)):
+            found = _image_folder(root, wanted, label_column)
         else:
-            paths = (None if download else _hub_files(name, config, names)) or _cached_files(name, config, names)
+            found = [_parquet_files(folder, config, choices) for choices in wanted]
         splits = [
-            Split(f"the {split} split of {name}", _shards(files, image_column, label_column))
-            for split, files in zip(names, paths, strict=True)
+            Split(f"the {files.split} split of {name}", _shards(files, image_column, label_column)) for files in found
         ]
     train, test, *more = splits
     for split in splits:
@@ -302,10 +314,35 @@ def local_folder(source: str) -> Path | None:
         return folder
     if folder.exists() or not HUB_NAME.fullmatch(source) or source.startswith("."):
         raise DataError(
-            f"data={source!r} is not a folder. Give a folder of parquet files, the name of a data set on the Hub "
-            'such as uoft-cs/cifar10, or "digits".'
+            f"data={source!r} is not a folder. Give a folder of parquet files or images, the name of a data set on "
+            'the Hub such as uoft-cs/cifar10, or "digits".'
         )
     return None
+
+
+class Files(NamedTuple):
+    """Where a split lies."""
+
+    split: str
+    paths: Sequence[str]
+    apart: bool = False  # see `Shard`
+
+
+def _root(folder: Path, config: str | None) -> Path:
+    return folder / config if config and (folder / config).is_dir() else folder
+
+
+def _parquet_files(folder: Path, config: str | None, choices: Sequence[str]) -> Files:
+    """The first of `choices` that is there. Raises DataError as `files_of`."""
+    there = (name for name in choices if _shards_called(name, _root(folder, config)))
+    name = next(there, choices[0])
+    return Files(name, [str(path) for path in files_of(folder, config, name)])
+
+
+def _shards_called(name: str, root: Path) -> list[Path]:
+    """Of a split: the name itself, or with the number of a shard as the Hub writes it; train_unlabeled is another."""
+    shard = re.compile(re.escape(name) + r"([-._ ]*\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{16})?)?\.parquet")
+    return sorted(path for path in root.rglob("*.parquet") if shard.fullmatch(path.name))
 
 
 def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
@@ -314,13 +351,11 @@ def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
     Raises:
         DataError: there is none, or they lie in several places.
     """
-    root = folder / config if config and (folder / config).is_dir() else folder
-    # The name itself, or with the number of a shard as the Hub writes it: train_unlabeled is another split.
-    shard = re.compile(re.escape(name) + r"([-._ ]*\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{16})?)?\.parquet")
-    files = sorted(path for path in root.rglob("*.parquet") if shard.fullmatch(path.name))
+    root = _root(folder, config)
+    files = _shards_called(name, root)
     if not files:
         there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
-        holds = f"It holds {', '.join(there[:8])}." if there else "It holds no parquet file at all."
+        holds = f"It holds {', '.join(there[:8])}." if there else "It holds neither parquet files nor images."
         raise DataError(
             f"the folder {folder} has no {name} split ({name}.parquet, {name}-00000-of-00001.parquet). {holds}"
         )
@@ -333,7 +368,7 @@ def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
     return files
 
 
-def _hub_files(source: str, config: str | None, names: Sequence[str]) -> list[list[str]] | None:
+def _hub_files(source: str, config: str | None, wanted: Sequence[Sequence[str]]) -> list[Files] | None:
     """The addresses of the parquet files of each split; None without the Hub, or if it holds other files."""
     datasets = require("datasets", "datasets")
     files: dict[Any, Any] = {}
@@ -341,11 +376,12 @@ def _hub_files(source: str, config: str | None, names: Sequence[str]) -> list[li
         files = datasets.load_dataset_builder(source, config).config.data_files or {}
     if not files:
         return None
-    addresses = [[str(path) for path in _named(source, files, name)] for name in names]
-    return addresses if all(path.endswith(".parquet") for paths in addresses for path in paths) else None
+    names = [_named(source, files, choices) for choices in wanted]
+    found = [Files(name, [str(path) for path in files[name]]) for name in names]
+    return found if all(path.endswith(".parquet") for one in found for path in one.paths) else None
 
 
-def _cached_files(source: str, config: str | None, names: Sequence[str]) -> list[list[str]]:
+def _cached_files(source: str, config: str | None, wanted: Sequence[Sequence[str]]) -> list[Files]:
     """The Arrow files of each split in the cache of the `datasets` library, downloaded if they are not there yet."""
     datasets = require("datasets", "datasets")
     try:
@@ -353,32 +389,114 @@ def _cached_files(source: str, config: str | None, names: Sequence[str]) -> list
     except Exception as error:  # as in `_hub_files`
         raise DataError(
             f"could not load {source!r} from the Hub: {type(error).__name__}: {error}\n"
-            'Check the name and the network, give a local folder of parquet files with --data, or use "digits".'
+            "Check the name and the network, give a local folder of parquet files or images with --data, or use "
+            '"digits".'
         ) from error
-    return [[file["filename"] for file in _named(source, loaded, name).cache_files] for name in names]
+    return _arrow_files(source, loaded, wanted)
 
 
-def _named(source: str, splits: Any, name: str) -> Any:
-    if name not in splits:
-        raise DataError(f"{source} has no split {name!r}; it has {', '.join(map(str, splits))}")
-    return splits[name]
+def _arrow_files(source: str, loaded: Any, wanted: Sequence[Sequence[str]]) -> list[Files]:
+    """Those of each split of a `datasets.DatasetDict`.
+
+    Raises:
+        DataError: there is no such split, or an image stands in two of them.
+    """
+    parts = {name: loaded[name] for name in (_named(source, loaded, choices) for choices in wanted)}
+    apart = {name: part.builder_name == IMAGE_FOLDER for name, part in parts.items()}
+    seen: dict[str, str] = {}
+    for name, part in parts.items():
+        if not apart[name]:
+            continue
+        column = next(column for column, kind in part.features.items() if type(kind).__name__ == "Image")
+        for path in part.data.table[column].combine_chunks().field("path").drop_null().to_pylist():
+            if seen.setdefault(path, name) != name:
+                raise DataError(
+                    f"{path} stands in two splits of {source}, {seen[path]} and {name}: the names of its folders speak "
+                    "of both. Put the images into one folder for each split, as in train/CLASS/NAME.png, that no other "
+                    "folder is called like"
+                )
+    return [
+        Files(name, [file["filename"] for file in parts[name].cache_files], apart[name])
+        for name in (_named(source, loaded, choices) for choices in wanted)
+    ]
+
+
+def _named(source: str, splits: Iterable[Any], choices: Sequence[str]) -> str:
+    """The first of `choices` that is among `splits`."""
+    there = [str(name) for name in splits]
+    for name in choices:
+        if name in there:
+            return name
+    raise DataError(f"{source} has no split {' or '.join(map(repr, choices))}; it has {', '.join(there)}")
+
+
+def _holds_images(root: Path) -> bool:
+    """Whether a folder holds images as files of their own, and no parquet shards."""
+    found = False
+    endings = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+    for _, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        if any(name.endswith(".parquet") and name != METADATA for name in names):
+            return False
+        found = found or any(name.lower().endswith(endings) for name in names)
+    return found
+
+
+def _image_folder(root: Path, wanted: Sequence[Sequence[str]], label_column: str) -> list[Files]:
+    """A folder of images as the `datasets` library reads it: SPLIT/CLASS/NAME.png, or metadata.csv with the labels.
+
+    Where folders at the top have the names of the splits, nothing below them makes images those of another split, as
+    a class "test_tube" otherwise would.
+
+    Raises:
+        DataError: there are no such splits or labels, or `datasets` cannot read it.
+    """
+    datasets = require("datasets", "datasets")
+    tops = {entry.name.lower(): entry.name for entry in sorted(root.iterdir()) if entry.is_dir()}
+    folders = {}
+    for split in {name for choices in wanted for name in choices}:
+        called = [split, *datasets.data_files.SPLIT_KEYWORDS.get(split, ())]
+        if top := next((tops[name] for name in called if name in tops), None):
+            folders[split] = f"{glob.escape(top)}/**"
+    try:
+        loaded = datasets.load_dataset(
+            IMAGE_FOLDER, data_dir=glob.escape(str(root.resolve())), data_files=folders or None, keep_in_memory=False
+        )
+    except Exception as error:  # whatever a file of its builder raises
+        raise DataError(f"the images in {root} cannot be read: {type(error).__name__}: {error}") from error
+    found = _arrow_files(f"the folder {root}", loaded, wanted)
+    for name in loaded:
+        labels = loaded[name].data.table
+        if label_column not in labels.column_names or labels[label_column].null_count:
+            raise DataError(
+                f"the images in {root} have no {label_column!r}: a class is a folder of its own, all on the same level "
+                "(train/CLASS/NAME.png, test/CLASS/NAME.png), or a column of metadata.csv, which is named with "
+                "data_args.label_column"
+            )
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- looking at one file
 
 
-def _shards(paths: Sequence[str], image: str | None, label: str) -> tuple[Shard, ...]:
+def _shards(files: Files, image: str | None, label: str) -> tuple[Shard, ...]:
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        shards = tuple(pool.map(lambda path: _scanned(path, image, label), paths))
+        shards = tuple(pool.map(lambda path: _scanned(path, image, label, files.apart), files.paths))
         list(pool.map(lambda shard: shard.label_range, shards))  # what has to be read for it is read now
     return shards
 
 
-def _scanned(path: str, image_column: str | None, label_column: str) -> Shard:
+def _scanned(path: str, image_column: str | None, label_column: str, apart: bool = False) -> Shard:
     if path.endswith(".arrow"):
         with _damage(path):
             table, size = _arrow_table(path), Path(path).stat().st_size
-        return dataclasses.replace(_arrow_shard(path, size, table, image_column, label_column), table=None)
+        shard = _arrow_shard(path, size, table, image_column, label_column)
+        if apart:  # the sizes of the images: those of the table depend on where they lie
+            image = shard.image
+            sized = [sum(map(_size_of, batch[image].field("path").to_pylist())) for batch in table.to_batches()]
+            own = [(rows, size) for (rows, _), size in zip(shard.groups, sized, strict=True)]
+            shard = dataclasses.replace(shard, apart=True, groups=own, size=sum(sized))
+        return dataclasses.replace(shard, table=None)
     parquet = require("pyarrow.parquet", "pyarrow")
     with _damage(path), _opened(path) as file:
         held = parquet.ParquetFile(file)
@@ -453,6 +571,27 @@ def _opened(path: str) -> Any:
     if "://" not in path:
         return Path(path).open("rb")
     return require("fsspec", "fsspec").open(path, "rb").open()
+
+
+def _content(path: str) -> bytes:
+    """Of an image that is a file of its own.
+
+    Raises:
+        DataError: it is not there any more, or cannot be read.
+    """
+    try:
+        with _opened(path) as file:
+            content: bytes = file.read()
+            return content
+    except Exception as error:  # on the disk, or in what reads archives
+        raise DataError(f"{path}: the image cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _size_of(path: str) -> int:
+    """In bytes; 0 of what is no file."""
+    with contextlib.suppress(OSError):
+        return Path(path).stat().st_size
+    return 0
 
 
 def _arrow_table(path: str) -> Any:

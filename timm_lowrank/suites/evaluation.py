@@ -290,8 +290,8 @@ def images_of(
     if recipe is None:
         if options.data is None:
             raise EvaluationError(
-                f"{options.network} does not say what it was trained on: give --data, a folder of parquet files, "
-                'the name of a data set on the Hub, or "digits"'
+                f"{options.network} does not say what it was trained on: give --data, a folder of parquet files or "
+                'images, the name of a data set on the Hub, or "digits"'
             )
         return load_images(options.data, progress=True)
     data = load_data(options.data or recipe.data, **recipe.data_options(), progress=True)

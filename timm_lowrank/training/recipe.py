@@ -54,7 +54,7 @@ class Recipe:
     model_args: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"text": "further keywords of timm.create_model"}
     )
-    data: str = _key('"digits" (built in), a folder of parquet files, or a data set on the Hub', "digits")
+    data: str = _key('"digits" (built in), a folder of parquet files or images, or a data set on the Hub', "digits")
     data_args: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"text": "keywords of load_data, such as train_limit or label_column"}
     )
@@ -110,7 +110,7 @@ class Recipe:
         "with image_size, the share of the resized test image's side that is cut out of its centre", 0.875
     )
     streaming: bool | str = _key(
-        "whether images are read from their parquet shards whenever they are needed instead of being held in memory, "
+        "whether images are read from their files whenever they are needed instead of being held in memory, "
         'decoded; "auto" streams with image_size, and if they would take more than half the memory; a streamed data '
         "set needs data_args.mean and std where ImageNet's do not suit",
         "auto",
