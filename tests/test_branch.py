@@ -192,6 +192,7 @@ def test_the_loss_and_its_parts_by_hand(scale, storage):
     assert torch.allclose(parts["reconstruction"], reconstruction)
     assert torch.allclose(parts["norm"], norm)
     assert torch.allclose(parts["activation_norm"], norms.square().mean().sqrt())
+    assert torch.allclose(parts["outside"], errors.sum() / norms.square().sum())
     assert torch.allclose(total, 2 * reconstruction + 0.5 * norm)
     assert all(not part.requires_grad for part in parts.values())
 

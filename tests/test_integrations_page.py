@@ -15,8 +15,19 @@ HEADINGS = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILI
 
 
 def test_there_is_a_program_for_every_loop():
-    wanted = ("A plain PyTorch loop", "A loop with accelerate", "timm.task", "timm's train.py", "transformers.Trainer")
+    wanted = {
+        "A plain PyTorch loop": "plain PyTorch",
+        "A loop with accelerate": "accelerate",
+        "timm.task": "timm.task",
+        "timm's train.py": "timm's train.py",
+        "Lightning": "Lightning",
+        "transformers.Trainer": "transformers.Trainer",
+    }
     assert [heading for heading in HEADINGS if heading in wanted] == list(wanted)
+    table = PAGE.read_text(encoding="utf-8").split("| loop | optimizer |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    assert [row[0] for row in rows] == list(wanted.values())
+    assert all(len(row) == 5 and all(row) for row in rows)
     sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     for section in sections:
         if section.splitlines()[0] in wanted:
@@ -31,6 +42,8 @@ def test_programs_are_short(language, program):
 
 @pytest.mark.parametrize(("language", "program"), PROGRAMS, ids=range(len(PROGRAMS)))
 def test_programs_run(language, program, tmp_path):
+    for package in re.findall(r"^import (lightning)$", program, re.MULTILINE):
+        pytest.importorskip(package)
     path = tmp_path / ("program.py" if language == "python" else "program.sh")
     path.write_text(program, encoding="utf-8")
     (tmp_path / "tests").symlink_to(PAGE.parent.parent / "tests")  # as in a clone

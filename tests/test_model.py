@@ -111,7 +111,7 @@ def test_the_penalty_is_the_sum_of_the_branches_own(wrapped, data):
     parts = [twin.branches[layer].penalty(value.flatten(1)) for layer, value in activations.items()]
     assert torch.equal(total, sum(parts))
     for parts in model.losses().values():
-        assert set(parts) == {"reconstruction", "norm", "activation_norm"}
+        assert set(parts) == {"reconstruction", "norm", "outside", "activation_norm"}
     assert model.losses().keys() == activations.keys() == {"body", "pre_logits"}
 
 
@@ -147,6 +147,7 @@ def test_training_makes_activations_low_rank(wrapped, digits):
 def test_the_report_is_that_of_the_last_batch_and_of_w(wrapped, data):
     model = wrapped(warmup_updates=3)
     assert all(one.penalty != one.penalty and one.rank == one.updates == 0 for one in model.report().values())
+    assert [str(one) for one in model.report().values()] == ["no batch yet"] * 2
     batches = data(8)
     train(model, sgd(model), batches[:7])
     twin = copy.deepcopy(model)
@@ -164,9 +165,13 @@ def test_the_report_is_that_of_the_last_batch_and_of_w(wrapped, data):
         assert one.rank == torch.linalg.matrix_rank(weight, rtol=1e-6)
         assert one.updates == 7
         assert not one.warming_up
+        assert str(one) == (
+            f"penalty {one.penalty:.4g}, {one.outside:.1%} of the energy outside W, rank {one.rank} "
+            f"(target {model.branches[layer].rank}) after 7 updates"
+        )
     early = wrapped(warmup_updates=5)
     train(early, sgd(early), batches[:7])
-    assert all(one.warming_up for one in early.report().values())
+    assert all(one.warming_up and str(one).endswith(", warming up") for one in early.report().values())
 
 
 def test_scripting_the_wrapper_names_the_plain_network(wrapped):

@@ -1,6 +1,7 @@
 """The launcher of timm's train script, on a stand-in of the same shape: `timm_standin.py`, which knows no low rank."""
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -76,6 +77,34 @@ def test_before_the_start_epoch_training_is_plain_and_the_script_is_what_it_was(
     on = run(tmp_path / "on", "--lowrank-start-epoch", "1", "--resume", str(tmp_path / "joined" / "last.pth.tar"))
     assert updates(on) == {3}
     assert not same(on["state_dict"], joined["state_dict"])
+
+
+def test_the_log_and_the_summary_say_how_far_the_branches_are(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        checkpoint = run(tmp_path, "--lowrank-start-epoch", "1", "--epochs", "3")
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == list("012")
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Branches: ")]
+    assert len(lines) == 2  # of the epochs in which they are on
+    for layer, rank in (("layer3", 8), ("pre_logits", 6)):
+        assert [row[f"train_{layer}.outside"] for row in rows[:1]] == ["nan"]
+        assert all(0 < float(row[f"train_{layer}.outside"]) < 1 for row in rows[1:])
+        assert all(float(row[f"train_{layer}.penalty"]) > 0 for row in rows[1:])
+        assert int(rows[-1][f"train_{layer}.rank"]) == rank  # 6 updates, projected at every second one
+        share = float(rows[-1][f"train_{layer}.outside"])
+        assert f"{layer}: penalty" in lines[-1]
+        assert f"{share:.1%} of the energy outside W, rank {rank} (target {rank}) after 6 updates" in lines[-1]
+    assert updates(checkpoint) == {6}
+
+
+def test_a_script_whose_epochs_measure_something_else_still_logs_the_branches(tmp_path, caplog):
+    source = SCRIPT.read_text().replace("OrderedDict(loss=sum(losses) / len(losses))", "sum(losses) / len(losses)")
+    source = source.replace("measured['loss']", "measured").replace("epoch, measured,", "epoch, {},")
+    (tmp_path / "other.py").write_text(source)
+    with caplog.at_level("INFO"):
+        timm_train.main([str(tmp_path / "other.py"), *LOWRANK, "--epochs", "1"])
+    assert "Branches: layer3: penalty" in caplog.text
 
 
 @pytest.mark.parametrize("arguments", ["--amp --bce-loss --opt adamw", "--multi-label --opt lookahead_adamw"])

@@ -174,11 +174,13 @@ def test_metrics_have_a_row_an_epoch_and_empty_cells_while_the_branch_is_off(fin
     for row in rows:
         on = int(row["epoch"]) > 2
         assert bool(row["penalty"]) is on
-        assert bool(row["layer3.reconstruction"]) is on
+        assert all(bool(row[f"layer3.{part}"]) is on for part in ("reconstruction", "outside", "rank"))
         assert row["penalty_weight"] == ("1" if on else "0")
         assert float(row["ema_test_accuracy"]) >= 0
     summary = finished[1].branches["layer3"].losses
-    assert summary.keys() >= {"reconstruction", "gradient_share"}
+    assert summary.keys() >= {"reconstruction", "gradient_share", "outside"}
+    assert 0 < summary["outside"] < 1
+    assert summary["rank"] >= SMALL["lowrank"]["branches"]["layer3"]  # the last epoch ends between two projections
     assert summary == {part: float(rows[-1][f"layer3.{part}"]) for part in summary}
 
 
@@ -734,7 +736,20 @@ def test_trackers_get_every_epoch(tmp_path):
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
+def test_the_line_of_an_epoch_says_how_far_the_branches_are(tmp_path, capsys):
+    train(recipe(epochs=3, pretrain_epochs=1), tmp_path / "run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["outside" in line for line in lines] == [False, True, True]
+    last = metrics(tmp_path / "run")[-1]
+    shown = [
+        f"{layer} {float(last[f'{layer}.outside']):.1%} (rank {last[f'{layer}.rank']}, target {target})"
+        for layer, target in SMALL["lowrank"]["branches"].items()
+    ]
+    assert lines[-1].endswith(f"outside W: {', '.join(shown)}")
+
+
 @pytest.mark.parametrize(("penalty", "shown"), [(0.0, "warming up"), (0.25, "0.250")])
 def test_the_bar_says_while_the_penalty_has_no_weight(penalty, shown):
     means = {"train_loss": 1.0, "train_accuracy": 0.5, "penalty": penalty}
     assert loop._postfix(means, 10, 1.0)["penalty"] == shown
+    assert loop._postfix({**means, "a.outside": 0.25, "b.0.outside": 0.5}, 10, 1.0)["outside"] == "a 25%, b.0 50%"

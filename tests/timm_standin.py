@@ -7,6 +7,7 @@ low rank. The data are scikit-learn's digits at twice their size, in an order th
 import argparse
 import contextlib
 import os
+from collections import OrderedDict
 
 import torch
 from sklearn.datasets import load_digits
@@ -65,7 +66,7 @@ def build_task(args, model, device):
 
 
 def train_one_epoch(epoch, model, data, optimizer, args, task=None, scaler=None):
-    """Plain steps over this process's share of the data; the mean loss."""
+    """Plain steps over this process's share of the data; the mean loss, for the summary."""
     task.get_trainable_module().train()
     images, labels = data
     order = torch.randperm(args.images, generator=torch.Generator().manual_seed(epoch))[args.rank :: args.world_size]
@@ -94,7 +95,7 @@ def train_one_epoch(epoch, model, data, optimizer, args, task=None, scaler=None)
         step += 1
         optimizer.zero_grad()
         task.update_ema(step=step)
-    return sum(losses) / len(losses)
+    return OrderedDict(loss=sum(losses) / len(losses))
 
 
 @torch.inference_mode()
@@ -112,6 +113,7 @@ def main():
     args.device, args.no_prefetcher = "cpu", True
     device = utils.init_distributed_device(args)
     torch.set_num_threads(1)
+    utils.setup_default_logging()
     torch.manual_seed(0)
     model = create_model(args.model, num_classes=10)
     resolve_data_config(vars(args), model=model)
@@ -137,14 +139,16 @@ def main():
     if args.multi_label:
         labels = torch.nn.functional.one_hot(labels, 10).float()
     for epoch in range(start, args.stop_after or args.epochs):
-        loss = train_one_epoch(
+        measured = train_one_epoch(
             epoch, task.get_trainable_module(), (images, labels), optimizer, args, task=task, scaler=scaler
         )
         accuracy = validate(task.get_eval_model(), (images, labels))
         if utils.is_primary(args):
-            print(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.2f}")
+            print(f"epoch {epoch}: loss {measured['loss']:.4f}, accuracy {accuracy:.2f}")
         if saver is not None:
             saver.save_checkpoint(epoch, metric=accuracy)
+            summary = os.path.join(args.output, "summary.csv")
+            utils.update_summary(epoch, measured, {"top1": accuracy}, summary, write_header=epoch == start)
     if args.distributed:
         torch.save(task.get_task_state(), os.path.join(args.output, f"rank{args.rank}.pt"))
         torch.distributed.destroy_process_group()

@@ -32,9 +32,20 @@ class BranchReport:
 
     penalty: float  # what the last batch added to the loss
     outside: float  # ||W x - x||^2 over ||x||^2, summed over the last batch: the energy that W leaves outside
-    rank: int  # of W; between two projections it is more than the target rank
+    rank: int  # of W; between two projections, which take it to the target rank, it is more
+    target_rank: int
     updates: int  # Update Steps so far
     warming_up: bool  # whether the penalty has less than its full weight, see `LowRankConfig.warmup_updates`
+
+    def __str__(self) -> str:
+        """In words, for a line of a log."""
+        if math.isnan(self.outside):
+            return "no batch yet"
+        warming = ", warming up" if self.warming_up else ""
+        return (
+            f"penalty {self.penalty:.4g}, {self.outside:.1%} of the energy outside W, rank {self.rank} "
+            f"(target {self.target_rank}) after {self.updates:,} updates{warming}"
+        )
 
 
 class LowRankBranch(nn.Module):
@@ -94,7 +105,7 @@ class LowRankBranch(nn.Module):
         self._provisional = False  # whether they were taken from the first of these batches, until then
         self._fresh = True  # whether W and b have not moved since they were made or loaded
         self._losses: dict[str, Tensor] = {}
-        self._progress: tuple[Tensor, Tensor] | None = None  # penalty and share outside, of the last batch
+        self._total: Tensor | None = None  # the penalty of the last batch
         self._forget_batches()
 
     def _forget_batches(self) -> None:
@@ -148,9 +159,10 @@ class LowRankBranch(nn.Module):
                 total = total + self.loss_weights.head * classified
                 losses["head"] = classified.detach()
             total = total * self._warmup_factor()
-        self._losses = {**losses, "activation_norm": norms.detach().square().mean().sqrt()}
-        outside = images.errors.detach().sum() / norms.detach().square().sum()
-        self._progress = (total.detach(), outside)
+        energy = norms.detach().square()
+        outside = images.errors.detach().sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+        self._losses = {**losses, "outside": outside, "activation_norm": energy.mean().sqrt()}
+        self._total = total.detach()
         return total
 
     def _warmup_factor(self) -> float:
@@ -320,16 +332,18 @@ class LowRankBranch(nn.Module):
 
     def losses(self) -> dict[str, Tensor]:
         """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted), "head"
-        (L_s, unweighted, where there is a subspace head) and "activation_norm" (root mean square of ||a + b||)."""
+        (L_s, unweighted, where there is a subspace head), "outside" (see `BranchReport`) and "activation_norm" (root
+        mean square of ||a + b||)."""
         return dict(self._losses)
 
     @torch.no_grad()
     def report(self) -> BranchReport:
         """How far the branch is. Waits for the device: for a line in a log now and then, not for every step."""
-        penalty, outside = (math.nan, math.nan) if self._progress is None else map(float, self._progress)
+        penalty = math.nan if self._total is None else float(self._total)
+        outside = math.nan if self._total is None else float(self._losses["outside"])
         sizes = self.weight.eigenvalues().abs()
         rank = int((sizes > 1e-6 * sizes.amax()).sum()) if sizes.numel() else 0
-        return BranchReport(penalty, outside, rank, self.updates, self._warmup_factor() < 1)
+        return BranchReport(penalty, outside, rank, self.rank, self.updates, self._warmup_factor() < 1)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:

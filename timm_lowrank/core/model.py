@@ -231,7 +231,12 @@ class LowRankModel(nn.Module):
         return {layer: branch.losses() for layer, branch in self.branches.items()}
 
     def report(self) -> dict[str, BranchReport]:
-        """Per layer how far its branch is, in plain numbers, for the log of any loop; see `BranchReport`."""
+        """Per layer how far its branch is, in plain numbers, for the log of any loop; see `BranchReport`.
+
+        >>> for layer, one in model.report().items():  # doctest: +SKIP
+        ...     print(f"{layer}: {one}")
+        layer3: penalty 0.0312, 4.2% of the energy outside W, rank 20 (target 20) after 1,170 updates
+        """
         return {layer: branch.report() for layer, branch in self.branches.items()}
 
     @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 The script is timm's own, unmodified, and takes all of its arguments: resume, EMA, accumulation, clipping, AMP, compile
 and several processes work as they do without branches. It is found, checked before it runs and imported, and its task
-class exchanged. What it saves is the plain network, with W and b beside it.
+class exchanged. What it saves is the plain network, with W and b beside it. After each epoch a line of its log and
+columns of its summary.csv say how far the branches are.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +33,8 @@ from ..errors import CaptureError, nearest
 from ..files import parse_yaml
 from ..wrapping import wrap
 from .timm_task import LowRankMultiLabelTask, LowRankTask
+
+_logger = logging.getLogger(__name__)
 
 _PROG = "python -m timm_lowrank.integrations.timm_train"
 _OWN = "--lowrank"  # no argument of timm's begins so
@@ -234,7 +238,8 @@ class ScriptPatch:
     Its `ClassificationTask` becomes a `LowRankTask`. Two further names give the task what it cannot see from inside:
     `resolve_data_config` the size of the images, on which the widths of the layers depend, and `create_optimizer_v2`
     the optimizer, so that steps which a gradient scaler skips do not count. A script without these gets the size of
-    the network's `pretrained_cfg` and the Update Step in `update_ema`.
+    the network's `pretrained_cfg` and the Update Step in `update_ema`. What its `train_one_epoch` measured, which goes
+    into its summary.csv, is joined by what `LowRankModel.report` says.
 
     Args:
         config: the branches.
@@ -261,6 +266,8 @@ class ScriptPatch:
                 names[name] = _followed_by(names[name], then)
         if self.start_epoch:
             names["train_one_epoch"] = self._sets_epoch(names.get("train_one_epoch"))
+        if "train_one_epoch" in names:
+            names["train_one_epoch"] = _followed_by(names["train_one_epoch"], self._report)
 
     def _task_class(self, kind: type[TrainingTask]) -> type[TrainingTask]:
         base = _TASKS.get(kind)
@@ -288,6 +295,17 @@ class ScriptPatch:
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         if self.task is not None:
             self.task.attach(optimizer)
+
+    def _report(self, measured: Any) -> None:
+        """After an epoch. The columns are the same in every row, also before the branches are switched on."""
+        if self.task is None:
+            return
+        found = self.task.lowrank.report()
+        if isinstance(measured, MutableMapping):
+            for layer, one in found.items():
+                measured.update({f"{layer}.{name}": getattr(one, name) for name in ("penalty", "outside", "rank")})
+        if self.task.verbose and self.task.lowrank.enabled:
+            _logger.info("Branches: " + "; ".join(f"{layer}: {one}" for layer, one in found.items()))
 
     def _sets_epoch(self, train: Callable[..., Any] | None) -> Callable[..., Any]:
         signature = inspect.signature(train) if train is not None else None

@@ -117,8 +117,8 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
     The branches are made at the first training batch, whose images say how wide the layers are; until then `lowrank`
     is None. Their penalty is added to what `compute_loss` of the next class gives, and scaled as that is, under
     gradient accumulation too. Logged beside the loss are "penalty" and, for each layer, "LAYER.reconstruction",
-    "LAYER.norm" and "LAYER.activation_norm": means since the last log, on this process; and of the last batch
-    "LAYER.outside", the share of energy that W leaves outside, and "LAYER.rank", the rank of W.
+    "LAYER.norm", "LAYER.activation_norm" and "LAYER.outside", the share of energy that W leaves outside: means since
+    the last log, on this process; and "LAYER.rank", the rank of W.
 
     Some models of transformers take `num_items_in_batch` and ignore it, so that their loss is too large under gradient
     accumulation and on several processes; this is noticed, warned of and put right.
@@ -303,8 +303,7 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         if "loss" in logs:
             logs.update(self._means.take())
             if self.lowrank is not None and self.lowrank.enabled:
-                for layer, one in self.lowrank.report().items():
-                    logs.update({f"{layer}.outside": one.outside, f"{layer}.rank": one.rank})
+                logs.update({f"{layer}.rank": one.rank for layer, one in self.lowrank.report().items()})
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ checkpoints

@@ -20,7 +20,7 @@ from .report import layer_spectra, plot_spectrum, summarize, table
 from .run import ComparatorSummary, EpochMetrics, Run, RunFolder, Spectrum, Summary
 from .state import TrainingState, build, seeded
 
-BRANCH_PARTS = ("reconstruction", "norm", "head", "activation_norm", "gradient_share")
+BRANCH_PARTS = ("reconstruction", "norm", "head", "outside", "activation_norm", "gradient_share")
 Finished = tuple[Summary, Spectrum]
 
 
@@ -108,7 +108,7 @@ def _epoch(state: TrainingState, folder: RunFolder, epoch: int) -> None:
     if accelerator.is_main_process:
         # Before the checkpoint: a resumed run drops rows that are too many, but could not make up for one too few.
         folder.append_metrics(metrics)
-    accelerator.print(_line(recipe, metrics), flush=True)
+    accelerator.print(_line(state, metrics), flush=True)
     accelerator.log({name: value for name, value in metrics.to_row().items() if value is not None}, step=epoch + 1)
     check_alive(state, trained, test)
     if (epoch + 1) % recipe.save_every == 0 or epoch + 1 == recipe.epochs:
@@ -131,7 +131,10 @@ def _metrics(
         penalty_weight=trained.penalty_weight if regularized else None,
         penalty=means.get("penalty"),
         branches={
-            layer: {part: means.get(f"{layer}.{part}") for part in BRANCH_PARTS if part != "head" or branch.head}
+            layer: {
+                **{part: means.get(f"{layer}.{part}") for part in BRANCH_PARTS if part != "head" or branch.head},
+                "rank": trained.ranks.get(layer),
+            }
             for layer, branch in layers.items()
         },
         images_per_second=trained.images_per_second,
@@ -151,13 +154,19 @@ def _introduction(recipe: Recipe, data: Data, folder: RunFolder, progress: Progr
     )
 
 
-def _line(recipe: Recipe, metrics: EpochMetrics) -> str:
-    shown = f"epoch {metrics.epoch:>{len(str(recipe.epochs))}}/{recipe.epochs}  loss {metrics.train_loss:.4f}"
+def _line(state: TrainingState, metrics: EpochMetrics) -> str:
+    epochs = state.recipe.epochs
+    shown = f"epoch {metrics.epoch:>{len(str(epochs))}}/{epochs}  loss {metrics.train_loss:.4f}"
     if metrics.penalty is not None:
         shown += f"  penalty {metrics.penalty:.4f}"
+    left = [
+        f"{layer} {parts['outside']:.1%} (rank {parts['rank']:g}, target {state.lowrank.branches[layer].rank})"
+        for layer, parts in metrics.branches.items()
+        if parts["outside"] is not None and parts["rank"] is not None
+    ]
     return (
         f"{shown}  train {metrics.train_accuracy:6.1%}  test {metrics.test_accuracy:6.1%}"
-        f"  {metrics.images_per_second:,.0f} images/s"
+        f"  {metrics.images_per_second:,.0f} images/s" + (f"  outside W: {', '.join(left)}" if left else "")
     )
 
 

@@ -118,6 +118,8 @@ class TrainedEpoch:
     guessing: Tested  # what training would give that learns nothing but how frequent each label is
     seconds: float
     images_per_second: float
+    # Of W of each branch, after the last step; empty while the branches are off.
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], None]) -> TrainedEpoch:
@@ -151,7 +153,8 @@ def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], Non
         _train_step(state, images, labels, weight, means, shares=shares)
         last = index + 1 == len(batches)
         if accelerator.sync_gradients and ((step + 1) % REPORT_EVERY == 0 or last):
-            now = means.now("train_loss", "train_accuracy", "penalty")
+            outside = [f"{layer}.outside" for layer in state.lowrank.branches]
+            now = means.now("train_loss", "train_accuracy", "penalty", *outside)
             _check_finite(state, now, epoch)
             bar.set_postfix(_postfix(now, (index + 1) * len(images), time.perf_counter() - began), refresh=False)
         bar.update()
@@ -168,7 +171,8 @@ def train_epoch(state: TrainingState, epoch: int, save: Callable[[int, int], Non
     state.progress.inside = EpochPosition()
     images_per_second = batches.steps * batches.batch_size / seconds
     over_all, guessing = means.over_processes(accelerator), means.guessing(accelerator)
-    return TrainedEpoch(rate, weight, over_all, guessing, seconds, images_per_second)
+    ranks = {layer: one.rank for layer, one in state.lowrank.report().items()} if weight else {}
+    return TrainedEpoch(rate, weight, over_all, guessing, seconds, images_per_second, ranks)
 
 
 def _resume(state: TrainingState, means: Means) -> int:
@@ -341,4 +345,7 @@ def _postfix(means: Mapping[str, float], images: int, seconds: float) -> dict[st
     shown = {"loss": f"{means['train_loss']:.3f}", "accuracy": f"{means['train_accuracy']:.1%}"}
     if "penalty" in means:
         shown["penalty"] = f"{means['penalty']:.3f}" if means["penalty"] else "warming up"
+    outside = {name.removesuffix(".outside"): mean for name, mean in means.items() if name.endswith(".outside")}
+    if outside:
+        shown["outside"] = ", ".join(f"{layer} {mean:.0%}" for layer, mean in outside.items())
     return {**shown, "images/s": f"{images / seconds:.0f}"}

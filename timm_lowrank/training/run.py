@@ -81,7 +81,8 @@ class EpochMetrics:
     ema_test_accuracy: float | None = None  # None without an averaged network
     penalty_weight: float | None = None  # None in a plain run
     penalty: float | None = None  # None while the branches are off
-    branches: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)  # layer -> part of the loss
+    # Layer -> parts of its penalty, "outside" and "rank" as in `BranchReport`, "gradient_share"; None while it is off.
+    branches: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
     images_per_second: float
     seconds: float  # of training
 
@@ -126,7 +127,7 @@ class BranchSummary:
     target_rank: int | None  # None in a plain run
     effective_rank: int  # directions that hold 99 % of the variance
     variance_ratio: dict[int, float]  # number of leading directions, 1 to 500 -> share of the variance
-    losses: dict[str, float | None] = dataclasses.field(default_factory=dict)  # parts of the penalty, last epoch
+    losses: dict[str, float | None] = dataclasses.field(default_factory=dict)  # its columns of metrics.csv, last epoch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
