@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 
 import torch
+import yaml
 from sklearn.datasets import load_digits
 from timm import utils
 from timm.data import resolve_data_config
@@ -27,6 +28,7 @@ from timm.task import (
 parser = argparse.ArgumentParser(description="Train on digits")
 parser.add_argument("data", nargs="?", metavar="DIR")
 parser.add_argument("--model", default="test_resnet")
+parser.add_argument("--num-classes", type=int, default=10)
 parser.add_argument("--img-size", type=int, default=16)
 parser.add_argument("--images", type=int, default=96, help="of the training set")
 parser.add_argument("--batch-size", type=int, default=32)
@@ -110,12 +112,13 @@ def validate(model, data):
 
 def main():
     args = parser.parse_args()
+    args_text = yaml.safe_dump(args.__dict__)
     args.device, args.no_prefetcher = "cpu", True
     device = utils.init_distributed_device(args)
     torch.set_num_threads(1)
     utils.setup_default_logging()
     torch.manual_seed(0)
-    model = create_model(args.model, num_classes=10)
+    model = create_model(args.model, num_classes=args.num_classes)
     resolve_data_config(vars(args), model=model)
     if args.torchscript:
         model = torch.jit.script(model)
@@ -132,6 +135,8 @@ def main():
     saver = None
     if args.output and utils.is_primary(args):
         os.makedirs(args.output, exist_ok=True)
+        with open(os.path.join(args.output, "args.yaml"), "w") as file:
+            file.write(args_text)
         saver = utils.CheckpointSaver(
             model, optimizer, args=args, checkpoint_dir=args.output, recovery_dir=args.output, task=task
         )

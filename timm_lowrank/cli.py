@@ -153,6 +153,8 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
       timm-lowrank evaluate runs/1-LR --against runs/plain --suite paper autoattack
       torchrun --nproc_per_node 4 -m timm_lowrank evaluate RUN --suite autoattack --limit 1000
       timm-lowrank evaluate hf-hub:USER/NAME --data uoft-cs/cifar10
+      timm-lowrank evaluate TRAIN_PY_OUTPUT --data IMAGES      # model_best.pth.tar and args.yaml of timm's train.py
+      timm-lowrank evaluate TRAINER_MODEL --data IMAGES        # save_model of transformers.Trainer
 
     Suites: quick (PGD, transfer, noise, spectrum, compression, diagnosis), paper (every attack and measurement of the
     paper), autoattack (AutoAttack standard, L_inf 2/255 and 8/255, L2 0.5). Several may be given together.
@@ -162,7 +164,8 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument(
         "network", metavar="RUN_OR_MODEL",
-        help="a run folder, a folder with config.json and model.safetensors, hf-hub:USER/NAME, or a timm name",
+        help="a run folder, a folder with config.json and model.safetensors (of timm or transformers), the output of "
+        "timm's train.py, hf-hub:USER/NAME, or a timm name",
     )  # fmt: skip
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="RUN_OR_MODEL",

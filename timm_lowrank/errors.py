@@ -77,6 +77,10 @@ class DataError(TrainingError):
     """Images that cannot be loaded or do not fit the recipe."""
 
 
+class ImageSizesError(DataError):
+    """The images of a data set have different sizes, and nothing says which they are brought to."""
+
+
 class RunError(TrainingError):
     """A run folder that cannot be used, written or resumed."""
 

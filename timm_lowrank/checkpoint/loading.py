@@ -209,14 +209,23 @@ def load_folder(folder: Path, *, lowrank: bool = True, sha256: str | None = None
     return (network if description is None else restore_branches(network, description, folder)).eval()
 
 
-def _refuse_transformers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a model of transformers, whose weights do not stand under the names of timm's."""
+def in_layout_of_transformers(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a model of transformers, whose weights do not stand under the names of timm's.
+
+    Args:
+        config: the content of config.json.
+    """
     if "model_type" not in config:
-        return
-    with safe_open(folder / NETWORK_WEIGHTS, framework="pt") as file:
-        names = file.keys()
-    wrapped = any(name.startswith("timm_model.") for name in names)
-    if not wrapped and {"architecture", "pretrained_cfg"} <= config.keys():  # timm and transformers read it alike
+        return False
+    if not {"architecture", "pretrained_cfg"} <= config.keys() or not (folder / NETWORK_WEIGHTS).is_file():
+        return True
+    with safe_open(folder / NETWORK_WEIGHTS, framework="pt") as file:  # else timm and transformers read it alike
+        return any(name.startswith("timm_model.") for name in file.keys())  # noqa: SIM118 - no mapping
+
+
+def _refuse_transformers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for what is `in_layout_of_transformers`."""
+    if not in_layout_of_transformers(folder, config):
         return
     kind = next(iter(config.get("architectures") or ()), config["model_type"])
     branches = (

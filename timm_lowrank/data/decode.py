@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..environment import require
-from ..errors import DataError
+from ..errors import DataError, ImageSizesError
 from .sources import Source, Split
 
 INTERPOLATION = "bicubic"
@@ -122,7 +122,7 @@ def find_decoder(
         decoder = Decoder(mode, (image_size, image_size), True, crop_pct, augment, crop_scale)
     elif len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
-        raise DataError(f"{train.name} holds images of different sizes ({shown}): set image_size")
+        raise ImageSizesError(f"{train.name} holds images of different sizes ({shown}): set image_size")
     else:
         decoder = Decoder(mode, sizes.pop())
     if mode == "L" and not source.remote and not _all_grey(train):

@@ -17,7 +17,8 @@ class PixelModel(nn.Module):
     """A network that takes pixels in [0, 1], normalises them itself and returns float32 logits.
 
     Args:
-        network: a timm network or `LowRankModel`; mean and std come from its `pretrained_cfg`.
+        network: a timm network or `LowRankModel`, whose mean and std come from its `pretrained_cfg`; or any that gives
+            logits, or an object with `logits` as the models of transformers do.
         mean, std: per channel; for a network without `pretrained_cfg`, or to overrule it.
 
     Raises:
@@ -68,7 +69,8 @@ class PixelModel(nn.Module):
             )
         normalised = (images.float() - self.mean) / self.std
         weight = next(self.network.parameters(), normalised)
-        logits: Tensor = self.network(normalised.to(weight.dtype))
+        output = self.network(normalised.to(weight.dtype))
+        logits: Tensor = output if isinstance(output, Tensor) else getattr(output, "logits", output)
         return logits.float()
 
 

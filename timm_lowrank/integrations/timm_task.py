@@ -266,16 +266,29 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         if not state:
             _logger.warning("The checkpoint holds no low-rank branches: W and b begin at zero.")
             return
-        saved = {key: value for key, value in state.items() if key not in ("branches", "sizes", "updates")}
-        if "sizes" in state:  # earlier versions wrote features and rank of each layer, and no view
-            sizes = state["sizes"].items()
-            saved["layers"] = {layer: {"num_features": width, "rank": rank} for layer, (width, rank) in sizes}
-            saved["format"] = FORMAT
-        BranchDescription.from_dict(saved, "the checkpoint").require_fit(self.lowrank, "the checkpoint")
+        described(state, "the checkpoint").require_fit(self.lowrank, "the checkpoint")
         self.lowrank.branches.load_state_dict(state["branches"], strict=strict)
         self.updates = int(state["updates"])
         self._forwards, self._penalized = 0, False
         self._switch()
+
+
+def described(state: Mapping[str, Any], where: str) -> BranchDescription:
+    """The branches that a task's state is of.
+
+    Args:
+        state: as `LowRankTask.get_task_state` gives it, which is the "task_state" of timm's checkpoints.
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: it makes no sense, or is of a newer version.
+    """
+    saved = {key: value for key, value in state.items() if key not in ("branches", "sizes", "updates")}
+    if "sizes" in state:  # earlier versions wrote features and rank of each layer, and no view
+        sizes = state["sizes"].items()
+        saved["layers"] = {layer: {"num_features": width, "rank": rank} for layer, (width, rank) in sizes}
+        saved["format"] = FORMAT
+    return BranchDescription.from_dict(saved, where)
 
 
 class LowRankMultiLabelTask(LowRankTask, MultiLabelClassificationTask):  # type: ignore[misc]

@@ -13,15 +13,16 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ..data import ImageData, StreamedData, load_data, load_images
+from ..data import Data, ImageData, StreamedData, load_data, load_images
 from ..data.images import balanced_rows
 from ..environment import device_name, versions
-from ..errors import EvaluationError, EvaluationWarning
+from ..errors import EvaluationError, EvaluationWarning, ImageSizesError
 from ..evaluation import activations
 from ..evaluation.checks import check_before_attack
 from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation, write_evaluation
 from ..files import disk_errors
 from ..report import write_plots, write_report
+from .foreign import Resizing
 from .measurements.base import Context, Measurement
 from .measurements.classifiers import OtherLabels
 from .networks import NO_TWIN, EvaluatedNetwork, load_network, load_networks
@@ -208,8 +209,8 @@ def build_context(
     """
     classes = len(data.class_names)
     for network in [*networks, *([] if source is None else [source])]:
-        have = getattr(network.model.network, "num_classes", classes)
-        if have != classes:
+        have = network.classes
+        if have not in (None, classes):
             raise EvaluationError(
                 f"{network.path} tells {have} classes apart, and {data.name} has {classes}: give its own data"
             )
@@ -293,13 +294,31 @@ def images_of(
                 f"{options.network} does not say what it was trained on: give --data, a folder of parquet files or "
                 'images, the name of a data set on the Hub, or "digits"'
             )
-        return load_images(options.data, progress=True)
-    data = load_data(options.data or recipe.data, **recipe.data_options(), progress=True)
+        data = _resized(options.data, networks)
+    else:
+        data = load_data(options.data or recipe.data, **recipe.data_options(), progress=True)
     if not isinstance(data, StreamedData):
         return data
     if options.other_labels is not None:
         raise EvaluationError("--other-labels needs images that fit into memory, and these are streamed")
     return data.subset(train_limit, max(limit, spectrum_limit(data.image_size)), progress=True)
+
+
+def _resized(source: str, networks: Sequence[EvaluatedNetwork]) -> Data:
+    """The images of a data set that no recipe speaks of, of the size that the networks take where they say it.
+
+    Where they do not, images of one size stay as they are, and others get the size in timm's `pretrained_cfg`.
+    """
+    said = next((network.resizing for network in networks if network.resizing), None)
+    if said is None:
+        try:
+            return load_images(source, progress=True)
+        except ImageSizesError:
+            config = dict(getattr(networks[0].model.network, "pretrained_cfg", None) or {})
+            if "input_size" not in config:
+                raise
+            said = Resizing.of(config["input_size"][1:], config.get("crop_pct", 1.0), networks[0].path)
+    return load_data(source, image_size=said.image_size, crop_pct=said.crop_pct, progress=True)
 
 
 def _load_other_labels(options: Options, networks: Sequence[EvaluatedNetwork]) -> ImageData | None:

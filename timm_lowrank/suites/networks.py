@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -23,6 +24,7 @@ from ..layers import create_backbone
 from ..text import numbered, one_line
 from ..training import Recipe, Run
 from ..training.run import RunPaths
+from .foreign import ForeignNetwork, Resizing, load_foreign
 
 NO_TWIN = "none"
 
@@ -41,6 +43,15 @@ class EvaluatedNetwork:
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)  # of the branches, where they are not flattened
     recipe: Recipe | None = None
     data_fingerprint: str | None = None
+    resizing: Resizing | None = None  # how its images are made, where no recipe says it
+    untrained: Callable[[], nn.Module] | None = None  # the architecture with random weights, where timm cannot read it
+
+    @property
+    def classes(self) -> int | None:
+        """How many the network tells apart, if it says so."""
+        network = self.model.network
+        said = getattr(network, "num_classes", None)
+        return getattr(getattr(network, "config", None), "num_labels", None) if said is None else said
 
     @property
     def info(self) -> NetworkInfo:
@@ -92,8 +103,9 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
     """Loads a network.
 
     Args:
-        where: a run folder of `timm-lowrank train`, a folder written by `save_pretrained`, a repository on the Hub
-            ("hf-hub:USER/NAME"), or the name of a timm network with pretrained weights.
+        where: a run folder of `timm-lowrank train`, a folder written by `save_pretrained`, what timm's train.py or a
+            Trainer of transformers left (see `load_foreign`), a repository on the Hub ("hf-hub:USER/NAME"), or the name
+            of a timm network with pretrained weights.
         title: what the report calls it; None is made of its branches: "1-LR", "2-LR", "low rank" or "plain", or is the
             title of its comparator, such as "Bottle-LR".
 
@@ -101,12 +113,15 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
         EvaluationError: there is nothing to load, or it cannot be loaded.
     """
     folder = Path(where)
+    run = RunPaths(folder).is_run() if folder.is_dir() else False
+    if folder.exists() and not run and (foreign := load_foreign(folder)) is not None:
+        return _evaluated(foreign.network, title, where, foreign.branches, foreign=foreign)
     if folder.is_dir():
         return _from_folder(folder, title)
     if folder.exists() or where.startswith((".", "/")) or where.endswith("/"):
         raise EvaluationError(
             f"{where} is no run folder: give the folder that `timm-lowrank train` wrote, a folder with config.json and "
-            "model.safetensors, hf-hub:USER/NAME, or the name of a timm network"
+            "model.safetensors, a checkpoint of timm's train.py, hf-hub:USER/NAME, or the name of a timm network"
         )
     try:
         network = create_backbone(where, pretrained=True)
@@ -121,17 +136,21 @@ def random_twin(network: EvaluatedNetwork, seed: int = 0) -> PixelModel:
     Raises:
         EvaluationError: the architecture cannot be built again.
     """
-    paths = RunPaths(network.path)
-    folder = paths.model if paths.is_run() else Path(network.path)
-    name = f"local-dir:{folder}" if folder.is_dir() else network.path
+    create = network.untrained or functools.partial(timm.create_model, _known_to_timm(network.path), pretrained=False)
     with random_state_kept():
         torch.manual_seed(seed)
         try:
-            twin = timm.create_model(name, pretrained=False)
+            twin = create()
         except Exception as error:  # timm passes on what json and its own registry raise
             raise EvaluationError(f"{network.path} cannot be built again with random weights: {error}") from error
     mean, std = (tuple(values.flatten().tolist()) for values in (network.model.mean, network.model.std))
     return PixelModel(twin.eval(), mean, std).eval().to(network.model.mean.device)
+
+
+def _known_to_timm(path: str) -> str:
+    paths = RunPaths(path)
+    folder = paths.model if paths.is_run() else Path(path)
+    return f"local-dir:{folder}" if folder.is_dir() else path
 
 
 def _from_folder(folder: Path, title: str | None) -> EvaluatedNetwork:
@@ -140,7 +159,9 @@ def _from_folder(folder: Path, title: str | None) -> EvaluatedNetwork:
     if paths.is_run() and not paths.is_finished():
         raise EvaluationError(f"{folder} is a run that is not finished (no summary.json): resume it first")
     if not (checkpoint / "config.json").exists():
-        raise EvaluationError(f"{folder} holds neither a finished run nor a checkpoint (no config.json)")
+        raise EvaluationError(
+            f"{folder} holds neither a finished run nor a checkpoint (no config.json, no model_best.pth.tar)"
+        )
     try:
         network = timm.create_model(f"local-dir:{checkpoint}", pretrained=True)
         description = read_description(checkpoint)
@@ -158,6 +179,7 @@ def _evaluated(
     path: str,
     description: BranchDescription | None = None,
     run: Run | None = None,
+    foreign: ForeignNetwork | None = None,
 ) -> EvaluatedNetwork:
     layers = description.layers if description else {}
     branches = {layer: one.rank for layer, one in layers.items()}
@@ -168,7 +190,7 @@ def _evaluated(
     return EvaluatedNetwork(
         title=title or comparator or _title(branches),
         path=path,
-        model=PixelModel(network.eval()).eval(),
+        model=PixelModel(network.eval(), *((foreign.mean, foreign.std) if foreign else ())).eval(),
         weights=weights_sha256(network.state_dict()),
         branches=branches,
         comparator=comparator,
@@ -176,6 +198,8 @@ def _evaluated(
         views={layer: view for layer, view in views.items() if view.kind != "flatten"},
         recipe=run.recipe if run else None,
         data_fingerprint=run.summary.data.fingerprint if run else None,
+        resizing=foreign.resizing if foreign else None,
+        untrained=foreign.untrained if foreign else None,
     )
 
 
