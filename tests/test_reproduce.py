@@ -183,6 +183,22 @@ def test_gains_are_paired_by_seed():
     assert gain_text(cell) == "+15.0 ± 7.1 (paper +25.0)"
     alone = Cell.of("x", "share", {3: 0.7}).over(twin)
     assert (alone.gain, gain_text(alone)) == (None, "-")
+    fewer = Cell.of("x", "share", {0: 0.7}, how={"images": 200})
+    assert fewer.over(Cell.of("x", "share", {0: 0.5}, how={"images": 1000})).gain is None
+    assert fewer.over(Cell.of("x", "share", {0: 0.5}, how={"images": 200})).gain == pytest.approx(0.2)
+
+
+def test_a_table_says_which_figures_are_of_other_images():
+    def line(condition, **how):
+        cells = (Cell.of("acc", "share", {0: 0.5}, how=how),)
+        return Line(row="R18", condition=condition, recipe="a", network="resnet10", seeds=(0,), cells=cells)
+
+    images = {"N-LR": 1000, "1-LR": 1000, "2-LR": "200 or 1000", "SN": 1000}
+    lines = tuple(line(one, images=images[one], train_images=2000 if one == "SN" else 50) for one in images)
+    rows = [row.strip("| ").split(" | ") for row in table(Panel(title="t", columns=("acc",), lines=lines)).splitlines()]
+    assert [row[-1] for row in rows[2:]] == [
+        "50.0", "50.0", "50.0 [200 or 1000 images]", "50.0 [2,000 training images]",
+    ]  # fmt: skip
 
 
 def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
@@ -286,6 +302,20 @@ def test_fewer_images_where_the_scale_has_too_many(made, tmp_path, tiny):
         table.command
         == "timm-lowrank reproduce --table 5 --scale tiny --images 15 --train-images 50 --spectrum-limit 30"
     )
+
+
+def test_what_was_measured_on_fewer_images_is_measured_again(made, tmp_path, tiny):
+    options, _, _ = made
+    base = tiny.bases[C10_R18][0].name
+    shutil.copytree(options.runs / base / "N-LR-seed0", tmp_path / base / "N-LR-seed0")
+    asked = {"names": ("table-5",), "runs": tmp_path, "output": tmp_path / "out", "seeds": ()}
+    shown = []
+    for images in (20, 15, 30, 20, 99):  # of 40 that the run has
+        said: list[str] = []
+        (table,) = reproduce(dataclasses.replace(options, **asked, images=images), said.append)
+        (own,) = [line for line in table.panels[1].lines if line.condition == "N-LR" and line.seeds]
+        shown.append((own.cells[0].how["images"], sum(text.startswith("measuring") for text in said)))
+    assert shown == [(20, 0), (20, 0), (30, 1), (20, 0), (40, 1)]
 
 
 def test_three_files_of_each_entry_say_the_same(made):

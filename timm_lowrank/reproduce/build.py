@@ -13,7 +13,7 @@ from ..suites.measurements.base import Measurement
 from ..training.run import Summary
 from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row, quickened
 from .published import Printed
-from .reproduction import Cell, Line, Panel, Reproduction, TrainedRun
+from .reproduction import IMAGES, Cell, Line, Panel, Reproduction, TrainedRun
 from .runs import FinishedRun, Runs, Seen
 from .setups import PLAIN, Base, scale_of
 
@@ -183,12 +183,22 @@ def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured]) -
         {one.seed: one.value for one in measured},
         printed.value if isinstance(printed, Printed) else printed,
         printed.text if isinstance(printed, Printed) else None,
-        measured[0].how if measured else {},
+        _how(measured),
         measured[0].figure if measured else None,
     )
     beyond = max((one.beyond for one in measured if one.beyond is not None), default=None)
     at_most = max((one.at_most for one in measured if one.at_most is not None), default=None)
     return dataclasses.replace(cell, beyond=beyond, at_most=at_most)
+
+
+def _how(measured: Sequence[_Measured]) -> Mapping[str, Detail]:
+    """How the first seed was measured, with the numbers of images of all."""
+    how = dict(measured[0].how) if measured else {}
+    for name in IMAGES:
+        numbers = dict.fromkeys(one.how.get(name) for one in measured)
+        if len(numbers) > 1:
+            how[name] = " or ".join(str(number) for number in numbers)
+    return how
 
 
 def _verdicts(seen: Mapping[int, Sequence[Seen]], radius_unit: str) -> dict[int, str]:
@@ -265,8 +275,8 @@ def needed(entry: Entry, runs: Runs) -> list[tuple[Base, str]]:
 
 
 def lacking(entry: Entry, runs: Runs, run: FinishedRun) -> list[Measurement]:
-    """What has to be measured of a run for an entry: what no evaluation shows, and none has tried in vain."""
-    seen = runs.seen(run)
+    """What has to be measured of a run for an entry: what no evaluation on enough images shows or has tried in vain."""
+    seen = runs.enough(run)
     setups = [setup for setup, bases in runs.scale.bases.items() if run.base in bases]
     lacks: list[Measurement] = []
 

@@ -23,6 +23,7 @@ from ..files import read_json, write_whole
 from ..records import decode_fields, encode
 
 FORMAT = 1
+IMAGES = ("images", "train_images")  # in `Cell.how`: figures with other numbers of them are not compared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Cell:
         printed: the paper's figure.
         printed_text: how the paper qualifies it.
         difference: mean - printed.
-        gain: over the plain twin of the same recipe, the mean over the seeds that both have; None without a twin.
+        gain: over the plain twin of the same recipe, the mean over the seeds that both have; None without a twin that
+            was measured on as many images.
         gain_deviation: of it, over these seeds.
         printed_gain: the same of the paper's figures.
         beyond: where nothing is known but that it is larger than all that was tried, for at least one seed: the largest
@@ -91,7 +93,8 @@ class Cell:
 
     def over(self, twin: Cell) -> Cell:
         """This cell with its gain over that of the plain twin."""
-        gains = [value - twin.values[seed] for seed, value in self.values.items() if seed in twin.values]
+        alike = all(self.how.get(name) == twin.how.get(name) for name in IMAGES)
+        gains = [value - twin.values[seed] for seed, value in self.values.items() if alike and seed in twin.values]
         printed = None if self.printed is None or twin.printed is None else self.printed - twin.printed
         return dataclasses.replace(
             self,

@@ -81,6 +81,13 @@ class Seen:
         verdict = (one.verdicts if radius_unit == "pixel" else one.normalized_verdicts).get(self.network.title)
         return verdict.verdict if verdict else None
 
+    def sizes(self, wanted: Sequence[int]) -> tuple[int, ...]:
+        """Its numbers of test, training and, if three are wanted, spectrum images; zeros if it does not say."""
+        settings = self.evaluation.settings
+        if settings is None:
+            return (0,) * len(wanted)
+        return (settings.images, settings.train_images, settings.spectrum_images or settings.images)[: len(wanted)]
+
     def has(self, measurement: Measurement) -> bool:
         """Whether it was measured, or was tried: the very same measurement, with all its settings."""
         settings = self.evaluation.settings
@@ -150,18 +157,37 @@ class Runs:
         return [seed for seed in self.seeds if seed not in there]
 
     def seen(self, run: FinishedRun) -> list[Seen]:
-        """Every evaluation of a run, its own first; evaluations of other weights are left out."""
+        """Every evaluation of a run, on as many images as wanted first, then on more; other weights are left out."""
         if run.folder not in self._seen:
             files = [run.folder / "evaluation.json", *sorted(run.folder.glob("evaluations/*/evaluation.json"))]
             files += sorted(run.folder.parent.glob("*/evaluation.json"))
             evaluations = [self._evaluation(file) for file in dict.fromkeys(files) if file.is_file()]
-            self._seen[run.folder] = [
+            seen = [
                 Seen(evaluation, network)
                 for evaluation in evaluations
                 for network in evaluation.networks
                 if network.weights == self._weights_of(run.folder)
             ]
+            wanted = self._wanted(run)
+            self._seen[run.folder] = sorted(
+                seen, key=lambda one: (one.sizes(wanted) != wanted, *(-size for size in one.sizes(wanted)))
+            )
         return self._seen[run.folder]
+
+    def enough(self, run: FinishedRun) -> list[Seen]:
+        """Those of `seen` that are on as many images as wanted, or more."""
+        wanted = self._wanted(run)
+        return [
+            one
+            for one in self.seen(run)
+            if all(has >= size for has, size in zip(one.sizes(wanted), wanted, strict=True))
+        ]
+
+    def _wanted(self, run: FinishedRun) -> tuple[int, ...]:
+        """The numbers of images that this scale evaluates on, of those that the run has."""
+        data, scale = self.describe(run).summary.data, self.scale
+        spectrum = () if scale.spectrum_limit is None else (min(scale.spectrum_limit, data.test_images),)
+        return (min(scale.images, data.test_images), min(scale.train_images, data.train_images), *spectrum)
 
     def _evaluation(self, file: Path) -> Evaluation:
         if file not in self._evaluations:

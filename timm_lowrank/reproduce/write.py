@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import EvaluationError
-from ..evaluation.results import Unit, radius_text
+from ..evaluation.results import Detail, Unit, radius_text
 from ..files import disk_errors, write_whole
 from ..text import counted, duration, listing, markdown_table, number, percent, phrases
 from .pictures import draw
-from .reproduction import Cell, Line, Panel, Reproduction, read_reproduction, write_reproduction
+from .reproduction import IMAGES, Cell, Line, Panel, Reproduction, read_reproduction, write_reproduction
 
 CODE = ("timm_lowrank", "commit", "torch")  # what a run says of the code that trained it
 NOT_MEASURED, NOTHING = "not measured", "-"
@@ -77,6 +77,7 @@ def table(panel: Panel) -> str:
     """A panel as Markdown."""
     masked = any(line.masking or line.printed_masking for line in panel.lines)
     header = ["network", "", "seeds", *panel.columns, *(["gradient masking"] if masked else [])]
+    usual = _first_how(panel)
     rows: list[list[str]] = []
     for row, condition in dict.fromkeys((line.row, line.condition) for line in panel.lines):
         lines = [line for line in panel.lines if (line.row, line.condition) == (row, condition)]
@@ -89,7 +90,7 @@ def table(panel: Panel) -> str:
             if not measured:
                 rows.append(["", "ours", "", *[NOT_MEASURED] * len(printed), *([""] if masked else [])])
         for line in measured:
-            own = [_of_seeds(own_text(cell), cell, line) for cell in line.cells]
+            own = [_of_images(_of_seeds(own_text(cell), cell, line), cell, usual) for cell in line.cells]
             where, seeds = f"ours: {line.network} (`{line.recipe}`)", ", ".join(map(str, line.seeds))
             verdict = [_masking(line)] if masked else []
             rows.append([name, where, seeds, *own, *verdict])
@@ -103,6 +104,18 @@ def _of_seeds(text: str, cell: Cell, line: Line) -> str:
     """Says of how many seeds a figure is, if it is not of all."""
     fewer = 0 < len(cell.values) < len(line.seeds) and cell.beyond is None
     return f"{text} [{len(cell.values)} of {len(line.seeds)} seeds]" if fewer else text
+
+
+def _of_images(text: str, cell: Cell, usual: Mapping[str, Mapping[str, Detail]]) -> str:
+    """Says on how many images a figure is, if that is not what stands below the table."""
+    words = {"images": "images", "train_images": "training images"}
+    own = {name: cell.how[name] for name in IMAGES if name in cell.how}
+    other = [f"{_count(n)} {words[name]}" for name, n in own.items() if usual[cell.column].get(name) != n]
+    return f"{text} [{', '.join(other)}]" if other else text
+
+
+def _count(value: Detail) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _masking(line: Line) -> str:
@@ -156,13 +169,17 @@ def _quantity(value: float, unit: Unit, beside: float | None = None) -> str:
     return number(value)
 
 
+def _first_how(panel: Panel) -> dict[str, Mapping[str, Detail]]:
+    """Column -> how the first line that was measured was."""
+    entries: dict[str, Mapping[str, Detail]] = {}
+    for cell in (cell for line in panel.lines for cell in line.cells if cell.how):
+        entries.setdefault(cell.column, cell.how)
+    return entries
+
+
 def _how(panel: Panel) -> str:
     """How each column was measured; what is the same for all of them is said once."""
-    entries: dict[str, Mapping[str, object]] = {}
-    for line in panel.lines:
-        for cell in line.cells:
-            if cell.how:
-                entries.setdefault(cell.column, cell.how)
+    entries = _first_how(panel)
     if not entries:
         return ""
     crafted = "crafted_on"  # differs from line to line

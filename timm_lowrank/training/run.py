@@ -413,13 +413,16 @@ class RunFolder(RunPaths):
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
         if accelerator.is_main_process:
-            for _, path in self.checkpoints()[: -self.recipe.keep_checkpoints]:
-                self._remove(path)
+            self._remove_oldest()
         accelerator.wait_for_everyone()
 
     def _kept(self) -> str:
         complete = self.checkpoints()
         return f"the checkpoint of epoch {complete[-1][0]} is untouched" if complete else "there is no older checkpoint"
+
+    def _remove_oldest(self) -> None:
+        for _, path in self.checkpoints()[: -self.recipe.keep_checkpoints]:
+            self._remove(path)
 
     def _remove(self, checkpoint: Path) -> None:
         # Out of sight first: a kill between two deletions must not leave half of one under its name.
@@ -463,6 +466,7 @@ class RunFolder(RunPaths):
             for broken, wrong in damaged:
                 print(f"{broken} is left out and removed: {wrong}", flush=True)
                 self._remove(broken)
+            self._remove_oldest()  # a kill may have come between a new checkpoint and this
             self._restore_metrics(None if newest is None else newest[1])
         return 0 if newest is None else newest[0]
 
