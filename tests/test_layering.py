@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,3 +96,17 @@ def test_no_part_imports_one_above_it(name):
     parts = {module.split(".")[1] for module in imports(name, MODULES[name]) if module.startswith("timm_lowrank.")}
     rank = ORDER.index(name.split(".")[1])
     assert all(ORDER.index(other) <= rank for other in parts), f"{name} imports {sorted(parts)}"
+
+
+def test_who_only_trains_does_not_wait_for_evaluation_and_publishing():
+    code = """if True:
+        import sys, torch, timm
+        before = set(sys.modules)
+        import timm_lowrank
+        later = ("timm_lowrank.evaluation", "timm_lowrank.publish", "timm_lowrank.comparators", "jinja2", "sklearn")
+        print([name for name in sys.modules.keys() - before if name.startswith(later)])
+        print([name for name in timm_lowrank.__all__ if getattr(timm_lowrank, name, None) is None])
+        print(set(timm_lowrank.__all__) <= set(dir(timm_lowrank)), hasattr(timm_lowrank, "nothing"))
+    """
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.split("\n") == ["[]", "[]", "True False", ""]

@@ -5,7 +5,12 @@ An implementation of Sanyal, Kanade, Torr, Dokania, "Robustness via Deep Low-Ran
 Importing the package registers its CIFAR networks with timm.
 """
 
-from . import comparators, evaluation, networks
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import networks
 from .checkpoint import from_pretrained, save_pretrained
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
@@ -14,8 +19,11 @@ from .core.loop import LossHook, attach
 from .core.model import LowRankModel
 from .errors import CaptureError, CheckpointError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
 from .layers import LayerInfo, list_layers
-from .publish import push_to_hub
 from .wrapping import wrap
+
+if TYPE_CHECKING:
+    from . import comparators, evaluation
+    from .publish import push_to_hub
 
 __version__ = "0.1.0"
 
@@ -43,3 +51,19 @@ __all__ = [
     "spectrum",
     "wrap",
 ]
+
+# Whoever only trains need not wait for these: name -> where it is, a module of its own or a name in one.
+_WHEN_ASKED_FOR = {"comparators": "comparators", "evaluation": "evaluation", "push_to_hub": "publish"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_WHEN_ASKED_FOR[name]}", __name__)
+    value = module if _WHEN_ASKED_FOR[name] == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
