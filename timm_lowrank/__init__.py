@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import networks
+from . import comparators, networks
 from .checkpoint import from_pretrained, save_pretrained
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
@@ -22,7 +22,7 @@ from .layers import LayerInfo, list_layers
 from .wrapping import wrap
 
 if TYPE_CHECKING:
-    from . import comparators, evaluation
+    from . import evaluation
     from .publish import push_to_hub
 
 __version__ = "0.1.0"
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # Whoever only trains need not wait for these: name -> where it is, a module of its own or a name in one.
-_WHEN_ASKED_FOR = {"comparators": "comparators", "evaluation": "evaluation", "push_to_hub": "publish"}
+_WHEN_ASKED_FOR = {"evaluation": "evaluation", "push_to_hub": "publish"}
 
 
 def __getattr__(name: str) -> Any:
