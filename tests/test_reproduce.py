@@ -304,7 +304,7 @@ def test_fewer_images_where_the_scale_has_too_many(made, tmp_path, tiny):
     )
 
 
-def test_what_was_measured_on_fewer_images_is_measured_again(made, tmp_path, tiny):
+def test_what_was_measured_on_other_images_is_measured_again(made, tmp_path, tiny):
     options, _, _ = made
     base = tiny.bases[C10_R18][0].name
     shutil.copytree(options.runs / base / "N-LR-seed0", tmp_path / base / "N-LR-seed0")
@@ -315,7 +315,7 @@ def test_what_was_measured_on_fewer_images_is_measured_again(made, tmp_path, tin
         (table,) = reproduce(dataclasses.replace(options, **asked, images=images), said.append)
         (own,) = [line for line in table.panels[1].lines if line.condition == "N-LR" and line.seeds]
         shown.append((own.cells[0].how["images"], sum(text.startswith("measuring") for text in said)))
-    assert shown == [(20, 0), (20, 0), (30, 1), (20, 0), (40, 1)]
+    assert shown == [(20, 0), (15, 1), (30, 1), (20, 0), (40, 1)]
 
 
 def test_three_files_of_each_entry_say_the_same(made):

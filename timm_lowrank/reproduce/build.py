@@ -275,8 +275,8 @@ def needed(entry: Entry, runs: Runs) -> list[tuple[Base, str]]:
 
 
 def lacking(entry: Entry, runs: Runs, run: FinishedRun) -> list[Measurement]:
-    """What has to be measured of a run for an entry: what no evaluation on enough images shows or has tried in vain."""
-    seen = runs.enough(run)
+    """What has to be measured of a run for an entry: what no evaluation on these numbers of images has, or tried."""
+    seen = runs.comparable(run)
     setups = [setup for setup, bases in runs.scale.bases.items() if run.base in bases]
     lacks: list[Measurement] = []
 

@@ -157,7 +157,7 @@ class Runs:
         return [seed for seed in self.seeds if seed not in there]
 
     def seen(self, run: FinishedRun) -> list[Seen]:
-        """Every evaluation of a run, on as many images as wanted first, then on more; other weights are left out."""
+        """Every evaluation of a run, on as many images as wanted first, then the largest; of other weights none."""
         if run.folder not in self._seen:
             files = [run.folder / "evaluation.json", *sorted(run.folder.glob("evaluations/*/evaluation.json"))]
             files += sorted(run.folder.parent.glob("*/evaluation.json"))
@@ -174,14 +174,10 @@ class Runs:
             )
         return self._seen[run.folder]
 
-    def enough(self, run: FinishedRun) -> list[Seen]:
-        """Those of `seen` that are on as many images as wanted, or more."""
+    def comparable(self, run: FinishedRun) -> list[Seen]:
+        """Those of `seen` that are on as many images as wanted: figures on others are not comparable between runs."""
         wanted = self._wanted(run)
-        return [
-            one
-            for one in self.seen(run)
-            if all(has >= size for has, size in zip(one.sizes(wanted), wanted, strict=True))
-        ]
+        return [one for one in self.seen(run) if one.sizes(wanted) == wanted]
 
     def _wanted(self, run: FinishedRun) -> tuple[int, ...]:
         """The numbers of images that this scale evaluates on, of those that the run has."""
