@@ -151,7 +151,7 @@ def test_overrides_reach_inside(tmp_path):
         ({"shuffle_buffer": 0}, r"shuffle_buffer=0 must be > 0"),
         ({"schedule": "linear"}, r"schedule='linear' is not one of step, cosine"),
         ({"augment": "mixup"}, r"augment='mixup' is not one of"),
-        ({"precision": "fp8"}, r"precision='fp8' is not one of no, bf16, fp16"),
+        ({"precision": "fp8"}, r"precision='fp8' is not one of no, bf16, fp16, auto"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0 must lie between 0 and 1"),
         ({"gradient_accumulation": 3}, r"batch_size=128 cannot be split into gradient_accumulation=3"),
         ({"nesterov": True, "momentum": 0.0}, r"nesterov=true needs a momentum"),

@@ -28,6 +28,7 @@ import timm_lowrank
 from timm_lowrank.data import load_data, load_images
 from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamTrainBatches, TrainBatches
+from timm_lowrank.environment import fast_precision
 from timm_lowrank.errors import DataError, DivergedError, RecipeError, RunError, TrainingError
 from timm_lowrank.training import Recipe, Run, load_recipe, loop, train
 from timm_lowrank.training import state as state_module
@@ -596,6 +597,18 @@ def test_mistakes_are_found_before_anything_is_written(values, message, tmp_path
     with pytest.raises(TrainingError, match=message):
         train(recipe(twin=True, **values), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_faster_precision_is_taken_once(tmp_path, monkeypatch, capsys):
+    assert fast_precision(CPU) in ("bf16", "no")
+    monkeypatch.setattr("timm_lowrank.training.experiment.fast_precision", lambda device: "bf16")
+    few = {"epochs": 2, "pretrain_epochs": 1, "precision": "auto"}
+    summary = train(recipe(**few), tmp_path / "run")
+    assert (summary.precision, Run.open(tmp_path / "run").recipe.precision) == ("bf16", "bf16")
+    assert "precision=auto: bf16 is the faster one here" in capsys.readouterr().out
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr("timm_lowrank.training.experiment.fast_precision", lambda device: "no")
+    assert train(recipe(**few), tmp_path / "run", resume=True).precision == "bf16"
 
 
 def test_one_process_holds_one_precision(tmp_path):

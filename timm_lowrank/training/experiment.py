@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..checkpoint import save_pretrained
 from ..data import Data, StreamedData, load_data
 from ..data.batches import TestBatches, evaluation_batches
-from ..environment import require
-from ..errors import RunError
+from ..environment import fast_precision, require
+from ..errors import RecipeError, RunError
 from .checkpoints import Progress
 from .loop import Tested, TrainedEpoch, check_alive, evaluate, train_epoch
-from .recipe import Recipe
+from .recipe import Recipe, read_recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
-from .run import ComparatorSummary, EpochMetrics, Run, RunFolder, Spectrum, Summary
+from .run import ComparatorSummary, EpochMetrics, Run, RunFolder, RunPaths, Spectrum, Summary
 from .state import TrainingState, build, seeded
 
 BRANCH_PARTS = ("reconstruction", "norm", "head", "outside", "activation_norm", "gradient_share")
@@ -47,6 +49,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, data: Dat
         LowRankError: from a branch, if a regularized layer collapsed.
     """
     require("matplotlib", "matplotlib")  # now, not after hours of training
+    recipe = _with_precision(recipe, Path(output), resume)
     folder = RunFolder(output, recipe, resume)
     twin_folder = RunFolder(folder.twin, recipe.plain(), resume) if recipe.twin is True else None
     twin = _plain_run(recipe.twin) if isinstance(recipe.twin, str) else None
@@ -57,6 +60,22 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, data: Dat
     if twin_folder is not None:
         twin = _run(recipe.plain(), data, twin_folder, within=folder)
     return _run(recipe, data, folder, twin=twin)[0]
+
+
+def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
+    """The recipe with what precision=auto means: what an earlier part of the run took, else what is faster here."""
+    if recipe.precision != "auto":
+        return recipe
+    config, taken = RunPaths(output).config, [""]
+    if resume and config.is_file():
+        with contextlib.suppress(RecipeError):  # a damaged one is reported by whoever needs it
+            taken = [read_recipe(config).get("precision", "no")]
+    else:
+        taken = [fast_precision(PartialState().device)]
+        broadcast_object_list(taken)  # processes on different machines must agree
+        if PartialState().is_main_process:
+            print(f"precision=auto: {'bf16' if taken[0] == 'bf16' else 'float32'} is the faster one here", flush=True)
+    return dataclasses.replace(recipe, precision=taken[0] or "no")
 
 
 def _plain_run(folder: str) -> Finished:

@@ -119,7 +119,10 @@ class Recipe:
     workers: int = _key(
         "in streaming, processes that read and decode, for each training process; 0 does it in that one", 4
     )
-    precision: str = _key('"no", "bf16" or "fp16" (mixed precision)', "no")
+    precision: str = _key(
+        '"no", "bf16" or "fp16" (mixed precision); "auto": bf16 if it is faster, config.yaml has which',
+        "no",
+    )
     channels_last: bool = _key("whether images and weights lie in memory pixel by pixel, all channels together", False)
     compile: bool = _key("whether torch.compile compiles the network", False)
     ema_decay: float | None = _key(
@@ -341,7 +344,7 @@ CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "cosine"),
     "augment": ("crop-flip", "crop", "none"),
-    "precision": ("no", "bf16", "fp16"),
+    "precision": ("no", "bf16", "fp16", "auto"),
 }
 POSITIVE = (
     "epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "save_every", "keep_checkpoints",
