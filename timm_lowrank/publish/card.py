@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 HUB = "https://huggingface.co"
 OURS = "timm_lowrank"  # the name of the source of our results in model-index
 TAGS = ["image-classification", "timm", "transformers", OURS]
-LICENSE = "apache-2.0"  # of a new card of weights trained from scratch
 HUB_LICENSES = (  # of those of timm's weights, what the Hub knows; others have to be called "other" there, with a name
     "apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit",
 )  # fmt: skip
@@ -85,7 +84,7 @@ def run_card(
     place: Place,
     files: Mapping[str, str],
     *,
-    license: str | None = LICENSE,
+    license: str | None,
     dataset: str | None = None,
 ) -> str:
     """README.md for a run.

@@ -191,6 +191,8 @@ class Recipe:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         problems = [f"there is no key {key!r}. {nearest(str(key), known)}" for key in values if key not in known]
+        # YAML takes the word no for false.
+        values = {key: "no" if value is False and "no" in CHOICES.get(key, ()) else value for key, value in values.items()}
         checked = decode_fields(cls, values, problems)
         if problems:
             raise RecipeError(_listed(f"recipe {values.get('name', 'recipe')!r}", problems))
