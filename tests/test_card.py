@@ -50,7 +50,10 @@ def run(tmp_path):
 
 def card(run, **options):
     """The card of a run in the repository REPO."""
-    return run_card(read_run(run), Place.on_hub(REPO), {"config.json": "the network"}, **options)
+    record = read_run(run)
+    return run_card(
+        record, Place.on_hub(REPO), {"config.json": "the network"}, **{"license": record.license(), **options}
+    )
 
 
 def merged(run, before, license=None):

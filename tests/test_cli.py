@@ -3,6 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +16,8 @@ import yaml
 
 from timm_lowrank import __version__
 from timm_lowrank.cli import COMMANDS, main
-from timm_lowrank.training.recipe import Recipe, recipe_names
+from timm_lowrank.training.checkpoints import damage
+from timm_lowrank.training.recipe import Recipe, load_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,6 +92,95 @@ def test_a_package_that_is_missing_is_said_before_measuring(package, capsys, mon
     assert "pip install" in fails(capsys, "evaluate", "no/such/run")
 
 
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A folder of files and folders that are not what they are called."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "binary.yaml": b"\xff\xfe\x00\x01", "zeros.yaml": b"epochs: 3\x00", "empty.yaml": b"", "list.yaml": b"[1]",
+        "tab.yaml": b"a:\n\t- b: [", "deep.yaml": b"[" * 600, "date.yaml": b"epochs: 2024-99-99",
+        "page.md": b"\xff\xfe", "run/config.yaml": b"\x80\xff", "run/summary.json": b"", "run/model/config.json": b"",
+        "net/config.json": b"", "net/model.safetensors": b"", "bytes/config.json": b"\xff\x80", "file": b"x",
+        "array/config.json": b"[]", "other/config.json": b"{}", "evaluated/evaluation.json": b"\x80",
+        "blank/evaluation.json": b"",
+    }.items():  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content)
+    return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+
+
+HOSTILE = {
+    "train ''": "there is no recipe ''",
+    "train binary.yaml": "cannot read the recipe binary.yaml",
+    "train zeros.yaml": "zeros.yaml is not valid YAML",
+    "train empty.yaml": "empty.yaml must hold a mapping",
+    "train list.yaml": "list.yaml must hold a mapping",
+    "train tab.yaml": "tab.yaml is not valid YAML: .*line 2, column 1",
+    "train deep.yaml": "deep.yaml is not valid YAML: lists and mappings inside each other",
+    "train date.yaml": "date.yaml is not valid YAML: month must be in 1..12",
+    "train --set epochs={": "--set epochs={: the value is not valid YAML",
+    "train --set name=../x": "name='../x' is not the name of a folder",
+    "train --set name=..": "name='..' is not the name of a folder",
+    "train --set seed=99999999999999999999": "seed=.* must be < 2\\*\\*63",
+    "train --noise 5": "unrecognized arguments: --noise",
+    "train --resume never": "argument --resume: invalid choice",
+    "evaluate file": "file is no run folder",
+    "evaluate run": "config.json is not valid JSON",
+    "evaluate net": "config.json is not valid JSON",
+    "evaluate bytes": "config.json is not valid JSON",
+    "evaluate array": "config.json must hold a JSON object",
+    "evaluate other": "config.json names no architecture",
+    "evaluate run --limit -1": "argument --limit: -1 must be at least 1",
+    "evaluate run --limit x": "argument --limit: 'x' is no whole number",
+    "evaluate run --train-limit 0": "argument --train-limit: 0 must be at least 1",
+    "evaluate run --spectrum-limit -2": "argument --spectrum-limit: -2 must be",
+    "evaluate run --table-limit 0": "argument --table-limit: 0 must be",
+    "evaluate run --batch-size 0": "argument --batch-size: 0 must be",
+    "evaluate run --seed -1": "argument --seed: -1 must be at least 0",
+    "evaluate run --seed 99999999999999999999": "argument --seed: .* less than",
+    "evaluate run --radii 8 nan": "argument --radii: 'nan' is no number of levels",
+    "evaluate run --radii 300": "argument --radii: '300' is no number of levels",
+    "evaluate run --suite slow": "argument --suite: invalid choice: 'slow'",
+    "evaluate run --output file": "the output file is a file",
+    "compare run --noise 5": "unrecognized arguments: --noise 5",
+    "compare run": "the recipe of the run in run cannot be read",
+    "compare evaluated": "evaluation.json is not valid JSON",
+    "compare blank": "evaluation.json is not valid JSON",
+    "reproduce --table 0": "argument --table: 0 must be at least 1",
+    "reproduce --table 5 --seeds -1": "argument --seeds: -1 must be at least 0",
+    "reproduce --table 5 --images -1": "argument --images: -1 must be",
+    "reproduce --table 5 --spectrum-limit 0": "argument --spectrum-limit: 0 must be",
+    "reproduce --table 5 --runs file": "file/fixtures/cifar10.*: Not a directory",
+    "reproduce --fill page.md": "cannot read the page page.md",
+    "push run me/x --dry-run preview": "the recipe of the run in run cannot be read",
+    "pull me/x --sha256 zz": "argument --sha256: 'zz' is no sha256",
+    "pull me/x --sha256 ''": "argument --sha256: '' is no sha256",
+    "layers resnet18 --depth -1": "argument --depth: -1 must be at least 0",
+    "layers resnet18 --model-args []": "argument --model-args: '\\[]' is no JSON object",
+    "layers resnet18 --model-args {": "argument --model-args: '{' is no JSON object",
+    """layers resnet18 --model-args '{"in_chans": -1}'""": "resnet18 with {'in_chans': -1}: ",
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE)
+def test_hostile_arguments_and_files_are_one_line_and_leave_nothing(line, broken, capsys, tmp_path):
+    try:
+        status = main(shlex.split(line))
+    except SystemExit as left:  # argparse's own way
+        status = left.code
+    assert status in (1, 2)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{HOSTILE[line]}", said)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == broken
+
+
+@pytest.mark.parametrize("written", ["precision: no", "precision: off", "precision: 'no'", "precision: false"])
+def test_precision_no_is_a_word(written, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"model: resnet18\nepochs: 1\n{written}\n")
+    assert load_recipe(tmp_path / "a.yaml").precision == "no"
+    assert load_recipe("digits", [written.replace(": ", "=")]).precision == "no"
+
+
 def test_ctrl_c_is_one_line(capsys, monkeypatch):
     def interrupted(given):
         raise KeyboardInterrupt
@@ -95,6 +189,34 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(COMMANDS, "layers", (declare, interrupted, after))
     assert main(["layers", "resnet18"]) == 130
     assert capsys.readouterr().err == f"interrupted: {after}\n"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setenv("RANK", "1")  # the first process says it
+    assert main(["layers", "resnet18"]) == 130
+    assert capsys.readouterr().err == ""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_ctrl_c_under_accelerate_launch_is_one_line_and_keeps_the_checkpoint(tmp_path):
+    """To the whole group of processes, as a terminal sends it; what the launcher says of itself is its own."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    small = ["epochs=500", "twin=false", "pretrain_epochs=0", "data_args.train_limit=128", "batch_size=64"]
+    small += ["model_args.channels=[8,8,8,8]", "lowrank.branches={layer3: 4}"]
+    changes = [word for change in small for word in ("--set", change)]
+    command = [*launch, "-m", "timm_lowrank", "train", *changes, "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    said = []
+    for line in started.stdout:
+        said.append(line)
+        if line.startswith("epoch   2/"):
+            os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(timeout=120) != 0
+    assert said.count("interrupted: continue with the same command and --resume auto\n") == 1, "".join(said)
+    assert not [line for line in said if line.startswith("  File") and "timm_lowrank" in line]
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert damage(newest) is None
 
 
 def test_train_evaluate_compare_say_where_they_wrote_and_what_comes_next(

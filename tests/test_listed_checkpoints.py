@@ -406,7 +406,7 @@ def test_a_push_of_all_that_breaks_off_goes_on(hub, added, trained, waits):
 
 def test_the_table(added, trained, tmp_path, capsys):
     row = yaml.safe_load((added / "hub" / "checkpoints.yaml").read_text())[0]
-    results = ModelCard(run_card(read_run(trained), Place.on_hub("alice/tiny"), {})).data.eval_results
+    results = ModelCard(run_card(read_run(trained), Place.on_hub("alice/tiny"), {}, license=None)).data.eval_results
     assert row["figures"]["autoattack"]["value"] == results[2].metric_value
     bare = {**row, "name": "second", "figures": {"clean": row["figures"]["clean"]}}
     path, readme = tmp_path / "list.yaml", tmp_path / "README.md"

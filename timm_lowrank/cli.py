@@ -8,14 +8,18 @@ recipes/ and hub/, which `accelerate launch` and torchrun take, call `main` with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import os
+import re
 import shlex
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from .errors import CheckpointError, EvaluationError, LowRankError, RecipeError, TrainingError
 from .files import disk_errors, write_whole
@@ -32,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0, 1 after an error, 2 for arguments that do not exist, 130 after Ctrl-C.
+        The exit status: 0, 1 after an error, 2 for arguments that do not exist or cannot be, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
@@ -41,8 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LowRankError, CheckpointError, EvaluationError, TrainingError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # of a file or folder that no command thought of
+        print(f"error: {error.filename or given.command}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {given.interrupted}", file=sys.stderr)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun hands on what the terminal has sent already
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted: {given.interrupted}", file=sys.stderr)
         return 130
     return 0
 
@@ -50,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Low-rank representations for image models: train, measure and publish."
-    )
+    parser = _Parser(prog=PROGRAM, description="Low-rank representations for image models: train, measure and publish.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (declare, run, interrupted) in COMMANDS.items():
@@ -66,6 +74,50 @@ def _parser() -> argparse.ArgumentParser:
         declare(command)
         command.set_defaults(execute=run, interrupted=interrupted)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other mistake, instead of behind all arguments that there are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}. {self.prog} --help lists the arguments\n")
+
+
+def _whole(least: int, below: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if not least <= value < below:
+            upper = "" if value < least else f" and less than {below}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}{upper}")
+        return value
+
+    return check
+
+
+_count, _seed, _depth = _whole(1, 2**63), _whole(0, 2**63), _whole(0, 2**63)
+
+
+def _level(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (level := float(text)) <= 255:
+            return level
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of levels of 255: above 0, at most 255")
+
+
+def _keywords(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(values := json.loads(text), dict):
+            return values
+    raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"img_size\": 32}}'")
+
+
+def _digest(text: str) -> str:
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no sha256, which has 64 hexadecimal digits")
+    return text.lower()
 
 
 def _say(*lines: str) -> None:
@@ -133,9 +185,12 @@ def _recipe_help() -> str:
 def _train(given: argparse.Namespace) -> None:
     from .training import load_recipe, train
 
-    if given.recipe and given.config:
+    if given.recipe is not None and given.config is not None:
         raise RecipeError(f"two recipes, {given.recipe} and --config {given.config}: give one")
-    recipe = load_recipe(given.recipe or given.config or "digits", given.overrides, data=given.data)
+    source = next((name for name in (given.recipe, given.config) if name is not None), "digits")
+    recipe = load_recipe(source, given.overrides, data=given.data)
+    if given.output is None and (Path(recipe.name).name != recipe.name or recipe.name in ("", "..")):
+        raise RecipeError(f"name={recipe.name!r} is not the name of a folder in runs/: choose the folder with --output")
     output = given.output or Path("runs") / recipe.name
     train(recipe, output, resume=given.resume is not None)
     if os.environ.get("RANK", "0") == "0":
@@ -175,13 +230,13 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         "--suite", nargs="+", choices=["quick", "paper", "autoattack"], default=["quick"], help="default: quick"
     )
     parser.add_argument("--data", metavar="PATH_OR_NAME", help="where the images are, if not where the run says")
-    parser.add_argument("--limit", type=int, metavar="N", help="test images (default: 500 for quick, else 1000)")
+    parser.add_argument("--limit", type=_count, metavar="N", help="test images (default: 500 for quick, else 1000)")
     parser.add_argument(
-        "--train-limit", type=int, metavar="N",
+        "--train-limit", type=_count, metavar="N",
         help="training images that PCA and linear classifiers are fitted on (default: 2000, for paper 5000)",
     )  # fmt: skip
     parser.add_argument(
-        "--radii", nargs="+", type=float, metavar="LEVEL",
+        "--radii", nargs="+", type=_level, metavar="LEVEL",
         help="radii in levels of 255, of which the smallest that misclassifies 99 %% is sought (default: up to 32)",
     )  # fmt: skip
     parser.add_argument(
@@ -189,7 +244,7 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         help="also the layer cushion of a network of the same architecture that was never trained (suite paper)",
     )  # fmt: skip
     parser.add_argument(
-        "--spectrum-limit", type=int, metavar="N",
+        "--spectrum-limit", type=_count, metavar="N",
         help="test images that spectra and effective ranks are taken of (default: twice the width of the widest layer, "
         "at most 2500, for paper 10000)",
     )  # fmt: skip
@@ -203,11 +258,11 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         "deviation of each channel), or both (default: pixel; for paper both)",
     )  # fmt: skip
     parser.add_argument(
-        "--table-limit", type=int, metavar="N",
+        "--table-limit", type=_count, metavar="N",
         help="test images of the paper's Table 1: two units, three step sizes, four radii (default: as --limit)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images in a batch (default 100)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
+    parser.add_argument("--batch-size", type=_count, default=100, metavar="N", help="images in a batch (default 100)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes (default: the run folder)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished evaluation that was another one")
 
@@ -286,7 +341,7 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
     entry leaves NAME.md, NAME.json and NAME.png: our figure, the paper's, the difference, and how it was measured.
     """
     parser.add_argument("--list", action="store_true", help="print what there is, what it needs, and what is there")
-    parser.add_argument("--table", type=int, action="append", default=[], metavar="N", help="of the paper, 1 to 10")
+    parser.add_argument("--table", type=_count, action="append", default=[], metavar="N", help="of the paper, 1 to 10")
     parser.add_argument(
         "--figure", action="append", default=[], metavar="N", help='of the paper, 2 to 20, or "compactness"'
     )
@@ -304,14 +359,17 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
         "--data", action="append", default=[], metavar="NAME=PATH_OR_NAME",
         help="where the images of cifar10, cifar100 or svhn are",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="K", help="to train (default: those of the scale)")
+    parser.add_argument("--seeds", type=_seed, nargs="+", metavar="K", help="to train (default: those of the scale)")
     parser.add_argument("--existing", action="store_true", help="train and measure nothing, show what is there")
-    parser.add_argument("--images", type=int, metavar="N", help="test images to evaluate on (default: the scale's)")
+    parser.add_argument("--images", type=_count, metavar="N", help="test images to evaluate on (default: the scale's)")
     parser.add_argument(
-        "--train-images", type=int, metavar="N", help="to fit linear classifiers and PCA on (default: the scale's)"
+        "--train-images", type=_count, metavar="N", help="to fit linear classifiers and PCA on (default: the scale's)"
     )
     parser.add_argument(
-        "--spectrum-limit", type=int, metavar="N", help="test images for the spectrum (default: as many as the width)"
+        "--spectrum-limit",
+        type=_count,
+        metavar="N",
+        help="test images for the spectrum (default: as many as the width)",
     )
     parser.add_argument(
         "--fill", type=Path, action="append", default=[], metavar="PAGE",
@@ -425,7 +483,9 @@ def _declare_pull(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="new or empty (default: the cache)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the main branch)")
     parser.add_argument("--token", help="instead of HF_TOKEN or the one of `hf auth login`; may be seen by others")
-    parser.add_argument("--sha256", metavar="DIGITS", help="what model.safetensors must have, from someone you trust")
+    parser.add_argument(
+        "--sha256", type=_digest, metavar="DIGITS", help="what model.safetensors must have, from someone you trust"
+    )
 
 
 def _pull(given: argparse.Namespace) -> None:
@@ -445,10 +505,10 @@ def _declare_layers(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", metavar="MODEL", help="a timm name, for example resnet18")
     parser.add_argument(
-        "--depth", type=int, default=2, metavar="N", help="only names of at most N parts (default 2; 0 for all)"
+        "--depth", type=_depth, default=2, metavar="N", help="only names of at most N parts (default 2; 0 for all)"
     )
     parser.add_argument(
-        "--model-args", type=json.loads, default={}, metavar="JSON",
+        "--model-args", type=_keywords, default={}, metavar="JSON",
         help="keywords for timm.create_model, for example '{\"img_size\": 32}'",
     )  # fmt: skip
 
@@ -458,8 +518,8 @@ def _layers(given: argparse.Namespace) -> None:
 
     try:
         listed = list_layers(given.model, **given.model_args)
-    except (ValueError, TypeError) as error:
-        raise LowRankError(str(error)) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise LowRankError(f"{given.model} with {given.model_args or 'no keywords'}: {error}") from error
     shown = [layer for layer in listed if not given.depth or layer.name.count(".") < given.depth]
     rows = [("layer", "kind", "shape", "view", "width")]
     rows += [(x.name, x.kind, " x ".join(map(str, x.shape)), x.view, f"{x.width:,}") for x in shown]

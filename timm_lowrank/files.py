@@ -163,7 +163,7 @@ def parse_yaml(text: str) -> Any:
     """YAML in which 5e-4 is a number (YAML 1.1, and with it PyYAML, takes it for a string).
 
     Raises:
-        yaml.YAMLError: it is not valid YAML.
+        yaml.YAMLError: it is not valid YAML; in one line.
     """
     import yaml  # not at the top: reading weights does not need it
 
@@ -172,7 +172,17 @@ def parse_yaml(text: str) -> Any:
 
     number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    return yaml.load(text, Loader=Loader)
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, what = error.problem_mark, error.problem or error.context or "it cannot be read"
+        raise yaml.YAMLError(f"{what}, line {mark.line + 1}, column {mark.column + 1}" if mark else what) from error
+    except yaml.YAMLError as error:
+        raise yaml.YAMLError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise yaml.YAMLError("lists and mappings inside each other, too many to follow") from error
+    except ValueError as error:  # of a date such as 2024-99-99
+        raise yaml.YAMLError(str(error)) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- hashes

@@ -98,8 +98,9 @@ def fill_page(page: Path, folder: Path) -> None:
     """
     try:
         text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError(f"cannot read the page {page}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise EvaluationError(f"cannot read the page {page}: {reason}") from error
     with disk_errors(f"could not write {page}"):
         write_whole(page, fill(text, folder))
 

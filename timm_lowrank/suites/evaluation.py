@@ -121,6 +121,10 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         )
     if options.chunk < 1:
         raise EvaluationError(f"--batch-size must be at least 1, not {options.chunk}")
+    if not 0 <= options.seed < 2**63:
+        raise EvaluationError(f"--seed must be at least 0 and less than 2**63, not {options.seed}")
+    if options.folder.exists() and not (options.folder.is_dir() or options.output is None):
+        raise EvaluationError(f"the output {options.folder} is a file: choose a folder with --output")
     source = None if options.source is None else load_network(options.source)
     networks = load_networks(options.network, options.against if source is None else (NO_TWIN,))
     limit = max(suite.images for suite in suites) if options.limit is None else options.limit

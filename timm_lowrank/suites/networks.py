@@ -19,7 +19,7 @@ from ..errors import EvaluationError
 from ..evaluation import PixelModel
 from ..evaluation.pixels import random_state_kept
 from ..evaluation.results import NetworkInfo
-from ..files import weights_sha256
+from ..files import read_json, weights_sha256
 from ..layers import create_backbone
 from ..text import numbered, one_line
 from ..training import Recipe, Run
@@ -161,6 +161,10 @@ def _from_folder(folder: Path, title: str | None) -> EvaluatedNetwork:
     if not (checkpoint / "config.json").exists():
         raise EvaluationError(
             f"{folder} holds neither a finished run nor a checkpoint (no config.json, no model_best.pth.tar)"
+        )
+    if "architecture" not in read_json(checkpoint / "config.json", EvaluationError):
+        raise EvaluationError(
+            f"{checkpoint / 'config.json'} names no architecture: it is not the checkpoint of a network"
         )
     try:
         network = timm.create_model(f"local-dir:{checkpoint}", pretrained=True)

@@ -192,7 +192,9 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         problems = [f"there is no key {key!r}. {nearest(str(key), known)}" for key in values if key not in known]
         # YAML takes the word no for false.
-        values = {key: "no" if value is False and "no" in CHOICES.get(key, ()) else value for key, value in values.items()}
+        values = {
+            key: "no" if value is False and "no" in CHOICES.get(key, ()) else value for key, value in values.items()
+        }
         checked = decode_fields(cls, values, problems)
         if problems:
             raise RecipeError(_listed(f"recipe {values.get('name', 'recipe')!r}", problems))
@@ -374,6 +376,8 @@ def _numbers(recipe: Recipe) -> Iterable[str]:
             continue
         if not math.isfinite(value) or value < 0 or (name in POSITIVE and value == 0):
             yield f"{name}={value!r} must be {'> 0' if name in POSITIVE else '>= 0'}"
+    if recipe.seed >= 2**63:
+        yield f"seed={recipe.seed!r} must be < 2**63"
     if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
         yield f"ema_decay={recipe.ema_decay!r} must lie between 0 and 1, or be null"
     for name in ("crop_scale", "crop_pct"):
