@@ -624,6 +624,61 @@ def test_one_coloured_image_makes_a_data_set_coloured(own, streaming, row):
     assert load_data(str(own), streaming=streaming).image_size == (3, 8, 8)
 
 
+COLOUR = np.stack([DIGITS[0], 255 - DIGITS[0], DIGITS[1]], axis=-1)
+
+
+@BOTH
+@pytest.mark.parametrize(("mode", "pillow"), [("rgb", "RGB"), ("grey", "L")])
+@pytest.mark.parametrize("coloured", [[], [0], [40], range(90)], ids=["none", "first", "one", "all"])
+def test_a_declared_mode_is_what_all_images_are_made(own, streaming, mode, pillow, coloured):
+    pixels = [COLOUR if row in coloured else DIGITS[row] for row in range(90)]
+    write(own / "train-00000-of-00003.parquet", range(90), image=[{"bytes": png(p), "path": None} for p in pixels])
+    write(own / "test-00000-of-00001.parquet", range(10), image=encoded(np.stack([COLOUR] * 10)))
+    data = load_data(str(own), streaming=streaming, mode=mode)
+    images = (data.subset(230, 10) if streaming else data).train_images[:90].numpy()
+    wanted = [np.asarray(Image.fromarray(p).convert(pillow)).reshape(8, 8, -1).transpose(2, 0, 1) for p in pixels]
+    assert np.array_equal(images, np.stack(wanted))
+
+
+def test_an_unknown_mode_is_refused(own):
+    with pytest.raises(DataError, match=r"data_args\.mode='gray' is not one of rgb, grey, or null"):
+        load_data(str(own), mode="gray")
+
+
+@BOTH
+@pytest.mark.parametrize("row", [0, 7, 19])
+def test_one_coloured_test_image_behind_grey_training_images_names_the_key(own, streaming, row):
+    images = [{"bytes": png(COLOUR if number == row else DIGITS[number]), "path": None} for number in range(20)]
+    write(own / "test-00000-of-00001.parquet", range(20), image=images)
+    with pytest.raises(DataError, match=rf"test images are not \(.*, row {row}\): set data_args.mode=rgb"):
+        load_data(str(own), streaming=streaming)
+
+
+@pytest.mark.parametrize(("row", "channels"), [(3, 3), (100, 1), (229, 3)])
+def test_a_coloured_image_that_was_not_looked_at_is_one_error_that_names_the_key(own, hub, monkeypatch, row, channels):
+    """On the Hub, where the images at either end are looked at before."""
+    for path, rows in zip(sorted(own.glob("train*")), (range(90), range(90, 180), range(180, 230)), strict=True):
+        images = [{"bytes": png(COLOUR if number == row else DIGITS[number]), "path": None} for number in rows]
+        write(path, rows, image=images)
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for path in own.iterdir():
+        memory.pipe(f"/colours/{path.name}", path.read_bytes())
+    local = [Files(name, sorted(map(str, own.glob(f"{name}*")))) for name in ("train", "test")]
+    remote = [Files(f.split, [f"memory://colours/{os.path.basename(p)}" for p in f.paths]) for f in local]
+    monkeypatch.setattr(sources, "_hub_files", lambda *_: remote)
+    monkeypatch.setattr(sources, "_cached_files", lambda *_: local)
+    data = load_data("someone/images", streaming=True)
+    assert data.image_size[0] == channels
+    if channels == 1:
+        with pytest.raises(
+            DataError, match=r"row 10: the image is coloured.*data_args.mode=rgb or data_args.mode=grey"
+        ):
+            data.subset(230, 10)
+    assert load_data("someone/images").image_size[0] == 3  # held in memory after all: all are looked at
+    declared = load_data("someone/images", streaming=True, mode="grey")
+    assert declared.subset(230, 10).train_images.shape == (230, 1, 8, 8)
+
+
 @BOTH
 def test_a_split_is_its_name(own, streaming):
     counts = load_data(str(own), streaming=streaming).counts

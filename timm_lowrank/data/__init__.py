@@ -47,6 +47,7 @@ def load_data(
     image_size: int | None = None,
     crop_pct: float = 0.875,
     crop_scale: float = 0.08,
+    mode: str | None = None,
     augment: str = "none",
     progress: bool = False,
 ) -> Data:
@@ -74,6 +75,8 @@ def load_data(
         image_size: height and width that all images are brought to as they are read; None leaves them, and all must
             have one size.
         crop_pct, crop_scale, augment: see `Decoder`; without `image_size` they mean nothing.
+        mode: "rgb" or "grey", which all images are made; None is grey where all are. Of a data set that is read from
+            the Hub as it is needed not all are looked at: a coloured one among grey ones is an error in its turn.
         progress: whether a slow decoding shows a progress bar.
 
     Raises:
@@ -88,7 +91,10 @@ def load_data(
         train_split=train_split, test_split=test_split, extra=extra,
     )  # fmt: skip
     images = opened(download=streaming is False)
-    decoder = find_decoder(images, image_size, crop_pct, augment, crop_scale)
+    decide = functools.partial(
+        find_decoder, image_size=image_size, crop_pct=crop_pct, augment=augment, crop_scale=crop_scale, mode=mode
+    )
+    decoder = decide(images)
     if not streamed and streaming == "auto":
         counts = (len(images.train), len(images.test))
         taken = [limit if isinstance(limit, int) else count for limit, count in zip(limits, counts, strict=True)]
@@ -98,6 +104,7 @@ def load_data(
         return stream(images, decoder, mean, std)
     if images.remote:
         images = opened(download=True)
+        decoder = decide(images)  # now from all images
     return hold(images, decoder, train_limit=train_limit, test_limit=test_limit, mean=mean, std=std, progress=progress)
 
 

@@ -17,7 +17,8 @@ from .sources import Source, Split
 
 INTERPOLATION = "bicubic"
 LONGEST = 8  # times the side that is cut out of an image: what is resized of it at most
-PROBED = 32  # images whose headers are looked at
+PROBED = 32  # images whose headers are looked at, at either end of a split
+MODES = {"rgb": "RGB", "grey": "L"}  # what may be declared, and what pillow calls it
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of pillow for grey values of 16 bits
 GREY = ("1", "L", *DEEP)
 
@@ -28,6 +29,7 @@ class Decoder:
 
     Args:
         mode: "L" or "RGB".
+        declared: whether `mode` was asked for, so that coloured images are made grey; else one is an error.
         size: (height, width) of the pixels that are given. Without `resize`, images of any other size are an error.
         resize: whether images are brought to `size`: for training by a random part of the image that is stretched
             to it, otherwise by resizing the shorter side to size / crop_pct and cutting out the centre.
@@ -42,6 +44,7 @@ class Decoder:
     crop_pct: float = 1.0
     augment: str = "none"
     crop_scale: float = 0.08
+    declared: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,7 +62,7 @@ class Decoder:
         Raises:
             DataError: it cannot be decoded, or has another size and `resize` is off.
         """
-        image = _opened(encoded, where, self.mode)
+        image = _opened(encoded, where, self.mode, self.declared)
         if self.resize:
             image = self._fitted(image) if seed is None or self.augment == "none" else self._random(image, seed)
         if (image.height, image.width) != self.size:
@@ -104,52 +107,68 @@ def find_decoder(
     crop_pct: float = 0.875,
     augment: str = "none",
     crop_scale: float = 0.08,
+    mode: str | None = None,
 ) -> Decoder:
     """The decoder for all images of a data set: grey if all are, and of the size of the first if none is given.
 
-    Of a data set on the Hub that is read whenever it is needed, the first images decide: a coloured one behind grey
-    ones is then an error when its turn comes.
+    Of a data set on the Hub that is read whenever it is needed, the first and the last images of its splits decide: a
+    coloured one among grey ones is then an error when its turn comes.
+
+    Args:
+        mode: "rgb" or "grey" decides instead.
 
     Raises:
-        DataError: an image cannot be decoded, or images are not of one kind.
+        DataError: an image cannot be decoded, images are not of one kind, or an unknown mode.
     """
+    if mode is not None and mode not in MODES:
+        raise DataError(f"data_args.mode={mode!r} is not one of {', '.join(MODES)}, or null")
     train, test = source.train, source.test
     rows = np.arange(min(PROBED, len(train)))
     images = [_opened(item.image, item.where) for item in islice(train.read(rows), PROBED)]
-    mode = "L" if all(image.mode in GREY for image in images) else "RGB"
+    pillow = MODES.get(mode or "", "L" if all(image.mode in GREY for image in images) else "RGB")
     sizes = {(image.height, image.width) for image in images}
     if image_size is not None:
-        decoder = Decoder(mode, (image_size, image_size), True, crop_pct, augment, crop_scale)
+        decoder = Decoder(pillow, (image_size, image_size), True, crop_pct, augment, crop_scale)
     elif len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
         raise ImageSizesError(f"{train.name} holds images of different sizes ({shown}): set image_size")
     else:
-        decoder = Decoder(mode, sizes.pop())
-    if mode == "L" and not source.remote and not _all_grey(train):
+        decoder = Decoder(pillow, sizes.pop())
+    if mode is not None:
+        decoder = dataclasses.replace(decoder, declared=True)
+    elif pillow == "L" and _coloured(train, source.remote) is not None:
         decoder = dataclasses.replace(decoder, mode="RGB")
-        mode = "RGB"
+    elif pillow == "L" and (where := _coloured(test, source.remote)) is not None:
+        raise DataError(
+            f"training images are grey and test images are not ({where}): set data_args.mode=rgb or grey, "
+            "which all images of both are then made"
+        )
     first = next(test.read(np.arange(1)))
-    if mode == "L" and _opened(first.image, first.where).mode not in GREY:
-        raise DataError(f"training images are grey and test images are not ({first.where}): one kind is needed")
     decoder(first.image, first.where)  # a test set of another size is found before training
     return decoder
 
 
-def _all_grey(split: Split) -> bool:
-    """Whether all images are; of a PNG, as most grey data sets are, the byte that says it is enough."""
-    for item in split.read(np.arange(len(split))):
+def _coloured(split: Split, remote: bool) -> str | None:
+    """Where an image is that is not grey; of PNGs, as most grey data sets are, the byte that says it is enough.
+
+    Of a `remote` split alone the first and the last ones are looked at.
+    """
+    rows = np.arange(len(split))
+    if remote:
+        rows = np.union1d(rows[:PROBED], rows[-PROBED:])
+    for item in split.read(rows):
         if item.image[:8] == b"\x89PNG\r\n\x1a\n" and item.image[25:26] == b"\0":
             continue
         if _opened(item.image, item.where).mode not in GREY:
-            return False
-    return True
+            return item.where
+    return None
 
 
-def _opened(encoded: bytes, where: str, mode: str | None = None) -> Any:
+def _opened(encoded: bytes, where: str, mode: str | None = None, declared: bool = False) -> Any:
     """A pillow image, upright as its EXIF orientation says; converted to `mode`, or without one as it is.
 
     Raises:
-        DataError: it cannot be decoded, is of 32 bits, or is coloured where "L" is wanted.
+        DataError: it cannot be decoded, is of 32 bits, or is coloured where "L" is wanted but was not `declared`.
     """
     image_module, operations = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
     try:
@@ -158,8 +177,11 @@ def _opened(encoded: bytes, where: str, mode: str | None = None) -> Any:
             image = operations.exif_transpose(image)
         if mode is None:
             return image
-        if mode == "L" and image.mode not in GREY:
-            raise DataError(f"{where}: the image is coloured and the first ones are grey: store all images as one kind")
+        if mode == "L" and image.mode not in GREY and not declared:
+            raise DataError(
+                f"{where}: the image is coloured, and those that were looked at before training are grey: declare what "
+                "all are made with data_args.mode=rgb or data_args.mode=grey"
+            )
         if image.mode == "F" or (image.mode in DEEP and image.getextrema()[1] > 65535):
             raise DataError(f"{where}: the image has values of 32 bits, whose range is not known: store 8 or 16 bits")
         if image.mode in DEEP:  # convert() would cut at 255
