@@ -252,6 +252,37 @@ def test_what_the_branches_are_for_comes_before_the_diagnosis(tmp_path):
     assert "Directions that hold" not in rendered(make_evaluation(figures=(CLEAN,)), tmp_path).text
 
 
+def test_the_summary_names_the_variance_in_about_ten_directions_of_each_layer(tmp_path):
+    variances = [
+        dataclasses.replace(
+            CLEAN, key=f"{layer}-{count}", kind=Kind.VARIANCE, label=f"{layer}: {count} directions", layer=layer,
+            directions=count,
+        )
+        for layer, counts in (("layer3", (5, 10, 20)), ("pre_logits", (2, 5)))
+        for count in counts
+    ]  # fmt: skip
+    text = rendered(make_evaluation(figures=(CLEAN, *variances)), tmp_path).text
+    summary = text[text.index("In short") : text.index("How it was measured")]
+    summary = summary[: summary.index("suspected gradient masking")]
+    shown = [one.label for one in variances if one.label in summary]
+    assert shown == ["layer3: 10 directions", "pre_logits: 5 directions"]
+
+
+def test_every_row_has_a_dot_or_there_is_no_column_for_it(tmp_path):
+    share = dataclasses.replace(CLEAN, key="bare", label="No interval", values={"2-LR": Value(0.25)})
+    unknown = dataclasses.replace(CLEAN, key="unknown", label="Not computed", values={"2-LR": Value(math.nan)})
+    number = dataclasses.replace(CLEAN, key="number", label="A length", unit="number", values={"2-LR": Value(0.5)})
+    evaluation = make_evaluation(figures=(number, share, unknown))
+    page, source = rendered(evaluation, tmp_path), (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert {"cx": "25.00%", "cy": "6", "r": "3", "class": "network-0"} in page.named("circle")
+    assert len(page.named("circle")) == 1
+    shares, numbers = source.split('id="figures"')[1].split("</table>")[:2]
+    assert [name in shares for name in ("No interval", "Not computed", "A length", "<span>100 %</span>")] == [
+        True, True, False, True,
+    ]  # fmt: skip
+    assert [name in numbers for name in ("A length", "<span>100 %</span>")] == [True, False]
+
+
 def test_pgd_without_autoattack_is_called_an_upper_bound(tmp_path, page):
     said = "AutoAttack was not measured. What is left after PGD is an upper bound"
     assert said in rendered(make_evaluation(), tmp_path).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -51,7 +52,7 @@ from timm_lowrank.evaluation.results import (
 from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes, plan
 from timm_lowrank.suites import evaluation as evaluation_module
-from timm_lowrank.suites.measurements import accuracy
+from timm_lowrank.suites.measurements import accuracy, perturbations
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
 from timm_lowrank.suites.measurements.base import Results
 from timm_lowrank.suites.measurements.classifiers import UNTIL_FOOLED, FooledHybrid, LeadingFeatures
@@ -149,6 +150,42 @@ def test_an_evaluation_leaves_report_plots_and_figures(evaluated):
     table = text_table(evaluation)
     assert "PGD-20, 8/255" in table
     assert all(len(line) <= 100 for line in table.splitlines())
+
+
+def test_every_class_has_its_picture(evaluated):
+    (strip,) = evaluated[1].strips
+    data = load_images(**RECIPE["data_args"])
+    rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 24, 10))
+    images, labels = data.test_images[rows], data.test_labels[rows]
+    first = torch.stack([images[labels == label][0] for label in range(10)])
+    shown = [row for row in strip.rows if row.name == "original"]
+    assert [row.network for row in shown] == ["2-LR", "plain"]
+    assert all(row.pixels == first.numpy().tobytes() for row in shown)
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows"),
+    [
+        ([0, 0, 1, 0, 1, 1, 2, 2, 0, 1], [0, 2, 6, 1, 3, 4, 5, 7]),  # of few classes more images
+        ([*[5] * 90, *range(10)], [90, 91, 92, 93, 94, 0, 96, 97, 98, 99]),  # classes behind many of another one
+        ([3, 1], [1, 0]),
+        (list(range(150)), list(range(100))),
+    ],
+)
+def test_a_picture_of_each_class_in_their_order(labels, rows):
+    assert perturbations._one_of_each_class(torch.tensor(labels)).tolist() == rows
+
+
+def test_axes_are_whole_phrases():
+    """Of every curve that a measurement makes, as it stands in the source: f-strings by their fixed parts."""
+    labels = []
+    for path in sorted(Path(perturbations.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg in ("x_label", "y_label"):
+                parts = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
+                labels.append(" ".join(part.value for part in parts if isinstance(part, ast.Constant)))
+    assert len(labels) >= 18
+    assert not [label for label in labels if len(label.split()) < 3 or label.startswith("of ")]
 
 
 def test_figures_are_those_of_the_networks(trained, evaluated):
@@ -393,6 +430,11 @@ def test_bytes_that_are_no_partial_results_are_replaced(partial):
         ({"radii": (0.0,)}, "--radii must be numbers of levels"),
         ({"table_limit": 0}, "--table-limit must be at least 1"),
         ({"radius_units": ("normalised",)}, "did you mean 'normalized'"),
+        (
+            {"radius_units": ("normalized",), "suites": ("quick", "autoattack"), "run": "nowhere/at/all"},
+            "AutoAttack has one radius for all channels, .* --radius-unit pixel normalized",
+        ),
+        ({"seed": -1, "run": "nowhere/at/all"}, "--seed must be at least 0"),
         ({"limit": 0}, "--limit, --train-limit and --spectrum-limit must be"),
         ({"train_limit": -1, "run": "nowhere/at/all"}, "--limit, --train-limit and .* must be at least 1, not -1"),
         ({"run": "nowhere/at/all"}, "neither a folder here nor a network"),

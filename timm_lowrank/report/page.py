@@ -36,6 +36,7 @@ from .plots import CLASSES, colour_index, draw, has_classes, inline_svg, panels_
 
 THIN, MINUS, DASH = "\u202f", "\u2212", "\u2013"  # a narrow space at which no line is broken, and printers' signs
 ENLARGED = 96  # pixels of an image's longer side that are not exceeded
+DIRECTIONS = 10  # in which the summary says how much variance there is
 SHORT = 8  # rows of a table that is kept on one page
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
@@ -74,8 +75,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     functions = (
-        counts, date, has_classes, interval, row_length, shared_entries, short_number, text.duration, text.listing,
-        thumbnails, typographic, usual_direction, value_text,
+        counts, date, has_classes, interval, on_scale, row_length, shared_entries, short_number, text.duration,
+        text.listing, thumbnails, typographic, usual_direction, value_text,
     )  # fmt: skip
     environment.filters |= {
         **{function.__name__: function for function in functions},
@@ -105,10 +106,25 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "headline": first_figures,
         "ranks": [f for f in evaluation.figures if f.kind is Kind.EFFECTIVE_RANK and f.values],
         "pictures": functools.partial(_pictures, evaluation),
+        "variances": _leading_variances(evaluation),
         "sentence": functools.partial(_sentence, first_figures),
         "tested": sum(gap is not None and gap.low is not None for gap in gaps),
         "titles": titles,
     }
+
+
+def _leading_variances(evaluation: Evaluation) -> list[Figure]:
+    """Of each layer the share of its variance in the number of directions that is nearest to DIRECTIONS."""
+    layers: dict[str | None, Figure] = {}
+    for figure in evaluation.by_kind(Kind.VARIANCE):
+        known = layers.get(figure.layer)
+        if known is None or _far(figure) < _far(known):
+            layers[figure.layer] = figure
+    return [figure for figure in layers.values() if figure.values]
+
+
+def _far(figure: Figure) -> float:
+    return math.inf if figure.directions is None else abs(figure.directions - DIRECTIONS)
 
 
 def _pictures(evaluation: Evaluation, curve: Curve, number: int) -> list[str]:
@@ -168,6 +184,13 @@ def counts(value: Value) -> str:
         return ""
     bound = "" if value.at_most is None else f", which allow {value.at_most:,.0f} at most"
     return text.counted(value.of, "image") + bound if value.hits is None else f"{value.hits:,} of {value.of:,}"
+
+
+def on_scale(figure: Figure, titles: Sequence[str]) -> list[str]:
+    """The networks whose value of this figure has a place between 0 and 100 %."""
+    if figure.unit != "share":
+        return []
+    return [title for title in titles if title in figure.values and 0 <= figure.values[title].value <= 1]
 
 
 def usual_direction(figures: Sequence[Figure]) -> str | None:

@@ -182,4 +182,9 @@ def measurements_of(
         units = suite.radius_units if radius_units is None else tuple(dict.fromkeys(radius_units))
         measurements |= {one.key: one for one in suite.measurements(Extent(units, table_images, grid, random_network))}
     chosen = measurements.values()
+    if radius_units is not None and "pixel" not in radius_units and any(isinstance(one, AutoAttack) for one in chosen):
+        raise EvaluationError(
+            "AutoAttack has one radius for all channels, in parts of the pixel range: give --radius-unit pixel "
+            "normalized for both beside each other, or leave out --suite autoattack"
+        )
     return [one for one in chosen if not any(other.covers(one) for other in chosen)]

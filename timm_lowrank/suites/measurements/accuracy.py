@@ -334,12 +334,12 @@ class AccuracyByRadius(AttackMeasurement):
             by_rho.append(dataclasses.replace(line, x=tuple(sizes)))
         against_radius = Curve(
             key=self.key, group=self.group, kind="line", title="Accuracy against the radius",
-            x_label="L_inf radius, grey levels of 255", y_label="accuracy", lines=tuple(by_radius), y_share=True,
-            protocol=protocol,
+            x_label="L_inf radius in levels of 255", y_label="accuracy on test images", lines=tuple(by_radius),
+            y_share=True, protocol=protocol,
         )  # fmt: skip
         against_rho = dataclasses.replace(
-            against_radius, key=f"{self.key}-rho", title="Accuracy against the perturbation", x_label="mean rho",
-            lines=tuple(by_rho),
+            against_radius, key=f"{self.key}-rho", title="Accuracy against the perturbation", lines=tuple(by_rho),
+            x_label="mean relative length of the change, rho",
         )  # fmt: skip
         results.curves += [against_radius, against_rho]
         results.figures.append(Figure(

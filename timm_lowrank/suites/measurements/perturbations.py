@@ -24,7 +24,7 @@ from ...evaluation.robustness import (
 from .accuracy import radius_key
 from .base import AttackMeasurement, Columns, Context, Measurement, Results, column, noise_at_half, pgd_protocol, shares
 
-STRIP_IMAGES, STRIP_PIXELS = 8, 64
+STRIP_IMAGES, STRIP_CLASSES, STRIP_PIXELS = 8, 100, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ class OverSteps(IteratedAttackMeasurement):
                 lines.append(Series(network=title, name=name, x=tuple(range(len(accuracy))), y=tuple(accuracy)))
         results.curves.append(Curve(
             key=self.key, group=self.group, kind="line", title=f"{self.name}: predictions kept over its steps",
-            x_label="steps", y_label="predictions as on the clean image", lines=tuple(lines), y_share=True,
+            x_label="number of attack steps", y_label="share of predictions kept", lines=tuple(lines), y_share=True,
             protocol=self.protocol(context, observed, self.about(self.eps, self.steps, self.step_size)),
         ))  # fmt: skip
 
@@ -237,7 +237,8 @@ class AccuracyByNoise(IteratedAttackMeasurement):
             halves[title] = noise_at_half(accuracy, sizes, len(columns["rho"]))
         results.curves.append(Curve(
             key=self.key, group=self.group, kind="line", title=f"{self.name}: accuracy against the noise of its steps",
-            x_label="mean rho", y_label="accuracy", lines=tuple(lines), y_share=True, protocol=protocol,
+            x_label="mean relative length of the change, rho", y_label="accuracy on test images",
+            lines=tuple(lines), y_share=True, protocol=protocol,
         ))  # fmt: skip
         results.figures.append(Figure(
             key=f"{self.key}-half", kind=Kind.PERTURBATION, group=self.group, protocol=protocol, values=halves,
@@ -300,7 +301,8 @@ class DeepFool(AttackMeasurement):
         )  # fmt: skip
         results.figures += [accuracy, median_length, mean_rho, half]
         results.curves.append(Curve(
-            key=f"{self.key}-accuracy-by-noise", group=self.group, kind="line", x_label="rho", y_label="accuracy",
+            key=f"{self.key}-accuracy-by-noise", group=self.group, kind="line",
+            x_label="relative length of the change, rho", y_label="accuracy on test images",
             title="DeepFool: accuracy where each image may be changed by so much", lines=tuple(lines), y_share=True,
             protocol=protocol,
         ))  # fmt: skip
@@ -318,7 +320,7 @@ def _standing(sizes: list[float], withstood: list[bool]) -> tuple[list[float], l
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialStrip(Measurement):
-    """The first images beside their adversarial versions (paper, Fig. 3, 10).
+    """The first image of every class beside its adversarial version (paper, Fig. 3, 10).
 
     Args:
         attack: "deepfool", or "pgd" at 8/255 with 20 steps.
@@ -332,9 +334,8 @@ class AdversarialStrip(Measurement):
         return f"strip-{self.attack}"
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
-        images, labels = context.chunk_of(range(min(len(context.images), 10 * STRIP_IMAGES)))
-        shown = _one_of_each_class(labels)
-        images, labels = images[shown], labels[shown]
+        shown = _one_of_each_class(context.labels)
+        images, labels = context.images[shown], context.labels[shown]
         model = context.networks[title].model
         if self.attack == "deepfool":
             adversarial = attacks.deepfool(model, images, labels)
@@ -381,14 +382,15 @@ class AdversarialStrip(Measurement):
 
 
 def _one_of_each_class(labels: Tensor) -> Tensor:
-    """Rows of the first image of each class, then of the others, as many as a strip has."""
-    seen: set[int] = set()
-    first: list[int] = []
+    """Rows of the first image of each class, up to STRIP_CLASSES, in the order of the classes; where these are fewer
+    than STRIP_IMAGES, behind them the first of the other images."""
+    first: dict[int, int] = {}
     rest: list[int] = []
     for row, label in enumerate(labels.tolist()):
-        (rest if label in seen else first).append(row)
-        seen.add(label)
-    return torch.tensor(sorted([*first, *rest][:STRIP_IMAGES]), device=labels.device)
+        if first.setdefault(label, row) != row:
+            rest.append(row)
+    rows = [first[label] for label in sorted(first)][:STRIP_CLASSES]
+    return torch.tensor([*rows, *rest[: max(0, STRIP_IMAGES - len(rows))]], device=labels.device)
 
 
 def _small(images: Tensor) -> Tensor:

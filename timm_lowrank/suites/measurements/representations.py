@@ -131,13 +131,13 @@ class Spectrum(Measurement):
         results.curves += [
             Curve(
                 key=f"variance-{layer}", group=DIMENSION, kind="line", title=f"{layer}: variance ratio",
-                x_label="directions", y_label="share of the test variance", lines=tuple(lines), x_log=True,
-                y_share=True, protocol=centred,
+                x_label="number of leading directions", y_label="share of the test variance", lines=tuple(lines),
+                x_log=True, y_share=True, protocol=centred,
             ),
             Curve(
                 key=f"class-variance-{layer}", group=DIMENSION, kind="line", lines=by_class, y_share=True,
                 title=f"{layer}: each class in its first direction",
-                x_label=f"class, 0 is {names[0]}, {len(names) - 1} is {names[-1]}",
+                x_label=f"classes from 0 ({names[0]}) to {len(names) - 1} ({names[-1]})",
                 y_label="share of the energy of the class", protocol=of_classes,
             ),
         ]  # fmt: skip
@@ -176,7 +176,8 @@ class Plane(Measurement):
         results.curves.append(Curve(
             key=self.key, group=DIMENSION, kind="scatter",
             title=f"{context.layers[-1]} in its two leading directions",
-            x_label="first direction", y_label="second direction", lines=tuple(lines),
+            x_label="coordinate in the first direction", y_label="coordinate in the second direction",
+            lines=tuple(lines),
             protocol=context.protocol(representation="centred activations of the test images"),
         ))  # fmt: skip
 
@@ -218,7 +219,7 @@ class Stability(Measurement):
             results.curves.append(Curve(
                 key=f"stability-{layer}", group="Stability", kind="scatter",
                 title=f"{layer}: shift of the representation against that of the input",
-                x_label="squared relative shift of the image", y_label="of the representation",
+                x_label="squared relative shift of the image", y_label="squared relative shift of the layer",
                 lines=tuple(clouds), protocol=protocol,
             ))  # fmt: skip
 
@@ -281,7 +282,7 @@ class Cushion(Measurement):
             )
             results.curves.append(Curve(
                 key=f"cushion-{layer}", group="Layer cushion", kind="histogram", title=f"Cushion of {layer}",
-                x_label="layer cushion", y_label="test images", protocol=protocol, lines=lines,
+                x_label="cushion of the layer", y_label="number of test images", protocol=protocol, lines=lines,
             ))  # fmt: skip
 
 
