@@ -246,6 +246,9 @@ def test_a_normalized_step_with_few_rows_keeps_its_direction(rows):
         ("configured_differently", "differ in their configuration.*Wrap the same configuration"),
         ("viewed_differently", "differ in their configuration.*Wrap the same configuration"),
         ("nothing_anywhere", "RuntimeError: .*without a penalty"),
+        ("left_out_an_update", "LowRankError: process 1 went on to another batch without the update"),
+        ("left_out_the_first_update", "LowRankError: process 1 went on to another batch without the update"),
+        ("made_an_update_more", r"LowRankError: process 1 called update\(\) once more than the others"),
     ],
 )
 def test_processes_that_are_not_alike_stop_and_say_why(ranks, job, words):

@@ -122,6 +122,36 @@ def nothing_anywhere(data, rank):
     return model.update
 
 
+def _in_step(data, rank, extra, late=3):
+    """Steps in DistributedDataParallel; at one of them the second process makes `extra` updates more."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Linear(16, 10))
+    config = tlr.LowRankConfig(branches={"1": 2}, warmup_updates=0)
+    model = tlr.wrap(network, config, example_input=torch.zeros(1, 1, 8, 8)).train()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+
+    def run():
+        for number in range(late + 2):
+            images = data[0][24 * number + 12 * rank : 24 * number + 12 * rank + 12]
+            for part in images.split(6):  # accumulated without no_sync(): the gradients are averaged twice
+                (wrapped(part).square().mean() + model.penalty()).backward()
+            for _ in range(1 + (extra if number == late and rank == 1 else 0)):
+                model.update()
+
+    return run
+
+
+def left_out_an_update(data, rank):
+    return _in_step(data, rank, -1)
+
+
+def left_out_the_first_update(data, rank):
+    return _in_step(data, rank, -1, late=0)
+
+
+def made_an_update_more(data, rank):
+    return _in_step(data, rank, 1)
+
+
 def refusal(job):
     """The job that returns the error of what `job` gives, in words."""
 
@@ -154,6 +184,7 @@ def copied(data, *, rank, world):
 
 
 REFUSED = (loaded_by_one, loaded_by_one_later, loaded_from_different_files, configured_differently,
-           viewed_differently, nothing_anywhere)  # fmt: skip
+           viewed_differently, nothing_anywhere, left_out_an_update, left_out_the_first_update,
+           made_an_update_more)  # fmt: skip
 JOBS = {job.__name__: job for job in (draws, unequal_numbers_of_batches, copied)}
 JOBS |= {job.__name__: refusal(job) for job in REFUSED}

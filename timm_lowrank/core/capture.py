@@ -48,6 +48,7 @@ class Recording:
     versions: dict[str, int] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     learns: bool = True  # whether gradients were on
+    lockstep: bool = False  # whether its gradients are averaged over processes that all make this forward
     forwards: int = 1  # this one and those before it whose recordings it replaced
 
     def store(self, layer: str, value: object) -> None:

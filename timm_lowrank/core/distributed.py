@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 
 # Small numbers travel between the hosts: over the devices' own backend, reading them would make each host wait for its
-# device. One extra group for each group of processes, for as long as the latter lives.
+# device; and in a group with the gradients, those of a process that is a call behind would be taken for something else.
+# One extra group for each group of processes, for as long as the latter lives.
 _host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
@@ -70,6 +71,37 @@ class Processes:
         self.agreed = True
         return [other[len(own) :] for other in gathered]
 
+    def meet(self, call: str, penalties: int) -> None:
+        """Waits until all processes are at a call of the same name, where each of them has to make it.
+
+        A process that makes a call more or less than the others is then found as soon as these make another one; else
+        each would wait for what the other does not do, one for an Update Step and one for gradients.
+
+        Args:
+            call: "penalty()" or "update()".
+            penalties: how many penalties of this process wait for an update.
+
+        Raises:
+            LowRankError: on every process, with the numbers of those that differ.
+        """
+        if self.alone:
+            return
+        group = self._host_group()
+        own = torch.tensor([int(call == "update()"), penalties])
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        found = [(bool(updates), waiting) for updates, waiting in (one.tolist() for one in gathered)]
+        if len({updates for updates, _ in found}) == 1:
+            return
+        again = [rank for rank, (updates, waiting) in enumerate(found) if updates and not waiting]
+        behind = [rank for rank, (updates, _) in enumerate(found) if not updates]
+        raise LowRankError(
+            f"{_counted(again)} called update() once more than the others, without a penalty() since the last one"
+            if again
+            else f"{_counted(behind)} went on to another batch without the update() that the others are making: "
+            "call it on all processes after each optimizer step, or on none"
+        )
+
     def sum(self, *tensors: Tensor) -> list[Tensor]:
         """The sums of tensors of one dtype and device over all processes, the same to the bit on each of them.
 
@@ -85,8 +117,6 @@ class Processes:
     def _host_group(self) -> dist.ProcessGroup:
         group = self._group if self._group is not None else dist.group.WORLD
         assert group is not None  # `alone` would have been true
-        if dist.get_backend(group) == dist.Backend.GLOO:
-            return group
         if group not in _host_groups:
             ranks = dist.get_process_group_ranks(group)
             new = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
@@ -101,6 +131,18 @@ class Processes:
 
     def __getstate__(self) -> dict[str, object]:
         return {"_group": None, "agreed": False}
+
+
+def _counted(ranks: Sequence[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def in_lockstep() -> bool:
+    """Whether this is called in a forward of DistributedDataParallel whose backward averages the gradients."""
+    if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+        return False
+    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return wrapper is not None and torch.is_grad_enabled() and bool(wrapper.require_backward_grad_sync)
 
 
 def fingerprint(*tensors: Tensor) -> int:

@@ -15,7 +15,7 @@ from ..errors import CaptureError, LowRankWarning
 from .branch import BranchReport, LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
-from .distributed import Processes, called_from, pack_where_sharded, refuse_deepspeed
+from .distributed import Processes, called_from, in_lockstep, pack_where_sharded, refuse_deepspeed
 
 STEPS_BEFORE_WARNING = 50  # training forwards of a loop that leaves out penalty() or update()
 
@@ -96,6 +96,7 @@ class LowRankModel(nn.Module):
         self.attachment: torch.utils.hooks.RemovableHandle | None = None  # of `attach`, which looks after it
         self._recording: Recording | None = None
         self._usage = UsageCheck()
+        self._lockstep: int | None = None  # penalties since the last update, of processes that make each step together
         device = next((p.device for p in backbone.parameters()), None)
         self.branches = BranchDict()
         for tap in self.taps:
@@ -123,7 +124,7 @@ class LowRankModel(nn.Module):
 
         A forward without gradients trains nothing: it takes the place of no other that waits for its penalty.
         """
-        record.learns = torch.is_grad_enabled()
+        record.learns, record.lockstep = torch.is_grad_enabled(), in_lockstep()
         if not record.learns and self._recording is not None and self._recording.learns:
             return
         # A count would be compiled in, and compiled anew whenever it changes.
@@ -146,6 +147,7 @@ class LowRankModel(nn.Module):
 
         Raises:
             CaptureError: no training forward since the last call, or a layer's activations could not be recorded.
+            LowRankError: in DistributedDataParallel, another process is at an update that this one left out.
             ValueError: labels that do not fit.
         """
         if not self.enabled:
@@ -158,6 +160,9 @@ class LowRankModel(nn.Module):
             )
         record, self._recording = self._recording, None
         self._usage.count_penalty(record.forwards)
+        if record.lockstep:
+            self._processes.meet("penalty()", self._lockstep or 0)
+            self._lockstep = 1 + (self._lockstep or 0)
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
         if self.uses_labels:
             self._usage.count_labels(given=labels is not None)
@@ -187,10 +192,13 @@ class LowRankModel(nn.Module):
         Raises:
             RuntimeError: no penalty was computed since the last update.
             CollapseError: a regularized layer died or turned NaN.
-            LowRankError: the branches of the processes are not alike.
+            LowRankError: the branches of the processes are not alike, or one of them is not at this update.
         """
         if self.enabled:
             self._usage.done = True
+            if self._lockstep is not None:
+                self._processes.meet("update()", self._lockstep)
+                self._lockstep = 0
             for branch in self.branches.values():
                 branch.update()
 
@@ -219,6 +227,10 @@ class LowRankModel(nn.Module):
         for branch in self.branches.values():
             branch.processes = Processes(group)
         return self
+
+    @property
+    def _processes(self) -> Processes:
+        return next(iter(self.branches.values())).processes
 
     @property
     def attached(self) -> bool:
