@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ from torch import nn
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError, LowRankConfig, LowRankModel, checkpoint, from_pretrained, save_pretrained
-from timm_lowrank.checkpoint.files import checked_name
+from timm_lowrank.checkpoint.files import CHECKPOINT_FILES, checked_name, staged
 from timm_lowrank.errors import CheckpointDamagedError, CheckpointWriteError
 from timm_lowrank.files import sha256_of
 
@@ -156,7 +157,8 @@ def test_what_cannot_be_saved(model, tmp_path, small_net):
 
 
 @pytest.mark.parametrize(
-    "where", ["timm_lowrank.checkpoint.branches.save_file", "timm.models.save_for_hf", "os.replace"]
+    "where",
+    ["timm_lowrank.checkpoint.branches.save_file", "timm.models.save_for_hf", "os.replace", "os.readlink", "os.fsync"],
 )
 def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monkeypatch, where):
     save_pretrained(model, tmp_path)
@@ -171,6 +173,92 @@ def test_a_failed_write_leaves_the_old_files_as_they_were(model, tmp_path, monke
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(model, tmp_path)
     assert contents(tmp_path) == before
+
+
+def other(model):
+    """The network with other weights and names."""
+    with torch.no_grad():
+        model.fc.bias += 1.0
+    return model
+
+
+TRANSITIONS = {
+    "to nothing": (None, lambda model: model),
+    "again": (lambda model: model, other),
+    "without branches": (lambda model: model, lambda model: other(model).unwrap()),
+    "with branches": (lambda model: model.unwrap(), other),
+}
+OPERATIONS = ("replace", "symlink", "link", "unlink", "mkdir", "rmdir", "rename")
+
+
+def killed_before(number, monkeypatch, folder, files, names):
+    """Writes `files` into a folder in a process that is killed before its file operation `number`; whether it was."""
+    child = os.fork()
+    if not child:
+        count = 0
+
+        def counted(operation):
+            def run(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count > number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return operation(*args, **kwargs)
+
+            return run
+
+        for name in OPERATIONS:
+            setattr(os, name, counted(getattr(os, name)))
+        with staged(folder, names) as aside:
+            for name, content in files.items():
+                (aside / name).write_bytes(content)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def readable(folder):
+    """The files as whoever opens them by their names sees them."""
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("links", [True, False], ids=["", "no-hard-links"])
+@pytest.mark.parametrize(("first", "second"), TRANSITIONS.values(), ids=TRANSITIONS)
+def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
+    model, tmp_path, monkeypatch, first, second, links
+):
+    old = {} if first is None else contents(save_pretrained(first(model), tmp_path / "old"))
+    new = contents(save_pretrained(second(model), tmp_path / "new"))
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    seen = []
+    for number in range(100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, content in {**old, "README.md": b"mine"}.items():
+            (folder / name).write_bytes(content)
+        killed = killed_before(number, monkeypatch, folder, new, CHECKPOINT_FILES)
+        assert readable(folder) in (old, new), f"mixed before operation {number}"
+        seen.append(readable(folder) == new)
+        if seen[-1]:  # through links, too
+            assert torch.equal(loaded(folder)(images()), loaded(tmp_path / "new")(images()))
+        save_pretrained(model, folder)  # and the next save leaves no trace of it
+        assert {path.name for path in folder.iterdir() if not path.name.startswith(".writing-")} == {
+            *FILES,
+            "README.md",
+        }
+        assert not any(path.is_symlink() for path in folder.iterdir())
+        if not killed:
+            break
+    assert seen == sorted(seen)
+    assert 5 < seen.index(True) < len(seen) - 1
+
+
+def test_where_there_are_no_symbolic_links_nothing_mixed_loads(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
+    save_pretrained(model, tmp_path / "new")
+    assert contents(save_pretrained(model, tmp_path / "old")) == contents(tmp_path / "new")
+    assert contents(save_pretrained(model.unwrap(), tmp_path / "old")).keys() == {"config.json", "model.safetensors"}
 
 
 def test_a_full_disk(model, tmp_path):

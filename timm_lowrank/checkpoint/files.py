@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -14,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from timm.models import is_model, model_entrypoint
 
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError, nearest
-from ..files import disk_errors, sha256_of
+from ..files import disk_errors, sha256_of, sync
 
 NETWORK_CONFIG, NETWORK_WEIGHTS = "config.json", "model.safetensors"
 LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"
 CHECKPOINT_FILES = (NETWORK_CONFIG, NETWORK_WEIGHTS, LOWRANK_CONFIG, LOWRANK_WEIGHTS)
+
+ASIDE = ".writing-"  # what a save is prepared in
 
 # Formats that run code when they are opened, or may.
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".tar")
@@ -86,9 +89,10 @@ def check_safetensors(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged(folder: Path, names: Collection[str]) -> Iterator[Path]:
-    """A folder to write files of a checkpoint into, which move to `folder`, each whole, when the block ends well.
+    """A folder to write files of a checkpoint into, which move to `folder` all at one moment, when the block ends well.
 
-    After an error `folder` is as it was; it is made if it does not exist.
+    After an error or a kill, whenever it comes, `folder` holds what it held before or all that is new, never some of
+    each; it is made if it does not exist.
 
     Args:
         names: the files that the block may write. Those that it leaves out are removed from `folder`: they belong to
@@ -100,14 +104,92 @@ def staged(folder: Path, names: Collection[str]) -> Iterator[Path]:
     advice = "What was there is unchanged; free some space or choose another folder"
     with disk_errors(f"could not write the checkpoint to {folder}", advice, CheckpointWriteError):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-", ignore_cleanup_errors=True) as staging:
-            yield Path(staging)
-            written = set(os.listdir(staging))
-            for name in names:
-                if name in written:
-                    os.replace(Path(staging, name), folder / name)
-                else:
-                    (folder / name).unlink(missing_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder, prefix=ASIDE))
+        try:
+            new = aside / "new"
+            new.mkdir()
+            yield new
+            _exchange(folder, aside, names)
+        finally:
+            if aside not in _pointed_to(folder, names):
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(folder: Path, aside: Path, names: Collection[str]) -> None:
+    """Puts the files of aside/new into the place of those in `folder` that have one of `names`.
+
+    A file system can exchange one name at once. So the files become links that lead through one other, aside/current,
+    first to their own old content; to point that one to the new content is the moment of the exchange; and then the
+    links become files again. A kill leaves links, which whoever reads them does not see, and the next save removes.
+    """
+    old, new, current = aside / "old", aside / "new", aside / "current"
+    earlier = _pointed_to(folder, names)  # of a save that was killed
+    written = [name for name in names if (new / name).exists()]
+    for name in written:
+        sync(new / name)
+    old.mkdir()
+    before = [name for name in names if (folder / name).exists()]
+    for name in before:
+        _link_or_copy((folder / name).resolve(), old / name)
+    shown = [name for name in names if name in before or name in written or (folder / name).is_symlink()]
+    try:
+        os.symlink(old.name, current)
+    except (OSError, NotImplementedError):  # Windows and some network drives have no links
+        _replace_one_by_one(folder, new, names)
+        return
+    try:
+        for name in shown:
+            os.symlink(Path(aside.name, current.name, name), aside / f"{name}.link")
+            os.replace(aside / f"{name}.link", folder / name)
+        os.symlink(new.name, aside / "next")
+        sync(aside)
+        os.replace(aside / "next", current)
+    except OSError:
+        _unlinked(folder, old, shown)
+        raise
+    sync(aside)
+    _unlinked(folder, new, shown)
+    sync(folder)
+    for left in earlier:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _unlinked(folder: Path, source: Path, names: Collection[str]) -> None:
+    """The files of `source` themselves in the place of links to them; where there is none, the link goes."""
+    for name in names:
+        if (source / name).exists():
+            os.replace(source / name, folder / name)
+        elif (folder / name).is_symlink():
+            (folder / name).unlink()
+
+
+def _replace_one_by_one(folder: Path, new: Path, names: Collection[str]) -> None:
+    """Without the description of the network, which comes last, nobody loads what is mixed."""
+    for name in (NETWORK_CONFIG, LOWRANK_CONFIG):
+        if name in names:
+            (folder / name).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name in (NETWORK_CONFIG, LOWRANK_CONFIG)):
+        if (new / name).exists():
+            os.replace(new / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _pointed_to(folder: Path, names: Collection[str]) -> set[Path]:
+    """The folders of saves that links in the place of files lead through."""
+    found = set()
+    for name in names:
+        with contextlib.suppress(OSError):
+            first = Path(os.readlink(folder / name)).parts[0]
+            found |= {folder / first} if first.startswith(ASIDE) else set()
+    return found
+
+
+def _link_or_copy(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)
 
 
 def known_architecture(config: Mapping[str, Any], where: Path) -> str:
