@@ -330,7 +330,10 @@ def test_pre_logits_of_a_network_that_is_not_timms_is_the_input_of_what_gives_th
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), r"gives 144 logits, and no layer does"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()),
+            r"gives 144 logits, and no linear layer or convolution of its own gives them",
+        ),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), r"gives no logits \(batch, classes\)"),
     ],
 )
@@ -339,6 +342,25 @@ def test_what_cannot_be_told_is_asked_for(network, message):
         tlr.wrap(network(), example_input=images(8))
     with pytest.raises(ValueError, match=r'"2-LR" needs timm.*branches=\{"[01]": 500'):
         tlr.wrap(network(), LowRankConfig(branches="2-LR"), example_input=images(8))
+
+
+class CosineHead(nn.Module):
+    """A classifier that is no layer, and a squeeze layer with as many features as there are classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.squeeze, self.gate = nn.Conv2d(3, 16, 3, stride=4), nn.Linear(16, 10), nn.Linear(10, 16)
+        self.weight = nn.Parameter(torch.randn(10, 16))
+
+    def forward(self, maps):
+        features = self.stem(maps).mean((2, 3))
+        features = features * torch.sigmoid(self.gate(self.squeeze(features)))
+        return nn.functional.linear(nn.functional.normalize(features), nn.functional.normalize(self.weight))
+
+
+def test_a_squeeze_layer_is_not_taken_for_a_classifier_that_is_no_layer():
+    with pytest.raises(ValueError, match=r"no linear layer or convolution of its own gives them.*name a layer instead"):
+        tlr.wrap(CosineHead(), {"pre_logits": 4}, example_input=images(32))
 
 
 class Handing(nn.Module):

@@ -172,10 +172,11 @@ def _layer_of_logits(backbone: nn.Module, images: Tensor) -> str:
     """The name of the linear layer or convolution that gives the logits, by what comes out of it for `images`.
 
     Of several with as many features as there are logits, the one that gives the very logits, or a map whose mean they
-    are; else the last that runs. That a squeeze layer runs last is thus no reason to take it for the classifier.
+    are; else the last that all of what is in an image goes through on its way to them, as in front of a softmax. A
+    squeeze layer with as many features is neither, wherever it runs.
 
     Raises:
-        ValueError: the output holds no logits, or no layer has as many features.
+        ValueError: the output holds no logits, or no such layer gives them.
     """
     names = [name for name, module in backbone.named_modules() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))]
     with evaluating(backbone), recording(backbone, [Tap(name, name) for name in names]) as record:
@@ -184,18 +185,32 @@ def _layer_of_logits(backbone: nn.Module, images: Tensor) -> str:
     if logits is not None:
         fitting = [name for name, value in features.items() if value.shape[-1] == logits.shape[1]]
         exact = [name for name in fitting if _are_logits(features[name], logits)]
-        if fitting:
-            return (exact or fitting)[-1]
+        chosen = exact or [name for name in fitting if _all_goes_through(backbone, name, images)]
+        if chosen:
+            return chosen[-1]
     if logits is None:
         found = "gives no logits (batch, classes): it has no classifier (an encoder?)"
     else:
-        found = f"gives {logits.shape[1]} logits, and no layer does"
+        found = f"gives {logits.shape[1]} logits, and no linear layer or convolution of its own gives them"
     inside = {name: value.shape[-1] for name, value in features.items() if value.shape[-1] > 1}
     examples = [f", for example branches={{{name!r}: {max(1, width // 4)}}}" for name, width in inside.items()]
     raise ValueError(
         f"the {type(backbone).__name__} {found}, so what {PRE_LOGITS!r} is cannot be told; name a layer instead"
         + "".join(examples[-1:])
     )
+
+
+def _all_goes_through(backbone: nn.Module, name: str, images: Tensor) -> bool:
+    """Whether the logits of different images become the same where this layer gives zeros for all of them."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, *images.shape[1:], generator=generator).to(images)
+    handle = backbone.get_submodule(name).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    try:
+        with evaluating(backbone):
+            logits = logits_of(backbone(noise))
+    finally:
+        handle.remove()
+    return logits is not None and torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-6)
 
 
 def _features_last(backbone: nn.Module, name: str, value: Any) -> Tensor:
