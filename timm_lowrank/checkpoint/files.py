@@ -185,6 +185,14 @@ def _pointed_to(folder: Path, names: Collection[str]) -> set[Path]:
     return found
 
 
+def remove_abandoned(folder: Path) -> None:
+    """Removes what saves that were killed have left in a folder, but for what its files still lead through."""
+    needed = _pointed_to(folder, CHECKPOINT_FILES)
+    for left in folder.glob(f"{ASIDE}*"):
+        if left not in needed:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _link_or_copy(path: Path, copy: Path) -> None:
     try:
         os.link(path, copy)

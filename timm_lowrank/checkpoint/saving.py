@@ -79,9 +79,7 @@ def _write_backbone(
     if label_names is None:  # at the root of config.json, where transformers looks for them
         known = dict(backbone.pretrained_cfg).get("label_names")  # type: ignore[arg-type]
         label_names = known if known and len(known) == backbone.num_classes else None
-    # safetensors refuses the memory format channels-last
-    if not all(tensor.is_contiguous() for tensor in backbone.state_dict().values()):
-        backbone = copy.deepcopy(backbone).to(memory_format=torch.contiguous_format)
+    backbone = _storable(backbone)
     timm.models.save_for_hf(
         backbone,
         str(folder),
@@ -96,6 +94,28 @@ def _write_backbone(
     if "label_names" in config:  # and not twice: those that the network was loaded with may be older
         config["pretrained_cfg"].pop("label_names", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _storable(network: nn.Module) -> nn.Module:
+    """The network, or a copy of it whose tensors share no memory and are contiguous, which safetensors insists on."""
+    tensors = list(network.state_dict(keep_vars=True).values())
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    apart = len(storages) == sum(tensor.numel() > 0 for tensor in tensors)
+    if apart and all(tensor.is_contiguous() for tensor in tensors):
+        return network
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(_separate(parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _separate(buffer)
+    return network
+
+
+def _separate(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
+from ..checkpoint.files import remove_abandoned
 from ..errors import RecipeError, RunError
 from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, exclusive, read_json, sync, write_whole
 from ..records import decode
@@ -374,8 +375,7 @@ class RunFolder(RunPaths):
         with disk_errors(f"cannot write to the output folder {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, self.model):
-                for leftover in folder.glob(".writing-*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                remove_abandoned(folder)
             if self._nothing_done() or not self.config.exists():
                 write_whole(self.config, yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
             self.checkpoint_folder.mkdir(exist_ok=True)
