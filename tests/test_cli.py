@@ -121,6 +121,9 @@ HOSTILE = {
     "train --set epochs={": "--set epochs={: the value is not valid YAML",
     "train --set name=../x": "name='../x' is not the name of a folder",
     "train --set name=..": "name='..' is not the name of a folder",
+    "train --set workers=1000000": "workers=1000000 must be <= 512",
+    "train --data . --set image_size=1000000000000": "image_size=1000000000000 must be at least 1 and at most 8192",
+    "train --set data_args.train_limit=1000000000000": "cannot take limit=1000000000000 of the 1437 images",
     "train --set seed=99999999999999999999": "seed=.* must be < 2\\*\\*63",
     "train --noise 5": "unrecognized arguments: --noise",
     "train --resume never": "argument --resume: invalid choice",
@@ -179,6 +182,14 @@ def test_precision_no_is_a_word(written, tmp_path):
     (tmp_path / "a.yaml").write_text(f"model: resnet18\nepochs: 1\n{written}\n")
     assert load_recipe(tmp_path / "a.yaml").precision == "no"
     assert load_recipe("digits", [written.replace(": ", "=")]).precision == "no"
+
+
+def test_memory_that_is_not_there_is_one_line(capsys, monkeypatch):
+    def greedy(given):
+        raise MemoryError
+
+    monkeypatch.setitem(COMMANDS, "layers", (COMMANDS["layers"][0], greedy, ""))
+    assert fails(capsys, "layers", "resnet18") == "error: layers needs more memory than there is\n"
 
 
 def test_ctrl_c_is_one_line(capsys, monkeypatch):

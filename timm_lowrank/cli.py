@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # of a file or folder that no command thought of
         print(f"error: {error.filename or given.command}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except MemoryError:
+        print(f"error: {given.command} needs more memory than there is", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun hands on what the terminal has sent already

@@ -28,6 +28,7 @@ __all__ = ["Data", "ImageData", "StreamedData", "load_data", "load_images"]
 
 Data = ImageData | StreamedData
 SHARE_OF_MEMORY = 0.5
+MOST_SIDE = 8192  # pixels of a side that images are brought to
 
 
 def load_data(
@@ -83,6 +84,8 @@ def load_data(
         DataError: the data is not there or damaged; a label, a limit or the size of an image is wrong; an equal share
             of every class is wanted of what must be streamed.
     """
+    if image_size is not None and not 1 <= image_size <= MOST_SIDE:
+        raise DataError(f"image_size={image_size!r} must be at least 1 and at most {MOST_SIDE} pixels")
     limits = (train_limit, test_limit)
     streamed = streaming is True or (streaming == "auto" and image_size is not None)
     _check_limits(limits, streamed)
@@ -97,7 +100,9 @@ def load_data(
     decoder = decide(images)
     if not streamed and streaming == "auto":
         counts = (len(images.train), len(images.test))
-        taken = [limit if isinstance(limit, int) else count for limit, count in zip(limits, counts, strict=True)]
+        taken = [
+            min(limit, count) if isinstance(limit, int) else count for limit, count in zip(limits, counts, strict=True)
+        ]
         streamed = sum(taken) * math.prod(decoder.shape) > SHARE_OF_MEMORY * memory_of_a_process()
         _check_limits(limits, streamed)
     if streamed:

@@ -269,7 +269,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), **replace: An
     return Recipe.from_dict(values)
 
 
-MOST_BYTES = 1 << 20
+MOST_BYTES, MOST_WORKERS = 1 << 20, 512
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -376,6 +376,8 @@ def _numbers(recipe: Recipe) -> Iterable[str]:
             continue
         if not math.isfinite(value) or value < 0 or (name in POSITIVE and value == 0):
             yield f"{name}={value!r} must be {'> 0' if name in POSITIVE else '>= 0'}"
+    if recipe.workers > MOST_WORKERS:
+        yield f"workers={recipe.workers!r} must be <= {MOST_WORKERS}: each is a process"
     if recipe.seed >= 2**63:
         yield f"seed={recipe.seed!r} must be < 2**63"
     if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
