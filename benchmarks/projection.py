@@ -68,7 +68,7 @@ def project_copy(weight: FactoredWeight, options: dict[str, object]) -> Callable
 def measure(width: int, rank: int, device: torch.device, rounds: int) -> list[dict[str, object]]:
     weight = trained_branch(width, rank, device).weight
     assert isinstance(weight, FactoredWeight)
-    best = exact_factored(weight.core.double(), weight.gram.double(), rank)
+    best = exact_factored(weight.core, weight.gram, rank)
     basis = best.vectors.T @ weight.basis.double()
     optimum = distance(weight, basis, torch.diag(best.eigenvalues))
     runs = {name: project_copy(weight, options) for name, options in METHODS.items()}

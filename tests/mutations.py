@@ -37,22 +37,24 @@ MUTATIONS = (
     # ------------------------------------------------------------------------------------------------------ the branch
     Mutation(
         "wrong sign in L_c", "timm_lowrank/core/branch.py",
-        "total = self.reconstruction_weight * reconstruction", "total = -self.reconstruction_weight * reconstruction",
+        "total = self.loss_weights.reconstruction * reconstruction",
+        "total = -self.loss_weights.reconstruction * reconstruction",
         "tests/test_branch.py",
     ),
     Mutation(
         "projection skipped", "timm_lowrank/core/branch.py",
-        "        if projects:\n            self.weight.project(", "        if False:\n            self.weight.project(",
+        "        if projects:\n            self.project(", "        if False:\n            self.project(",
         "tests/test_branch.py",
     ),
     Mutation(
         "Update Step in the wrong direction", "timm_lowrank/core/factored.py",
-        "self._gram[:size, size:] * (-step_size / count)", "self._gram[:size, size:] * (step_size / count)",
+        "self._gram[:size, size:end] * -scale", "self._gram[:size, size:end] * scale",
         "tests/test_branch.py",
     ),
     Mutation(
         "rank one too large", "timm_lowrank/core/factored.py",
-        "return projection.exact_factored(core, gram, rank)", "return projection.exact_factored(core, gram, rank + 1)",
+        "return projection.exact_factored(self.core, self.gram, rank)",
+        "return projection.exact_factored(self.core, self.gram, rank + 1)",
         "tests/test_branch.py",
     ),
     Mutation(

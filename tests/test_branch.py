@@ -439,7 +439,8 @@ def test_micro_batches_are_one_batch(storage, step_rule, parts):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_activations(dtype):
+def test_half_precision_activations(monkeypatch, dtype):
+    monkeypatch.setattr("timm_lowrank.core.branch.multiplies_in_bfloat16", lambda device: False)
     branch, twin = (build(dtype=torch.float32) for _ in range(2))
     for rows in batches(6):
         low = rows.to(dtype)
@@ -449,6 +450,39 @@ def test_half_precision_activations(dtype):
         assert torch.equal(loss, expected_loss)
         assert torch.equal(gradient, expected.to(dtype))
     assert torch.equal(branch.dense_weight(), twin.dense_weight())
+
+
+@pytest.mark.parametrize("parts", [[32], [20, 12]])
+@pytest.mark.parametrize("outside", [0.3, 0.01])
+def test_products_in_bfloat16_do_not_change_w_and_the_gradient_by_a_rounding(monkeypatch, outside, parts):
+    """Beside the float64 twin, and beside the branch in float32, which is given the same activations."""
+    monkeypatch.setattr("timm_lowrank.core.branch.multiplies_in_bfloat16", lambda device: device.type == "cpu")
+    options = {"update_rows": 8, "scale": "reference", "project_every": 5}
+    half, whole = (build(512, 12, torch.float32, **options) for _ in range(2))
+    twin = build(512, 12, **options)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 512, dtype=DOUBLE, generator=generator) * torch.arange(1, 13)[:, None] ** -0.5
+    for _ in range(40):
+        rows = torch.randn(32, 12, dtype=DOUBLE, generator=generator) @ mixing + 1
+        rows = rows + outside**0.5 * torch.randn(32, 512, dtype=DOUBLE, generator=generator)
+        rows = [part.bfloat16() for part in rows.split(parts)]
+        bias, seen = twin.bias, []
+        for branch, dtype in ((half, torch.bfloat16), (whole, torch.float32), (twin, DOUBLE)):
+            inputs = [part.to(dtype, copy=True).requires_grad_() for part in rows]
+            loss = sum(branch.penalty(part) for part in inputs)
+            loss.backward()
+            branch.update()
+            seen.append((float(loss.detach()), torch.cat([part.grad.double() for part in inputs])))
+        (loss, gradient), _, (exact, expected) = seen
+        if branch.updates > 1:  # b and the unit of the loss are set by the first
+            # In units of |x|^2 and of its gradient: what is left of them where W x is as near to x as bfloat16 can say.
+            scaled = [(part + bias) / twin.reference_norm for part in rows]
+            assert abs(loss - exact) < 2**-11 * sum(part.square().sum(dim=1).mean() for part in scaled)
+            pull = torch.cat([2 / len(part) * part for part in scaled]) / twin.reference_norm
+            assert (gradient - expected).norm() < 2**-8 * pull.norm()
+        assert_same_w_and_b(half, whole, 1e-5)
+    assert half.weight._half is not None
+    assert whole.weight._half is None
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -523,10 +557,11 @@ def test_an_overflow_in_the_very_first_batch_is_not_taken_for_the_scale(storage,
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, DOUBLE])
 def test_a_file_resumes_bit_for_bit(tmp_path, storage, projection, dtype):
     """From the start, in the middle of an interval, and right after a projection."""
-    values = {"storage": storage, "projection": projection, "update_rows": 5, "dtype": dtype}
+    own = torch.float32 if dtype == torch.bfloat16 else dtype
+    values = {"storage": storage, "projection": projection, "update_rows": 5, "dtype": own}
     rows = [batch.to(dtype) for batch in batches(15)]
     for stop in (0, 1, 4, 7):
         straight = train_all(build(**values), rows[:stop])

@@ -12,7 +12,7 @@ import timm_lowrank as tlr
 from timm_lowrank import LossHook, LowRankBranch, LowRankConfig, LowRankWarning
 from timm_lowrank.core import head as head_module
 from timm_lowrank.core.config import PROJECTIONS, STORAGES
-from timm_lowrank.core.head import SubspaceHead, fits_labels, rows_of_labels
+from timm_lowrank.core.head import SubspaceHead, fits_labels, leading, rows_of_labels
 
 DOUBLE = torch.float64
 WIDTH, RANK, CLASSES = 12, 6, 4
@@ -120,6 +120,20 @@ def test_a_whole_step_is_newton_s_on_the_bound_and_never_raises_the_loss(monkeyp
         assert torch.allclose(head.weight, expected, rtol=1e-6, atol=1e-9)
         assert float(loss) <= before * (1 + 1e-12)
         before = float(loss)
+
+
+@pytest.mark.parametrize(("shape", "tolerance"), [((40, 300), 1e-12), ((300, 400), 2e-3), ((300, 30), 1e-12)])
+def test_leading_directions(shape, tolerance):
+    """Against the singular value decomposition: what the first 2 and all 8 of them hold of the energy."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(shape, dtype=DOUBLE, generator=generator) * torch.arange(1, shape[0] + 1)[:, None] ** -0.7
+    rows = torch.linalg.qr(torch.randn(shape[0], shape[0], dtype=DOUBLE, generator=generator))[0] @ samples
+    directions, sizes = leading(rows, 8), torch.linalg.svdvals(rows).square()
+    assert torch.allclose(directions.T @ directions, torch.eye(8, dtype=DOUBLE), atol=1e-12)
+    held = (directions.T @ rows).square().sum(dim=1)
+    assert float(held.sum() / sizes[:8].sum()) == pytest.approx(1, abs=tolerance)
+    assert float(held[:2].sum() / sizes[:2].sum()) == pytest.approx(1, abs=tolerance / 100 + 1e-12)
+    assert (held.diff() <= 0).all()
 
 
 def test_the_unit_of_the_activations_means_nothing():

@@ -16,7 +16,7 @@ from .buffer import ActivationBuffer, Moments, SampledRows
 from .config import LowRankConfig
 from .dense import DenseWeight
 from .distributed import Processes, fingerprint, pack, unpack_into
-from .factored import FactoredWeight, full_precision
+from .factored import FactoredWeight, full_precision, multiplies_in_bfloat16
 from .head import SubspaceHead
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
@@ -143,11 +143,14 @@ class LowRankBranch(nn.Module):
             centred = values + self.bias
             norms = torch.linalg.vector_norm(centred, dim=1)
             factors = SCALINGS[self.config.scale](norms, self.reference_norm)
-            images = self.weight.reconstruction(centred)
-            reconstruction = (factors.square() * images.errors).mean()  # L_c
+            entering = torch.empty(0, dtype=torch.int64)
             if remember:
                 self._moments.add(values.detach(), norms.detach())
-                self._buffer.add(activations.detach(), factors.detach(), images.products, alone=self.processes.alone)
+                entering = self._buffer.add(activations.detach(), factors.detach(), alone=self.processes.alone)
+            images = self.weight.reconstruction(centred, self._may_be_half(activations), entering)
+            if remember and images.products is not None:
+                self._buffer.add_products(images.products)
+            reconstruction = (factors.square() * images.errors).mean()  # L_c
             sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
             total = self.loss_weights.reconstruction * reconstruction
@@ -164,6 +167,11 @@ class LowRankBranch(nn.Module):
         self._losses = {**losses, "outside": outside, "activation_norm": energy.mean().sqrt()}
         self._total = total.detach()
         return total
+
+    def _may_be_half(self, activations: Tensor) -> bool:
+        """Whether loss and gradient lose nothing if the large products are taken in bfloat16."""
+        low = activations.dtype == torch.bfloat16 and self.bias.dtype == torch.float32
+        return low and multiplies_in_bfloat16(activations.device)
 
     def _warmup_factor(self) -> float:
         """The share of its weight that the penalty has by now, see `LowRankConfig.warmup_updates`."""

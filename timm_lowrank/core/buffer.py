@@ -53,14 +53,18 @@ class SampledRows:
         Each process puts its own rows in their slots and zeros in the others: the sum is every row to the bit. Rows
         that are not finite become zeros.
         """
-        pieces = [(bias.new_zeros(0, bias.numel()), bias.new_zeros(size, 0))]
+        pieces = []
         for part in self.parts:
             centred, factors = finite_rows(part.values.to(bias.dtype) + bias, part.factors)
             products = centred.new_zeros(size, len(centred))
             if part.products is not None:
                 products = torch.where(factors > 0, part.products * factors, 0)
             pieces.append((centred, products))
-        rows, products = torch.cat([one for one, _ in pieces]), torch.cat([two for _, two in pieces], dim=1)
+        if len(pieces) == 1:
+            rows, products = pieces[0]
+        else:
+            pieces.append((bias.new_zeros(0, bias.numel()), bias.new_zeros(size, 0)))  # where there is none
+            rows, products = torch.cat([one for one, _ in pieces]), torch.cat([two for _, two in pieces], dim=1)
         if processes.alone:  # whose rows fill the slots in their order
             return rows, products
         slots = self.slots.to(bias.device, non_blocking=True)
@@ -84,17 +88,24 @@ class ActivationBuffer:
         self._batches: list[Rows] = []
         self._drawn = True  # whether of all batches nothing but the drawn rows is kept
 
-    def add(self, values: Tensor, factors: Tensor, products: Tensor | None, *, alone: bool) -> None:
-        """Remember a batch; values (n, m), factors (n,), products (k, n) or None.
+    def add(self, values: Tensor, factors: Tensor, *, alone: bool) -> Tensor:
+        """Remember a batch; values (n, m), factors (n,). Gives the rows of it that may enter W, int64 on the CPU.
 
         Alone, rows that are certainly not drawn are dropped at once. Beside other processes, whose sizes are not known
         before the update, the batch is kept whole until then.
         """
         self.sizes.append(len(values))
-        self._batches.append(Rows(torch.arange(len(values)), values, factors, products))
+        self._batches.append(Rows(torch.arange(len(values)), values, factors, None))
         self._drawn &= alone
         if alone:
             self._batches = self._draw([self.sizes], 0).parts
+        return self._batches[-1].positions
+
+    def add_products(self, products: Tensor) -> None:
+        """The products (k, n) of the whole batch that was added last."""
+        rows = self._batches[-1]
+        index = rows.positions.to(products.device, non_blocking=True)
+        rows.products = products if len(index) == products.shape[1] else products[:, index]
 
     def sample(self, sizes: Sequence[Sequence[int]], process: int) -> SampledRows:
         """The rows that enter W.

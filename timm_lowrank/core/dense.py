@@ -32,8 +32,8 @@ class DenseWeight:
 
     size = 0  # rows whose products with a batch the step needs
 
-    def reconstruction(self, rows: Tensor) -> Reconstruction:
-        """What W makes of a batch (Algorithm 2, line 6)."""
+    def reconstruction(self, rows: Tensor, half: bool = False, entering: Tensor | None = None) -> Reconstruction:
+        """What W makes of a batch (Algorithm 2, line 6); in its own dtype always."""
         return Reconstruction((rows @ self.matrix - rows).square().sum(dim=1), rows @ self.start, None)
 
     def append(self, rows: Tensor, products: Tensor) -> None:

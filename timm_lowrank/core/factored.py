@@ -19,6 +19,15 @@ gradient c_i in these coordinates adds B^T c_i: more coefficients of the second 
 and the Update Step with p rows X, W <- W - s (1/p) (X^T R + R^T X), R = X W - X, appends X to B and borders M:
 
     M <- [[M, -(s/p) y], [-(s/p) y^T, (2s/p) I]]
+
+B, M and G lie in buffers with room for a whole interval between two projections, so that a step writes its rows and
+its border and copies nothing.
+
+Where a batch comes in bfloat16 on a processor that multiplies in it, the two large products are taken in it, from a
+copy of B. Rows that enter W are left out: their products are entries of G, from which a projection learns how much of a
+row lies outside the span of B, a difference of nearly equal numbers. With these products in bfloat16, too, W had an
+eigenvalue of 80 instead of 1 on data of low rank. Without, W is the same, and W x_i in the gradient has the precision
+that the activations have.
 """
 
 from __future__ import annotations
@@ -34,6 +43,7 @@ from . import projection
 from .config import LowRankConfig
 from .head import Rotation
 
+_COLUMNS = 2048  # of B that a processor rotates at a time
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
 
 
@@ -44,6 +54,23 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     return torch.autocast(device.type, enabled=False)
 
 
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether a product in bfloat16 pays on `device`: processors that have it. A GPU gains nothing from it here, where
+    the products are the smallest part of a step."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # slower than float32 where it is missing
+    return device.type == "cpu" and supported is not None and bool(supported())
+
+
+_PARTS = 8  # sums that a product in bfloat16 is cut into: each is rounded to bfloat16, their total is not
+
+
+def _half_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (k, m) times right (n, m) transposed, (k, n) float32, of factors in bfloat16."""
+    length = -(-left.shape[1] // _PARTS)
+    parts = [one @ two.T for one, two in zip(left.split(length, dim=1), right.split(length, dim=1), strict=True)]
+    return torch.stack(parts).sum(dim=0, dtype=torch.float32)
+
+
 class _Reconstruction(torch.autograd.Function):
     """Squared norms (n,) of W x_i - x_i for fixed W, and the coordinates (n, kept) of the rows in the range of W.
 
@@ -51,12 +78,14 @@ class _Reconstruction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, products: Tensor, weight: FactoredWeight) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: FunctionCtx, rows: Tensor, products: Tensor, weight: FactoredWeight, half: bool
+    ) -> tuple[Tensor, Tensor]:
         core, gram = weight.core, weight.gram
         images = core @ products  # y
-        excess = gram @ images - products  # G y - P
-        ctx.weight, ctx.generation = weight, weight.generation  # type: ignore[attr-defined]
-        ctx.save_for_backward(rows, core @ excess - images)
+        excess = torch.addmm(products, gram, images, beta=-1)  # G y - P
+        ctx.weight, ctx.generation, ctx.half = weight, weight.generation, half  # type: ignore[attr-defined]
+        ctx.save_for_backward(rows, torch.addmm(images, core, excess, beta=-1))
         error = torch.linalg.vector_norm(rows, dim=1).square() + (images * (excess - products)).sum(dim=0)
         # Of rows that lie in the span of B, rounding may leave less than nothing.
         return error.clamp_min(0), products[: weight.kept].T.clone()
@@ -72,8 +101,12 @@ class _Reconstruction(torch.autograd.Function):
             scale = 2 * grad_errors
             coefficients = coefficients * scale
             coefficients[: weight.kept] += grad_coordinates.T
-            gradient = (rows * scale[:, None]).addmm_(coefficients.T, weight.basis)
-        return gradient, None, None
+            gradient = rows * scale[:, None]
+            if ctx.half:
+                gradient += coefficients.T.bfloat16() @ weight.half_basis
+            else:
+                gradient.addmm_(coefficients.T, weight.basis)
+        return gradient, None, None, None
 
 
 class Reconstruction(NamedTuple):
@@ -91,63 +124,87 @@ class FactoredWeight:
         basis: B (k, m), `dtype`. The first `kept` rows are orthonormal: the eigenvectors of the last projection.
         core: M (k, k) symmetric, `dtype`.
         gram: G = B B^T (k, k), `dtype`.
+        size: k.
+        pending: rows p that were remembered since the last step; they stand behind B.
     """
 
     def __init__(self, num_features: int, rank: int, config: LowRankConfig, device: torch.device, dtype: torch.dtype):
         self.num_features, self.rank, self.config = num_features, rank, config
-        self._buffer = torch.empty(0, num_features, device=device, dtype=dtype)
+        self._buffer = torch.empty(0, num_features, device=device, dtype=dtype)  # B and the pending rows
+        self._core = self._gram = torch.empty(0, 0, device=device, dtype=dtype)
+        self._half: Tensor | None = None  # the first rows of the buffer in bfloat16, as many as were asked for
+        self._halved = 0
+        self.size = self.pending = self.generation = self.projections = 0
         self._load(self._buffer, *(torch.empty(0, 0, device=device, dtype=dtype),) * 2, kept=0)
-        self.projections = 0
 
     def _load(self, basis: Tensor, core: Tensor, gram: Tensor, *, kept: int) -> None:
         """Take over W = basis^T core basis, whose first `kept` rows are orthonormal; forget all pending rows."""
         if basis.shape[0] == 0:  # W = 0 with one row of zeros: checkpoint writers drop tensors without elements
             basis, core, gram = basis.new_zeros(1, self.num_features), core.new_zeros(1, 1), gram.new_zeros(1, 1)
+        self.size = self.pending = 0
         self._reserve(basis.shape[0])
-        self._buffer[: basis.shape[0]] = basis
-        self.core = core
-        self._gram = gram  # of basis and pending rows together
-        self.kept = kept
-        self.generation = getattr(self, "generation", 0) + 1
+        self.size, self._halved, self.kept = basis.shape[0], 0, kept
+        self._buffer[: self.size] = basis
+        self.core.copy_(core)
+        self.gram.copy_(gram)
+        self.generation += 1
 
     def _reserve(self, count: int) -> None:
         """Make room for `count` rows: twice as many as before, at most for a whole interval between projections."""
         if count <= self._buffer.shape[0]:
             return
-        interval = self.rank + (self.config.update_rows or 0) * self.config.project_every
-        larger = self._buffer.new_empty(max(count, min(interval, 2 * len(self._buffer))), self.num_features)
-        larger[: self._buffer.shape[0]] = self._buffer
-        self._buffer = larger
+        most, held = 2 * len(self._buffer), self.size + self.pending
+        if self.config.update_rows is not None:
+            most = min(most, self.rank + self.config.update_rows * self.config.project_every)
+        capacity = max(count, most)
+        larger = self._buffer.new_empty(capacity, self.num_features)
+        larger[:held] = self._buffer[:held]
+        self._buffer, self._half, self._halved = larger, None, 0
+        for name in ("_core", "_gram"):
+            square = self._buffer.new_empty(capacity, capacity)
+            square[:held, :held] = getattr(self, name)[:held, :held]
+            setattr(self, name, square)
 
     @property
     def basis(self) -> Tensor:
-        return self._buffer[: self.core.shape[0]]
+        return self._buffer[: self.size]
+
+    @property
+    def core(self) -> Tensor:
+        return self._core[: self.size, : self.size]
 
     @property
     def gram(self) -> Tensor:
-        size = self.core.shape[0]
-        return self._gram[:size, :size]
+        return self._gram[: self.size, : self.size]
 
     @property
-    def pending(self) -> int:
-        """Rows that were remembered since the last step."""
-        return self._gram.shape[0] - self.core.shape[0]
+    def half_basis(self) -> Tensor:
+        """B in bfloat16, a copy that only grows between two projections."""
+        if self._half is None:
+            self._half = torch.empty_like(self._buffer, dtype=torch.bfloat16)
+        self._half[self._halved : self.size] = self._buffer[self._halved : self.size]
+        self._halved = self.size
+        return self._half[: self.size]
 
     # ------------------------------------------------------------------------------------------ forward and step
-
-    @property
-    def size(self) -> int:
-        """k, the rows of B."""
-        return self.core.shape[0]
 
     def reconstruction(
         self,
         rows: Tensor,  # (n, m) centred activations with a graph, `dtype`
+        half: bool = False,  # whether the large products may be taken in bfloat16
+        entering: Tensor | None = None,  # (q,) int64 on the CPU: the rows that may enter W; None means all of them
     ) -> Reconstruction:
         """What W makes of a batch (Algorithm 2, line 6)."""
         with torch.no_grad():
-            products = self.basis @ rows.T
-        errors, coordinates = _Reconstruction.apply(rows, products, self)
+            values = rows.detach()
+            if not half or entering is None or len(entering) == len(values):
+                products = self.basis @ values.T
+            else:
+                products = values.new_empty(self.size, len(values))
+                others = torch.ones(len(values), dtype=torch.bool).index_fill_(0, entering, False)
+                products[:, others] = _half_product(self.half_basis, values[others].bfloat16())
+                products[:, entering] = self.basis @ values[entering].T
+        errors, coordinates = _Reconstruction.apply(rows, products, self, half)
         return Reconstruction(errors, coordinates, products)
 
     def append(
@@ -155,17 +212,19 @@ class FactoredWeight:
         rows: Tensor,  # (p, m)
         products: Tensor,  # (k, p) of B and these rows
     ) -> None:
-        """Rows for the next step: G+ = [[G, P], [P^T, K]]."""
-        size = self.core.shape[0]
-        self._reserve(size + rows.shape[0])
-        self._buffer[size : size + rows.shape[0]] = rows
-        top = torch.cat([self._gram, products], dim=1)
-        bottom = torch.cat([products.T, rows @ rows.T], dim=1)
-        self._gram = torch.cat([top, bottom])
+        """Rows for the next step: G+ = [[G, P], [P^T, K]]. A step must follow before the next ones."""
+        size, end = self.size, self.size + rows.shape[0]
+        self._reserve(end)
+        self._buffer[size:end] = rows
+        self._gram[:size, size:end] = products
+        self._gram[size:end, :size] = products.T
+        torch.mm(rows, rows.T, out=self._gram[size:end, size:end])
+        self.pending = rows.shape[0]
 
     def pending_gram(self) -> Tensor:
         """K = X X^T (p, p) of the pending rows X."""
-        return self._gram[self.core.shape[0] :, self.core.shape[0] :]
+        end = self.size + self.pending
+        return self._gram[self.size : end, self.size : end]
 
     def step(
         self,
@@ -173,10 +232,14 @@ class FactoredWeight:
         count: Tensor | int,  # scalar: rows that the mean of the loss runs over
     ) -> None:
         """W <- W - step_size (1/count) (X^T R + R^T X) with the pending rows X (Algorithm 2, line 12)."""
-        size, pending = self.core.shape[0], self.pending
-        border = self.core @ self._gram[:size, size:] * (-step_size / count)  # -(s/p) y
-        corner = torch.eye(pending, device=border.device, dtype=border.dtype) * (2 * step_size / count)
-        self.core = torch.cat([torch.cat([self.core, border], dim=1), torch.cat([border.T, corner], dim=1)])
+        size, end, scale = self.size, self.size + self.pending, step_size / count
+        border = self.core @ self._gram[:size, size:end] * -scale  # -(s/p) y
+        self._core[:size, size:end] = border
+        self._core[size:end, :size] = border.T
+        corner = self._core[size:end, size:end]
+        corner.zero_()
+        corner.diagonal().fill_(2 * scale)
+        self.size, self.pending = end, 0
         self.generation += 1
 
     def residual(
@@ -195,41 +258,49 @@ class FactoredWeight:
         Returns:
             Where the rows that span its range have moved.
         """
-        self._gram = self.gram  # pending rows stay out: a projection follows a step
-        core, gram = self.core.double(), self.gram.double()
-        result = self._projected(core, gram, generator)
-        moved = result.vectors.T @ gram  # of the new rows with all of B
-        rotation = Rotation(moved[:, : self.kept], moved[:, self.kept :])
-        basis = result.vectors.T.to(self.basis.dtype) @ self.basis  # the one product with m in it
+        self.pending = 0  # rows that no step has used stay out
+        result = self._projected(generator)
+        rotation = Rotation(result.seen.T[:, : self.kept], result.seen.T[:, self.kept :])
+        self._rotate(result.vectors.T.to(self.basis.dtype))
+        kept, self.kept = result.vectors.shape[1], result.vectors.shape[1]
+        self.size, self._halved = max(kept, 1), 0  # W = 0 has a row of zeros, see `_load`
+        self.core.zero_()[:kept, :kept].diagonal().copy_(result.eigenvalues)
         self.projections += 1
         if self.projections % _REFRESH_GRAM_EVERY:
-            gram = torch.eye(basis.shape[0], device=basis.device, dtype=basis.dtype)
+            self.gram.zero_()[:kept, :kept].fill_diagonal_(1)
         else:
-            gram = basis @ basis.T
-        self._load(basis, torch.diag(result.eigenvalues.to(basis.dtype)), gram, kept=basis.shape[0])
+            self.gram.copy_(self.basis @ self.basis.T)
+        self.generation += 1
         return rotation
 
-    def _projected(self, core: Tensor, gram: Tensor, generator: torch.Generator) -> projection.CoreProjection:
+    def _rotate(self, coefficients: Tensor) -> None:
+        """The first rows of the buffer become `coefficients` (r, k) B, in place: the one product of a projection with m
+        in it. Some columns at a time, which need little memory; a GPU takes them all at once."""
+        length = self.num_features if self._buffer.is_cuda else _COLUMNS
+        for columns in self._buffer.split(length, dim=1):
+            columns[: max(1, len(coefficients))] = coefficients @ columns[: self.size] if len(coefficients) else 0
+
+    def _projected(self, generator: torch.Generator) -> projection.CoreProjection:
         config, width, rank = self.config, self.num_features, self.rank
         if config.projection == "exact":
-            return projection.exact_factored(core, gram, rank)
+            return projection.exact_factored(self.core, self.gram, rank)
         if config.projection == "nystrom":
             samples = projection.nystrom_samples(width, rank, config.nystrom_columns, config.nystrom_runs, generator)
-            sampled = [self.basis[:, sample.to(core.device)].double() for sample in samples]
-            return projection.nystrom_factored(core, gram, rank, sampled)
+            sampled = [self.basis[:, sample.to(self.basis.device)] for sample in samples]
+            return projection.nystrom_factored(self.core, self.gram, rank, sampled)
         extra = projection.random_columns(width, self.kept, rank, config.oversampling, generator)
-        start = torch.cat([gram[:, : self.kept], (self.basis @ extra.to(self.basis)).double()], dim=1)
-        return projection.subspace_factored(core, gram, rank, start)
+        start = torch.cat([self.gram[:, : self.kept], self.basis @ extra.to(self.basis)], dim=1)
+        return projection.subspace_factored(self.core, self.gram, rank, start)
 
     # ------------------------------------------------------------------------------------------------- inspection
 
     def eigenvalues(self) -> Tensor:
         """The nonzero eigenvalues of W, by magnitude, float64."""
-        return projection.exact_factored(self.core.double(), self.gram.double(), self.core.shape[0]).eigenvalues
+        return projection.exact_factored(self.core, self.gram, self.size).eigenvalues
 
     def factor(self) -> Tensor:
         """F (m, r) with F F^T the positive part of W; W itself if it is positive semidefinite."""
-        result = projection.exact_factored(self.core.double(), self.gram.double(), self.rank)
+        result = projection.exact_factored(self.core, self.gram, self.rank)
         scaled = result.vectors * result.eigenvalues.clamp_min(0).sqrt()
         return self.basis.T @ scaled.to(self.basis.dtype)
 
@@ -265,4 +336,5 @@ class FactoredWeight:
         self.projections = int(state["factored"][1])
 
     def to(self, device: torch.device) -> None:
-        self._buffer, self.core, self._gram = (t.to(device) for t in (self._buffer, self.core, self._gram))
+        self._buffer, self._core, self._gram = (t.to(device) for t in (self._buffer, self._core, self._gram))
+        self._half, self._halved = None, 0

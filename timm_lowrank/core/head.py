@@ -34,6 +34,7 @@ from .distributed import Processes
 
 STEP = 0.5  # s: fast enough to follow a W that moves; the bound makes it average over several batches all the same
 _RIDGE = 1e-3  # of the diagonal of E[x x^T]
+_ITERATIONS = 4  # of `leading`
 _MEMORY = 0.1  # the share of a batch in the running mean M
 
 
@@ -87,24 +88,26 @@ class SubspaceHead:
             return coordinates.new_zeros(())
         targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)
         valid = targets.sum(dim=1)
-        values = coordinates @ self.directions.T
-        weight, offset = self.weight[:-1], self.weight[-1]
-        inputs = functional.pad(values.detach(), (0, 1), value=1.0)
-        losses = []
-        for size, mask in zip(self._sizes(), self._masks(), strict=True):
-            logits = values[:, :size] @ weight[:size] + offset
-            losses.append(-(targets * logits.log_softmax(dim=1)).sum())
-            if remember:
-                error = logits.detach().softmax(dim=1) * valid[:, None] - targets
-                self._add(inputs * mask, error, valid)
+        values = functional.pad(coordinates @ self.directions.T, (0, 1), value=1.0)
+        masks = self._masks()
+        logits = values @ (masks[:, :, None] * self.weight)  # (sizes, n, classes)
         if remember:
+            error = logits.detach().softmax(dim=2) * valid[:, None] - targets
+            self._add(values.detach() * masks[:, None], error, valid)
             self._rows = self._rows + valid.sum()
             self._images = self._images + len(labels)
-        return torch.stack(losses).mean() / valid.sum().clamp_min(1)
+        return -(targets * logits.log_softmax(dim=2)).sum() / (len(masks) * valid.sum().clamp_min(1))
 
-    def _add(self, inputs: Tensor, error: Tensor, valid: Tensor) -> None:
-        """The batch's part of dL_s/dH and of E[x x^T], both times the number of samples."""
-        gradient, moment = inputs.T @ error, inputs.T @ (inputs * valid[:, None])
+    def _add(
+        self,
+        inputs: Tensor,  # (sizes, n, q + 1), zero where a size does not read
+        error: Tensor,  # (sizes, n, classes)
+        valid: Tensor,  # (n,)
+    ) -> None:
+        """The batch's part of dL_s/dH and of E[x x^T], both times the number of samples, summed over the sizes."""
+        joined = inputs.flatten(0, 1)
+        gradient = joined.T @ error.flatten(0, 1)
+        moment = joined.T @ (inputs * valid[:, None]).flatten(0, 1)
         finite = gradient.isfinite().all() & moment.isfinite().all()  # a gradient scaler skips an overflowing batch
         self._gradient = self._gradient + torch.where(finite, gradient, 0)
         self._moment = self._moment + torch.where(finite, moment, 0)
@@ -115,9 +118,9 @@ class SubspaceHead:
 
     def _masks(self) -> Tensor:
         """(sizes, q + 1): which of the directions each size reads; all read the constant."""
-        position = torch.arange(len(self.directions) + 1, device=self.weight.device)
-        masks = [(position < size) | (position == len(self.directions)) for size in self._sizes()]
-        return torch.stack(masks).to(self.weight.dtype)
+        position, count = torch.arange(len(self.directions) + 1), len(self.directions)
+        masks = torch.stack([(position < size) | (position == count) for size in self._sizes()])
+        return masks.to(device=self.weight.device, dtype=self.weight.dtype, non_blocking=True)
 
     def update(self, processes: Processes) -> None:
         """One step on H from all batches since the last one, the same to the bit on every process."""
@@ -136,9 +139,7 @@ class SubspaceHead:
 
     def move(self, rotation: Rotation) -> None:
         """After a projection: new directions, and H in them."""
-        covariance = rotation.rows @ rotation.rows.T
-        order = torch.linalg.eigh(covariance).eigenvectors.flip(1)  # by variance, largest first
-        new = order[:, : max(self.sizes)].T
+        new = leading(rotation.rows, max(self.sizes)).T
         turned = new.new_zeros(len(new), 0)  # of the new directions with the old ones
         if self.ready:
             turned = new @ rotation.kept @ self.directions.double().T
@@ -177,6 +178,27 @@ class SubspaceHead:
     def to(self, device: torch.device) -> None:
         for name in ("directions", "weight", "moment", "_gradient", "_moment", "_rows", "_images"):
             setattr(self, name, getattr(self, name).to(device))
+
+
+def leading(
+    rows: Tensor,  # (kept, p) float64
+    count: int,
+) -> Tensor:
+    """The leading left singular vectors (kept, <= count), largest first.
+
+    Of few rows exactly. Of many by subspace iteration from the samples themselves: an eigendecomposition of all that is
+    kept would be the larger half of a projection, and the first of the directions, which tell the most, are exact to
+    many digits all the same.
+    """
+    block = 2 * count
+    if min(rows.shape) <= 4 * block:
+        return torch.linalg.eigh(rows @ rows.T).eigenvectors.flip(1)[:, :count]
+    # Sums of samples that are far apart; what they do not see, nothing would bring back.
+    start = rows[:, : rows.shape[1] // block * block].unflatten(1, (-1, block)).sum(dim=1)
+    for _ in range(_ITERATIONS):
+        start = torch.linalg.qr(rows @ (rows.T @ start)).Q
+    seen = start.T @ rows
+    return start @ torch.linalg.eigh(seen @ seen.T).eigenvectors.flip(1)[:, :count]
 
 
 def rows_of_labels(

@@ -5,8 +5,8 @@ are written as literally as torch allows. Their `*_factored` twins take the same
 its core M (k, k) and the Gram matrix G = B B^T (k, k), and return the result in the coordinates of B: nothing in
 them is larger than k x k. The twins agree to rounding; the tests hold them to it.
 
-All core algebra is done in float64. It goes through Gram matrices, which square the condition number: in
-float32 the small directions would be lost.
+What goes through a Gram matrix, which squares the condition number, is done in float64: in float32 the small
+directions would be lost. What stands in orthonormal coordinates is done in the dtype of M.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import CollapseError, ProjectionWarning
 
 _DEPENDENT = 1e-13  # of the largest eigenvalue of a Gram matrix: below it a direction is rounding noise
+_NOISE = {torch.float64: 1e-13, torch.float32: 1e-6}  # of the largest eigenvalue of W, in orthonormal coordinates
 _WELL_CONDITIONED = 1e-5  # smallest over largest Cholesky pivot that the fast orthonormalisation accepts
 
 
@@ -29,6 +30,7 @@ class CoreProjection(NamedTuple):
 
     vectors: Tensor  # (k, r) float64, orthonormal in the inner product of G
     eigenvalues: Tensor  # (r,) float64, by magnitude, largest first
+    seen: Tensor  # G vectors (k, r) float64, the products of B with the q_i
 
 
 # ---------------------------------------------------------------------------------------------- dense, literal
@@ -89,23 +91,24 @@ def subspace(
 
 
 def exact_factored(
-    core: Tensor,  # (k, k) M, symmetric, float64
-    gram: Tensor,  # (k, k) G = B B^T, float64
+    core: Tensor,  # (k, k) M, symmetric, float32 or float64
+    gram: Tensor,  # (k, k) G = B B^T, of the same dtype
     rank: int,
 ) -> CoreProjection:
-    """`exact` of B^T M B. Costs two eigendecompositions of size k."""
-    return _ritz(core, gram, torch.eye(core.shape[0], dtype=core.dtype, device=core.device), rank)
+    """`exact` of B^T M B. Costs two eigendecompositions of size k, in float64."""
+    identity = torch.eye(core.shape[0], dtype=torch.float64, device=core.device)
+    return _ritz(core.double(), gram.double(), identity, rank)
 
 
 def nystrom_factored(
-    core: Tensor,  # (k, k) M, symmetric positive semidefinite, float64
-    gram: Tensor,  # (k, k) G = B B^T, float64
+    core: Tensor,  # (k, k) M, symmetric positive semidefinite, float32 or float64
+    gram: Tensor,  # (k, k) G = B B^T, of the same dtype
     rank: int,
-    samples: list[Tensor],  # t times (k, l): the sampled columns of B
+    samples: list[Tensor],  # t times (k, l): the sampled columns of B, of the same dtype
 ) -> CoreProjection:
-    """`nystrom` of B^T M B, with the final truncation. C = B^T (M B[:, I]) is never formed."""
-    roots = []
-    for sampled in samples:
+    """`nystrom` of B^T M B, with the final truncation, in float64. C = B^T (M B[:, I]) is never formed."""
+    core, gram, roots = core.double(), gram.double(), []
+    for sampled in (sample.double() for sample in samples):
         c = core @ sampled  # C in coordinates, (k, l)
         roots.append(c @ _inverse_root(sampled.T @ c, rank) / len(samples) ** 0.5)
     half = torch.cat(roots, dim=1)  # (k, t r); the averaged core is half @ half.T
@@ -113,13 +116,13 @@ def nystrom_factored(
 
 
 def subspace_factored(
-    core: Tensor,  # (k, k) M, symmetric, float64
-    gram: Tensor,  # (k, k) G = B B^T, float64
+    core: Tensor,  # (k, k) M, symmetric, float32 or float64
+    gram: Tensor,  # (k, k) G = B B^T, of the same dtype
     rank: int,
-    start: Tensor,  # (k, s): B @ [start, random], the widened start seen from B
+    start: Tensor,  # (k, s), of the same dtype: B @ [start, random], the widened start seen from B
 ) -> CoreProjection:
     """`subspace` of B^T M B. W [start, random] has the coordinates M (B [start, random])."""
-    return _ritz(core, gram, core @ start, rank)
+    return _ritz(core, gram.double(), (core @ start).double(), rank)
 
 
 def nystrom_samples(
@@ -148,28 +151,39 @@ def widen(start: Tensor | None, width: int, rank: int, oversampling: int, genera
 # ------------------------------------------------------------------------------------------------- common steps
 
 
-def _ritz(core: Tensor, gram: Tensor, span: Tensor, rank: int) -> CoreProjection:
-    """The best rank-`rank` approximation of Q Q^T W Q Q^T, Q an orthonormal basis of the columns B^T span."""
+def _ritz(
+    core: Tensor,  # (k, k) M, whose dtype is that of the algebra in orthonormal coordinates
+    gram: Tensor,  # (k, k) float64
+    span: Tensor,  # (k, s) float64
+    rank: int,
+) -> CoreProjection:
+    """The best rank-`rank` approximation of Q Q^T W Q Q^T, Q an orthonormal basis of the columns B^T span.
+
+    Eigenvalues below the rounding of `core`'s dtype are no part of it: 1e-6 of the largest in float32.
+    """
     gram_span = gram @ span
     basis = _orthonormalizer(span.T @ gram_span)  # (s, q)
-    seen = gram_span @ basis  # B Q, (k, q)
-    eigenvalues, vectors = _eigh(seen.T @ core @ seen)  # Q^T W Q
+    seen = (gram_span @ basis).to(core.dtype)  # B Q, (k, q)
+    eigenvalues, vectors = _eigh(seen.T @ (core @ seen))  # Q^T W Q
     order = eigenvalues.abs().argsort(descending=True)[:rank]
     eigenvalues = eigenvalues[order]
-    nonzero = eigenvalues.abs() > _DEPENDENT * eigenvalues.abs().amax() if eigenvalues.numel() else eigenvalues.bool()
+    noise = _NOISE[core.dtype]
+    nonzero = eigenvalues.abs() > noise * eigenvalues.abs().amax() if eigenvalues.numel() else eigenvalues.bool()
     order, eigenvalues = order[nonzero], eigenvalues[nonzero]
-    return CoreProjection(span @ (basis @ vectors[:, order]), eigenvalues)
+    vectors = vectors[:, order]
+    return CoreProjection(span @ (basis @ vectors.double()), eigenvalues.double(), (seen @ vectors).double())
 
 
 def _orthonormalizer(gram: Tensor) -> Tensor:
     """R (s, q) with R^T gram R = I, of full column rank: by Cholesky where that is safe, else by eigenvectors."""
     if not gram.numel():
         return gram
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    # The lengths of the columns, which differ as the eigenvalues of W do, are no matter of their angles.
+    lengths = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+    factor, failed = torch.linalg.cholesky_ex(gram * lengths * lengths[:, None])
     pivots = factor.diagonal()
-    if not failed and pivots.numel() and pivots.min() > _WELL_CONDITIONED * pivots.max():
-        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        return torch.linalg.solve_triangular(factor, identity, upper=False).T
+    if bool((failed == 0) & (pivots.min() > _WELL_CONDITIONED * pivots.max())):
+        return torch.linalg.solve_triangular(factor, torch.diag(lengths), upper=False).T
     eigenvalues, vectors = _eigh(gram)
     keep = eigenvalues > _DEPENDENT * eigenvalues.amax().clamp_min(torch.finfo(gram.dtype).tiny)
     return vectors[:, keep] / eigenvalues[keep].sqrt()
