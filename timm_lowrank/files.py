@@ -91,6 +91,41 @@ def exclusive(folder: Path, taken: Exception) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Marks a folder as in use until the block or this process ends; see `is_abandoned`."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process is dead that has `taken` a folder; where there are no locks nothing is said to be."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+@contextlib.contextmanager
 def folder_aside(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` when the block ends well; after an error `folder` is as it was."""
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -180,6 +180,8 @@ class _Hook:
         if self._fault.kind == "power":
             for folder, _, names in os.walk(self._watched):
                 for path in (os.path.join(folder, name) for name in names):
+                    if os.path.islink(path):  # what it leads to has its own turn
+                        continue
                     if path not in self._synced and os.stat(path).st_mtime_ns >= self._began:
                         os.truncate(path, 0)
             os.kill(os.getpid(), signal.SIGKILL)

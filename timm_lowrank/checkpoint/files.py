@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import is_model, model_entrypoint
 
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError, nearest
-from ..files import disk_errors, sha256_of, sync
+from ..files import disk_errors, is_abandoned, sha256_of, sync, taken
 
 NETWORK_CONFIG, NETWORK_WEIGHTS = "config.json", "model.safetensors"
 LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"
@@ -105,14 +105,19 @@ def staged(folder: Path, names: Collection[str]) -> Iterator[Path]:
     with disk_errors(f"could not write the checkpoint to {folder}", advice, CheckpointWriteError):
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder, prefix=ASIDE))
-        try:
-            new = aside / "new"
-            new.mkdir()
-            yield new
-            _exchange(folder, aside, names)
-        finally:
-            if aside not in _pointed_to(folder, names):
-                shutil.rmtree(aside, ignore_errors=True)
+        with taken(aside):
+            try:
+                new = aside / "new"
+                new.mkdir()
+                yield new
+                _exchange(folder, aside, names)
+            finally:
+                if aside not in _pointed_to(folder, names):
+                    shutil.rmtree(aside, ignore_errors=True)
+        needed = _pointed_to(folder, names)
+        for left in folder.glob(f"{ASIDE}*"):
+            if left not in needed and is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _exchange(folder: Path, aside: Path, names: Collection[str]) -> None:
@@ -123,7 +128,6 @@ def _exchange(folder: Path, aside: Path, names: Collection[str]) -> None:
     links become files again. A kill leaves links, which whoever reads them does not see, and the next save removes.
     """
     old, new, current = aside / "old", aside / "new", aside / "current"
-    earlier = _pointed_to(folder, names)  # of a save that was killed
     written = [name for name in names if (new / name).exists()]
     for name in written:
         sync(new / name)
@@ -150,8 +154,6 @@ def _exchange(folder: Path, aside: Path, names: Collection[str]) -> None:
     sync(aside)
     _unlinked(folder, new, shown)
     sync(folder)
-    for left in earlier:
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _unlinked(folder: Path, source: Path, names: Collection[str]) -> None:
