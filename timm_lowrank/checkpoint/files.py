@@ -114,10 +114,7 @@ def staged(folder: Path, names: Collection[str]) -> Iterator[Path]:
             finally:
                 if aside not in _pointed_to(folder, names):
                     shutil.rmtree(aside, ignore_errors=True)
-        needed = _pointed_to(folder, names)
-        for left in folder.glob(f"{ASIDE}*"):
-            if left not in needed and is_abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+        remove_abandoned(folder, names)
 
 
 def _exchange(folder: Path, aside: Path, names: Collection[str]) -> None:
@@ -187,11 +184,14 @@ def _pointed_to(folder: Path, names: Collection[str]) -> set[Path]:
     return found
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Removes what saves that were killed have left in a folder, but for what its files still lead through."""
-    needed = _pointed_to(folder, CHECKPOINT_FILES)
-    for left in folder.glob(f"{ASIDE}*"):
-        if left not in needed:
+def remove_abandoned(folder: Path, names: Collection[str] = CHECKPOINT_FILES, *, alone: bool = False) -> None:
+    """Removes what killed saves left aside, unless links lead through it.
+
+    Args:
+        alone: that nobody else is at work on the folder, so that a platform without locks need not be asked.
+    """
+    for left in set(folder.glob(f"{ASIDE}*")) - _pointed_to(folder, names):
+        if alone or is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -375,7 +375,7 @@ class RunFolder(RunPaths):
         with disk_errors(f"cannot write to the output folder {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, self.model):
-                remove_abandoned(folder)
+                remove_abandoned(folder, alone=True)
             if self._nothing_done() or not self.config.exists():
                 write_whole(self.config, yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
             self.checkpoint_folder.mkdir(exist_ok=True)
