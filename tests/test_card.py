@@ -184,6 +184,16 @@ def test_a_plain_run_is_not_called_low_rank(run):
     assert "low-rank" not in ModelCard(text).data.tags
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(0, False), (100, True)])
+def test_branches_whose_penalty_never_had_weight_are_not_said_to_have_pulled(run, warmup, said):
+    path = run / "model" / "lowrank.json"
+    content = json.loads(path.read_text())
+    change(path, config={**content["config"], "warmup_updates": warmup})
+    text = " ".join(card(run).split())
+    assert ("pulled the activations at" in text) == (not said)
+    assert ("before their penalty had any weight (`warmup_updates=100`)" in text) == said
+
+
 def test_the_same_run_gives_the_same_card(run):
     first = card(run)
     assert card(run) == first

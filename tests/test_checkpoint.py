@@ -90,8 +90,8 @@ def test_what_lies_in_the_folder(model, tmp_path):
     assert description["format"] == 1
     assert LowRankConfig.from_dict(description["config"]) == model.lowrank_config
     assert description["layers"] == {
-        "layer3": {"rank": 6, "num_features": 768, "view": "flatten", "channel_dim": 1},
-        "pre_logits": {"rank": 4, "num_features": 96, "view": "flatten", "channel_dim": -1},
+        "layer3": {"rank": 6, "num_features": 768, "view": "flatten", "channel_dim": 1, "updates": 5},
+        "pre_logits": {"rank": 4, "num_features": 96, "view": "flatten", "channel_dim": -1, "updates": 5},
     }
     assert same(load_file(folder / "lowrank.safetensors"), model.branches.state_dict())
     assert torch.equal(loaded(folder)(images()), model(images()))
@@ -783,6 +783,28 @@ def test_weights_that_share_memory_are_saved_apart(tmp_path, share):
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors.keys() == network.state_dict().keys()
     assert same(tensors, network.state_dict())
+
+
+@pytest.mark.parametrize("finish", [LowRankModel.unwrap, lambda model: save_pretrained(model, "saved")])
+@pytest.mark.parametrize(("updates", "weightless"), [(0, False), (1, True), (4, True), (5, False)])
+def test_a_penalty_that_never_had_weight_is_said_once(tmp_path, monkeypatch, finish, updates, weightless):
+    """Of the updates 0, 1, 2, ... with a warm-up of 3 the penalty before number 4 is the first with weight."""
+    monkeypatch.chdir(tmp_path)
+    config = LowRankConfig(branches={"layer3": 4}, warmup_updates=3, head_weight=0.0)
+    model = tlr.wrap("test_resnet", config, num_classes=3, example_input=images()).train()
+    weights = []
+    for seed in range(updates):
+        model(images(seed=seed))
+        weights.append(float(model.penalty().detach()))
+        model.update()
+    assert any(weights) == (updates == 5)
+    for times in (weightless, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            finish(model)
+        assert [str(one.message)[:45] for one in caught] == ["the penalty of the branches has had no weight"] * times
+    description = checkpoint.read_description(save_pretrained(model, tmp_path / "last"))
+    assert description.never_had_weight == (updates < 5)
 
 
 def test_a_compiled_network_is_saved_as_it_is(tmp_path):

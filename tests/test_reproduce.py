@@ -234,7 +234,7 @@ def tiny():
     """A scale of one setup, for a second of training a run."""
     scale = SCALES["smoke"]
     (base,) = scale.bases[C10_R18]
-    changes = {**base.changes, "epochs": 2, "pretrain_epochs": 1, "data_args": {"test_limit": 40, "train_limit": 200}}
+    changes = {**base.changes, "epochs": 3, "pretrain_epochs": 1, "data_args": {"test_limit": 40, "train_limit": 200}}
     small = dataclasses.replace(base, changes=changes)
     return dataclasses.replace(scale, name="tiny", bases={C10_R18: (small,)}, images=20, train_images=100)
 

@@ -72,7 +72,7 @@ LARGE = {"image_size": 16, "augment": "crop-flip", "save_every_steps": 3, "worke
 VIT = {
     "model": "vit_tiny_patch16_224",
     "model_args": {"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 24},
-    "lowrank": {"branches": {"blocks.0": 6}},
+    "lowrank": {"branches": {"blocks.0": 6}, "warmup_updates": 3},
     "optimizer": "adamw",
     "weight_decay": 0.05,
 }
@@ -586,10 +586,14 @@ def test_old_checkpoints_go_and_the_global_generators_are_left_alone(tmp_path):
     [
         ({"model": "resnet10_cifr"}, r"resnet10_cifar"),
         ({"model_args": {"chanels": 3}}, r"chanels"),
-        ({"lowrank": {"branches": {"layr3": 4}}}, r"layr3.*layer3"),
-        ({"lowrank": {"branches": {"pre_logits": 4000}}}, r"4000"),
+        ({"lowrank": {"branches": {"layr3": 4}, "warmup_updates": 3}}, r"layr3.*layer3"),
+        ({"lowrank": {"branches": {"pre_logits": 4000}, "warmup_updates": 3}}, r"4000"),
         ({"model_args": {"in_chans": 3}}, r"in_chans=3, but the images have 1"),
         ({"batch_size": 500}, r"more than the 450 training images"),
+        (
+            {"lowrank": {**SMALL["lowrank"], "warmup_updates": 20}},
+            r"warmup_updates=20 is too long for the 21",
+        ),
         ({"data_args": {"train_limit": 2000}}, r"cannot take limit=2000 of the 1437 images"),
     ],
 )

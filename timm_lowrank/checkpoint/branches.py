@@ -44,6 +44,7 @@ class LayerDescription:
     view: str | None = None  # kind of the view; None in files from before there were views
     channel_dim: int | None = None  # of the view
     item: int | None = None  # which tensor is meant where the layer gives several
+    updates: int | None = None  # Update Steps so far; None in files from before they were noted
     feeds_classifier: bool | None = None  # whether it is what "pre_logits" names, by another name
 
     @classmethod
@@ -55,6 +56,7 @@ class LayerDescription:
             view=tap.view.kind,
             channel_dim=tap.view.channel_dim,
             item=tap.item,
+            updates=branch.updates,
             feeds_classifier=tap.feeds_classifier or None,
         )
 
@@ -71,10 +73,13 @@ class LayerDescription:
             CheckpointError: rank and width are no integers, or there is no such view.
         """
         defaults = {"view": options.view, "channel_dim": options.channel_dim, "item": None, "feeds_classifier": None}
+        defaults |= {"updates": None}
         known: dict[str, Any] = {**defaults, **values} if isinstance(values, Mapping) else {}
         if not _are_integers(known, "rank", "num_features"):
             raise CheckpointError(f"{where} must have rank and num_features, both integers")
-        if known["view"] not in (None, *VIEWS) or not _are_integers(known, "channel_dim", "item", optional=True):
+        if known["view"] not in (None, *VIEWS) or not _are_integers(
+            known, "channel_dim", "item", "updates", optional=True
+        ):
             raise CheckpointError(f"{where} has a view that is none of {', '.join(VIEWS)}")
         if known["feeds_classifier"] not in (None, True, False):
             raise CheckpointError(f"{where}: feeds_classifier must be true or false")
@@ -167,6 +172,12 @@ class BranchDescription:
             "layers": {layer: one.to_dict() for layer, one in self.layers.items()},
             **({"sha256": dict(self.sha256)} if self.sha256 else {}),
         }
+
+    @property
+    def never_had_weight(self) -> bool:
+        """Whether the penalty had no weight in all of the training, as far as is known: it ended in the warm-up."""
+        updates = [one.updates for one in self.layers.values()]
+        return all(count is not None and not self.config.has_had_weight(count) for count in updates)
 
     @property
     def without_state(self) -> bool:

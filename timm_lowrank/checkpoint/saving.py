@@ -51,7 +51,7 @@ def save_pretrained(
         CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
     """
     model = _uncompiled(model)
-    backbone = _uncompiled(model.unwrap()) if isinstance(model, LowRankModel) else model
+    backbone = _uncompiled(model.backbone) if isinstance(model, LowRankModel) else model
     if not getattr(backbone, "pretrained_cfg", None):
         raise CheckpointError(
             f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
@@ -65,6 +65,8 @@ def save_pretrained(
     if label_names is not None and len(label_names) != backbone.num_classes:
         raise CheckpointError(f"{len(label_names)} label names for {backbone.num_classes} classes")
     folder = Path(folder)
+    if isinstance(model, LowRankModel):
+        model.warn_of_no_weight()
     with staged(folder, CHECKPOINT_FILES) as staging:
         _write_backbone(backbone, staging, label_names, data_config)
         _check_rebuilt(backbone, staging)

@@ -203,6 +203,10 @@ class LowRankConfig:
                     problems.append(f"the {key} of branch {layer!r} is {value!r}; it must be {rules[key][1]}")
         return problems
 
+    def has_had_weight(self, updates: int) -> bool:
+        """Whether a penalty before the last of so many updates had weight: the warm-up was over."""
+        return updates - 1 > self.warmup_updates if self.warmup_updates else updates > 0
+
     def ranks(self) -> dict[str, int]:
         """The target rank of each layer that `branches` names; empty for a preset, which names none."""
         if isinstance(self.branches, str):

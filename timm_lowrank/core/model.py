@@ -258,8 +258,26 @@ class LowRankModel(nn.Module):
             yield record.values
 
     def unwrap(self) -> nn.Module:
-        """The backbone itself. Nothing was ever left on it, so there is nothing to undo."""
+        """The backbone itself. Nothing was ever left on it, so there is nothing to undo.
+
+        Warns, once, if the branches were trained and their penalty has never had weight: see `warn_of_no_weight`.
+        """
+        self.warn_of_no_weight()
         return self.backbone
+
+    def warn_of_no_weight(self) -> None:
+        """Warns, once, if the training of the branches ended before their warm-up: the network was trained plainly."""
+        updates = max(branch.updates for branch in self.branches.values())
+        if not updates or self.lowrank_config.has_had_weight(updates) or self._usage.no_weight:
+            return
+        self._usage.no_weight = True
+        warnings.warn(
+            "the penalty of the branches has had no weight yet: in the first "
+            f"{self.lowrank_config.warmup_updates} updates (warmup_updates) W and b are fitted alone, and there were "
+            f"{updates}. The network is as if trained without branches: lower warmup_updates, or train longer",
+            LowRankWarning,
+            stacklevel=3,
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -359,6 +377,7 @@ class UsageCheck:
         self.forwards = 0  # in training; those of a compiled network are not seen
         self.penalties = 0
         self.forwards_missed = False  # one penalty followed several forwards
+        self.no_weight = False  # training ended before the penalty had weight
         self.labels_missed = False  # penalty() was called without labels where a head needs them
         self.done = False  # the loop was found to be right, or was warned
 

@@ -75,7 +75,7 @@ def _check_normalisation(model: nn.Module) -> None:
     network = bare(model)
     if isinstance(network, PixelModel):
         return
-    network = network.unwrap() if isinstance(network, LowRankModel) else network
+    network = network.backbone if isinstance(network, LowRankModel) else network
     config = dict(getattr(network, "pretrained_cfg", None) or {})
     mean, std = config.get("mean") or (0,), config.get("std") or (1,)
     if any(mean) or any(value != 1 for value in std):

@@ -33,7 +33,7 @@ class PixelModel(nn.Module):
     ) -> None:
         super().__init__()
         network = bare(network)
-        self.network = network.unwrap() if isinstance(network, LowRankModel) else network
+        self.network = network.backbone if isinstance(network, LowRankModel) else network
         self.training = self.network.training  # not train(): that would undo a frozen BatchNorm's eval mode
         config = dict(getattr(self.network, "pretrained_cfg", None) or {})
         mean, std = mean or config.get("mean"), std or config.get("std")

@@ -107,7 +107,7 @@ def network_of(model: nn.Module) -> nn.Module:
     """The network whose module names a user knows: without `PixelModel`, branches or compilation around it."""
     model = bare(model)
     network = bare(model.network) if isinstance(model, PixelModel) else model
-    return network.unwrap() if isinstance(network, LowRankModel) else network
+    return network.backbone if isinstance(network, LowRankModel) else network
 
 
 # ---- directions ----

@@ -190,7 +190,7 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
             if self._config is not None:
                 raise ValueError("the model is wrapped already, so `lowrank` would have no effect; give one of the two")
             self.lowrank = self._callback.lowrank = model
-            model = model.unwrap()
+            model = model.backbone
         return as_transformers(model) if is_timm(model) else model
 
     def call_model_init(self, trial: Any = None) -> Any:

@@ -57,9 +57,26 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, data: Dat
         data = load_data(recipe.data, **recipe.data_options(), progress=True)
     if twin is not None and twin[0].data.fingerprint != data.fingerprint:
         raise RunError(f"twin={recipe.twin!r} was trained on other data (its fingerprint differs): use twin=true")
+    if not folder.is_finished():
+        _require_weight(recipe, data.counts[0] // recipe.batch_size)
     if twin_folder is not None:
         twin = _run(recipe.plain(), data, twin_folder, within=folder)
     return _run(recipe, data, folder, twin=twin)[0]
+
+
+def _require_weight(recipe: Recipe, steps: int) -> None:
+    """Raises RecipeError if the training would end before the penalty of the branches has weight.
+
+    Args:
+        steps: optimizer steps of an epoch; 0 of a batch that is too large, which is another mistake.
+    """
+    updates = steps * (recipe.epochs - recipe.pretrain_epochs)
+    config = recipe.lowrank_config()
+    if recipe.lowrank_enabled and updates and not config.has_had_weight(updates):
+        raise RecipeError(
+            f"lowrank.warmup_updates={config.warmup_updates} is too long for the {updates} optimizer steps of the "
+            "training with branches: their penalty would never have weight. Lower it, or raise epochs"
+        )
 
 
 def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
@@ -202,7 +219,7 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
         spectra = layer_spectra(state.lowrank, _test_batches(state, data), recipe.spectrum_images)
         summary = summarize(state, data, spectra, test, folder.last_metrics(), comparator, twin[0] if twin else None)
         spectrum = {layer: measured.shares for layer, measured in spectra.items()}
-        model = state.lowrank if recipe.lowrank_enabled else state.lowrank.unwrap()  # a plain run has no branches
+        model = state.lowrank if recipe.lowrank_enabled else state.lowrank.backbone  # a plain run has no branches
         with folder.writing(folder.model):
             save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
         picture = folder.plots / "spectrum.png"

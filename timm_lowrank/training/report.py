@@ -77,7 +77,7 @@ def layer_spectra(
     for images, _ in batches:
         images = images if limit is None else images[: limit - taken]
         with evaluating(lowrank), lowrank.capture() as activations:
-            lowrank.unwrap()(images)  # not the wrapper: once compiled, it does not see hooks that come later
+            lowrank.backbone(images)  # not the wrapper: once compiled, it does not see hooks that come later
         for layer, view in views.items():  # the samples that the branch has seen
             kept, rows = held[layer], view.rows(activations[layer].float())
             kept.update(rows) if isinstance(kept, Sketch) else kept.append(rows)
