@@ -202,6 +202,8 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def table(rows: list[Row]) -> str:
     """Means over the seeds of each form, in per cent."""
     layers = list(rows[0].layers)
+    shown = {layer: [n for n in of.linear if all(n in row.layers[layer].linear for row in rows)]
+             for layer, of in rows[0].layers.items()}  # fmt: skip
     lines = []
     for form in dict.fromkeys(row.form for row in rows):
         mine = [row for row in rows if row.form == form]
@@ -212,13 +214,13 @@ def table(rows: list[Row]) -> str:
 
         cells = [form, str(len(mine)), mean([row.clean for row in mine]), mean([row.noise for row in mine])]
         for layer in layers:
-            linear = mine[0].layers[layer].linear
-            cells += [" / ".join(mean([row.layers[layer].linear[count] for row in mine]) for count in linear)]
+            cells += [" / ".join(mean([row.layers[layer].linear[count] for row in mine]) for count in shown[layer])]
             cells += [mean([row.layers[layer].variance[10] for row in mine])]
             cells += [f"{statistics.mean(row.layers[layer].rank for row in mine):.0f}"]
         lines.append(cells)
-    counts = " / ".join(rows[0].layers[layers[0]].linear)
-    head = [f"{layer} {what}" for layer in layers for what in (f"linear {counts}", "variance 10", "rank")]
+    head = [
+        f"{layer} {what}" for layer in layers for what in (f"linear {' / '.join(shown[layer])}", "variance 10", "rank")
+    ]
     return markdown_table(["form", "seeds", "clean", "noise", *head], lines)
 
 
