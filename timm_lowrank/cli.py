@@ -258,7 +258,7 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--radius-unit", nargs="+", choices=["pixel", "normalized"], metavar="UNIT",
         help="of the radii of PGD and of the diagnosis: pixel (parts of the pixel range), normalized (of the standard "
-        "deviation of each channel), or both (default: pixel; for paper both)",
+        "deviation of each channel), or both (default: pixel; for paper both); AutoAttack knows pixel alone",
     )  # fmt: skip
     parser.add_argument(
         "--table-limit", type=_count, metavar="N",
