@@ -179,6 +179,34 @@ def test_scripting_the_wrapper_names_the_plain_network(wrapped):
         torch.jit.script(wrapped())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_tracing_the_wrapper_says_what_to_trace(wrapped, training):
+    model = wrapped().train(training)
+    with pytest.raises(TypeError, match=r"trace the plain network, model.unwrap\(\)"):
+        torch.fx.symbolic_trace(model)
+    assert torch.fx.symbolic_trace(model.unwrap()).graph.nodes
+
+
+@pytest.mark.parametrize("kind", ["numpy", "list", "int32", "shares"])
+def test_labels_of_other_kinds(kind):
+    torch.manual_seed(0)
+    images, labels = torch.rand(6, 3, 32, 32), torch.arange(6) % 3
+    given = {"numpy": labels.numpy(), "list": labels.tolist(), "int32": labels.int().numpy(),
+             "shares": torch.nn.functional.one_hot(labels, 3).double().numpy()}[kind]  # fmt: skip
+    config = LowRankConfig(branches={"layer3": 4}, warmup_updates=0, head_weight=1.0)
+    model = tlr.wrap("test_resnet", config, num_classes=3, example_input=images).train()
+    for _ in range(10):
+        model(images)
+        model.penalty(given)
+        model.update()
+    penalties = []
+    for value in (labels, given):
+        model(images)
+        penalties.append(model.penalty(value).detach())
+    assert torch.allclose(*penalties)
+    assert model.losses()["layer3"]["head"] > 0
+
+
 def test_branch_names_and_options(wrapped):
     model = wrapped(
         {"body.0": {"rank": 3, "reconstruction_weight": 0.1}, "pre_logits": {"rank": 4, "norm_weight": 0.7}},

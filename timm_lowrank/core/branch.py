@@ -133,6 +133,8 @@ class LowRankBranch(nn.Module):
                 not fit them.
         """
         self._check(activations)
+        if labels is not None and not isinstance(labels, Tensor):  # of numpy, or a list
+            labels = torch.as_tensor(labels, device=self.bias.device)
         remember = self.training and torch.is_grad_enabled()
         with full_precision(activations.device):
             values = activations.to(self.bias.dtype)
@@ -421,6 +423,7 @@ class LowRankBranch(nn.Module):
         if missing:
             return
         try:
+            self._check_kinds({**state, **heads})
             if state["bias"].shape != self.bias.shape:
                 raise ValueError(
                     f"a bias of shape {tuple(state['bias'].shape)} does not fit {self.num_features} features"
@@ -441,6 +444,19 @@ class LowRankBranch(nn.Module):
         self.updates, self._initialized = int(state["counters"][0]), bool(state["counters"][1])
         self._provisional, self._fresh = self._initialized, True
         self._forget_batches()
+
+    def _check_kinds(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError for tensors that are no floats, or integers, of as many dimensions as those of a branch."""
+        for name, own in self._state().items():
+            given = state.get(name)
+            if given is None:
+                continue
+            kind = own.is_floating_point(), own.dim()
+            if (given.is_floating_point(), given.dim()) != kind or given.dtype == torch.bool or given.is_complex():
+                raise ValueError(
+                    f"{name} must be {'floating point' if kind[0] else 'integers'} of {kind[1]} dimensions, and is "
+                    f"{tuple(given.shape)} {given.dtype}"
+                )
 
     def _check_view(self, kind: int = -1, channel_dim: int = 0) -> None:
         """Raises ValueError if W and b were trained on another view of the layer; states from before views say none."""

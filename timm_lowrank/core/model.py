@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..errors import CaptureError, LowRankWarning
@@ -111,6 +112,8 @@ class LowRankModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's output, in train and eval mode alike."""
+        if isinstance(args, torch.fx.Proxy):  # a tracer passes one instead of the tuple
+            raise TypeError("torch.fx cannot trace the branches: trace the plain network, model.unwrap()")
         if not (self.training and self.enabled):
             return self.backbone(*args, **kwargs)
         refuse_deepspeed(self)
