@@ -152,6 +152,7 @@ HOSTILE = {
     "reproduce --table 0": "argument --table: 0 must be at least 1",
     "reproduce --table 5 --seeds -1": "argument --seeds: -1 must be at least 0",
     "reproduce --table 5 --images -1": "argument --images: -1 must be",
+    "reproduce --figure 2 --train-images -5": "argument --train-images: -5 must be",
     "reproduce --table 5 --spectrum-limit 0": "argument --spectrum-limit: 0 must be",
     "reproduce --table 5 --runs file": "file/fixtures/cifar10.*: Not a directory",
     "reproduce --fill page.md": "cannot read the page page.md",

@@ -517,8 +517,6 @@ def test_quick_measurements_make_the_figures_that_are_shown(entry):
         (["--claim", "target-ranks"], "Did you mean: claim-target-rank"),
         (["--figure", "2", "--data", "cifar10"], "write it as cifar10=PATH_OR_NAME"),
         (["--figure", "2", "--data", "mnist=x"], "not mnist="),
-        (["--figure", "2", "--images", "0"], "must be at least 1"),
-        (["--figure", "2", "--train-images", "-5"], "must be at least 1"),
     ],
 )
 def test_mistakes_are_one_message(arguments, message, capsys, tmp_path, monkeypatch):
@@ -526,6 +524,12 @@ def test_mistakes_are_one_message(arguments, message, capsys, tmp_path, monkeypa
     assert main(["reproduce", *arguments]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"images": 0}, {"train_images": -5}])
+def test_numbers_of_images_that_cannot_be_are_refused(changes):
+    with pytest.raises(EvaluationError, match="must be at least 1"):
+        Options(**changes).folder()
 
 
 def test_a_damaged_result_says_so(made, tmp_path):
