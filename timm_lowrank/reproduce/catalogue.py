@@ -625,8 +625,8 @@ def _tables() -> list[Entry]:
             notes=(
                 "An image that stops where its network begins to err is at the boundary, where another classifier may "
                 "still be right: the last panel has images that go on, and attacks the hybrid itself.",
-                "The paper's row of N-LR is at the noise that fools 1-LR. A run is measured alone here, so that ours is at "
-                "its own noise; `timm-lowrank evaluate 1-LR-RUN --against N-LR-RUN --suite paper` has both.",
+                "The paper's row of N-LR is at the noise that fools 1-LR. A run is measured alone here, at its own; "
+                "`timm-lowrank evaluate 1-LR-RUN --against N-LR-RUN --suite paper` has both.",
             ),
         ),
         Entry(
