@@ -778,8 +778,10 @@ def test_room_for_rows_is_made_as_they_come():
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("before", "updates"), [(5, 7), (0, 3)])
-def test_activations_that_stay_not_finite_are_an_error_at_the_next_projection(storage, value, before, updates):
+@pytest.mark.parametrize(
+    ("before", "updates"), [(5, 6), (0, 1), (7, 7)], ids=["between", "from the first", "projection"]
+)
+def test_activations_that_stay_not_finite_are_an_error_at_the_second_update(storage, value, before, updates):
     branch = trained(before, storage=storage)
     branch.name = "layer3"
     broken = torch.full((8, 24), value, dtype=DOUBLE)
@@ -788,6 +790,15 @@ def test_activations_that_stay_not_finite_are_an_error_at_the_next_projection(st
     assert branch.updates == updates
     assert branch.dense_weight().isfinite().all()
     assert branch.bias.isfinite().all()
+
+
+def test_a_batch_that_is_not_finite_now_and_then_is_none():
+    """As a gradient scaler has them, whose step is skipped."""
+    branch = trained(4)
+    broken = torch.full((8, 24), torch.inf, dtype=DOUBLE)
+    for rows in batches(2):
+        branch = copy.deepcopy(train_all(branch, [broken, rows]))
+    assert branch.updates == 8
 
 
 @pytest.mark.parametrize("storage", STORAGES)

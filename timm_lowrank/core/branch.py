@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CollapseError
-from .buffer import ActivationBuffer, Moments, SampledRows
+from .buffer import ActivationBuffer, Moments, SampledRows, Streak
 from .config import LowRankConfig
 from .dense import DenseWeight
 from .distributed import Processes, fingerprint, pack, unpack_into
@@ -24,6 +24,11 @@ from .views import FLATTEN, VIEWS, View
 # Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
 # a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
 _DEAD, _BLOWN_UP = 1e-3, 1e4
+_HOPELESS = 2  # updates in a row without a finite row; one may be a batch whose step a gradient scaler skips
+_ADVICE = (
+    "Lower strength, reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
+    "warmup_updates. The loss as printed (scale='paper') needs both terms, with weights of about 0.01."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,7 @@ class LowRankBranch(nn.Module):
         self._fresh = True  # whether W and b have not moved since they were made or loaded
         self._losses: dict[str, Tensor] = {}
         self._total: Tensor | None = None  # the penalty of the last batch
+        self._without_finite = Streak()
         self._forget_batches()
 
     def _forget_batches(self) -> None:
@@ -231,7 +237,7 @@ class LowRankBranch(nn.Module):
 
         Raises:
             RuntimeError: no batch was seen since the last update.
-            CollapseError: at a projection, if the layer died or turned NaN.
+            CollapseError: the layer died, which is seen at a projection, or turned NaN for two updates in a row.
         """
         sizes = self.processes.agree(self.name, self._common, self._buffer.sizes)
         if not any(map(sum, sizes)):
@@ -264,6 +270,8 @@ class LowRankBranch(nn.Module):
         projects = (self.updates + 1) % self.config.project_every == 0
         if projects:
             self._raise_if_collapsed()
+        elif self._without_finite.extend(self._moments.count == 0) >= _HOPELESS:
+            raise CollapseError(self._not_finite())
         self._step_bias()  # first: its gradient is taken at the old W
         if self.config.step_rule == "fixed":
             self.weight.step(self.config.step_size * self.loss_weights.reconstruction, count)
@@ -311,20 +319,17 @@ class LowRankBranch(nn.Module):
         single = torch.maximum(self._moments.squares, self._moments.mean().square().sum())
         squares = self._moments.variance() if count > 1 else single
         spread = float(squares.sqrt()) if count else math.nan
-        advice = (
-            "Lower strength, reconstruction_weight or the learning rate, switch the branch on later (model.enable) or "
-            "raise warmup_updates. The loss as printed (scale='paper') needs both terms, with weights of about 0.01."
-        )
         if not spread < math.inf:
-            raise CollapseError(
-                f"the activations of layer {self.name!r} are not finite after {self.updates} updates. {advice}"
-            )
+            raise CollapseError(self._not_finite())
         if not _DEAD * reference < spread < _BLOWN_UP * reference:
             raise CollapseError(
                 f"layer {self.name!r} {'collapsed' if spread <= reference else 'blew up'}: after {self.updates} "
                 f"updates the root mean square norm of its centred activations is {spread:.3g}, and it was "
-                f"{reference:.3g} when the branch was switched on. {advice}"
+                f"{reference:.3g} when the branch was switched on. {_ADVICE}"
             )
+
+    def _not_finite(self) -> str:
+        return f"the activations of layer {self.name!r} are not finite after {self.updates} updates. {_ADVICE}"
 
     def _common(self) -> dict[str, int]:
         """What must be the same on all processes, by what to call it; W and b themselves where they are fresh."""

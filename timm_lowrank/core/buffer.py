@@ -190,3 +190,35 @@ class Moments:
     def to(self, device: torch.device) -> None:
         for name in ("_bias", "total", "squares", "count"):
             setattr(self, name, getattr(self, name).to(device))
+
+
+class Streak:
+    """How often in a row something was so, counted on the device. On a GPU the host learns it late, and never waits.
+
+    A copy, and what is pickled, begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._length: Tensor | None = None
+        self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def extend(self, holds: Tensor) -> int:
+        """One more time; `holds` is a boolean scalar. The length of the streak, as far as the host knows it."""
+        if holds.is_meta:
+            return 0
+        before = 0 if self._length is None else self._length.to(holds.device)
+        self._length = torch.where(holds, before + 1, 0)
+        if holds.device.type != "cuda":
+            return int(self._length)
+        known = 0
+        if self._on_its_way is not None and self._on_its_way[1].query():
+            known = int(self._on_its_way[0])
+        copy = torch.empty(self._length.shape, dtype=self._length.dtype, pin_memory=True)
+        copy.copy_(self._length, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._on_its_way = (copy, arrived)
+        return known
+
+    def __reduce__(self) -> tuple[type[Streak], tuple[()]]:
+        return Streak, ()
