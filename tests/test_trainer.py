@@ -204,7 +204,7 @@ def test_a_timm_network_and_a_wrapped_one(build, images, tmp_path):
 
 
 def test_export_of_the_timm_network(build, images, tmp_path):
-    trainer = build(max_steps=2)
+    trainer = build(max_steps=3)
     with pytest.raises(tlr.CheckpointError, match="before the first training batch"):
         trainer.export(tmp_path / "network")
     run(trainer).export(
