@@ -361,6 +361,13 @@ def test_a_wrong_call_is_one_clear_error(name, net, batch):
         call(net, *batch)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_network_whose_logits_are_not_finite_is_an_error(net, batch, value):
+    broken = Around(net, after=lambda logits: logits + value)
+    with pytest.raises(EvaluationError, match="100% of the images get logits that are NaN or infinite"):
+        run_autoattack(broken, *batch, eps=EPS, **SHORT)
+
+
 def test_square_needs_no_gradient(net, batch):
     model = Around(net, **NO_GRADIENT)
     assert autoattack(model, *batch, eps=EPS, attacks=["square"], queries=5).shape == batch[0].shape

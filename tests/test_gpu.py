@@ -180,15 +180,16 @@ def test_a_branch_moves_between_devices_with_batches_that_wait():
     assert difference(moved.dense_weight(), twin.dense_weight()) < 1e-10
 
 
-def test_activations_that_are_not_finite_are_seen_at_the_next_projection():
+def test_activations_that_stay_not_finite_are_seen_an_update_later_than_on_a_cpu():
     branch = branch_of(DEVICE)
     trained(branch, 4)
-    for batch in rows_of(4):
+    for batch in rows_of(3):
         branch.penalty((batch.to(DEVICE) * torch.nan).requires_grad_())
-        expected = pytest.raises(CollapseError, match="not finite") if branch.updates == 7 else contextlib.nullcontext()
+        torch.cuda.synchronize()  # else the host may learn it later still
+        expected = pytest.raises(CollapseError, match="not finite") if branch.updates == 6 else contextlib.nullcontext()
         with expected:
             branch.update()
-    assert branch.updates == 7
+    assert branch.updates == 6
 
 
 # ------------------------------------------------------------------------------------------------------- whole networks
