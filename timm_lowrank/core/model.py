@@ -275,8 +275,8 @@ class LowRankModel(nn.Module):
             return
         self._usage.no_weight = True
         warnings.warn(
-            "the penalty of the branches has had no weight yet: in the first "
-            f"{self.lowrank_config.warmup_updates} updates (warmup_updates) W and b are fitted alone, and there were "
+            "the penalty of the branches has had no weight yet: W and b are fitted alone for "
+            f"{self.lowrank_config.warmup_updates} updates (warmup_updates) before it rises from zero, and there were "
             f"{updates}. The network is as if trained without branches: lower warmup_updates, or train longer",
             LowRankWarning,
             stacklevel=3,
