@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-FOLDERS = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.truncate": None}  # -> where its dir_fd is
+# Event of an audit hook -> which of its arguments is dir_fd; None where it has none.
+DIR_FD_AT = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.truncate": None}
 CONNECTIONS = "socket.connect"
 PATIENCE = 300  # seconds until a process counts as hanging
 
@@ -133,7 +134,7 @@ class _Hook:
         os.fsync = noted
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
-        if self.busy or not (event == "open" or event in FOLDERS or event == CONNECTIONS):
+        if self.busy or not (event == "open" or event in DIR_FD_AT or event == CONNECTIONS):
             return
         self.busy = True  # what is done here is not the process's own
         try:
@@ -157,7 +158,7 @@ class _Hook:
                 return None
             paths, folder = [path], -1
         else:
-            place = FOLDERS[event]
+            place = DIR_FD_AT[event]
             paths = list(arguments[:2]) if event == "os.rename" else [arguments[0]]
             folder = -1 if place is None else arguments[place]
         named = [os.fsdecode(path) for path in paths if isinstance(path, str | bytes | os.PathLike)]
