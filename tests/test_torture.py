@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("scenario", "faults"),
     [
-        ("training", ["power 50", "kill 85", "full 4096"]),
+        ("training", ["power 124", "kill 85", "full 4096"]),
         ("saving", ["kill 5", "kill 16", "power 20", "interrupt 18", "full 512"]),
         ("evaluation", ["kill 4"]),
         ("push", ["kill 2"]),

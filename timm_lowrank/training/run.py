@@ -520,6 +520,9 @@ class RunFolder(RunPaths):
 
     def write_results(self, spectrum: Spectrum, summary: Summary) -> None:
         """Writes spectrum.json and then summary.json, each whole or not at all: the run is finished."""
+        for path in filter(Path.exists, (self.metrics_csv, *self.plots.glob("*"))):  # nobody writes them again
+            with self.writing(path):
+                sync(path)
         for path, content in ((self.spectrum_json, spectrum), (self.summary_json, summary.to_dict())):
             with self.writing(path):
                 write_whole(path, json.dumps(content, indent=2) + "\n")
