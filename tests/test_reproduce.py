@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from timm_lowrank.reproduce import setups as setups_module
 from timm_lowrank.reproduce.build import lacking, needed
 from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES, quickened
 from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
+from timm_lowrank.reproduce.jobs import Workers
 from timm_lowrank.reproduce.reproduction import Cell, Line, Panel
 from timm_lowrank.reproduce.runs import Runs
 from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
@@ -116,7 +118,12 @@ def test_every_condition_makes_a_recipe_of_every_small_base(condition):
         assert (recipe.name, recipe.seed, recipe.data, recipe.twin) == (name, 3, "somewhere", False)
         assert recipe.lowrank_enabled == condition.startswith(("1-LR", "2-LR"))
     ranks = recipes["smoke-cifar10-resnet18"].lowrank["branches"]
-    expected = {"2-LR-strong": ranks, "1-LR": {"pre_logits": 4}, "2-LR-ranks-x0.5": {"layer3": 3, "pre_logits": 2}}
+    expected = {
+        "2-LR-light": ranks,
+        "2-LR-strong": ranks,
+        "1-LR": {"pre_logits": 4},
+        "2-LR-ranks-x0.5": {"layer3": 3, "pre_logits": 2},
+    }
     assert ranks == expected.get(condition, ranks)
     if condition == "2-LR-strong":
         plain, strong = (
@@ -261,9 +268,9 @@ def made(tiny, tmp_path_factory):
 def test_what_is_missing_is_trained_and_measured_once(made, tmp_path):
     options, reproductions, said = made
     trained = [text for text in said if text.startswith("training")]
-    conditions = ["N-LR", "1-LR", "2-LR", "2-LR-strong"]
+    conditions = ["N-LR", "1-LR", "2-LR", "2-LR-light", "2-LR-strong"]
     assert [text.rpartition("/")[2] for text in trained] == [f"{one}-seed0" for one in conditions]
-    assert sum(text.startswith("measuring") for text in said) == 4  # of both entries together
+    assert sum(text.startswith("measuring") for text in said) == 5  # of both entries together
     table_5, figure_2, _ = reproductions
     runs = [(run.condition, run.seed, run.model, run.data) for run in table_5.runs]
     assert runs == [(one, 0, "resnet10_cifar", "digits") for one in conditions]
@@ -282,6 +289,52 @@ def test_what_is_missing_is_trained_and_measured_once(made, tmp_path):
     repeated = reproduce(dataclasses.replace(options, output=tmp_path), again.append)
     assert [one.panels for one in repeated] == [one.panels for one in reproductions]
     assert not any(text.startswith(("training", "measuring")) for text in again)
+
+
+def test_jobs_side_by_side_make_the_same(made, tmp_path):
+    options, reproductions, _ = made
+    said: list[str] = []
+    jobs = dataclasses.replace(
+        options, names=("figure-2",), runs=tmp_path / "runs", output=tmp_path / "results", jobs=2
+    )
+    assert [one.panels for one in reproduce(jobs, said.append)] == [reproductions[1].panels]
+    assert sum(text.startswith("done") for text in said) == 10  # trained and measured
+    logs = {path.name: path.read_text() for path in tmp_path.glob("runs/*/*.log")}
+    assert logs.keys() == {f"{one}-seed0.log" for one in ("N-LR", "1-LR", "2-LR", "2-LR-light", "2-LR-strong")}
+    assert all("epoch 3/3" in text and "measuring" in text for text in logs.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sham:
+    """A job that does what its seed says."""
+
+    seed: int
+
+    def recipe(self, runs):
+        return setups_module.SCALES["smoke"].bases[C10_R18][0].make_recipe("N-LR", self.seed)
+
+    def folder(self, runs):
+        return runs.folder / f"sham-seed{self.seed}"
+
+    def do(self, runs):
+        if self.seed == 0:
+            os._exit(7)
+        if self.seed == 1:
+            raise EvaluationError("no\nmore")
+        print(len(runs.images(self.recipe(runs)).train_images))
+
+
+def test_a_job_that_fails_or_dies_does_not_stop_the_others(tiny, tmp_path):
+    said: list[str] = []
+    runs = Runs(tmp_path, tiny, say=said.append)
+    with Workers(runs, 2) as workers, pytest.raises(EvaluationError, match="2 of 4 jobs failed") as error:
+        workers.do([Sham(seed) for seed in range(4)])
+    message = str(error.value)
+    assert "sham-seed0: its process ended (7); if memory ran out, take fewer --jobs" in message
+    assert f"sham-seed1: EvaluationError: no ({tmp_path / 'sham-seed1.log'})" in message
+    assert sorted(text for text in said if text.startswith("done")) == ["done: sham-seed2", "done: sham-seed3"]
+    images = len(load_images("digits").train_images)
+    assert (tmp_path / "sham-seed3.log").read_text().split() == [f"{images}"]
 
 
 def test_fewer_images_where_the_scale_has_too_many(made, tmp_path, tiny):
@@ -363,7 +416,7 @@ def test_the_list_says_which_runs_are_there(made):
     options, _, _ = made
     lines = overview(dataclasses.replace(options, names=())).splitlines()
     there = {line.split()[0]: line for line in lines}
-    assert there["figure-2"].endswith("4 of 4")
+    assert there["figure-2"].endswith("5 of 5")
     assert there["figure-11"].endswith("2 of 2")
     assert there["claim-relu-counter-example"].endswith("needs none")
     assert set(ENTRIES) < there.keys()
@@ -526,7 +579,7 @@ def test_mistakes_are_one_message(arguments, message, capsys, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [{"images": 0}, {"train_images": -5}])
+@pytest.mark.parametrize("changes", [{"images": 0}, {"train_images": -5}, {"jobs": 0}])
 def test_numbers_of_images_that_cannot_be_are_refused(changes):
     with pytest.raises(EvaluationError, match="must be at least 1"):
         Options(**changes).folder()

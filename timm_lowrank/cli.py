@@ -375,6 +375,10 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
         help="test images for the spectrum (default: as many as the width)",
     )
     parser.add_argument(
+        "--jobs", type=_count, default=1, metavar="N",
+        help="runs that are trained and measured at a time, in processes that share cores and GPUs (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--fill", type=Path, action="append", default=[], metavar="PAGE",
         help="bring the tables that a Markdown page quotes up to what lies in OUTPUT (docs/reproduce.md)",
     )  # fmt: skip
@@ -393,7 +397,7 @@ def _reproduce(given: argparse.Namespace) -> None:
         names=() if given.all else tuple(dict.fromkeys(names)), scale=given.scale, runs=given.runs, output=given.output,
         data=dict(text.split("=", 1) for text in given.data), existing=given.existing,
         seeds=None if given.seeds is None else tuple(given.seeds), images=given.images, train_images=given.train_images,
-        spectrum_limit=given.spectrum_limit,
+        spectrum_limit=given.spectrum_limit, jobs=given.jobs,
     )  # fmt: skip
     if given.list:
         print(overview(options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,15 @@ class ImageData:
     def counts(self) -> tuple[int, int]:
         """(training images, test images)."""
         return len(self.train_images), len(self.test_images)
+
+    def store(self, file: Path) -> None:
+        """Writes everything, for other processes of this machine to map."""
+        torch.save({field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, file)
+
+    @classmethod
+    def stored(cls, file: Path) -> ImageData:
+        """What `store` wrote; pixels are mapped, so that processes that read the same file share their memory."""
+        return cls(**torch.load(file, mmap=True, weights_only=True))
 
     @property
     def data_config(self) -> dict[str, Any]:

@@ -331,7 +331,7 @@ def _counter_example() -> tuple[Panel, ...]:
 
 def _claims() -> list[Entry]:
     everything = "compression-{inside}-all"
-    with_bottleneck = (PLAIN, "1-LR", "2-LR", "2-LR-strong", "Bottle-LR", "Bottle-2LR")
+    with_bottleneck = (PLAIN, "1-LR", "2-LR", "2-LR-light", "2-LR-strong", "Bottle-LR", "Bottle-2LR")
     one_lr = (PLAIN, "1-LR", "2-LR")
     directions = (
         Column("directions for 99 %, inside", "effective-rank-{inside}", SPECTRUM, "count"),
@@ -575,14 +575,14 @@ def _tables() -> list[Entry]:
                     _embedded("last", (None, 10, 5)),
                     (
                         *_rows(C100_R50, published.EMBEDDED_LAST, "2-LR", "Bottle-LR"),
-                        *(Row(C10_R18, one) for one in (PLAIN, "1-LR", "2-LR", "2-LR-strong")),
+                        *(Row(C10_R18, one) for one in (PLAIN, "1-LR", "2-LR", "2-LR-light", "2-LR-strong")),
                     ),
                 ),
                 PanelPlan(
                     "(b) before the last stage",
                     _embedded("inside", (None, 20, 10, 5)),
                     (
-                        *_rows(C10_R18, published.EMBEDDED_INSIDE, "1-LR", "2-LR-strong"),
+                        *_rows(C10_R18, published.EMBEDDED_INSIDE, "1-LR", "2-LR-light", "2-LR-strong"),
                         *(Row(C10_VIT, one) for one in (PLAIN, "2-LR")),
                     ),
                 ),
@@ -740,7 +740,7 @@ def _figures() -> list[Entry]:
             "Figure 2, Section 3",
             "Variance ratio against directions, ResNet-18 on CIFAR-10",
             C10_R18,
-            (*three, "2-LR-strong"),
+            (*three, "2-LR-light", "2-LR-strong"),
             statements=(
                 '"Note that even for NLR, the effective rank is as low as 10" (after the last block)',
                 '"2-LR is the only model that shows a (reasonably) low-rank structure on that layer" (before it)',
@@ -836,7 +836,7 @@ def _figures() -> list[Entry]:
 
 
 def _compactness() -> Entry:
-    conditions = (PLAIN, "1-LR", "2-LR", "2-LR-strong", "Bottle-LR", "Bottle-2LR", "Matryoshka")
+    conditions = (PLAIN, "1-LR", "2-LR", "2-LR-light", "2-LR-strong", "Bottle-LR", "Bottle-2LR", "Matryoshka")
     rows = (
         *(Row(C10_R18, one) for one in conditions),
         *(Row(C10_VIT, one) for one in (PLAIN, "2-LR")),

@@ -13,6 +13,7 @@ from ..suites.measurements.classifiers import OtherLabels
 from ..text import columns, counted
 from .build import build, lacking, needed
 from .catalogue import ENTRIES, Entry, entry_of
+from .jobs import Measuring, Training, Workers
 from .reproduction import Reproduction, read_reproduction
 from .runs import FinishedRun, Runs
 from .setups import PLAIN, Base, scale_of
@@ -33,6 +34,7 @@ class Options:
         existing: whether to train and measure nothing, and show what is there.
         images, train_images: to evaluate on, and to fit linear classifiers and PCA on; None are those of the scale.
         spectrum_limit: test images for the spectrum; None as `timm_lowrank.suites.Options`.
+        jobs: runs that are trained and measured at a time, each in a process of its own.
     """
 
     names: tuple[str, ...] = ()
@@ -45,6 +47,7 @@ class Options:
     images: int | None = None
     train_images: int | None = None
     spectrum_limit: int | None = None
+    jobs: int = 1
 
     @property
     def entries(self) -> list[Entry]:
@@ -58,8 +61,8 @@ class Options:
         scale = scale_of(self.scale)
         images = scale.images if self.images is None else self.images
         train_images = scale.train_images if self.train_images is None else self.train_images
-        if min(images, train_images) < 1:
-            raise EvaluationError("--images and --train-images must be at least 1")
+        if min(images, train_images, self.jobs) < 1:
+            raise EvaluationError("--images, --train-images and --jobs must be at least 1")
         scale = dataclasses.replace(scale, images=images, train_images=train_images, spectrum_limit=self.spectrum_limit)
         return Runs(self.runs, scale, self.data, self.seeds, self.existing, say)
 
@@ -76,9 +79,9 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
     """
     entries, runs = options.entries, options.folder(say)
     if not options.existing:
-        for base, condition in dict.fromkeys(pair for entry in entries for pair in _with_twins(needed(entry, runs))):
-            _train(runs, base, condition, say)
-        _measure(entries, runs)
+        with Workers(runs, options.jobs) as workers:
+            workers.do(_trainings(entries, runs))
+            workers.do(_measurings(entries, runs))
     made = []
     for entry in entries:
         made.append(build(entry, runs))
@@ -105,15 +108,19 @@ def fill_page(page: Path, folder: Path) -> None:
         write_whole(page, fill(text, folder))
 
 
-def _train(runs: Runs, base: Base, condition: str, say: Callable[[str], None]) -> None:
-    """Trains the seeds that are missing; a recipe that is not there is said and left out."""
-    for seed in runs.missing(base, condition):
+def _trainings(entries: list[Entry], runs: Runs) -> list[Training]:
+    """The seeds that are missing; a recipe that is not there is said and left out."""
+    jobs: list[Training] = []
+    for base, condition in dict.fromkeys(pair for entry in entries for pair in _with_twins(needed(entry, runs))):
+        missing = runs.missing(base, condition)
         try:
-            runs.recipe(base, condition, seed)
+            for seed in missing:
+                runs.recipe(base, condition, seed)
         except RecipeError as error:
-            say(f"{base.name}/{condition} cannot be trained: {error}")
-            return
-        runs.train(base, condition, seed)
+            runs.say(f"{base.name}/{condition} cannot be trained: {error}")
+        else:
+            jobs += [Training(base, condition, seed) for seed in missing]
+    return jobs
 
 
 def _written(folder: Path) -> list[Reproduction]:
@@ -127,13 +134,15 @@ def _with_twins(pairs: list[tuple[Base, str]]) -> list[tuple[Base, str]]:
     return list(dict.fromkeys([*((base, PLAIN) for base, _ in pairs), *pairs]))
 
 
-def _measure(entries: list[Entry], runs: Runs) -> None:
+def _measurings(entries: list[Entry], runs: Runs) -> list[Measuring]:
     """Everything that all entries lack of a run, in one evaluation."""
+    jobs: list[Measuring] = []
     for base, condition in dict.fromkeys(pair for entry in entries for pair in needed(entry, runs)):
         for run in runs.finished(base, condition):
-            lacks = dict.fromkeys(one for entry in entries for one in lacking(entry, runs, run))
+            lacks = list(dict.fromkeys(one for entry in entries for one in lacking(entry, runs, run)))
             if lacks:
-                runs.measure(run, list(lacks), _other_labels(run, list(lacks)))
+                jobs.append(Measuring(run, tuple(lacks), _other_labels(run, lacks)))
+    return jobs
 
 
 def _other_labels(run: FinishedRun, measurements: list[Measurement]) -> str | None:

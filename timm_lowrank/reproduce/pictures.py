@@ -16,7 +16,8 @@ from ..evaluation.results import Curve, Strip
 from .reproduction import Line, Panel, Reproduction
 
 COLOURS = {  # of a condition the same in every picture; the plain twin is grey
-    "N-LR": PLAIN, "1-LR": "#8e4fa8", "2-LR": LOWRANK, "2-LR-strong": "#0d2f66", "Bottle-LR": "#e0944a",
+    "N-LR": PLAIN, "1-LR": "#8e4fa8", "2-LR": LOWRANK, "2-LR-light": "#7fb2e5", "2-LR-strong": "#0d2f66",
+    "Bottle-LR": "#e0944a",
     "Bottle-2LR": "#b4581a", "SN": "#3f7d4e", "SRN": "#2a8c99", "SNIP": "#c23b5a", "Matryoshka": "#8a6d1f",
     "not trained": "#111111",
 }  # fmt: skip

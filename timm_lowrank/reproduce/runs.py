@@ -115,6 +115,8 @@ class Runs:
         seeds: to train; None are those of the scale.
         existing: whether to train and to measure nothing.
         say: is told what happens.
+
+    `stored` are the files of `ImageData` that need not be read again, by `images_name`.
     """
 
     def __init__(
@@ -126,11 +128,12 @@ class Runs:
         existing: bool = False,
         say: Say = print,
     ) -> None:
-        self.folder, self.scale, self.existing, self._say = Path(folder), scale, existing, say
+        self.folder, self.scale, self.existing, self.say = Path(folder), scale, existing, say
         self.data, self.seeds = dict(data or {}), tuple(scale.seeds if seeds is None else seeds)
         self._seen: dict[Path, list[Seen]] = {}
         self._evaluations: dict[Path, Evaluation] = {}
         self._weights: dict[Path, str] = {}
+        self.stored: Mapping[str, Path] = {}
         self._images: dict[str, ImageData] = {}
 
     # ------------------------------------------------------------------------------------------------------- finding
@@ -225,11 +228,11 @@ class Runs:
             TrainingError: as `timm_lowrank.training.train`.
         """
         path = self.path(base, condition, seed)
-        self._say(f"training {path}")
+        self.say(f"training {path}")
         recipe = self.recipe(base, condition, seed)
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
             AcceleratorState._reset_state()  # accelerate takes one precision a process unless it forgets the last one
-        train(recipe, path, resume=True)
+        train(recipe, path, resume=True, data=self.images(recipe))
         return FinishedRun(base, condition, seed, path)
 
     def measure(self, run: FinishedRun, measurements: Sequence[Measurement], other_labels: str | None = None) -> None:
@@ -238,7 +241,7 @@ class Runs:
         Raises:
             EvaluationError: as `timm_lowrank.suites.evaluate`.
         """
-        self._say(f"measuring {run.folder}: {len(measurements)} figures")
+        self.say(f"measuring {run.folder}: {len(measurements)} figures")
         twin = next((one for one in self.finished(run.base, PLAIN) if one.seed == run.seed), None)
         settings = [*map(repr, measurements), str(self.scale.images), str(self.scale.train_images)]
         settings += [str(self.scale.spectrum_limit)] if self.scale.spectrum_limit else []
@@ -259,22 +262,37 @@ class Runs:
             overwrite=True,
             pages=False,
         )
-        evaluate(options, PartialState(), self._data(Run.open(run.folder).recipe, options.data))
-        self._evaluations.pop(run.folder / "evaluations" / digest / "evaluation.json", None)
-        self._seen.pop(run.folder, None)
+        recipe = self.describe(run).recipe
+        images = self.images(recipe if options.data is None else dataclasses.replace(recipe, data=options.data))
+        evaluate(options, PartialState(), images)
+        self.forget(run.folder)
 
-    def _data(self, recipe: Recipe, source: str | None) -> ImageData | None:
-        """The images of a recipe, read once; None where they are streamed."""
-        options = recipe.data_options()
+    def forget(self, folder: Path) -> None:
+        """Reads the evaluations of a run again when they are asked for: it was trained or measured."""
+        for file in [path for path in self._evaluations if path.is_relative_to(folder)]:
+            del self._evaluations[file]
+        self._seen.pop(folder, None)
+        self._weights.pop(folder, None)
+
+    def images(self, recipe: Recipe) -> ImageData | None:
+        """The images of a recipe, read once and one data set at a time; None where they are streamed."""
+        name = self.images_name(recipe)
+        if name is None:
+            return None
+        if name not in self._images:
+            self._images.clear()
+            if name in self.stored:
+                self._images[name] = ImageData.stored(self.stored[name])
+                return self._images[name]
+            options = {key: value for key, value in recipe.data_options().items() if key != "streaming"}
+            self._images[name] = load_images(recipe.data, **options)
+        return self._images[name]
+
+    def images_name(self, recipe: Recipe) -> str | None:
+        """Equal for recipes of the same images; None where they are streamed."""
         if recipe.image_size is not None or recipe.streaming is True:
             return None
-        name = repr((source or recipe.data, options))
-        if name not in self._images:
-            self._images.clear()  # one data set at a time
-            self._images[name] = load_images(
-                source or recipe.data, **{key: value for key, value in options.items() if key != "streaming"}
-            )
-        return self._images[name]
+        return repr((recipe.data, recipe.data_options()))
 
     def describe(self, run: FinishedRun) -> Run:
         """Recipe and summary of a run.

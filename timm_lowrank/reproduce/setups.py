@@ -55,8 +55,8 @@ def _plain(values: Values) -> Values:
     return _branches(values, values["lowrank"]["branches"], enabled=False)
 
 
-def _strong(values: Values) -> Values:
-    return _branches(values, values["lowrank"]["branches"], strength="strong")
+def _strength(name: str) -> Callable[[Values], Values]:
+    return lambda values: _branches(values, values["lowrank"]["branches"], strength=name)
 
 
 def _ranks(factor: float) -> Callable[[Values], Values]:
@@ -90,7 +90,8 @@ CONDITIONS = {
         Condition(PLAIN, _plain, "plain"),
         Condition("1-LR", lambda values: _branches(values, _last_alone(values)), "a branch before the classifier"),
         Condition("2-LR", lambda values: values, "another branch before the last stage"),
-        Condition("2-LR-strong", _strong, "2-LR of strength strong"),
+        Condition("2-LR-light", _strength("light"), "2-LR of strength light"),
+        Condition("2-LR-strong", _strength("strong"), "2-LR of strength strong"),
         *(
             Condition(f"2-LR-ranks-x{factor:g}", _ranks(factor), f"2-LR with {factor:g} times the target ranks")
             for factor in RANK_FACTORS
