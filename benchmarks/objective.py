@@ -94,7 +94,27 @@ FORMS: dict[str, dict[str, Any]] = {
     "paper .003/.001/.003 head 0.3": {
         "lowrank": lowrank(0.003, 0.001, norm=0.003, head=0.3, scale="paper", warmup_updates=0)
     },
-}
+    # What else can be chosen, around the default.
+    "standard, rank 5": {"lowrank": lowrank(1, 0.05, head=1, rank=5)},
+    "standard, rank 100": {"lowrank": lowrank(1, 0.05, head=1, rank=100)},
+    "standard, head on 10 alone": {"lowrank": lowrank(1, 0.05, head=1, head_sizes=[10])},
+    "standard, head on 2 to 50": {"lowrank": lowrank(1, 0.05, head=1, rank=50, head_sizes=[2, 5, 10, 20, 50])},
+    "standard, L_n 0.003": {"lowrank": lowrank(1, 0.05, head=1, norm=0.003)},
+    "standard, no warm-up": {"lowrank": lowrank(1, 0.05, head=1, warmup_updates=0)},
+    "standard, W fitted for 500 updates": {"lowrank": lowrank(1, 0.05, head=1, warmup_updates=500)},
+    "standard, on at once": {"lowrank": lowrank(1, 0.05, head=1), "pretrain_epochs": 0},
+    "standard, on at half": {"lowrank": lowrank(1, 0.05, head=1), "pretrain_epochs": 0.5},
+    "standard, rise over half": {"lowrank": lowrank(1, 0.05, head=1), "ramp_epochs": 0.5},
+    "standard, fall over a third": {"lowrank": lowrank(1, 0.05, head=1), "cooldown_epochs": 1 / 3},
+    "standard, steps at a half and three quarters": {
+        "lowrank": lowrank(1, 0.05, head=1),
+        "schedule": "step",
+        "milestones": [0.5, 0.75],
+    },
+    "standard, cosine": {"lowrank": lowrank(1, 0.05, head=1), "schedule": "cosine", "milestones": []},
+    "N-LR, cosine": {"lowrank": PLAIN, "schedule": "cosine", "milestones": []},
+    "N-LR, steps at a half and three quarters": {"lowrank": PLAIN, "schedule": "step", "milestones": [0.5, 0.75]},
+}  # epochs that are no whole numbers are shares of the training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +147,15 @@ def recipe_of(scale: str, form: str, seed: int, overrides: list[str]) -> Recipe:
     name, layer = SCALES[scale]
     recipe = load_recipe(name, overrides)
     changes = {**FORMS[form], "seed": seed, "spectrum_images": IMAGES, "twin": False, "name": f"{name} {form}"}
+
+    def epochs(value: Any) -> Any:
+        return round(value * recipe.epochs) if isinstance(value, float) else value
+
+    for key in ("pretrain_epochs", "ramp_epochs", "cooldown_epochs"):
+        if key in changes:
+            changes[key] = epochs(changes[key])
+    if "milestones" in changes:
+        changes["milestones"] = [epochs(value) for value in changes["milestones"]]
     branches = {layer if key == "LAYER" else key: spec for key, spec in changes["lowrank"]["branches"].items()}
     return dataclasses.replace(recipe, **{**changes, "lowrank": {**changes["lowrank"], "branches": branches}})
 

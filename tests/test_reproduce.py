@@ -304,6 +304,20 @@ def test_jobs_side_by_side_make_the_same(made, tmp_path):
     assert all("epoch 3/3" in text and "measuring" in text for text in logs.values())
 
 
+def test_runs_of_some_recipes_are_trained_alone(tiny, tmp_path, monkeypatch):
+    (small,) = tiny.bases[C10_R18]
+    other = dataclasses.replace(small, name="other")
+    monkeypatch.setitem(SCALES, "tiny", dataclasses.replace(tiny, bases={C10_R18: (small, other)}))
+    options = Options(("claim-sparsity",), "tiny", tmp_path / "runs", tmp_path / "out", recipes=("other",))
+    with pytest.raises(EvaluationError, match=r"has no recipe .othr.\. Did you mean: other"):
+        reproduce(dataclasses.replace(options, recipes=("othr",)))
+    said: list[str] = []
+    (made,) = reproduce(dataclasses.replace(options, measure=False), said.append)
+    assert [path.name for path in options.runs.iterdir()] == ["other"]
+    assert {run.condition for run in made.runs} > {"N-LR", "2-LR"}
+    assert not any(text.startswith("measuring") for text in said)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sham:
     """A job that does what its seed says."""

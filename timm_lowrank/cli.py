@@ -363,7 +363,11 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
         help="where the images of cifar10, cifar100 or svhn are",
     )  # fmt: skip
     parser.add_argument("--seeds", type=_seed, nargs="+", metavar="K", help="to train (default: those of the scale)")
+    parser.add_argument(
+        "--recipes", nargs="+", default=[], metavar="NAME", help="of the scale, whose runs alone count (default: all)"
+    )
     parser.add_argument("--existing", action="store_true", help="train and measure nothing, show what is there")
+    parser.add_argument("--train-only", action="store_true", help="train what is missing, measure nothing")
     parser.add_argument("--images", type=_count, metavar="N", help="test images to evaluate on (default: the scale's)")
     parser.add_argument(
         "--train-images", type=_count, metavar="N", help="to fit linear classifiers and PCA on (default: the scale's)"
@@ -397,7 +401,8 @@ def _reproduce(given: argparse.Namespace) -> None:
         names=() if given.all else tuple(dict.fromkeys(names)), scale=given.scale, runs=given.runs, output=given.output,
         data=dict(text.split("=", 1) for text in given.data), existing=given.existing,
         seeds=None if given.seeds is None else tuple(given.seeds), images=given.images, train_images=given.train_images,
-        spectrum_limit=given.spectrum_limit, jobs=given.jobs,
+        spectrum_limit=given.spectrum_limit, jobs=given.jobs, recipes=tuple(given.recipes),
+        measure=not given.train_only,
     )  # fmt: skip
     if given.list:
         print(overview(options))

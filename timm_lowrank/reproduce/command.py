@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..errors import EvaluationError, RecipeError
+from ..errors import EvaluationError, RecipeError, nearest
 from ..files import disk_errors, write_whole
 from ..suites.measurements.base import Measurement
 from ..suites.measurements.classifiers import OtherLabels
@@ -16,7 +16,7 @@ from .catalogue import ENTRIES, Entry, entry_of
 from .jobs import Measuring, Training, Workers
 from .reproduction import Reproduction, read_reproduction
 from .runs import FinishedRun, Runs
-from .setups import PLAIN, Base, scale_of
+from .setups import PLAIN, Base, Scale, scale_of
 from .write import fill, index, write
 
 
@@ -35,6 +35,8 @@ class Options:
         images, train_images: to evaluate on, and to fit linear classifiers and PCA on; None are those of the scale.
         spectrum_limit: test images for the spectrum; None as `timm_lowrank.suites.Options`.
         jobs: runs that are trained and measured at a time, each in a process of its own.
+        recipes: of the scale, whose runs alone count; none are all.
+        measure: whether to measure what the runs lack, once they are trained.
     """
 
     names: tuple[str, ...] = ()
@@ -48,6 +50,8 @@ class Options:
     train_images: int | None = None
     spectrum_limit: int | None = None
     jobs: int = 1
+    recipes: tuple[str, ...] = ()
+    measure: bool = True
 
     @property
     def entries(self) -> list[Entry]:
@@ -63,7 +67,13 @@ class Options:
         train_images = scale.train_images if self.train_images is None else self.train_images
         if min(images, train_images, self.jobs) < 1:
             raise EvaluationError("--images, --train-images and --jobs must be at least 1")
-        scale = dataclasses.replace(scale, images=images, train_images=train_images, spectrum_limit=self.spectrum_limit)
+        scale = dataclasses.replace(
+            scale,
+            bases=_chosen(scale, self.recipes),
+            images=images,
+            train_images=train_images,
+            spectrum_limit=self.spectrum_limit,
+        )
         return Runs(self.runs, scale, self.data, self.seeds, self.existing, say)
 
 
@@ -81,7 +91,8 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
     if not options.existing:
         with Workers(runs, options.jobs) as workers:
             workers.do(_trainings(entries, runs))
-            workers.do(_measurings(entries, runs))
+            if options.measure:
+                workers.do(_measurings(entries, runs))
     made = []
     for entry in entries:
         made.append(build(entry, runs))
@@ -106,6 +117,18 @@ def fill_page(page: Path, folder: Path) -> None:
         raise EvaluationError(f"cannot read the page {page}: {reason}") from error
     with disk_errors(f"could not write {page}"):
         write_whole(page, fill(text, folder))
+
+
+def _chosen(scale: Scale, recipes: tuple[str, ...]) -> dict[str, tuple[Base, ...]]:
+    """The bases of these recipes."""
+    known = dict.fromkeys(base.name for bases in scale.bases.values() for base in bases)
+    for name in recipes:
+        if name not in known:
+            raise EvaluationError(f"the scale {scale.name} has no recipe {name!r}. {nearest(name, known)}")
+    return {
+        setup: tuple(base for base in bases if not recipes or base.name in recipes)
+        for setup, bases in scale.bases.items()
+    }
 
 
 def _trainings(entries: list[Entry], runs: Runs) -> list[Training]:
