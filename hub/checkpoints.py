@@ -51,6 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(checkpoints_table(read_checkpoints(given.list)))
     except CheckpointError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: the same command begins again", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,38 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     assert main(["layers", "resnet18"]) == 130
     assert capsys.readouterr().err == ""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(capsys, monkeypatch):
+    """Python only prints what is raised there, and goes on; modules that are imported leave many such callbacks."""
+
+    class Gone:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted(given):
+        Gone()
+        time.sleep(30)
+        raise AssertionError("it went on")
+
+    declare, _, after = COMMANDS["layers"]
+    monkeypatch.setitem(COMMANDS, "layers", (declare, interrupted, after))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = sys.unraisablehook
+    assert main(["layers", "resnet18"]) == 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert capsys.readouterr().err == f"interrupted: {after}\n"
+    assert sys.unraisablehook is before
+
+
+def test_ctrl_c_before_a_command_begins_is_one_line(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("timm_lowrank.cli._parser", interrupted)
+    assert main(["layers", "resnet18"]) == 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
 
 def test_ctrl_c_under_accelerate_launch_is_one_line_and_keeps_the_checkpoint(tmp_path):

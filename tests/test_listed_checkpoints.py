@@ -16,7 +16,7 @@ from publishable import evaluation, in_repo
 from scripts import ROOT, done, in_folder, refused, script
 
 import timm_lowrank as tlr
-from timm_lowrank import CheckpointError
+from timm_lowrank import CheckpointError, files
 from timm_lowrank.checkpoint import listed
 from timm_lowrank.checkpoint.listed import folder_of, read_checkpoints
 from timm_lowrank.data import load_images
@@ -177,6 +177,24 @@ def test_an_added_run_is_a_folder_a_row_and_a_line_of_the_page(added, trained, c
         run.run.recipe,
         run.evaluation.networks[0].weights,
     )
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_takes_the_place_of_the_one_before(tmp_path, monkeypatch, at_once):
+    """Also where a system cannot exchange two names."""
+    if not at_once:
+        monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+    folder = tmp_path / "one"
+    (tmp_path / ".writing-killed" / "new").mkdir(parents=True)
+    for text in ("first", "second"):
+        with files.folder_aside(folder) as new:
+            (new / "inner").mkdir()
+            (new / "inner" / text).write_text(text)
+        assert in_folder(folder) == {f"inner/{text}": text.encode()}
+    with pytest.raises(OSError, match="full"), files.folder_aside(folder) as new:
+        raise OSError("full")
+    assert in_folder(tmp_path) == {"one/inner/second": b"second"}
+    assert [path.name for path in tmp_path.iterdir()] == ["one"], "nothing temporary is left"
 
 
 def test_a_plain_run(added, trained, tmp_path):

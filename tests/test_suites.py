@@ -217,6 +217,18 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(trained, eva
     assert (output / "evaluation.json").stat().st_mtime_ns == before
 
 
+def test_what_a_kill_left_beside_a_complete_evaluation_goes(trained, evaluated, tmp_path):
+    output = shutil.copytree(evaluated[0], tmp_path / "out")
+    partial = output / "evaluation.json.partial"
+    PartialResults(partial, dataclasses.replace(evaluated[1].settings, seed=1)).recover()
+    evaluated_in(trained, output)
+    assert partial.exists(), "another evaluation, which was interrupted and can go on"
+    partial.unlink()
+    PartialResults(partial, evaluated[1].settings).recover()
+    evaluated_in(trained, output)
+    assert not partial.exists()
+
+
 def test_several_networks_and_none(trained, tmp_path, small):
     alone = evaluated_in(trained, tmp_path / "alone", against=("none",), suites=small)
     assert alone.titles == ("2-LR",)

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
     ("scenario", "faults"),
     [
         ("training", ["power 124", "kill 85", "full 4096"]),
+        ("processes", ["kill 9:1"]),
+        ("adding", ["kill 22", "power 26"]),
         ("saving", ["kill 5", "kill 16", "power 20", "interrupt 18", "full 512"]),
         ("evaluation", ["kill 4"]),
         ("push", ["kill 2"]),

@@ -29,7 +29,7 @@ from timm_lowrank.data import load_data, load_images
 from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamTrainBatches, TrainBatches
 from timm_lowrank.environment import fast_precision
-from timm_lowrank.errors import DataError, DivergedError, RecipeError, RunError, TrainingError
+from timm_lowrank.errors import DataError, DivergedError, ProcessLostError, RecipeError, RunError, TrainingError
 from timm_lowrank.training import Recipe, Run, load_recipe, loop, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.checkpoints import damage, seal
@@ -509,6 +509,28 @@ def test_a_run_that_was_killed_before_it_began_is_a_new_one(tmp_path, left):
     folder.config.write_bytes(b"\0\xff")
     with pytest.raises(RunError, match=r"cannot be resumed, since its recipe cannot be read"):
         RunFolder(tmp_path, made, resume=True)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:22"),
+        torch.distributed.DistNetworkError("The client socket has timed out"),
+    ],
+)
+def test_a_process_that_is_gone_is_not_a_full_disk(raised, tmp_path, monkeypatch):
+    """What really happens to processes: tests/torture."""
+    folder = RunFolder(tmp_path / "run", recipe())
+    folder.create()
+    state = build(recipe(), load_images(**SMALL["data_args"]), folder.folder)
+
+    def gone():
+        raise raised
+
+    monkeypatch.setattr(state.accelerator, "wait_for_everyone", gone)
+    with pytest.raises(ProcessLostError, match=r"another process of this training .* --resume auto"):
+        folder.save(state.accelerator, 1)
+    assert not list(folder.checkpoint_folder.iterdir())
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):

@@ -7,6 +7,7 @@ recipes/ and hub/, which `accelerate launch` and torchrun take, call `main` with
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import inspect
@@ -17,7 +18,8 @@ import shlex
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,9 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 after an error, 2 for arguments that do not exist or cannot be, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    given = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
+    given = argparse.Namespace(arguments=arguments, command=PROGRAM, interrupted="nothing was written")
     try:
-        given.execute(given)
+        with _interrupts_not_lost():
+            _parser().parse_args(arguments, given)
+            given.execute(given)
     except (LowRankError, CheckpointError, EvaluationError, TrainingError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -58,6 +62,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"interrupted: {given.interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts_not_lost() -> Iterator[None]:
+    """Has Ctrl-C end the block even if it falls into a destructor or a callback, of which imports have many.
+
+    From there Python passes no exception on: it prints a traceback, and everything goes on as if nobody had asked. So
+    the interrupt is given once more, a moment later.
+    """
+    before, again = sys.unraisablehook, list[threading.Timer]()
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            again.append(threading.Timer(0.01, _thread.interrupt_main))
+            again[-1].daemon = True
+            again[-1].start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in again:
+            timer.cancel()
 
 
 def _parser() -> argparse.ArgumentParser:

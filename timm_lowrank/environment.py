@@ -10,11 +10,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from .errors import ProcessLostError
 
 
 def require(module: str, package: str, extra: str = "train") -> Any:
@@ -64,6 +66,30 @@ def git_commit() -> str | None:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@contextlib.contextmanager
+def together(what: str, advice: str) -> Iterator[None]:
+    """Turns what torch.distributed raises inside where another process has ended into one error.
+
+    Args:
+        what: the processes do together, for the message.
+        advice: what to do about it.
+
+    Raises:
+        ProcessLostError: another process has ended. The one that began it says why, if anything could be said.
+    """
+    try:
+        yield
+    except RuntimeError as problem:
+        if isinstance(problem, ProcessLostError):
+            raise
+        # gloo has no type of its own; what it raises begins with the place in its source.
+        if not isinstance(problem, torch.distributed.DistError) and "/gloo/" not in str(problem):
+            raise
+        raise ProcessLostError(
+            f"another process of this {what} has ended, or could not be reached: {advice}"
+        ) from problem
 
 
 def device_name(device: torch.device) -> str:

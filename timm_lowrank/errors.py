@@ -85,6 +85,10 @@ class RunError(TrainingError):
     """A run folder that cannot be used, written or resumed."""
 
 
+class ProcessLostError(RunError):
+    """Another of the processes that train or evaluate together has ended; this one cannot go on alone."""
+
+
 class DivergedError(TrainingError):
     """A loss that is not a number any more, or an accuracy that fell back to chance."""
 

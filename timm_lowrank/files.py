@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +23,7 @@ from .errors import CheckpointDamagedError, CheckpointError, RunError
 
 # In the folder of a training run: its recipe, and the folder of the network (see timm_lowrank.training.run).
 RUN_CONFIG, RUN_MODEL = "config.yaml", "model"
+ASIDE = ".writing-"  # what is prepared lies beside its place in a folder of such a name
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
@@ -127,20 +131,47 @@ def is_abandoned(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def folder_aside(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when the block ends well; after an error `folder` is as it was."""
+    """A new folder that takes the place of `folder` when the block ends well.
+
+    After an error or a kill, whenever it comes, `folder` is as it was or the new one; where the system cannot exchange
+    two names at once, a kill between two renames leaves neither. What killed calls left beside it is removed.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-", ignore_cleanup_errors=True) as aside:
-        new, old = Path(aside, "new"), Path(aside, "old")
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, old)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=ASIDE))
+    with taken(aside):
         try:
-            os.replace(new, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
+            new = aside / "new"
+            new.mkdir()
+            yield new
+            for path in (*new.rglob("*"), new):
+                sync(path)
+            if not folder.exists():
+                os.replace(new, folder)
+            elif not _exchanged(new, folder):
+                os.replace(folder, aside / "old")
+                try:
+                    os.replace(new, folder)
+                except OSError:
+                    os.replace(aside / "old", folder)
+                    raise
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.parent.glob(f"{ASIDE}*"):
+        if is_abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchanged(one: Path, two: Path) -> bool:
+    """Exchanges two names at one moment, if the system can: Python has no call for it."""
+    names = os.fsencode(one), os.fsencode(two)
+    with contextlib.suppress(AttributeError):  # an older system
+        if sys.platform == "linux":
+            current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+            return bool(ctypes.CDLL(None).renameat2(current, names[0], current, names[1], exchange) == 0)
+        if sys.platform == "darwin":
+            return bool(ctypes.CDLL(None).renamex_np(*names, 2) == 0)  # RENAME_SWAP
+    return False
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -37,6 +39,8 @@ class Tally:
         if problem is not None:
             self.failed.append(f"{name}, {fault}: {problem}")
             print(f"FAILED {self.failed[-1]}", flush=True)
+        elif self.tried[name] % 20 == 0:
+            print(f"{name}: {self.tried[name]} tried", flush=True)
 
     def report(self) -> str:
         lines = []
@@ -49,30 +53,42 @@ class Tally:
 def faults_of(scenario: Scenario, undisturbed: Outcome, every: int, moments: int, seed: int) -> Iterator[Fault]:
     """The faults that a scenario is tried with, each kind beginning at another operation if some are left out."""
     draw = random.Random(seed)
-    for number, kind in enumerate(scenario.faults):
+    processes = range(len(undisturbed.operations))
+    number = 0
+    for kind in scenario.faults:
         if kind == "full":
             yield from (Fault("full", size) for size in SIZES[::every])
-        else:
-            yield from (Fault(kind, at) for at in range(1 + number % every, undisturbed.operations + 1, every))
-        if kind in SIGNALS:
-            yield from (Fault(kind, draw.uniform(0, undisturbed.seconds)) for _ in range(moments))
+            continue
+        # Of several processes each by itself, and all at the moment of one of them.
+        struck = [
+            (one, together) for one in processes for together in ((False, True) if len(processes) > 1 else (False,))
+        ]
+        for process, together in struck if kind in SIGNALS else [(one, True) for one in processes]:
+            operations = range(1 + number % every, undisturbed.operations[process] + 1, every)
+            yield from (Fault(kind, at, process, together) for at in operations)
+            number += 1
+        for count in range(moments if kind in SIGNALS else 0):
+            process, together = struck[count % len(struck)]
+            yield Fault(kind, draw.uniform(0, undisturbed.seconds), process, together)
 
 
 def problem_of(scenario: Scenario, folder: Path, whole: Path, faults: list[Fault]) -> str | None:
     """What is wrong after faults, one after the other, and the same command undisturbed; None if all is well."""
+    said: list[str] = []
     try:
         scenario.prepare(folder)
         for fault in faults:
-            outcome = run(lambda: scenario.act(folder), folder, fault)
-            if "Traceback (most recent call last)" in outcome.said:
-                return f"it ended in a traceback: {outcome.said.splitlines()[-1]}"
+            outcome = run(lambda: scenario.act(folder), folder, fault, scenario.processes, lambda: scenario.met(folder))
+            said.append(outcome.said)
+            if "Traceback (most recent call last)" in outcome.said and scenario.says_all:
+                return f"it ended in a traceback\n{outcome.said}"
             scenario.after_fault(folder)
-        again = run(lambda: scenario.act(folder), folder)
+        again = run(lambda: scenario.act(folder), folder, None, scenario.processes)
         if again.code != 0:
-            return f"the same command did not go on: {again.said[-600:]}"
+            return f"the same command did not go on\n{again.said}\nand before\n{said}"
         scenario.check(folder, whole)
     except Exception as error:
-        return _described(error)
+        return "\n".join([_described(error), *said])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return None
@@ -85,25 +101,34 @@ def _described(error: Exception) -> str:
 
 
 def torture(
-    name: str, scratch: Path, every: int, moments: int, seed: int, tally: Tally, chosen: Sequence[Fault] = ()
+    name: str,
+    scratch: Path,
+    every: int,
+    moments: int,
+    seed: int,
+    tally: Tally,
+    chosen: Sequence[Fault] = (),
+    only: Sequence[str] = (),
 ) -> None:
     """Tries one scenario with all of its faults, then with two in a row."""
     scenario = SCENARIOS[name](scratch / name)
     with scenario.around():
         whole = scenario.scratch / "whole"
         scenario.prepare(whole)
-        undisturbed = run(lambda: scenario.act(whole), whole)
+        undisturbed = run(lambda: scenario.act(whole), whole, None, scenario.processes)
         assert undisturbed.code == 0, undisturbed.said
-        print(f"{name}: {undisturbed.operations} operations in {undisturbed.seconds:.1f} s", flush=True)
+        operations = " and ".join(map(str, undisturbed.operations))
+        print(f"{name}: {operations} operations in {undisturbed.seconds:.1f} s", flush=True)
+        scenario.faults = tuple(kind for kind in scenario.faults if not only or kind in only)
         faults = chosen or list(faults_of(scenario, undisturbed, every, moments, seed))
         for number, fault in enumerate(faults):
             problem = problem_of(scenario, scenario.scratch / f"{name}-{number}", whole, [fault])
-            tally.add(f"{name}: {fault.kind}", problem, fault)
+            tally.add(f"{name}: {fault.kind}", problem, fault.written())
         draw = random.Random(seed)
-        for number in range(moments):
-            pair = [Fault("kill", draw.randint(1, undisturbed.operations)) for _ in range(2)]
+        for number in range(moments if "kill" in scenario.faults and any(undisturbed.operations) else 0):
+            pair = [Fault("kill", draw.randint(1, undisturbed.operations[0]), together=True) for _ in range(2)]
             problem = problem_of(scenario, scenario.scratch / f"{name}-twice-{number}", whole, pair)
-            tally.add(f"{name}: killed twice", problem, f"{pair[0]}, {pair[1]}")
+            tally.add(f"{name}: killed twice", problem, f"{pair[0].written()}, {pair[1].written()}")
 
 
 def damage(scratch: Path, every: int, tally: Tally) -> None:
@@ -146,8 +171,9 @@ def main() -> int:
         action="append",
         default=[],
         metavar=("KIND", "AT"),
-        help="instead of all: kill 85, full 512",
+        help="instead of all: kill 85, full 512; of several processes kill 85:1, and kill 85:1+ of all at that moment",
     )
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="faults of these kinds alone, such as kill and full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the scenarios and stop")
     given = parser.parse_args()
@@ -156,15 +182,16 @@ def main() -> int:
         return 0
     if unknown := [name for name in given.scenarios if name not in names]:
         parser.error(f"there is no scenario {unknown[0]!r}; there are {', '.join(names)}")
-    chosen = [Fault(kind, float(at) if "." in at else int(at)) for kind, at in given.fault]
+    chosen = [Fault.parse(kind, at) for kind, at in given.fault]
     torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
     tally = Tally()
-    with tempfile.TemporaryDirectory() as scratch:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was counted until then is said
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(KeyboardInterrupt):
         for name in given.scenarios or names:
             if name == "damage":
                 damage(Path(scratch), given.every, tally)
             else:
-                torture(name, Path(scratch), given.every, given.moments, given.seed, tally, chosen)
+                torture(name, Path(scratch), given.every, given.moments, given.seed, tally, chosen, given.only or ())
     print(tally.report())
     return 1 if tally.failed else 0
 

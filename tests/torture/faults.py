@@ -1,4 +1,4 @@
-"""A forked process with a fault at one exact moment.
+"""A forked process, or several that train together, with a fault at one exact moment.
 
 The moments are what a process changes below a folder: files that are opened for writing, renamed or removed, folders
 that are made. Python reports each of them to audit hooks before it is done. What libraries write without Python
@@ -7,10 +7,12 @@ that are made. Python reports each of them to audit hooks before it is done. Wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -22,7 +24,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # Event of an audit hook -> which of its arguments is dir_fd; None where it has none.
 DIR_FD_AT = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.truncate": None}
 CONNECTIONS = "socket.connect"
-PATIENCE = 300  # seconds until a process counts as hanging
+PATIENCE = 180  # seconds until a process counts as hanging
+WAIT = 15  # seconds that processes wait for one that has ended before they have met
 
 Kind = Literal["kill", "terminate", "interrupt", "power", "full"]
 SIGNALS: dict[str, signal.Signals] = {
@@ -40,10 +43,14 @@ class Fault:
         kind: a signal; "power", which is a kill after which every file is empty that was written and not synchronised;
             or "full", a file system on which no file gets longer than `at` bytes.
         at: before which file operation, from 1; a float is a moment, in seconds from the start.
+        process: of several, whose operations are counted, and which is struck.
+        together: strikes all processes at that moment, as a terminal does; loss of power and full disks always do.
     """
 
     kind: Kind
     at: int | float
+    process: int = 0
+    together: bool = False
 
     def __str__(self) -> str:
         if self.kind == "full":
@@ -51,52 +58,138 @@ class Fault:
         when = f"operation {self.at}" if isinstance(self.at, int) else f"{self.at:.2f} s"
         return f"{self.kind} at {when}"
 
+    @classmethod
+    def parse(cls, kind: str, at: str) -> Fault:
+        """From the command line: "85", "0.5", "85:1" of process 1, "85:1+" of it and all others with it."""
+        moment, _, process = at.partition(":")
+        where = int(process.rstrip("+") or 0)
+        return cls(kind, float(moment) if "." in moment else int(moment), where, process.endswith("+"))  # type: ignore[arg-type]
+
+    def written(self) -> str:
+        """The inverse of `parse`."""
+        at = f"{self.at:.3f}" if isinstance(self.at, float) else str(self.at)
+        return f"{self.kind} {at}" + (f":{self.process}{'+' * self.together}" if self.process or self.together else "")
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a process ended: its exit code (negative: the signal), the operations that it did, what it said."""
+    """How processes ended: exit codes (negative: the signal), the operations of each, and what they said in turn."""
 
-    code: int
-    operations: int
+    codes: tuple[int, ...]
+    operations: tuple[int, ...]
     seconds: float
     said: str
 
+    @property
+    def code(self) -> int:
+        """The first that is not 0."""
+        return next((code for code in self.codes if code), 0)
 
-def run(action: Callable[[], int], watched: Path, fault: Fault | None = None, log: Path | None = None) -> Outcome:
-    """Runs `action` in a forked process, which may not outlast `PATIENCE`; its value is the exit code."""
-    log = log or watched.with_name(f"{watched.name}.log")
-    counted, counts = os.pipe()
+
+def run(
+    action: Callable[[], int],
+    watched: Path,
+    fault: Fault | None = None,
+    processes: int = 1,
+    met: Callable[[], bool] = lambda: True,
+) -> Outcome:
+    """Runs `action` in forked processes; its value is the exit code.
+
+    Args:
+        action: what each of them does.
+        watched: the folder whose operations count.
+        fault: what happens to one of them, or to all.
+        processes: how many there are; several find in the environment what torchrun would tell them.
+        met: whether several have found each other. Until then each waits for the others, and when one has ended the
+            rest is terminated, which is what a launcher does; later they must end by themselves.
+
+    Raises:
+        TimeoutError: one of them has not come to its end `PATIENCE` seconds after the start, and was killed.
+    """
+    logs = [watched.with_name(f"{watched.name}.{number}.log") for number in range(processes)]
+    environments = [_environment(number, processes) for number in range(processes)] if processes > 1 else [{}]
+    port = {"MASTER_PORT": str(_free_port())} if processes > 1 else {}
     began = time.monotonic()
-    process = os.fork()
-    if process == 0:
-        os.close(counted)
-        _in_child(action, watched, fault, log, counts)
-    os.close(counts)
+    pipes, running = [], dict[int, int]()
+    for number in range(processes):
+        counted, counts = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.setpgid(0, next(iter(running), 0))
+            os.environ.update(environments[number] | port)
+            _in_child(action, watched, _of_process(fault, number), logs[number], counts)
+        with contextlib.suppress(OSError):  # it may have been faster
+            os.setpgid(process, next(iter(running), 0))
+        os.close(counts)
+        pipes.append(counted)
+        running[process] = number
+    struck = next(process for process, number in running.items() if number == (fault.process if fault else 0))
+    codes = [0] * processes
+    alone = began
     deadline = began + PATIENCE
     moment = began + fault.at if fault and isinstance(fault.at, float) else deadline
-    while True:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            break
+    while running:
+        for process in list(running):
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[running.pop(process)] = os.waitstatus_to_exitcode(status)
         now = time.monotonic()
-        if now >= min(moment, deadline):
-            os.kill(process, signal.SIGKILL if now >= deadline or fault is None else SIGNALS[fault.kind])
-            moment = deadline
-            if now >= deadline:
+        if now >= deadline and running:
+            left = sorted(running.values())
+            for process in running:
+                os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
-                raise TimeoutError(f"still running after {PATIENCE} s: {fault}")
+            raise TimeoutError(
+                f"{f'processes {left}' if processes > 1 else 'it'} still ran after {PATIENCE} s: {fault}"
+            )
+        if now >= moment and fault:
+            for process in running:
+                if fault.together or process == struck:
+                    os.kill(process, SIGNALS[fault.kind])
+            moment = deadline
+        if not any(codes):
+            alone = now
+        elif running and now > alone + WAIT and not met():
+            for process in running:
+                os.kill(process, signal.SIGTERM)
         time.sleep(0.005)
-    with os.fdopen(counted) as pipe:
-        counted_text = pipe.read()
-    code = os.waitstatus_to_exitcode(status)
-    return Outcome(code, int(counted_text or 0), time.monotonic() - began, log.read_text(errors="replace"))
+    operations = []
+    for counted in pipes:
+        with os.fdopen(counted) as pipe:
+            operations.append(int(pipe.read() or 0))
+    said = "".join(log.read_text(errors="replace") for log in logs)
+    return Outcome(tuple(codes), tuple(operations), time.monotonic() - began, said)
+
+
+def _of_process(fault: Fault | None, number: int) -> Fault | None:
+    """What of a fault a process has to bring about itself."""
+    if fault is None or fault.kind == "full":
+        return fault
+    return fault if isinstance(fault.at, int) and fault.process == number else None
+
+
+def _environment(number: int, processes: int) -> dict[str, str]:
+    """As torchrun makes it; told so, accelerate joins the processes of a machine without GPUs."""
+    own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {
+        **{name: str(value) for name, value in own.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _in_child(action: Callable[[], int], watched: Path, fault: Fault | None, log: Path, counts: int) -> None:
     """Never returns."""
     code = 99
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent made of it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent made of these
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -118,18 +211,23 @@ def _in_child(action: Callable[[], int], watched: Path, fault: Fault | None, log
         os._exit(code)
 
 
+def _content_of(about: os.stat_result) -> tuple[int, int, int]:
+    """Another one after each write, and the same under every name that a file is given."""
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
 class _Hook:
     """Counts the operations below a folder, and strikes before one of them."""
 
     def __init__(self, watched: Path, fault: Fault | None) -> None:
         self.operations, self.busy = 0, False
         self._watched, self._fault = f"{watched.resolve()}{os.sep}", fault
-        self._began, self._synced = time.time_ns(), set[str]()
+        self._began, self._synced = time.time_ns(), set[tuple[int, int, int]]()
         sync = os.fsync
 
         def noted(descriptor: int) -> None:
             sync(descriptor)
-            self._synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+            self._synced.add(_content_of(os.fstat(descriptor)))
 
         os.fsync = noted
 
@@ -138,24 +236,22 @@ class _Hook:
             return
         self.busy = True  # what is done here is not the process's own
         try:
-            paths = self._changed(event, arguments)
-            if paths is None:
+            if not self._changes(event, arguments):
                 return
             self.operations += 1
             if self._fault and self.operations == self._fault.at:
                 self._strike()
-            self._follow(event, paths)
         finally:
             self.busy = False
 
-    def _changed(self, event: str, arguments: tuple[object, ...]) -> list[str] | None:
-        """The paths that an event is about; None if it changes nothing below the folder."""
+    def _changes(self, event: str, arguments: tuple[object, ...]) -> bool:
+        """Whether an event changes something below the folder, or elsewhere through the network."""
         if event == CONNECTIONS:
-            return []
+            return True
         if event == "open":
             path, _, flags = arguments
             if not isinstance(flags, int) or not flags & WRITING:
-                return None
+                return False
             paths, folder = [path], -1
         else:
             place = DIR_FD_AT[event]
@@ -164,17 +260,7 @@ class _Hook:
         named = [os.fsdecode(path) for path in paths if isinstance(path, str | bytes | os.PathLike)]
         if isinstance(folder, int) and folder >= 0:  # shutil.rmtree names things relative to an open folder
             named = [os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path) for path in named]
-        named = [os.path.abspath(path) for path in named]
-        return named if any(path.startswith(self._watched) for path in named) else None
-
-    def _follow(self, event: str, paths: list[str]) -> None:
-        """Keeps the names of what was synchronised up to date."""
-        if event == "os.rename":
-            old, new = paths
-            moved = {path for path in self._synced if path == old or path.startswith(f"{old}{os.sep}")}
-            self._synced = (self._synced - moved) | {new + path[len(old) :] for path in moved}
-        elif event == "open":
-            self._synced.difference_update(paths)
+        return any(os.path.abspath(path).startswith(self._watched) for path in named)
 
     def _strike(self) -> None:
         assert self._fault is not None
@@ -183,7 +269,10 @@ class _Hook:
                 for path in (os.path.join(folder, name) for name in names):
                     if os.path.islink(path):  # what it leads to has its own turn
                         continue
-                    if path not in self._synced and os.stat(path).st_mtime_ns >= self._began:
+                    about = os.stat(path)
+                    if _content_of(about) not in self._synced and about.st_mtime_ns >= self._began:
                         os.truncate(path, 0)
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.kill(os.getpid(), SIGNALS[self._fault.kind])
+            os.killpg(0, signal.SIGKILL)
+        (os.killpg if self._fault.together else os.kill)(
+            0 if self._fault.together else os.getpid(), SIGNALS[self._fault.kind]
+        )

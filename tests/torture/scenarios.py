@@ -7,20 +7,34 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from evaluations import DATA
 from loopback_hub import LoopbackHub
 from loopback_hub.clients import pointed_at
+from publishable import evaluation, make_run
 from runs import assert_same_run
+from scripts import script
 
 import timm_lowrank as tlr
+from timm_lowrank.checkpoint import listed as checkpoint_list
+from timm_lowrank.checkpoint import verify
+from timm_lowrank.checkpoint.listed import read_checkpoints
 from timm_lowrank.cli import main
 from timm_lowrank.errors import CheckpointError
+from timm_lowrank.evaluation.results import write_evaluation
+from timm_lowrank.publish.record import read_run
 from timm_lowrank.training.checkpoints import listed
+from timm_lowrank.training.run import Run
+
+from .faults import PATIENCE
+from .faults import run as run_apart
 
 RECIPE: dict[str, Any] = {
     "name": "small",
@@ -41,6 +55,8 @@ RECIPE: dict[str, Any] = {
     "spectrum_images": 40,
     "streaming": False,
 }
+EVALUATED = ["--limit", "20", "--train-limit", "40"]
+ROOT = Path(__file__).parents[2]
 
 
 class Scenario:
@@ -49,10 +65,14 @@ class Scenario:
     Attributes:
         name: on the command line.
         faults: that it is tried with.
+        processes: that do it together.
+        says_all: whether all that is said comes from the package, so that a traceback is a failure.
     """
 
     name: str
     faults: tuple[str, ...] = ("kill", "terminate", "interrupt", "power", "full")
+    processes: int = 1
+    says_all: bool = True
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -65,6 +85,10 @@ class Scenario:
     def act(self, folder: Path) -> int:
         """Does it, in a process of its own, and gives the exit code."""
         raise NotImplementedError
+
+    def met(self, folder: Path) -> bool:
+        """Whether several processes have found each other."""
+        return True
 
     def after_fault(self, folder: Path) -> None:
         """Raises an AssertionError if what is there after a fault may not be."""
@@ -83,6 +107,12 @@ def no_leftovers(folder: Path) -> None:
     """Nothing half written lies about."""
     left = [path for path in folder.rglob("*") if ".partial" in path.name or path.name.startswith(".writing-")]
     assert not left, f"left over: {[str(path.relative_to(folder)) for path in left]}"
+
+
+def _done(arguments: list[str], folder: Path) -> None:
+    """One command, in a process of its own: what it leaves behind in memory must not be there when others fork."""
+    outcome = run_apart(lambda: main(arguments), folder)
+    assert outcome.code == 0, outcome.said
 
 
 class Training(Scenario):
@@ -122,6 +152,46 @@ class Streamed(Training):
             "streaming": True, "shuffle_buffer": 40, "ema_decay": None,
         }  # fmt: skip
         super().__init__(scratch)
+
+
+class Together(Training):
+    """The same by two processes; one of them is struck, and both."""
+
+    name = "processes"
+    processes = 2
+
+    def met(self, folder: Path) -> bool:
+        return (folder / "run").exists()
+
+
+class Launched(Training):
+    """The same by two processes of `accelerate launch`, where the launcher is struck, or everything."""
+
+    name = "launched"
+    faults = ("kill", "terminate", "interrupt")
+    says_all = False
+
+    def act(self, folder: Path) -> int:
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        train = ["-m", "timm_lowrank", "train", "--config", str(self.config), "--output", str(folder / "run")]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(tlr.__file__).parents[1])}
+        os.execve(sys.executable, [sys.executable, *launch, *train, "--resume", "auto"], environment)
+
+    def after_fault(self, folder: Path) -> None:
+        """A launcher that was killed leaves its processes to themselves; they come to an end."""
+        deadline = time.monotonic() + PATIENCE
+        while left := _processes_that_name(folder):
+            assert time.monotonic() < deadline, f"still running: {left}"
+            time.sleep(0.1)
+
+
+def _processes_that_name(folder: Path) -> list[str]:
+    """The command lines in which a folder is."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if f"{folder}{os.sep}" in line]
 
 
 class Saving(Scenario):
@@ -199,16 +269,11 @@ class Evaluating(Scenario):
 
     def prepare(self, folder: Path) -> None:
         if not self._run.exists():
-            from .faults import run
-
-            train = ["train", "--config", str(self._config), "--output", str(self._run)]
-            outcome = run(lambda: main(train), self._run)
-            assert outcome.code == 0, outcome.said
+            _done(["train", "--config", str(self._config), "--output", str(self._run)], self._run)
         shutil.copytree(self._run, folder / "run")
 
     def act(self, folder: Path) -> int:
-        limits = ["--limit", "20", "--train-limit", "40"]
-        return main(["evaluate", str(folder / "run"), "--against", "none", *limits])
+        return main(["evaluate", str(folder / "run"), "--against", "none", *EVALUATED])
 
     def check(self, folder: Path, whole: Path) -> None:
         one, two = (json.loads((each / "run" / "evaluation.json").read_text()) for each in (folder, whole))
@@ -230,8 +295,6 @@ class Pushing(Scenario):
 
     def __init__(self, scratch: Path) -> None:
         super().__init__(scratch)
-        from publishable import make_run
-
         self._run = scratch / "published"
         make_run(self._run)
         self._hub: LoopbackHub | None = None
@@ -271,7 +334,66 @@ class Pushing(Scenario):
                 assert one[name] == two[name], name
 
 
-SCENARIOS: dict[str, type[Scenario]] = {one.name: one for one in (Training, Streamed, Saving, Evaluating, Pushing)}
+class Adding(Scenario):
+    """Adding a run to the checkpoints of a clone in the place of an older one, which is there or the new one is."""
+
+    name = "adding"
+
+    def __init__(self, scratch: Path) -> None:
+        super().__init__(scratch)
+        self._clone, self._runs = scratch / "clone", [scratch / f"run-{seed}" for seed in (0, 1)]
+        for folder in ("hub", "docs"):
+            (self._clone / folder).mkdir(parents=True)
+        shutil.copytree(ROOT / "recipes" / "configs", self._clone / "recipes" / "configs")
+        (self._clone / "hub" / "checkpoints.yaml").write_text("[]")
+        marks = "<!-- generated: checkpoints -->\n<!-- end of generated: checkpoints -->\n"
+        (self._clone / "docs" / "hub.md").write_text(marks)
+        short = {**RECIPE, "name": "digits", "epochs": 1, "pretrain_epochs": 0, "save_every_steps": None, "twin": False}
+        for seed, run in enumerate(self._runs):
+            config = scratch / "recipe.yaml"
+            config.write_text(yaml.safe_dump({**short, "seed": seed}))
+            _done(["train", "--config", str(config), "--output", str(run)], run)
+            data = dataclasses.replace(DATA, images=200, fingerprint=Run.open(run).summary.data.fingerprint)
+            write_evaluation(evaluation(run / "model", run / "model", data=data), run / "evaluation.json")
+        outcome = run_apart(lambda: self._add(self._clone, 0), self._clone)
+        assert outcome.code == 0, outcome.said
+        self._sha256 = [read_run(run).sha256 for run in self._runs]
+
+    def _add(self, clone: Path, seed: int) -> int:
+        checkpoint_list.CLONE = clone  # of this process, which is one of its own
+        try:
+            script("checkpoints")(["add", str(self._runs[seed]), "one", "--sample", "digits"])
+        except SystemExit as error:
+            if isinstance(error.code, str):
+                print(error.code)
+            return error.code if isinstance(error.code, int) else 1
+        return 0
+
+    def prepare(self, folder: Path) -> None:
+        shutil.copytree(self._clone, folder)
+
+    def act(self, folder: Path) -> int:
+        return self._add(folder, 1)
+
+    def after_fault(self, folder: Path) -> None:
+        there = folder / "hub" / "checkpoints" / "one"
+        record = read_run(there)
+        assert record.sha256 in self._sha256, "it is neither the old checkpoint nor the new one"
+        verify(there, sha256=record.sha256)
+        read_checkpoints(folder / "hub" / "checkpoints.yaml")
+
+    def check(self, folder: Path, whole: Path) -> None:
+        one, two = (
+            {str(path.relative_to(each)): path.read_bytes() for path in sorted(each.rglob("*")) if path.is_file()}
+            for each in (folder, whole)
+        )
+        assert one.keys() == two.keys(), one.keys() ^ two.keys()
+        assert one == two, [name for name in one if one[name] != two[name]]
+
+
+SCENARIOS: dict[str, type[Scenario]] = {
+    one.name: one for one in (Training, Streamed, Together, Launched, Saving, Adding, Evaluating, Pushing)
+}
 
 
 # -------------------------------------------------------------------------------------------------- damaged files

@@ -15,13 +15,11 @@ from safetensors import SafetensorError, safe_open
 from timm.models import is_model, model_entrypoint
 
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError, nearest
-from ..files import disk_errors, is_abandoned, sha256_of, sync, taken
+from ..files import ASIDE, disk_errors, is_abandoned, sha256_of, sync, taken
 
 NETWORK_CONFIG, NETWORK_WEIGHTS = "config.json", "model.safetensors"
 LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"
 CHECKPOINT_FILES = (NETWORK_CONFIG, NETWORK_WEIGHTS, LOWRANK_CONFIG, LOWRANK_WEIGHTS)
-
-ASIDE = ".writing-"  # what a save is prepared in
 
 # Formats that run code when they are opened, or may.
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".tar")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..data import Data, ImageData, StreamedData, load_data, load_images
 from ..data.images import balanced_rows
-from ..environment import device_name, versions
+from ..environment import device_name, together, versions
 from ..errors import EvaluationError, EvaluationWarning, ImageSizesError
 from ..evaluation import activations
 from ..evaluation.checks import check_before_attack
@@ -105,7 +106,8 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
 
     Raises:
         EvaluationError: for a mistake in the options, networks or data, before anything is written.
-        TrainingError: data that cannot be read, a disk that cannot be written; what is finished is kept.
+        TrainingError: data that cannot be read, a disk that cannot be written, another process that has ended; what
+            is finished is kept.
     """
     began = time.monotonic()
     for limit in (options.limit, options.train_limit, options.spectrum_limit):
@@ -144,12 +146,17 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         spectrum_limit=spectrum_limit(data.image_size),
     )  # fmt: skip
     settings = settings_of(context, measurements)
+    partial = PartialResults(options.folder / "evaluation.json.partial", settings)
     finished = _finished(options, settings)
     if finished is not None:
+        if state.is_main_process:
+            with contextlib.suppress(EvaluationError):  # another evaluation, which can still go on
+                partial.units()
+                partial.remove()  # a kill may have come before this
         return finished if state.is_main_process else None
     oddities = _oddities(context)
-    partial = PartialResults(options.folder / "evaluation.json.partial", settings)
-    results = run(context, measurements, partial, state)
+    with together("evaluation", "the same command continues"):
+        results = run(context, measurements, partial, state)
     if results is None:
         return None
     evaluation = Evaluation(

@@ -13,13 +13,13 @@ from accelerate.utils import broadcast_object_list
 from ..checkpoint import save_pretrained
 from ..data import Data, StreamedData, load_data
 from ..data.batches import TestBatches, evaluation_batches
-from ..environment import fast_precision, require
+from ..environment import fast_precision, require, together
 from ..errors import RecipeError, RunError
 from .checkpoints import Progress
 from .loop import Tested, TrainedEpoch, check_alive, evaluate, train_epoch
 from .recipe import Recipe, read_recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
-from .run import ComparatorSummary, EpochMetrics, Run, RunFolder, RunPaths, Spectrum, Summary
+from .run import GO_ON, ComparatorSummary, EpochMetrics, Run, RunFolder, RunPaths, Spectrum, Summary
 from .state import TrainingState, build, seeded
 
 BRANCH_PARTS = ("reconstruction", "norm", "head", "outside", "activation_norm", "gradient_share")
@@ -45,10 +45,15 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, data: Dat
 
     Raises:
         TrainingError: for a mistake in the recipe, data or output, all found before the output is touched, and
-            for a run that diverged or could not be written.
+            for a run that diverged or could not be written, or whose other processes have ended.
         LowRankError: from a branch, if a regularized layer collapsed.
     """
     require("matplotlib", "matplotlib")  # now, not after hours of training
+    with together("training", GO_ON):
+        return _train(recipe, output, resume, data)
+
+
+def _train(recipe: Recipe, output: str | Path, resume: bool, data: Data | None) -> Summary:
     recipe = _with_precision(recipe, Path(output), resume)
     folder = RunFolder(output, recipe, resume)
     twin_folder = RunFolder(folder.twin, recipe.plain(), resume) if recipe.twin is True else None

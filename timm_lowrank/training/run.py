@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..checkpoint.files import remove_abandoned
+from ..environment import together
 from ..errors import RecipeError, RunError
 from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, exclusive, read_json, sync, write_whole
 from ..records import decode
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # What decides how images reach the network, not which: their fingerprint is compared instead.
 FREE = ("data", "streaming", "workers")
 PUBLISHED_RECIPE = "recipe.yaml"
+GO_ON = "continue with the same command and --resume auto"
 
 Spectrum = dict[str, list[float]]  # for each layer the largest shares of its variance, descending
 
@@ -393,14 +395,16 @@ class RunFolder(RunPaths):
         It holds metrics.csv as it is then. The name appears with one rename once everything is on the disk.
 
         Raises:
-            RunError: if the disk is full or not writable; the older checkpoints are then untouched.
+            RunError: if the disk is full or not writable, or another process has ended; the older checkpoints are then
+                untouched.
         """
         final = self.checkpoint_folder / name_of(epoch, step)
         partial = final.with_name(f".{final.name}.partial")
         when = f"epoch {epoch}, step {step}" if step else f"epoch {epoch}"
         what = f"could not write the checkpoint of {when} to {self.checkpoint_folder}"
         try:
-            with disk_errors(what, f"Free some space and continue with --resume auto; {self._kept()}."):
+            kept = f"Free some space and continue with --resume auto; {self._kept()}."
+            with disk_errors(what, kept), together("training", GO_ON):
                 accelerator.save_state(str(partial))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
