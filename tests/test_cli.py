@@ -209,20 +209,30 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_ctrl_c_in_a_destructor_is_not_lost(capsys, monkeypatch):
+def lost_in_a_destructor():
     """Python only prints what is raised there, and goes on; modules that are imported leave many such callbacks."""
 
     class Gone:
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    def interrupted(given):
-        Gone()
-        time.sleep(30)
-        raise AssertionError("it went on")
+    Gone()
+    time.sleep(30)
+    raise AssertionError("it went on")
 
+
+def turned_into_another_error():
+    """As extensions do that are interrupted while they are loaded."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("initialization failed") from None
+
+
+@pytest.mark.parametrize("interrupted", [lost_in_a_destructor, turned_into_another_error])
+def test_ctrl_c_is_not_lost(interrupted, capsys, monkeypatch):
     declare, _, after = COMMANDS["layers"]
-    monkeypatch.setitem(COMMANDS, "layers", (declare, interrupted, after))
+    monkeypatch.setitem(COMMANDS, "layers", (declare, lambda given: interrupted(), after))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before = sys.unraisablehook
     assert main(["layers", "resnet18"]) == 130
@@ -239,6 +249,21 @@ def test_ctrl_c_before_a_command_begins_is_one_line(capsys, monkeypatch):
     assert main(["layers", "resnet18"]) == 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
+
+
+def test_ctrl_c_at_the_end_of_the_process_prints_no_traceback():
+    code = """if True:
+        import atexit, sys, time
+        from timm_lowrank import cli
+        atexit.register(lambda: (print("leaving", flush=True), time.sleep(60)))
+        sys.exit(cli.main(["layers", "test_resnet"]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.stdout.readline() != "leaving\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -signal.SIGINT
 
 
 def test_ctrl_c_under_accelerate_launch_is_one_line_and_keeps_the_checkpoint(tmp_path):

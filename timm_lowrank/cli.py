@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import atexit
 import contextlib
 import inspect
 import json
@@ -19,6 +20,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,33 +63,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"interrupted: {given.interrupted}", file=sys.stderr)
         return 130
+    # While Python takes itself down it has nobody left to tell, and would print a traceback under what is finished.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return 0
 
 
 @contextlib.contextmanager
 def _interrupts_not_lost() -> Iterator[None]:
-    """Has Ctrl-C end the block even if it falls into a destructor or a callback, of which imports have many.
+    """Has Ctrl-C end the block with a KeyboardInterrupt, wherever it falls.
 
-    From there Python passes no exception on: it prints a traceback, and everything goes on as if nobody had asked. So
-    the interrupt is given once more, a moment later.
+    Out of a destructor or a callback, such as imports and forks leave, Python passes no exception on: it prints a
+    traceback, and everything goes on as if nobody had asked; so the interrupt is given once more, a moment later. And a
+    library that is interrupted while it is loaded may raise an error of its own instead.
     """
-    before, again = sys.unraisablehook, list[threading.Timer]()
+    hook, handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
+    again: list[threading.Thread] = []
+    asked = over = False
+    inside = False  # the hook, where another interrupt would be lost as well
 
-    def hook(lost: sys.UnraisableHookArgs) -> None:
-        if lost.exc_type is KeyboardInterrupt:
-            again.append(threading.Timer(0.01, _thread.interrupt_main))
-            again[-1].daemon = True
-            again[-1].start()
-        else:
-            before(lost)
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        if not inside:
+            raise KeyboardInterrupt
 
-    sys.unraisablehook = hook
+    def once_more() -> None:
+        time.sleep(0.01)
+        while inside:
+            time.sleep(0.01)
+        if not over:
+            _thread.interrupt_main()
+
+    def lost(error: sys.UnraisableHookArgs) -> None:
+        nonlocal inside
+        if error.exc_type is not KeyboardInterrupt:
+            hook(error)
+            return
+        inside = True
+        again.append(threading.Thread(target=once_more, daemon=True))
+        again[-1].start()
+        inside = False
+
+    ours = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = lost
     try:
         yield
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        sys.unraisablehook = before
-        for timer in again:
-            timer.cancel()
+        over = True
+        for thread in again:
+            thread.join()
+        sys.unraisablehook = hook
+        if ours:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

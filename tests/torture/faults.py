@@ -25,6 +25,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 DIR_FD_AT = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.truncate": None}
 CONNECTIONS = "socket.connect"
 PATIENCE = 180  # seconds until a process counts as hanging
+CAUGHT = (signal.SIGINT, signal.SIGTERM)
 WAIT = 15  # seconds that processes wait for one that has ended before they have met
 
 Kind = Literal["kill", "terminate", "interrupt", "power", "full"]
@@ -113,11 +114,13 @@ def run(
     pipes, running = [], dict[int, int]()
     for number in range(processes):
         counted, counts = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # a signal waits until the process is what it will be
         process = os.fork()
         if process == 0:
             os.setpgid(0, next(iter(running), 0))
             os.environ.update(environments[number] | port)
             _in_child(action, watched, _of_process(fault, number), logs[number], counts)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
         with contextlib.suppress(OSError):  # it may have been faster
             os.setpgid(process, next(iter(running), 0))
         os.close(counts)
@@ -186,7 +189,7 @@ def _free_port() -> int:
 
 def _in_child(action: Callable[[], int], watched: Path, fault: Fault | None, log: Path, counts: int) -> None:
     """Never returns."""
-    code = 99
+    code, begun = 99, False
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent made of these
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -199,11 +202,15 @@ def _in_child(action: Callable[[], int], watched: Path, fault: Fault | None, log
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.at), resource.RLIM_INFINITY))
         hook = _Hook(watched, fault if fault and fault.kind != "full" and isinstance(fault.at, int) else None)
         sys.addaudithook(hook)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
+        begun = True
         code = action()
         hook.busy = True
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.write(counts, str(hook.operations).encode())
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not begun:
+            os._exit(130)
         traceback.print_exc()
     finally:
         sys.stdout.flush()
