@@ -38,6 +38,7 @@ from timm_lowrank.evaluation import (
     predictions,
     rho,
 )
+from timm_lowrank.evaluation.cushion import cushions_of_pass
 from timm_lowrank.evaluation.results import (
     Kind,
     Protocol,
@@ -53,11 +54,20 @@ from timm_lowrank.report import text_table
 from timm_lowrank.suites import Options, evaluate, join_processes, plan
 from timm_lowrank.suites import evaluation as evaluation_module
 from timm_lowrank.suites.measurements import accuracy, perturbations
+from timm_lowrank.suites.measurements import passes as test_passes
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
 from timm_lowrank.suites.measurements.base import Results
-from timm_lowrank.suites.measurements.classifiers import UNTIL_FOOLED, FooledHybrid, LeadingFeatures
+from timm_lowrank.suites.measurements.classifiers import UNTIL_FOOLED, Compression, FooledHybrid, LeadingFeatures
 from timm_lowrank.suites.measurements.perturbations import AccuracyByNoise, AdversarialStrip, DeepFool
-from timm_lowrank.suites.measurements.representations import DIMENSION, Cushion, CutPreactivations, Sparsity, Spectrum
+from timm_lowrank.suites.measurements.representations import (
+    DIMENSION,
+    Cushion,
+    CutPreactivations,
+    Plane,
+    Sparsity,
+    Spectrum,
+    Stability,
+)
 from timm_lowrank.suites.networks import load_network, random_twin
 from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
 from timm_lowrank.text import phrases
@@ -553,6 +563,69 @@ def test_spectra_take_twice_as_many_images_as_features(trained, tmp_path):
     only = evaluated_in(trained, tmp_path / "last", measurements=(Spectrum(),), limit=10, against=("none",))
     assert only.figure("effective-rank-layer3").values["2-LR"].of == min(100, 2 * width)
     assert only.settings.spectrum_images == min(100, 2 * width)
+
+
+SHARING = (
+    Clean(), Spectrum(uncentred=True), Compression((5,)), LeadingFeatures((2,)), Plane(), Sparsity(), Cushion(),
+)  # fmt: skip
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Images in each forward pass without gradients and of more than one image, network by network."""
+    seen = {}
+    forward = PixelModel.forward
+
+    def counting(model, images):
+        if len(images) > 1 and not torch.is_grad_enabled():
+            seen.setdefault(model, []).append(len(images))
+        return forward(model, images)
+
+    monkeypatch.setattr(PixelModel, "forward", counting)
+    monkeypatch.setattr(evaluation_module, "_oddities", lambda context: [])
+    return seen
+
+
+def test_what_looks_at_representations_shares_one_pass_over_the_images(trained, tmp_path, passes):
+    """24 test images in chunks of 16, 76 more for spectra, 200 training images."""
+    together = evaluated_in(trained, tmp_path / "all", measurements=SHARING, pages=False)
+    assert len(passes) == 2
+    for sizes in passes.values():
+        assert sizes[:2] == [16, 8]
+        assert sum(sizes) == 24 + 76 + 200
+    figures = {figure.key: figure for figure in together.figures}
+    passes.clear()
+    for one in SHARING:
+        alone = evaluated_in(trained, tmp_path / one.key, measurements=(one,), pages=False)
+        assert alone.figures or alone.curves
+        assert [figures[figure.key] for figure in alone.figures] == list(alone.figures)
+        assert all(curve in together.curves for curve in alone.curves)
+    assert sum(map(sum, passes.values())) > 2 * 2 * 300, "alone they would have made as few"
+    passes.clear()
+    evaluated_in(trained, tmp_path / "moved", measurements=(*SHARING, Stability(8 / 255, 2)), pages=False)
+    assert [sum(sizes) for sizes in passes.values()] == [300 + 24] * 2, "the moved images have a pass of their own"
+
+
+def test_a_pass_takes_along_only_what_is_still_to_be_measured(trained, tmp_path, passes, monkeypatch):
+    """Of an evaluation that was killed, and of layers that cannot be read, which leave the other readings alone."""
+    measured = []
+    monkeypatch.setattr(
+        test_passes, "cushions_of_pass", lambda model: measured.append(model) or cushions_of_pass(model)
+    )
+    evaluated_in(trained, tmp_path / "some", measurements=(Clean(), Sparsity()), pages=False)
+    assert not measured
+    monkeypatch.setattr(evaluation_module, "_layers", lambda networks: ["layer9"])
+    evaluation = evaluated_in(trained, tmp_path / "bad", measurements=(Clean(), Sparsity(), Cushion()), pages=False)
+    assert evaluation.figure("clean").values["2-LR"].of == 24
+    assert any(figure.kind is Kind.CUSHION for figure in evaluation.figures)
+    assert len([text for text in evaluation.warnings if "sparsity was not measured: " in text]) == 2
+    assert len(measured) == 4  # two chunks of two networks
+
+
+def test_classifiers_of_all_layers_are_fitted_on_one_pass(trained, tmp_path, passes):
+    evaluated_in(trained, tmp_path, measurements=(FooledHybrid("DeepFool", steps=2),), chunk=25, pages=False)
+    trained_on = [sum(size for size in sizes if size == 25) for sizes in passes.values()]
+    assert trained_on == [200, 200]
 
 
 def test_a_radius_beyond_the_grid_is_said_to_be_so(trained, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,19 +67,32 @@ def layer_cushion(
     for batch in images.split(check_count(batch_size, "batch_size")):
         with evaluating(model), _measuring(modules, norm) as found:
             bare(model)(batch)
-        for layer, seen in found.items():
-            usable = len(seen) == 1 and len(seen[0]) == len(batch)
-            if not usable and layers is None:
-                del modules[layer]
-                parts.pop(layer)
-            elif not usable:
+        once = _of_one_run(found, len(batch))
+        for layer in [layer for layer in modules if layer not in once]:
+            if layers is not None:
                 raise EvaluationError(
-                    f"layer {layer!r} ran {len(seen)} times in one forward pass of {len(batch)} images; "
+                    f"layer {layer!r} ran {len(found[layer])} times in one forward pass of {len(batch)} images; "
                     "its cushion needs a layer that runs once, on a batch of them"
                 )
-            else:
-                parts[layer] += seen
+            del modules[layer], parts[layer]
+        for layer, ratios in once.items():
+            parts[layer].append(ratios)
     return {layer: torch.cat(values) for layer, values in parts.items()}
+
+
+@contextlib.contextmanager
+def cushions_of_pass(model: nn.Module) -> Iterator[Callable[[int], dict[str, Tensor]]]:
+    """`layer_cushion` of all layers for a forward pass that is made inside the block, for something else as well.
+
+    Gives a function of the number of images in that pass, for after the block: {layer: (n,) float64}.
+    """
+    with _measuring({layer: _linear_map(model, layer) for layer in weight_layers(model)}, "operator") as found:
+        yield lambda count: _of_one_run(found, count)
+
+
+def _of_one_run(found: Mapping[str, list[Tensor]], count: int) -> dict[str, Tensor]:
+    """The ratios of the layers that ran once, on a batch of all images."""
+    return {layer: seen[0] for layer, seen in found.items() if len(seen) == 1 and len(seen[0]) == count}
 
 
 def operator_norm(

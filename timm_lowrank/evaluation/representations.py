@@ -366,6 +366,8 @@ def stability(
     adversarial: Tensor,  # of the same shape, the same images perturbed
     layers: Sequence[str],
     batch_size: int = 500,
+    *,
+    clean: Mapping[str, Tensor] | None = None,  # {layer: (n, features)}
 ) -> Stability:
     """How far each perturbation moves the input and the representations (paper, Fig. 4b and 16), in eval mode.
 
@@ -374,16 +376,21 @@ def stability(
 
     Args:
         model, layers: as in `activations`.
+        clean: `activations` of the images, where they are known already.
 
     Raises:
         EvaluationError: images of different shapes, and as `activations`.
     """
     _check_pair(images, adversarial)
     parts: dict[str, list[Tensor]] = {}
-    before = activation_batches(model, images, layers, batch_size)
+    if clean is None:
+        before = activation_batches(model, images, layers, batch_size)
+    else:
+        split = [clean[layer].to(images.device).split(batch_size) for layer in layers]
+        before = (dict(zip(layers, batch, strict=True)) for batch in zip(*split, strict=True))
     after = activation_batches(model, adversarial, layers, batch_size)
-    for clean, moved in zip(before, after, strict=True):
-        for layer, value in clean.items():
+    for start, moved in zip(before, after, strict=True):
+        for layer, value in start.items():
             parts.setdefault(layer, []).append(_moved(value, moved[layer]))
     shifts = {layer: torch.cat(values) for layer, values in parts.items()}
     inputs = _moved(images, adversarial)

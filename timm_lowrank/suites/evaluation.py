@@ -24,7 +24,7 @@ from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation
 from ..files import disk_errors
 from ..report import write_plots, write_report
 from .foreign import Resizing
-from .measurements.base import Context, Measurement
+from .measurements.base import Context, Measurement, SpectrumImages
 from .measurements.classifiers import OtherLabels
 from .networks import NO_TWIN, EvaluatedNetwork, load_network, load_networks
 from .plan import chosen_suites, measurements_of
@@ -235,6 +235,8 @@ def build_context(
     test = _balanced(data.test_labels, limit, classes)
     train = _balanced(data.train_labels, train_limit, classes)
     many = test if spectrum_limit is None else _balanced(data.test_labels, spectrum_limit, classes)
+    places = torch.full((len(data.test_labels),), -1)
+    places[test] = torch.arange(len(test))
     return Context(
         networks={network.title: network for network in networks},
         images=(data.test_images[test].float() / 255).to(device),
@@ -250,7 +252,9 @@ def build_context(
         chunk=chunk,
         other_labels=(other_labels.train_labels[train], other_labels.test_labels[test]) if other_labels else None,
         source=source,
-        spectrum=None if len(many) == len(test) else (data.test_images[many], data.test_labels[many]),
+        spectrum=None if len(many) == len(test) else SpectrumImages(
+            data.test_images[many], data.test_labels[many], places[many]
+        ),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ..errors import EvaluationError
 from ..evaluation.results import Settings
 from ..files import disk_errors, write_whole
 from .measurements.base import Columns, Context, Measurement, Results
+from .measurements.passes import Reading
 
 FAILED = "failed"  # the column of a measurement that could not be made
 ADVICE = "Free some space and give the same command again: it goes on with what is there."
@@ -39,7 +40,7 @@ def settings_of(context: Context, measurements: Sequence[Measurement]) -> Settin
         chunk=context.chunk,
         images=len(context.images),
         train_images=len(context.train_images),
-        spectrum_images=len(context.images if context.spectrum is None else context.spectrum[0]),
+        spectrum_images=len(context.images if context.spectrum is None else context.spectrum.images),
         data=str(context.data.fingerprint),
         networks={title: network.weights for title, network in context.networks.items()}
         | ({} if context.source is None else {f"source {context.source.title}": context.source.weights}),
@@ -76,6 +77,7 @@ def run(
     if state.is_main_process and len(missing) < len(units):
         print(f"continuing: {len(units) - len(missing)} of {len(units)} pieces are there", flush=True)
     mine = missing[state.process_index :: state.num_processes]
+    context = dataclasses.replace(context, expected=_expected(context, by_key, mine))
     bar = tqdm(mine, disable=not state.is_main_process, unit="piece", dynamic_ncols=True)
     for unit in bar:
         bar.set_description(f"{unit.measurement}, {unit.title}"[:40].ljust(40))
@@ -93,9 +95,26 @@ def plan_units(context: Context, measurements: Sequence[Measurement]) -> list[Un
     for title in context.networks:
         for measurement in measurements:
             if measurement.unavailable(context, title) is None:
-                count = -(-len(context.images) // context.chunk) if measurement.chunked else 1
+                count = _chunks(context) if measurement.chunked else 1
                 units += [Unit(measurement.key, title, number) for number in range(count)]
     return units
+
+
+def _expected(
+    context: Context, by_key: Mapping[str, Measurement], units: Sequence[Unit]
+) -> dict[tuple[str, int], frozenset[Reading]]:
+    """What the units will read off a pass of each network and chunk."""
+    found: dict[tuple[str, int], frozenset[Reading]] = {}
+    for unit in units:
+        measurement = by_key[unit.measurement]
+        chunks = [unit.chunk] if measurement.chunked else range(_chunks(context))
+        for chunk in chunks:
+            found[unit.title, chunk] = found.get((unit.title, chunk), frozenset()) | measurement.readings
+    return found
+
+
+def _chunks(context: Context) -> int:
+    return -(-len(context.images) // context.chunk)
 
 
 def _observed(context: Context, measurement: Measurement, unit: Unit) -> Columns:

@@ -18,7 +18,7 @@ from ...data.images import balanced_rows
 from ...evaluation import PixelModel, attacks
 from ...evaluation.attacks.gradient import OnStep
 from ...evaluation.maxmargin import MaxMarginClassifier, max_margin_classifiers
-from ...evaluation.representations import activations
+from ...evaluation.representations import activation_batches, activations
 from ...evaluation.results import (
     AttackProtocol,
     Curve,
@@ -33,8 +33,18 @@ from ...evaluation.results import (
 )
 from ...evaluation.robustness import noise_at
 from ..networks import EvaluatedNetwork
+from .passes import Reading, TestPass
 
 Columns = dict[str, list[Any]]  # name -> entries, of most one an image; JSON takes it as it is
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpectrumImages:
+    """Test images that spectra are taken of, on the CPU."""
+
+    images: Tensor  # (k, channels, height, width) uint8
+    labels: Tensor  # (k,) int64
+    rows: Tensor  # (k,) int64: where each is among the images that all else is measured on; -1 where it is not
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +63,9 @@ class Context:
     other_labels: tuple[Tensor, Tensor] | None = None  # of the training and the test images, (k,) and (n,), on the CPU
     confidence: float = 0.95
     source: EvaluatedNetwork | None = None  # that black-box attacks are crafted on; it is not measured
-    spectrum: tuple[Tensor, Tensor] | None = None  # test images uint8, labels, on the CPU; None: the images above
+    spectrum: SpectrumImages | None = None  # None: spectra are taken of the images above
+    expected: Mapping[tuple[str, int], frozenset[Reading]] = dataclasses.field(default_factory=dict)
+    """What this process will read off a pass of each network and chunk."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -109,32 +121,51 @@ class Context:
         """How a figure was measured: what stands beside every one."""
         return Protocol(images=len(self.images), seed=self.seed, attack=attack, noise=noise, details=details)
 
+    def test_pass(self, title: str) -> TestPass:
+        """What the test images leave in a network, each run through it once on each process.
+
+        That of one network at a time is kept: the widest layers fill memory.
+        """
+        if title not in self._passes:
+            self._passes.clear()
+            expected = {chunk: readings for (name, chunk), readings in self.expected.items() if name == title}
+            self._passes[title] = TestPass(self.networks[title].model, self.images, self.layers, self.chunk, expected)
+        return self._passes[title]
+
+    @functools.cached_property
+    def _passes(self) -> dict[str, TestPass]:
+        return {}
+
     def representations(self, title: str, *, train: bool) -> dict[str, Tensor]:
         """Activations (images, features) float32 of every layer, on the CPU; computed once on each process.
 
-        Those of one network at a time are kept: the widest layers fill memory.
+        Those of one network at a time are kept.
         """
-        if (title, train) not in self._activations:
-            for key in [key for key in self._activations if key[0] != title]:
-                del self._activations[key]
-            model = self.networks[title].model
-            images = self.train_images.float() / 255 if train else self.images
-            values = activations(model, images.to(self.images.device), list(self.layers), batch_size=self.chunk)
-            self._activations[title, train] = {layer: value.cpu() for layer, value in values.items()}
-        return self._activations[title, train]
+        if not train:
+            return self.test_pass(title).activations(range(len(self.images)))
+        if title not in self._of_training:
+            self._of_training.clear()
+            parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+            pixels = (self.train_images.float() / 255).to(self.images.device)
+            for batch in activation_batches(self.networks[title].model, pixels, list(self.layers), self.chunk):
+                for layer, value in batch.items():
+                    parts[layer].append(value.cpu())
+            self._of_training[title] = {layer: torch.cat(values) for layer, values in parts.items()}
+        return self._of_training[title]
 
     @functools.cached_property
-    def _activations(self) -> dict[tuple[str, bool], dict[str, Tensor]]:
+    def _of_training(self) -> dict[str, dict[str, Tensor]]:
         return {}
 
     def max_margin(self, title: str, layer: str) -> MaxMarginClassifier:
         """Fitted on all features of the training images at a layer, once on each process."""
         if (title, layer) not in self._classifiers:
-            train = self.representations(title, train=True)[layer]
-            (classifier,) = max_margin_classifiers(
-                train, self.train_labels, seed=self.integer_seed("max-margin", layer)
-            )
-            self._classifiers[title, layer] = classifier
+            # All layers together: the training images are run through the network once.
+            for each, train in self.representations(title, train=True).items():
+                (classifier,) = max_margin_classifiers(
+                    train, self.train_labels, seed=self.integer_seed("max-margin", each)
+                )
+                self._classifiers[title, each] = classifier
         return self._classifiers[title, layer]
 
     @functools.cached_property
@@ -150,19 +181,25 @@ class Context:
         """Activations (samples, features) of each layer, and the labels of the images, both on the CPU.
 
         A sample is what the branch on the layer counts as one. The images are those that spectra are taken of: more
-        than are attacked, as wide layers need.
+        than are attacked, as wide layers need. Those among the test images are not run through the network again.
         """
-        images, labels = self.spectrum or (self.images, self.labels.cpu())
         views = {layer: view for layer, view in self.views.items() if layer in self.layers}
-        parts: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
-        for batch in images.split(self.chunk):
-            pixels = batch if batch.is_floating_point() else batch.float() / 255
-            values = activations(
-                self.networks[title].model, pixels.to(self.images.device), list(self.layers), self.chunk, views
-            )
-            for layer, value in values.items():
-                parts[layer].append(value.cpu())
-        return {layer: torch.cat(values) for layer, values in parts.items()}, labels
+        of_test = self.test_pass(title).activations(range(len(self.images)), views)
+        if self.spectrum is None:
+            return of_test, self.labels.cpu()
+        known = self.spectrum.rows >= 0
+        count, found = len(known), {}
+        for layer, values in of_test.items():  # (images, samples of each, features) until all are there
+            by_image = values.view(len(self.images), -1, values.shape[1])
+            found[layer] = by_image.new_empty(count, *by_image.shape[1:])
+            found[layer][known] = by_image[self.spectrum.rows[known]]
+        device = self.images.device
+        for rows in (~known).nonzero()[:, 0].split(self.chunk) if not known.all() else ():
+            pixels = (self.spectrum.images[rows].float() / 255).to(device)
+            seen = activations(self.networks[title].model, pixels, list(self.layers), self.chunk, views)
+            for layer, values in seen.items():
+                found[layer][rows] = values.cpu().view(len(rows), *found[layer].shape[1:])
+        return {layer: values.flatten(0, 1) for layer, values in found.items()}, self.spectrum.labels
 
 
 @dataclasses.dataclass
@@ -187,6 +224,7 @@ class Measurement(abc.ABC):
     """
 
     chunked: ClassVar[bool] = True  # False: one unit with all images, for what is no sum over images
+    readings: ClassVar[frozenset[Reading]] = frozenset()  # what it takes of `Context.test_pass`
 
     @property
     @abc.abstractmethod

@@ -19,6 +19,7 @@ from ...evaluation.maxmargin import (
 from ...evaluation.pixels import classified_right
 from ...evaluation.results import AttackProtocol, Figure, Kind
 from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol, shares
+from .passes import Reading
 
 LINEAR = "scaled, linear, hinge loss, L2 0.01, SGD"
 
@@ -33,6 +34,7 @@ class Compression(Measurement):
     dimensions: tuple[int, ...]
     key = "compression"
     chunked = False
+    readings = frozenset({Reading.ACTIVATIONS})
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         columns: Columns = {}
@@ -84,6 +86,7 @@ class LeadingFeatures(Measurement):
     dimensions: tuple[int, ...]
     key = "leading-features"
     chunked = False
+    readings = frozenset({Reading.ACTIVATIONS})
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         layer, labels, columns = context.layers[-1], context.labels.cpu(), Columns()
@@ -254,6 +257,7 @@ class OtherLabels(Measurement):
 
     key = "other-labels"
     chunked = False
+    readings = frozenset({Reading.ACTIVATIONS})
 
     def unavailable(self, context: Context, title: str) -> str | None:
         return "it needs other labels: --other-labels COLUMN" if context.other_labels is None else None

@@ -9,14 +9,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from ...core.spectrum import singular_energies
 from ...errors import EvaluationError
-from ...evaluation import PixelModel
 from ...evaluation.cushion import histograms, layer_cushion
 from ...evaluation.representations import (
-    activations,
     class_variance_ratio,
     cut_spectrum,
     fit_plane,
@@ -26,6 +23,7 @@ from ...evaluation.representations import (
 from ...evaluation.results import Curve, Figure, Kind, Protocol, Series, Value
 from ..networks import random_twin
 from .base import Columns, Context, Measurement, Results, column, pgd, pgd_protocol
+from .passes import Reading
 
 DIMENSION = "Dimension of the representations"
 DIRECTIONS = (1, 5, 10, 20)
@@ -44,6 +42,7 @@ class Spectrum(Measurement):
     uncentred: bool = False
     key = "spectrum"
     chunked = False
+    readings = frozenset({Reading.ACTIVATIONS})
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         columns: Columns = {}
@@ -161,6 +160,7 @@ class Plane(Measurement):
 
     key = "plane"
     chunked = False
+    readings = frozenset({Reading.ACTIVATIONS})
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         values = context.representations(title, train=False)[context.layers[-1]]
@@ -194,12 +194,14 @@ class Stability(Measurement):
     eps: float
     steps: int
     key = "stability"
+    readings = frozenset({Reading.ACTIVATIONS})
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, _ = context.chunk_of(rows)
         model = context.networks[title].model
         adversarial = pgd(context, model, rows, self.eps, self.steps)
-        shifts = stability(model, images, adversarial, list(context.layers))
+        clean = context.test_pass(title).activations(rows)
+        shifts = stability(model, images, adversarial, list(context.layers), clean=clean)
         return {"input": column(shifts.inputs)} | {layer: column(value) for layer, value in shifts.layers.items()}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
@@ -234,19 +236,17 @@ class Cushion(Measurement):
 
     random_network: bool = False
     key = "cushion"
+    readings = frozenset({Reading.CUSHIONS})
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, _ = context.chunk_of(rows)
-        model = context.networks[title].model
-        columns = {f"trained {layer}": value for layer, value in self._cushions(context, model, images).items()}
+        own = context.test_pass(title).cushions(rows)
+        columns = {f"trained {layer}": column(values) for layer, values in own.items()}
         if self.random_network:
             twin = random_twin(context.networks[title], context.integer_seed("random network"))
-            columns |= {f"random {layer}": value for layer, value in self._cushions(context, twin, images).items()}
+            others = layer_cushion(twin, images, batch_size=context.chunk)
+            columns |= {f"random {layer}": column(values) for layer, values in others.items()}
         return columns
-
-    def _cushions(self, context: Context, model: PixelModel, images: Tensor) -> Columns:
-        cushions = layer_cushion(model, images, batch_size=context.chunk)
-        return {layer: column(values) for layer, values in cushions.items()}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         protocol = context.protocol(
@@ -297,9 +297,10 @@ class Sparsity(Measurement):
     """The share of the activations of every layer that are zero (paper, Appendix A)."""
 
     key = "sparsity"
+    readings = frozenset({Reading.ACTIVATIONS})
 
     def observe(self, context: Context, title: str, rows: range) -> Columns:
-        values = activations(context.networks[title].model, context.chunk_of(rows)[0], list(context.layers))
+        values = context.test_pass(title).activations(rows)
         return {layer: column((value == 0).double().mean(dim=1)) for layer, value in values.items()}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
