@@ -50,6 +50,17 @@ def test_version_and_commands(capsys):
     assert left.value.code == 2
 
 
+@pytest.mark.parametrize("precision", ["bf16", "float16", "mixed"])
+def test_an_evaluation_in_half_precision_is_refused_with_the_reason(precision, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", "runs/none", "--precision", precision])
+    assert left.value.code == 2
+    printed = capsys.readouterr().err
+    assert "networks are evaluated in float32 alone" in printed
+    assert "gradient masking" in printed
+    assert "./nowhere is no run folder" in fails(capsys, "evaluate", "./nowhere", "--precision", "float32")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself_with_an_example(name, capsys):
     assert f"timm-lowrank {name} " in helped(capsys, name).split("\n\n", 1)[1]

@@ -235,6 +235,11 @@ def test_a_model_that_a_trainer_exported_is_evaluated(by_trainer, photos, cache,
     assert clean_of(evaluation)[title] == pytest.approx(right.double().mean().item())
 
 
+def test_weights_in_half_precision_are_evaluated_in_float32(tmp_path):
+    small_timm().bfloat16().save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in load_network(str(tmp_path)).model.parameters()} == {torch.float32}
+
+
 def test_the_size_and_the_scale_are_those_of_the_image_processor(by_trainer, tmp_path):
     folder = by_trainer(small_vit())
     for processor, resizing in [

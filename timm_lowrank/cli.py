@@ -173,6 +173,17 @@ def _level(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number of levels of 255: above 0, at most 255")
 
 
+def _precision(text: str) -> str:
+    """Of an evaluation: no other than float32, with the reason."""
+    if text != "float32":
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: networks are evaluated in float32 alone. Attacks follow the gradient, and in half precision it "
+            "rounds to equal logits, zeros and wrong signs: images would withstand by gradient masking, not because "
+            "the network is robust. Leave --precision out; a network trained in bf16 is evaluated in float32, too"
+        )
+    return text
+
+
 def _keywords(text: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(values := json.loads(text), dict):
@@ -326,6 +337,10 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--table-limit", type=_count, metavar="N",
         help="test images of the paper's Table 1: two units, three step sizes, four radii (default: as --limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=_precision, default="float32", metavar="float32",
+        help="float32 alone: gradients in bfloat16 or float16 mislead attacks",
     )  # fmt: skip
     parser.add_argument("--seed", type=_seed, default=0, help="of everything random (default 0)")
     parser.add_argument("--batch-size", type=_count, default=100, metavar="N", help="images in a batch (default 100)")

@@ -194,7 +194,7 @@ def _evaluated(
     return EvaluatedNetwork(
         title=title or comparator or _title(branches),
         path=path,
-        model=PixelModel(network.eval(), *((foreign.mean, foreign.std) if foreign else ())).eval(),
+        model=PixelModel(network.float().eval(), *((foreign.mean, foreign.std) if foreign else ())).eval(),
         weights=weights_sha256(network.state_dict()),
         branches=branches,
         comparator=comparator,
