@@ -26,17 +26,23 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round. The variants take turns, so that drift of the machine hits all alike."""
+    """Seconds of each variant in each round. The variants take turns, so that drift of the machine hits all alike.
+
+    With `time.process_time` as the clock they are the processor's, which other processes disturb less.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
@@ -25,6 +26,7 @@ from timm_lowrank.evaluation.attacks import (
     pgd,
     transfer,
 )
+from timm_lowrank.evaluation.pixels import attackable
 
 EPS = 24 / 255
 
@@ -484,12 +486,76 @@ def test_images_that_are_fooled_leave_the_batch(net, batch):
     pgd(net, *batch, eps=0.15, steps=8)
     assert sizes == [40] * 8, "an iterate that nobody asks for is run through the network"
     sizes.clear()
-    deepfool(net, *batch)
-    assert sizes[0] == sizes[1] == 40
-    assert sizes[-1] < 40
     hook.remove()
     assert not net._forward_hooks
     assert not net._backward_hooks
+
+
+def test_deepfool_takes_few_gradients_in_vain(net, batch, monkeypatch):
+    """Of images that are done: where they are many, the others are run through the network once more instead."""
+    forwards, gradients = [], []
+    hook = net.register_forward_pre_hook(lambda module, arguments: forwards.append(len(arguments[0])))
+    module = sys.modules[deepfool.__module__]
+    taken = module.input_gradient
+
+    def counting(total, points, **settings):
+        gradients.append(len(points))
+        return taken(total, points, **settings)
+
+    monkeypatch.setattr(module, "input_gradient", counting)
+    images, labels = batch[0], batch[1].clone()
+    labels[:30] = (labels[:30] + 1) % 10
+    together = deepfool(net, images, labels)
+    hook.remove()
+    assert forwards[0] == 40
+    assert max(gradients) <= 10
+    assert forwards[1] == gradients[0], "the others were not run through the network again"
+    assert gradients == sorted(gradients, reverse=True)
+    alone = torch.cat(
+        [deepfool(net, image, label) for image, label in zip(images.split(1), labels.split(1), strict=True)]
+    )
+    assert share_that_agrees(together, alone) == 1
+
+
+class Pictured(nn.Module):
+    """A small network of colour images whose layout of memory it keeps, with or without a `view` that needs one."""
+
+    def __init__(self, views):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 64, 10)
+        self.views, self.layouts = views, []
+
+    def forward(self, images):
+        self.layouts.append(images.is_contiguous(memory_format=torch.channels_last))
+        hidden = self.convolution(images).relu()
+        return self.linear(hidden.view(len(images), -1) if self.views else hidden.flatten(1))
+
+
+@pytest.mark.parametrize("attack", [ALL["pgd"], ALL["pgd, l2"], ALL["deepfool"]])
+def test_images_are_given_channels_last_where_the_network_takes_them(attack, batch):
+    images = batch[0].repeat(1, 3, 1, 1) * torch.tensor([1, 0.8, 0.6]).view(3, 1, 1)
+    free, views = Pictured(False).eval(), Pictured(True).eval()
+    labels = free(images).argmax(dim=1)
+    free.layouts.clear()
+    adversarial, by_view = attack(free, images, labels), attack(views, images, labels)
+    assert all(free.layouts)
+    assert views.layouts[0]
+    assert not any(views.layouts[1:]), "tried again and again"
+    assert share_that_agrees(adversarial, by_view) >= 0.95
+    assert adversarial.is_contiguous()
+    with attackable(free, channels_last=False) as logits_of:
+        logits_of(images)
+    assert not free.layouts[-1]
+
+
+def test_an_error_of_the_network_itself_is_not_hidden(net, batch):
+    with pytest.raises(RuntimeError, match="broken in every layout"):
+        pgd(Around(net, before=fail), *batch, eps=EPS, steps=1)
+
+
+def fail(images):
+    raise RuntimeError("broken in every layout")
 
 
 def test_each_image_keeps_the_first_restart_that_fooled_it(net, batch):

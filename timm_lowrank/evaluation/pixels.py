@@ -109,10 +109,10 @@ def classified_right(
     return predicted == labels
 
 
-def classify(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor, int]:
-    """The class of each image, and the number of classes, 0 if there is no image."""
+def classify(model: nn.Module, images: Tensor, batch_size: int, *, channels_last: bool = True) -> tuple[Tensor, int]:
+    """The class of each image, and the number of classes, 0 if there is no image; channels_last as of `attackable`."""
     predicted, classes = [images.new_zeros(0, dtype=torch.int64)], 0
-    with attackable(model) as logits_of, torch.no_grad():
+    with attackable(model, channels_last=channels_last) as logits_of, torch.no_grad():
         for batch in images.split(batch_size) if len(images) else ():
             logits = logits_of(batch)
             predicted.append(check_logits(logits, len(batch)).argmax(dim=1))
@@ -144,23 +144,37 @@ def radius_unit_of(model: nn.Module, radius_unit: str) -> Tensor | None:
 
 
 @contextmanager
-def attackable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def attackable(model: nn.Module, *, channels_last: bool = True) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function from pixels (n, channels, height, width) to logits (n, classes) float32, ready to be differentiated.
 
     Meanwhile the network is in eval mode and its parameters are frozen, so that no attack leaves anything in their
-    `.grad`; both are put back afterwards, module by module. It is called uncompiled and without autocast, on
-    contiguous images, and gradients are on whatever the caller has switched off. `model` is used by one attack at a
-    time.
+    `.grad`; both are put back afterwards, module by module. It is called uncompiled and without autocast, and
+    gradients are on whatever the caller has switched off. `model` is used by one attack at a time.
+
+    Args:
+        channels_last: give the network its images in this order of memory where it is on a CPU, whose convolutions
+            and their gradients are faster in it. What it rounds is rounded otherwise, so where the bits of other
+            programs count, it is False. A network that fails on such images (one that calls `view`) gets them
+            contiguous.
     """
     network = bare(model)
     modes = [(module, module.training) for module in network.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
 
+    device = next((parameter.device.type for parameter, _ in frozen), "cpu")
+    layout = torch.channels_last if channels_last and device == "cpu" else torch.contiguous_format
+
     def logits(images: Tensor) -> Tensor:
-        given: Tensor = network(images.contiguous())
+        nonlocal layout
+        try:
+            given = network(images.contiguous(memory_format=layout))
+        except RuntimeError:
+            if layout is torch.contiguous_format:
+                raise
+            layout = torch.contiguous_format
+            given = network(images.contiguous())
         return given.float() if isinstance(given, Tensor) else given  # what is no tensor, `check_logits` refuses
 
-    device = next((parameter.device.type for parameter, _ in frozen), "cpu")
     try:
         network.eval()
         network.requires_grad_(False)

@@ -100,8 +100,8 @@ def run_autoattack(
     flags = _Flags()
     if (iterations, queries) != (ITERATIONS, QUERIES):
         flags.add(f"shortened to {iterations} iterations and {queries} queries: weaker than what is called AutoAttack")
-    with attackable(model) as logits_of, _restored(checks):
-        predicted, classes = classify(model, images, batch_size)
+    with attackable(model, channels_last=False) as logits_of, _restored(checks):
+        predicted, classes = classify(model, images, batch_size, channels_last=False)
         check_labels(labels, classes)
         right = predicted == labels
         plan = _plan(version, attacks, classes, flags)

@@ -48,37 +48,42 @@ def deepfool(
     unit = images.new_ones(1, 1, 1, 1) if unit is None else unit.to(images)
     with attackable(model) as logits_of:
         adversarial = images.clone()
-        with torch.no_grad():
-            clean = check_logits(logits_of(images), len(images))
-        check_labels(labels, clean.shape[1])
-        ranking = clean.argsort(dim=1).flip(1)[:, :candidates]
         going, total = torch.arange(len(images), device=images.device), torch.zeros_like(images)
-        for _ in range(steps):
+        ranking = torch.empty(0)
+        for number in range(steps):
             here = adversarial[going].requires_grad_()
             logits = logits_of(here)
+            if number == 0:
+                ranking = check_logits(logits, len(images)).detach().argsort(dim=1).flip(1)[:, :candidates]
+                check_labels(labels, logits.shape[1])
             standing = logits.argmax(dim=1) == labels[going]
             if not standing.any():
                 break
-            step = _to_nearest_boundary(logits, here, ranking[going], unit)[standing]
-            going = going[standing]
+            going, kept = going[standing], standing
+            # Of images that are done, gradients would be taken in vain: another forward of the others may cost less.
+            if len(standing) - len(going) > len(going) / (ranking.shape[1] - 1):
+                here = adversarial[going].requires_grad_()
+                logits, kept = logits_of(here), standing[standing]
+            step = _to_nearest_boundary(logits[kept], here, ranking[going], unit, kept)
             total[going] += step
             adversarial[going] = (images[going] + (1 + overshoot) * total[going]).clamp(0, 1)
     return adversarial
 
 
-def _to_nearest_boundary(logits: Tensor, points: Tensor, ranking: Tensor, unit: Tensor) -> Tensor:
+def _to_nearest_boundary(logits: Tensor, points: Tensor, ranking: Tensor, unit: Tensor, kept: Tensor) -> Tensor:
     """The shortest step (m, ...) from each point onto a linearised boundary between its first and another class.
 
-    Shortest is meant after division by `unit`: with z = x / unit the gradient by z is unit times that by x, and a step
-    in z is one of unit times that in x.
+    Logits and ranking are of the m points that are `kept`, a mask over `points`. Shortest is meant after division by
+    `unit`: with z = x / unit the gradient by z is unit times that by x, and a step in z is one of unit times that in x.
     """
     own = logits.gather(1, ranking[:, :1])
     differences = logits.gather(1, ranking[:, 1:]) - own  # (m, rivals)
     rivals = differences.shape[1]
-    nearest = torch.full((len(points),), torch.inf, device=points.device)
-    steps = torch.zeros_like(points)
+    nearest = torch.full((len(logits),), torch.inf, device=points.device)
+    steps = torch.zeros_like(points[kept])
     for rival in range(rivals):
-        gradient = unit * input_gradient(differences[:, rival].sum(), points, retain_graph=rival + 1 < rivals)
+        gradient = input_gradient(differences[:, rival].sum(), points, retain_graph=rival + 1 < rivals)
+        gradient = unit * gradient[kept]
         length = gradient.flatten(1).norm(dim=1) + 1e-8
         distance = differences[:, rival].detach().abs() / length
         closer = distance < nearest

@@ -265,7 +265,7 @@ def input_gradient(
             "the logits do not depend on the pixels through operations that torch can differentiate (no_grad, detach, "
             "argmax, numpy?): gradient attacks cannot be run; craft on another model and use transfer()"
         )
-    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).contiguous()
 
 
 # ---- the loop ----

@@ -148,10 +148,11 @@ def _observe_batch(
     def attacked(attack: Callable[..., Tensor], among: Tensor = right, by: nn.Module = model) -> Tensor:
         """Which of the images withstand; the others are not attacked."""
         chosen = among.nonzero()[:, 0]
-        points = images.clone()
+        withstood = torch.zeros_like(among)
         if len(chosen):
-            points[chosen] = attack(by, images[chosen], labels[chosen])
-        return among & (predictions(model, points, len(points)) == labels)
+            points = attack(by, images[chosen], labels[chosen])
+            withstood[chosen] = predictions(model, points, len(points)) == labels[chosen]
+        return withstood
 
     def climb(by: nn.Module, points: Tensor, aims: Tensor, stream: int = seed, **changed: object) -> Tensor:
         settings = {"eps": eps, "steps": budget.steps, "radius_unit": radius_unit, **changed}
