@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from timm_lowrank.publish.record import read_run
 from timm_lowrank.training.checkpoints import listed
 from timm_lowrank.training.run import Run
 
-from .faults import PATIENCE
+from .faults import PATIENCE, WAIT
 from .faults import run as run_apart
 
 RECIPE: dict[str, Any] = {
@@ -165,7 +166,7 @@ class Together(Training):
 
 
 class Launched(Training):
-    """The same by two processes of `accelerate launch`, where the launcher is struck, or everything."""
+    """The same by two processes of `accelerate launch`, where the launcher is struck."""
 
     name = "launched"
     faults = ("kill", "terminate", "interrupt")
@@ -178,20 +179,29 @@ class Launched(Training):
         os.execve(sys.executable, [sys.executable, *launch, *train, "--resume", "auto"], environment)
 
     def after_fault(self, folder: Path) -> None:
-        """A launcher that was killed leaves its processes to themselves; they come to an end."""
-        deadline = time.monotonic() + PATIENCE
+        """A launcher that was killed leaves its processes to themselves; they come to an end.
+
+        Unless they have not met: then each waits for the others as long as torch does, which is half an hour.
+        """
+        began = time.monotonic()
         while left := _processes_that_name(folder):
-            assert time.monotonic() < deadline, f"still running: {left}"
+            waited = time.monotonic() - began
+            assert waited < PATIENCE, f"still running: {left}"
+            if waited > WAIT and not (folder / "run").exists():
+                for process in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGTERM)
             time.sleep(0.1)
 
 
-def _processes_that_name(folder: Path) -> list[str]:
-    """The command lines in which a folder is."""
-    lines = []
+def _processes_that_name(folder: Path) -> list[int]:
+    """Those in whose command line the folder is."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in lines if f"{folder}{os.sep}" in line]
+            if os.fsencode(f"{folder}{os.sep}") in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 class Saving(Scenario):
