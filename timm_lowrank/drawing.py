@@ -18,11 +18,18 @@ DOTS_PER_INCH = 160
 def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib Figure of width x height inches: no display, no pyplot, no global state.
 
+    It is to be laid out once it is complete, see `lay_out`.
+
     Raises:
         ImportError: matplotlib is not installed.
     """
     module = require("matplotlib.figure", "matplotlib")
-    return module.Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    return module.Figure(figsize=(width, height), dpi=DOTS_PER_INCH)
+
+
+def lay_out(figure: Any) -> None:
+    """Gives axes and legends their places. A layout engine of the figure itself would draw it twice to save it once."""
+    require("matplotlib.layout_engine", "matplotlib").ConstrainedLayoutEngine().execute(figure)
 
 
 def dress(panel: Any) -> None:
@@ -40,7 +47,8 @@ def share_tick(value: float, _: int | None = None) -> str:
 
 
 def write_png(figure: Any, path: Path) -> None:
-    """Draws a figure into a file; makes its folder."""
+    """Lays out a figure and draws it into a file; makes its folder."""
+    lay_out(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,8 @@ def find_decoder(
 
 
 def _coloured(split: Split, remote: bool) -> str | None:
-    """Where an image is that is not grey; of PNGs, as most grey data sets are, the byte that says it is enough.
+    """Where an image is that is not grey; of PNGs, as most grey data sets are, the byte that says it is enough, and of
+    portable greymaps the first two.
 
     Of a `remote` split alone the first and the last ones are looked at.
     """
@@ -157,7 +158,7 @@ def _coloured(split: Split, remote: bool) -> str | None:
     if remote:
         rows = np.union1d(rows[:PROBED], rows[-PROBED:])
     for item in split.read(rows):
-        if item.image[:8] == b"\x89PNG\r\n\x1a\n" and item.image[25:26] == b"\0":
+        if (item.image[:8] == b"\x89PNG\r\n\x1a\n" and item.image[25:26] == b"\0") or item.image[:2] == b"P5":
             continue
         if _opened(item.image, item.where).mode not in GREY:
             return item.where

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import text
-from ..drawing import AXIS, GRID, INK, NETWORKS, PAPER, PLAIN, dress, new_figure, share_tick, write_png
+from ..drawing import AXIS, GRID, INK, NETWORKS, PAPER, PLAIN, dress, lay_out, new_figure, share_tick, write_png
 from ..evaluation.results import Curve, Evaluation, Series
 
 DASHES = ("-", "--", ":", "-.")
@@ -135,6 +135,7 @@ def inline_svg(figure: Any, prefix: str, description: str) -> str:
         prefix: another one for each plot of the page; letters, digits and hyphens.
         description: what a screen reader says.
     """
+    lay_out(figure)
     buffer = io.BytesIO()
     matplotlib = importlib.import_module("matplotlib")  # reads these two from its global settings alone
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
