@@ -1,5 +1,7 @@
 """What all tests share: one thread, warnings as errors where they are this package's own, and small real data."""
 
+import gc
+
 import pytest
 import torch
 from loopback_hub.clients import hub, waits, xet_hub  # noqa: F401
@@ -13,6 +15,12 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::timm_lowrank.ProjectionWarning")
     config.addinivalue_line("filterwarnings", "error::UserWarning:timm_lowrank")
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning:timm_lowrank")
+
+
+def pytest_collection_finish(session):
+    # accelerate collects garbage after each run, and most of what it would look at are the modules that were imported.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +54,17 @@ def digits():
     """1,797 real images of handwritten digits, (1797, 1, 8, 8) float32 in [0, 1], and their labels (1797,)."""
     data = pytest.importorskip("sklearn.datasets").load_digits()
     return torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a finished run with its plain twin, as `publishable.make_run` leaves it, to be copied."""
+    from publishable import make_run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with torch.random.fork_rng(devices=[]):
+        make_run(folder)
+    return folder
 
 
 class SmallNet(nn.Module):

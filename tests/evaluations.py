@@ -1,10 +1,11 @@
-"""Evaluations with made-up numbers, for tests of what is made of them: report, cards, tables."""
+"""Evaluations with made-up numbers, for tests of what is made of them: report, cards, tables; and short real ones."""
 
 import dataclasses
 import math
 
 import numpy as np
 
+from timm_lowrank.evaluation.masking import Budget
 from timm_lowrank.evaluation.results import (
     AttackProtocol,
     Check,
@@ -23,6 +24,8 @@ from timm_lowrank.evaluation.results import (
     Verdict,
 )
 
+# In the place of "quick" in `BUDGETS`, where what an evaluation finds does not matter: most of its time goes there.
+SHORT_DIAGNOSIS = Budget(steps=3, more_steps=6, restarts=2, signs=2, queries=10, draws=2)
 TITLES = ("2-LR", "plain")
 PGD = AttackProtocol(name="PGD", eps=8 / 255, steps=20, step_size=2 / 255, random_start=True, restarts=1)
 AUTOATTACK = AttackProtocol(name="AutoAttack", version="standard", eps=8 / 255, restarts=1)

@@ -43,9 +43,8 @@ SECTIONS = ["about", "loading", "low-rank", "robustness", "limits", "training", 
 
 
 @pytest.fixture
-def run(tmp_path):
-    make_run(tmp_path / "run")
-    return tmp_path / "run"
+def run(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 def card(run, **options):

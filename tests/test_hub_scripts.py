@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,8 @@ push, pull = (script(name) for name in ("push", "pull"))
 
 
 @pytest.fixture
-def run(tmp_path):
-    make_run(tmp_path / "run")
-    return tmp_path / "run"
+def run(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 # Publishing

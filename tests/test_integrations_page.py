@@ -2,10 +2,13 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
+import huggingface_hub.constants
 import pytest
 
 PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
@@ -40,6 +43,14 @@ def test_programs_are_short(language, program):
     assert max(map(len, program.splitlines())) <= 120
 
 
+def run_program(path):
+    """As `python PATH` does in the folder of the file."""
+    os.chdir(path.parent)
+    sys.argv, sys.path[0] = [path.name], str(path.parent)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    runpy.run_path(path.name, run_name="__main__")
+
+
 @pytest.mark.parametrize(("language", "program"), PROGRAMS, ids=range(len(PROGRAMS)))
 def test_programs_run(language, program, tmp_path):
     for package in re.findall(r"^import (lightning)$", program, re.MULTILINE):
@@ -47,14 +58,20 @@ def test_programs_run(language, program, tmp_path):
     path = tmp_path / ("program.py" if language == "python" else "program.sh")
     path.write_text(program, encoding="utf-8")
     (tmp_path / "tests").symlink_to(PAGE.parent.parent / "tests")  # as in a clone
-    command = [sys.executable, path.name] if language == "python" else ["bash", "-e", path.name]
-    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": search, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "no effect" not in result.stderr
-    accuracies = re.findall(r"accuracy\D*?(\d+(?:\.\d+)?)(%?)", result.stdout, re.IGNORECASE)
-    assert accuracies, f"the program prints its accuracy: {result.stdout[-500:]}"
+    if language == "python":
+        log, errors = tmp_path / "out", tmp_path / "err"
+        forked.finish(forked.start(run_program, path, log=log, errors=errors), logs=[errors])
+        said, complained = log.read_text(), errors.read_text()
+    else:
+        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": search, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = ["bash", "-e", path.name]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        said, complained = result.stdout, result.stderr
+    assert "no effect" not in complained
+    accuracies = re.findall(r"accuracy\D*?(\d+(?:\.\d+)?)(%?)", said, re.IGNORECASE)
+    assert accuracies, f"the program prints its accuracy: {said[-500:]}"
     value, percent = accuracies[-1]
     assert float(value) > (70 if percent else 0.7), "it learns"
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -203,10 +201,9 @@ def test_layers_that_give_no_activations_are_not_listed():
 # the command line
 
 
-def test_the_table_of_the_command_line():
-    command = [sys.executable, "-m", "timm_lowrank", "layers", "resnet18", "--model-args", '{"in_chans": 1}']
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    table = result.stdout.split("\n\n")[0].splitlines()
+def test_the_table_of_the_command_line(capsys):
+    assert main(["layers", "resnet18", "--model-args", '{"in_chans": 1}']) == 0
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
     lines = [line.split() for line in table]
     assert lines[0] == ["layer", "kind", "shape", "view", "width"]
     assert ["layer3", "Sequential", "256", "x", "14", "x", "14", "flatten", "50,176"] in lines

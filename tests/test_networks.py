@@ -119,7 +119,7 @@ def test_features_before_the_last_stage(name, width):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stem_stride", [1, 2])
 def test_feature_info_is_what_the_features_are(name, stem_stride):
-    options = {} if name == "vgg19_bn_cifar" else {"stem_stride": stem_stride}
+    options = SMALL[name] | ({} if name == "vgg19_bn_cifar" else {"stem_stride": stem_stride})
     network = build(name, features_only=True, **options).eval()
     with torch.no_grad():
         features = network(images(1))

@@ -9,21 +9,22 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from evaluations import SHORT_DIAGNOSIS
+from processes.worker import free_port
 
+from timm_lowrank.cli import main
 from timm_lowrank.core import spectrum
 from timm_lowrank.data import load_images
 from timm_lowrank.data.images import balanced_rows
@@ -39,6 +40,7 @@ from timm_lowrank.evaluation import (
     rho,
 )
 from timm_lowrank.evaluation.cushion import cushions_of_pass
+from timm_lowrank.evaluation.masking import BUDGETS
 from timm_lowrank.evaluation.results import (
     Kind,
     Protocol,
@@ -73,7 +75,6 @@ from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
 from timm_lowrank.text import phrases
 from timm_lowrank.training import Recipe, train
 
-ROOT = Path(__file__).parents[1]
 RECIPE = {
     "name": "small",
     "model": "resnet10_cifar",
@@ -87,10 +88,16 @@ RECIPE = {
     "schedule": "cosine",
     "twin": True,
 }
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 VARIES = {"created": "", "seconds": 0.0, "processes": 1, "command": None}
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_diagnosis():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUDGETS, "quick", SHORT_DIAGNOSIS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +132,16 @@ def evaluated_in(run, output, **changes):
     return evaluate(Options(str(run), **settings), PartialState())
 
 
-def command(run, output):
-    arguments = ["--limit", "24", "--train-limit", "200", "--batch-size", "16"]
-    return [str(ROOT / "recipes" / "evaluate.py"), str(run), "--output", str(output), *arguments]
+def in_another_process(run, output, log, **environment):
+    limits = ["--limit", "24", "--train-limit", "200", "--batch-size", "16"]
+    arguments = ["evaluate", str(run), "--output", str(output), *limits]
+    return forked.start(with_short_diagnosis, arguments, log=log, environment=environment)
+
+
+def with_short_diagnosis(arguments):
+    """The console command in a process of its own, where no fixture is."""
+    BUDGETS["quick"] = SHORT_DIAGNOSIS
+    return main(arguments)
 
 
 def content(folder):
@@ -304,13 +318,12 @@ def test_a_kill_at_any_moment_changes_nothing(trained, evaluated, tmp_path):
     output = tmp_path / "killed"
     lines = 0
     for _ in range(60):
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([sys.executable, *command(trained, output)], env=ENVIRONMENT, **silent)
+        process = in_another_process(trained, output, tmp_path / "log")
         grown = wait_for_more(process, output / "evaluation.json.partial", lines)
         if grown is None:
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert grown > lines
         lines = grown + 22
     assert lines > 15  # it was killed more than once
@@ -320,25 +333,24 @@ def test_a_kill_at_any_moment_changes_nothing(trained, evaluated, tmp_path):
 
 def wait_for_more(process, path, lines):
     """The number of lines of a file once it has more than `lines`; None if the process ends before that."""
-    while process.poll() is None:
+    while process.is_alive():
         count = 0
         with contextlib.suppress(FileNotFoundError):  # not begun, or complete and removed
             count = path.read_bytes().count(b"\n")
         if count > lines:
             return count
         time.sleep(0.02)
-    assert process.returncode == 0
+    assert process.exitcode == 0
     return None
 
 
 def test_two_processes_give_the_figures_of_one(trained, evaluated, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", *command(trained, tmp_path)]
-    result = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert read_evaluation(tmp_path / "evaluation.json").processes == 2
-    assert content(tmp_path) == content(evaluated[0])
-    assert not list(tmp_path.glob("*.partial*"))
+    output, logs = tmp_path / "out", [tmp_path / "first", tmp_path / "second"]
+    both = zip(logs, forked.ranks(2, free_port()), strict=True)
+    forked.finish(*(in_another_process(trained, output, log, **rank) for log, rank in both), logs=logs)
+    assert read_evaluation(output / "evaluation.json").processes == 2
+    assert content(output) == content(evaluated[0])
+    assert not list(output.glob("*.partial*"))
 
 
 def test_processes_that_form_no_group_stop(monkeypatch):
@@ -694,16 +706,16 @@ def test_hybrids_on_images_that_were_changed_until_their_network_erred(name, tra
     images, labels = data.test_images[rows].float() / 255, data.test_labels[rows]
     right = predictions(network, images) == labels
     white, black = images.clone(), images.clone()
-    for index in range(30):
-        image, label = images[index : index + 1], labels[index : index + 1]
-        for source, into in ((network, white), (other, black)):
-            if name == "DeepFool":
-                into[index] = attacks.deepfool(source, image, label, steps=25)[0]
-                continue
-            for steps in range(1, 26):  # one by one, until it errs
-                if predictions(network, into[index : index + 1]) != label:
-                    break
-                into[index] = UNTIL_FOOLED[name](source, image, label, eps=32 / 255, steps=steps)[0]
+    for source, into in ((network, white), (other, black)):
+        if name == "DeepFool":
+            alone = zip(images.split(1), labels.split(1), strict=True)
+            into[:] = torch.cat([attacks.deepfool(source, *one, steps=25) for one in alone])
+            continue
+        for steps in range(1, 26):  # anew with one step more, those on which it does not err yet
+            left = predictions(network, into) == labels
+            if not left.any():
+                break
+            into[left] = UNTIL_FOOLED[name](source, images[left], labels[left], eps=32 / 255, steps=steps)
     for which, crafted in (("white", white), ("black", black), ("equal", black)):
         value = evaluation.figure(f"{one.key}-layer3-{which}").values["2-LR"]
         fooled = right & (predictions(network, crafted) != labels)

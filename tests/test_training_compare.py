@@ -3,18 +3,16 @@
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from timm_lowrank.cli import main
 from timm_lowrank.errors import EvaluationError, RunError
 from timm_lowrank.evaluation import results
 from timm_lowrank.evaluation.results import Kind
 from timm_lowrank.training.compare import compare_runs
 
-ROOT = Path(__file__).parents[1]
 PROTOCOL = results.Protocol(images=200)
 ATTACK = results.Protocol(images=200, attack=results.AttackProtocol(name="PGD", eps=8 / 255, steps=20))
 NORMALIZED = dataclasses.replace(ATTACK, attack=dataclasses.replace(ATTACK.attack, radius_unit="normalized"))
@@ -109,10 +107,9 @@ def test_what_cannot_be_compared_is_named_at_once(runs, tmp_path):
         compare_runs(runs)
 
 
-def test_the_script_prints_a_column_for_each_group(runs, tmp_path):
-    command = [sys.executable, ROOT / "recipes" / "compare.py", *runs, "--json", tmp_path / "figures.json"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    heading, *rows = done.stdout.split("\n\n")[0].splitlines()
+def test_the_command_prints_a_column_for_each_group(runs, tmp_path, capsys):
+    assert main(["compare", *map(str, runs), "--json", str(tmp_path / "figures.json")]) == 0
+    heading, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert heading.split() == ["low", "(2)", "N-LR", "plain", "(2)"]
     assert [row.split()[0] for row in rows] == ["clean", "pgd-20", "compression-layer3-5", "effective-rank-layer3"]
     written = json.loads((tmp_path / "figures.json").read_text())

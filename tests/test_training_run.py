@@ -10,12 +10,11 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
@@ -30,6 +29,7 @@ from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamTrainBatches, TrainBatches
 from timm_lowrank.environment import fast_precision
 from timm_lowrank.errors import DataError, DivergedError, ProcessLostError, RecipeError, RunError, TrainingError
+from timm_lowrank.files import exclusive
 from timm_lowrank.training import Recipe, Run, load_recipe, loop, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.checkpoints import damage, seal
@@ -39,7 +39,6 @@ from timm_lowrank.training.report import layer_spectra
 from timm_lowrank.training.run import RunFolder
 from timm_lowrank.training.state import build, seeded
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 # Seven steps an epoch and a projection every ten updates: epochs end between two projections.
@@ -338,29 +337,24 @@ def test_a_killed_run_resumes_to_the_same_figures_and_weights(shards, tmp_path, 
     config, output = tmp_path / "small.yaml", tmp_path / "killed"
     made = streamed(shards, **values) if "streaming" in values else recipe(**values)
     config.write_text(yaml.safe_dump({**made.to_dict(), "keep_checkpoints": 2}))
-    killed = start(config, output)
+    trained = ("train", "--config", config, "--output", output)
+    killed = forked.command(*trained, log=tmp_path / "log")
     deadline = time.monotonic() + 120
     while not list(output.glob(f"checkpoints/{kept}")):
-        assert killed.poll() is None, "the run ended before it could be killed"
+        assert killed.is_alive(), "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert not (output / "summary.json").exists()
     # Without workers now: what is read does not depend on who reads it.
-    resumed = start(config, output, "--resume", "auto", "--set", "workers=0")
-    out, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0
-    assert "resumed after epoch" in out
+    log = tmp_path / "log of the second"
+    forked.finish(forked.command(*trained, "--resume", "auto", "--set", "workers=0", log=log), logs=[log])
+    assert "resumed after epoch" in log.read_text()
     train(load_recipe(config, ["workers=0"]), tmp_path / "whole")
     assert_same_run(output, tmp_path / "whole")
     assert max(path.name for path in (output / "checkpoints").iterdir()) == f"epoch_{made.epochs:04d}"
-
-
-def start(config: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, ROOT / "recipes" / "train.py", "--config", config, "--output", output, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize(
@@ -533,23 +527,30 @@ def test_a_process_that_is_gone_is_not_a_full_disk(raised, tmp_path, monkeypatch
     assert not list(folder.checkpoint_folder.iterdir())
 
 
+def wait_in(folder: Path, inside: Path) -> None:
+    """Has the folder to itself until it is killed."""
+    with exclusive(folder, ValueError()):
+        inside.touch()
+        time.sleep(600)
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    program = (
-        "import sys; from pathlib import Path; from timm_lowrank.files import exclusive\n"
-        "with exclusive(Path(sys.argv[1]), ValueError()): print('inside', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", program, tmp_path]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
-        assert other.stdout.readline() == b"inside\n"
-        with (
-            pytest.raises(RunError, match=r"another process is training into .*--output"),
-            RunFolder(tmp_path, recipe(), resume=True).exclusive(),
-        ):
-            pass
-        other.kill()
-    with RunFolder(tmp_path, recipe(), resume=True).exclusive():
-        assert (tmp_path / "config.yaml").exists()
-    assert not (tmp_path / ".lock").exists()
+    folder, inside, log = tmp_path / "run", tmp_path / "inside", tmp_path / "log"
+    folder.mkdir()
+    other = forked.start(wait_in, folder, inside, log=log)
+    while not inside.exists():
+        assert other.is_alive(), log.read_text()
+        time.sleep(0.002)
+    with (
+        pytest.raises(RunError, match=r"another process is training into .*--output"),
+        RunFolder(folder, recipe(), resume=True).exclusive(),
+    ):
+        pass
+    other.kill()
+    other.join()
+    with RunFolder(folder, recipe(), resume=True).exclusive():
+        assert (folder / "config.yaml").exists()
+    assert not (folder / ".lock").exists()
 
 
 # --------------------------------------------------------------------------------------------------- output folders

@@ -22,33 +22,27 @@ torch.set_num_threads(1)
 
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--main_process_port", "0"]
 
 
-def start(folder: Path, *groups: str, machine: tuple[int, int, int] | None = None) -> subprocess.Popen[str]:
-    """One launcher. `machine`: number of this machine, how many there are, and the port at which they meet."""
-    options = ["--main_process_port", "0"]
-    if machine is not None:
-        rank, count, port = machine
-        options = ["--num_machines", str(count), "--machine_rank", str(rank)]
-        options += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+def start(folder: Path, *groups: str) -> subprocess.Popen[str]:
+    """The launcher of two processes."""
     # Told by the environment, accelerate joins processes of a machine without GPUs; its --cpu starts one process alone.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
-        [*LAUNCH, *options, __file__, str(folder), *groups],
+        [*LAUNCH, __file__, str(folder), *groups],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def finish(*launchers: subprocess.Popen[str]) -> None:
-    """Waits for launchers that were started together; shows what they said if one of them failed."""
+def finish(launcher: subprocess.Popen[str]) -> None:
+    """Waits for a launcher; shows what it said if it failed."""
     try:
-        said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+        said, _ = launcher.communicate(timeout=300)
     finally:
-        for launcher in launchers:
-            launcher.kill()
-    for launcher, text in zip(launchers, said, strict=True):
-        if launcher.returncode:
-            raise RuntimeError(f"the processes stopped with {launcher.returncode}:\n{text[-6000:]}")
+        launcher.kill()
+    if launcher.returncode:
+        raise RuntimeError(f"the processes stopped with {launcher.returncode}:\n{said[-6000:]}")
 
 
 def results(folder: Path, count: int = 2) -> list[dict]:
@@ -97,7 +91,6 @@ def main(folder: Path, groups: list[str]) -> None:
         jobs |= {s.name: lambda s=s: fsdp.sharded(s, accelerator, data, folder) for s in scenarios.FSDP}
         jobs["fsdp-accelerate"] = lambda: fsdp.through_accelerate(data, folder)
     results = {"processes": accelerator.num_processes, "backend": torch.distributed.get_backend()}
-    results["machine's processes"] = int(os.environ["LOCAL_WORLD_SIZE"])
     for name, job in jobs.items():
         try:
             results[name] = job()
