@@ -15,7 +15,7 @@ import torch
 import yaml
 from evaluations import SOUND, figure
 from huggingface_hub import ModelCard
-from publishable import FIGURES, REPO, change, edit, evaluation, make_run, share
+from publishable import FIGURES, REPO, change, edit, evaluation, make_run, share, summary
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError
@@ -29,6 +29,7 @@ from timm_lowrank.evaluation.results import (
 )
 from timm_lowrank.publish import push_to_hub
 from timm_lowrank.publish.card import Place, code, escaped, run_card, short_card
+from timm_lowrank.publish.checkpoints import figures_of
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.paths import without_local_paths
 from timm_lowrank.publish.record import read_run
@@ -141,6 +142,17 @@ def test_figures_stand_beside_the_plain_twin_with_what_they_were_measured_by(run
     assert "not adversarially" in limits
     assert "AutoAttack at 8/255 leaves 1.5 % (0.5 to 4.3) of the images right, of the plain twin 0.0 %" in limits
     assert "**no sign of gradient masking**. All eight checks passed. No sign is not a proof." in limits
+
+
+def test_the_accuracy_of_the_twin_is_that_on_as_many_images(run):
+    alone = summary()  # its plain network was trained in a folder of its own
+    (run / "summary.json").write_text(json.dumps(alone.to_dict()))
+    headline = "**90.0 % (88.7 to 91.3)**"
+    assert f"{headline}. In brackets" in card(run)  # the evaluation has the twin's 95.0 % of 200 images
+    said = Value.share(1821, alone.data.test_images)
+    edit(run, networks=lambda networks: (networks[0], dataclasses.replace(networks[1], clean=said)))
+    assert f"{headline}; of its plain twin, trained alike without branches: 91.0 % (89.7 to 92.2)" in card(run)
+    assert figures_of(read_run(run)).clean.plain == said.value
 
 
 def test_a_failed_diagnosis_and_the_warnings_of_the_evaluation_are_told(run):

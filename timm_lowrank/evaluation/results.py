@@ -398,6 +398,7 @@ class NetworkInfo:
     branches: Mapping[str, int] = dataclasses.field(default_factory=dict)  # layer -> target rank; empty for a plain one
     comparator: str | None = None  # what was trained in the place of branches, such as "Bottle-LR"
     weights: str | None = None  # `timm_lowrank.files.weights_sha256` of its state dict
+    clean: Value | None = None  # accuracy on all test images that its run wrote down, if it is of one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

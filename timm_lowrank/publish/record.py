@@ -14,7 +14,7 @@ from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
 from ..evaluation.results import MOST_BYTES, Evaluation, Figure, Headline, Kind, Value, evaluation_from_json
 from ..files import read_json, sha256_of, weights_sha256
-from ..training.run import Run, Summary
+from ..training.run import Run
 from .paths import without_paths_in_titles
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
@@ -55,13 +55,17 @@ class RunRecord:
     @property
     def clean(self) -> Value:
         """Accuracy on all test images of the run."""
-        return _clean(self.run.summary)
+        return self.run.summary.clean
 
     @property
     def plain_clean(self) -> Value | None:
-        """The same of the plain twin; None if there is none."""
-        twin = self.run.summary.twin
-        return _clean(twin) if twin else self.plain(self.headline().clean)
+        """The same of the plain twin, on as many images; None where that is not known."""
+        if self.run.summary.twin:
+            return self.run.summary.twin.clean
+        networks = self.evaluation.networks if self.evaluation else ()
+        said = next((network.clean for network in networks if network.title == self.plain_title), None)
+        known = (said, self.plain(self.headline().clean))
+        return next((value for value in known if value and value.of == self.clean.of), None)
 
     @property
     def origin(self) -> Origin | None:
@@ -126,14 +130,12 @@ class RunRecord:
         """Of a layer of the run: from the evaluation, otherwise what the training measured."""
         summary, recipe = self.run.summary, self.run.recipe
         figure = self.figure(Kind.EFFECTIVE_RANK, layer)
-        own, plain = self.own(figure), self.plain(figure)
-        theirs = summary.twin.branches.get(layer) if summary.twin else None
         images = min(recipe.spectrum_images or summary.data.test_images, summary.data.test_images)
-        return EffectiveRank(
-            int(own.value) if own else summary.branches[layer].effective_rank,
-            int(plain.value) if plain else theirs.effective_rank if theirs else None,
-            own.of or images if own else images,
-        )
+        if own := self.own(figure):  # on other images than the training: both from the evaluation, or both not
+            plain = self.plain(figure)
+            return EffectiveRank(int(own.value), int(plain.value) if plain else None, own.of or images)
+        theirs = summary.twin.branches.get(layer) if summary.twin else None
+        return EffectiveRank(summary.branches[layer].effective_rank, theirs.effective_rank if theirs else None, images)
 
 
 def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
@@ -189,9 +191,3 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
 def _known(figure: Figure | None, title: str | None) -> Value | None:
     value = figure.values.get(title) if figure and title else None
     return value if value and value.known else None
-
-
-def _clean(summary: Summary) -> Value:
-    """The accuracy was written down rounded."""
-    images = summary.data.test_images
-    return Value.share(round(summary.clean_accuracy * images), images)

@@ -18,7 +18,7 @@ from ..core.views import View
 from ..errors import EvaluationError
 from ..evaluation import PixelModel
 from ..evaluation.pixels import random_state_kept
-from ..evaluation.results import NetworkInfo
+from ..evaluation.results import NetworkInfo, Value
 from ..files import read_json, weights_sha256
 from ..layers import create_backbone
 from ..text import numbered, one_line
@@ -42,6 +42,7 @@ class EvaluatedNetwork:
     layers: tuple[str, ...]  # those that its run measured, regularized or not
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)  # of the branches, where they are not flattened
     recipe: Recipe | None = None
+    clean: Value | None = None  # accuracy on all test images that its run wrote down
     data_fingerprint: str | None = None
     resizing: Resizing | None = None  # how its images are made, where no recipe says it
     untrained: Callable[[], nn.Module] | None = None  # the architecture with random weights, where timm cannot read it
@@ -65,6 +66,7 @@ class EvaluatedNetwork:
             branches=self.branches,
             comparator=self.comparator,
             weights=self.weights,
+            clean=self.clean,
         )
 
 
@@ -201,6 +203,7 @@ def _evaluated(
         layers=tuple(run.summary.branches if run else branches),
         views={layer: view for layer, view in views.items() if view.kind != "flatten"},
         recipe=run.recipe if run else None,
+        clean=run.summary.clean if run else None,
         data_fingerprint=run.summary.data.fingerprint if run else None,
         resizing=foreign.resizing if foreign else None,
         untrained=foreign.untrained if foreign else None,

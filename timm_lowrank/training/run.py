@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from ..checkpoint.files import remove_abandoned
 from ..environment import together
 from ..errors import RecipeError, RunError
+from ..evaluation.results import Value
 from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, exclusive, read_json, sync, write_whole
 from ..records import decode
 from .checkpoints import check_random_states, damage, listed, name_of, remove_leftovers, seal
@@ -194,6 +195,11 @@ class Summary:
         if self.twin is not None:
             content["twin"] = {"folder": self.twin_folder, **self.twin.to_dict()}
         return content
+
+    @property
+    def clean(self) -> Value:
+        """Accuracy on all test images with its interval; it was written down rounded."""
+        return Value.share(round(self.clean_accuracy * self.data.test_images), self.data.test_images)
 
     @property
     def kind(self) -> str:
