@@ -112,15 +112,20 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
         )
 
 
-def write_json(path: str | Path, figures: Mapping[str, Any]) -> None:
-    machine = {
+def machine() -> dict[str, Any]:
+    """What figures were measured on."""
+    found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": platform.processor(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def write_json(path: str | Path, figures: Mapping[str, Any]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({"machine": machine, **figures}, indent=2) + "\n")
+    Path(path).write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
     print(f"\nwritten to {path}")

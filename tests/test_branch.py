@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import timm_lowrank as tlr
 from timm_lowrank import CollapseError, LowRankBranch, LowRankConfig
+from timm_lowrank.core import factored
 from timm_lowrank.core.config import PROJECTIONS, SCALES, STEP_RULES, STORAGES
 
 DOUBLE = torch.float64
@@ -438,6 +439,52 @@ def test_micro_batches_are_one_batch(storage, step_rule, parts):
         assert_same_w_and_b(split, whole, 1e-10)
 
 
+@pytest.mark.parametrize("update_rows", [None, 5])
+def test_a_batch_that_is_gone_through_in_pieces_gives_the_same(monkeypatch, update_rows):
+    """As a wide layer's are. The first two projections are of a W whose rank is below the target rank."""
+    monkeypatch.setattr("timm_lowrank.core.factored._PIECE", 1)
+    monkeypatch.setattr("timm_lowrank.core.factored._COLUMNS", 7)
+    assert len(factored.pieces(60, 8, torch.device("cpu"), 7)) == 9
+    values = {"width": 60, "rank": 40, "update_rows": update_rows, "norm_weight": 0.1}
+    fast, slow = (build(storage=storage, **values) for storage in STORAGES)
+    for rows in batches(32, width=60):
+        (loss, gradient), (expected_loss, expected_gradient) = train(fast, rows), train(slow, rows)
+        assert difference(loss, expected_loss) < 1e-10
+        assert difference(gradient, expected_gradient, floor=1e-3) < 1e-10
+        assert_same_w_and_b(fast, slow, 1e-10)
+
+
+class Copies(TorchDispatchMode):
+    """The number of tensors of at least `numbers` elements that are made, views left out."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.made = numbers, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not any(value.alias_info for value in func._schema.returns):
+            self.made += sum(x.numel() >= self.numbers for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", ["reference", "unit"])
+def test_of_what_is_as_large_as_the_batch_only_the_gradient_is_made(monkeypatch, scale, dtype):
+    monkeypatch.setattr("timm_lowrank.core.branch.multiplies_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("timm_lowrank.core.factored._PIECE", 2**12)
+    branch = build(4096, 4, torch.float32, scale=scale, update_rows=8, project_every=2)
+    for rows in batches(3, rows=32, width=4):
+        rows = rows.repeat(1, 1024).to(dtype).requires_grad_()
+        with Copies(rows.numel()) as copies:
+            loss = branch.penalty(rows)
+        assert copies.made <= (0 if branch.updates else 6), "the first one looks at the mean in two passes"
+        with Copies(rows.numel()) as copies:
+            loss.backward()
+        assert copies.made == 1
+        branch.update()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_activations(monkeypatch, dtype):
     monkeypatch.setattr("timm_lowrank.core.branch.multiplies_in_bfloat16", lambda device: False)
@@ -767,6 +814,30 @@ def test_one_sample_over_and_over_is_no_collapse_until_it_dies(storage):
     assert train_all(branch, [row] * 5).updates == 5
     with pytest.raises(CollapseError, match="collapsed"):
         train_all(branch, [row * 1e-9] * 400)
+
+
+def test_room_for_rows_never_takes_more_than_an_interval_between_projections(monkeypatch):
+    reserve, taken = factored.FactoredWeight._reserve, []
+
+    def watched(weight, count):
+        held, before = weight.size + weight.pending, len(weight._buffer)
+        reserve(weight, count)
+        taken.append(len(weight._buffer) if len(weight._buffer) == before else 2 * held)  # copied from old to new
+
+    monkeypatch.setattr(factored.FactoredWeight, "_reserve", watched)
+    branch = build(rank=12, update_rows=6, project_every=10, width=100)
+    train_all(branch, batches(25, width=100))
+    assert max(taken) == len(branch.weight._buffer) == 12 + 6 * 10
+
+
+def test_a_start_as_wide_as_the_factor_is_high_needs_no_random_columns(monkeypatch):
+    monkeypatch.setattr("timm_lowrank.core.projection.random_columns", None)
+    exact, branch = (build(width=60, rank=30, projection=name) for name in ("exact", "subspace"))
+    for rows in batches(4, width=60):
+        train(exact, rows)
+        train(branch, rows)
+    assert branch.weight.projections == 1
+    assert_same_w_and_b(branch, exact, 1e-10)
 
 
 def test_room_for_rows_is_made_as_they_come():

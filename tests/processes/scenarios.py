@@ -201,7 +201,9 @@ def outcome(model: tlr.LowRankModel) -> dict[str, torch.Tensor]:
         tensors[f"{layer}: reference norm"] = branch.reference_norm.clone()
         tensors[f"{layer}: updates"] = torch.tensor(branch.updates)
         if branch.head is not None:
-            tensors[f"{layer}: H"] = branch.head.weight.clone()
+            # As it reads the layer: rounding decides which of two opposite directions is taken, and H's sign with it.
+            directions = branch.head.directions @ branch.weight.basis[: branch.weight.kept]
+            tensors[f"{layer}: H"] = torch.cat([directions.T @ branch.head.weight[:-1], branch.head.weight[-1:]])
     return tensors
 
 

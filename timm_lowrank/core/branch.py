@@ -143,23 +143,22 @@ class LowRankBranch(nn.Module):
             labels = torch.as_tensor(labels, device=self.bias.device)
         remember = self.training and torch.is_grad_enabled()
         with full_precision(activations.device):
-            values = activations.to(self.bias.dtype)
             if remember and not (self.processes.alone or self.processes.agreed):
                 self.processes.agree(self.name, self._common)  # before one of them waits below for the others
             if remember and not (self._initialized or self._provisional):
-                self._initialize_provisionally(values.detach())
-            centred = values + self.bias
-            norms = torch.linalg.vector_norm(centred, dim=1)
-            factors = SCALINGS[self.config.scale](norms, self.reference_norm)
+                self._initialize_provisionally(activations.detach().to(self.bias.dtype))
             entering = torch.empty(0, dtype=torch.int64)
             if remember:
-                self._moments.add(values.detach(), norms.detach())
-                entering = self._buffer.add(activations.detach(), factors.detach(), alone=self.processes.alone)
-            images = self.weight.reconstruction(centred, self._may_be_half(activations), entering)
-            if remember and images.products is not None:
-                self._buffer.add_products(images.products)
+                entering = self._buffer.add(activations.detach(), alone=self.processes.alone)
+            images = self.weight.reconstruction(activations, self.bias, self._may_be_half(activations), entering)
+            norms = images.norms
+            factors = SCALINGS[self.config.scale](norms, self.reference_norm)
+            if remember:
+                self._moments.add(activations.detach(), norms.detach())
+                self._buffer.complete(factors.detach(), images.products)
             reconstruction = (factors.square() * images.errors).mean()  # L_c
-            sizes = torch.linalg.vector_norm(values, dim=1) if self.config.scale == "paper" else factors * norms
+            printed = self.config.scale == "paper"
+            sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1) if printed else factors * norms
             norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
             total = self.loss_weights.reconstruction * reconstruction
             if self.loss_weights.norm:  # else a NaN gradient of L_n would not be multiplied away
@@ -247,7 +246,8 @@ class LowRankBranch(nn.Module):
             self._moments.sum_over(self.processes)
             if not self._initialized:
                 self._initialize(sampled)
-            self.weight.append(*sampled.gather(self.bias, self.weight.size, self.processes))
+            rows = self.weight.room(sampled.count)
+            self.weight.append(rows, sampled.gather(self.bias, self.weight.size, self.processes, into=rows))
             if self.head is not None:
                 self.head.update(self.processes)
             self._step()

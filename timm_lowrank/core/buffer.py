@@ -9,12 +9,13 @@ is cut into batches and processes, as long as the common order is the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .distributed import Processes
+from .factored import pieces
 from .scaling import finite_rows
 
 
@@ -33,6 +34,12 @@ class Rows:
         products = None if self.products is None else self.products[:, index]
         return Rows(self.positions[indices], self.values[index], self.factors[index], products)
 
+    def split(self) -> Iterator[Rows]:
+        """In pieces of some rows."""
+        for some in pieces(len(self.values), self.values.shape[1], self.values.device):
+            products = None if self.products is None else self.products[:, some]
+            yield Rows(self.positions[some], self.values[some], self.factors[some], products)
+
 
 @dataclasses.dataclass
 class SampledRows:
@@ -47,31 +54,30 @@ class SampledRows:
         bias: Tensor,  # b (m,)
         size: int,  # k, the rows of B
         processes: Processes,
-    ) -> tuple[Tensor, Tensor]:
-        """All rows that enter W, centred and scaled (p, m), and their products with B (k, p), of the dtype of b.
+        into: Tensor,  # (p, m), of the dtype of b
+    ) -> Tensor:
+        """Writes all rows that enter W, centred and scaled, and gives their products with B (k, p).
 
         Each process puts its own rows in their slots and zeros in the others: the sum is every row to the bit. Rows
         that are not finite become zeros.
         """
-        pieces = []
-        for part in self.parts:
-            centred, factors = finite_rows(part.values.to(bias.dtype) + bias, part.factors)
-            products = centred.new_zeros(size, len(centred))
-            if part.products is not None:
-                products = torch.where(factors > 0, part.products * factors, 0)
-            pieces.append((centred, products))
-        if len(pieces) == 1:
-            rows, products = pieces[0]
-        else:
-            pieces.append((bias.new_zeros(0, bias.numel()), bias.new_zeros(size, 0)))  # where there is none
-            rows, products = torch.cat([one for one, _ in pieces]), torch.cat([two for _, two in pieces], dim=1)
-        if processes.alone:  # whose rows fill the slots in their order
-            return rows, products
-        slots = self.slots.to(bias.device, non_blocking=True)
-        all_rows, all_products = bias.new_zeros(self.count, bias.numel()), bias.new_zeros(size, self.count)
-        all_rows[slots], all_products[:, slots] = rows, products
-        all_rows, all_products = processes.sum(all_rows, all_products)
-        return all_rows, all_products
+        products = bias.new_zeros(size, self.count)
+        slots: Tensor | None = None  # alone, its rows fill them in their order
+        if not processes.alone:
+            slots = self.slots.to(bias.device, non_blocking=True)
+            into.zero_()
+        begin = 0
+        for some in (some for part in self.parts for some in part.split()):
+            end = begin + len(some.positions)
+            own = slice(begin, end) if slots is None else slots[begin:end]
+            into[own], factors = finite_rows(some.values.to(bias.dtype) + bias, some.factors)
+            if some.products is not None:
+                products[:, own] = torch.where(factors > 0, some.products * factors, 0)
+            begin = end
+        if slots is not None:
+            rows, products = processes.sum(into, products)
+            into.copy_(rows)
+        return products
 
 
 class ActivationBuffer:
@@ -88,24 +94,27 @@ class ActivationBuffer:
         self._batches: list[Rows] = []
         self._drawn = True  # whether of all batches nothing but the drawn rows is kept
 
-    def add(self, values: Tensor, factors: Tensor, *, alone: bool) -> Tensor:
-        """Remember a batch; values (n, m), factors (n,). Gives the rows of it that may enter W, int64 on the CPU.
+    def add(self, values: Tensor, *, alone: bool) -> Tensor:
+        """Remember a batch (n, m). Gives the rows of it that may enter W, int64 on the CPU. `complete` must follow.
 
         Alone, rows that are certainly not drawn are dropped at once. Beside other processes, whose sizes are not known
         before the update, the batch is kept whole until then.
         """
         self.sizes.append(len(values))
-        self._batches.append(Rows(torch.arange(len(values)), values, factors, None))
+        unknown = values.new_empty(len(values), dtype=torch.float32)
+        self._batches.append(Rows(torch.arange(len(values)), values, unknown, None))
         self._drawn &= alone
         if alone:
             self._batches = self._draw([self.sizes], 0).parts
         return self._batches[-1].positions
 
-    def add_products(self, products: Tensor) -> None:
-        """The products (k, n) of the whole batch that was added last."""
+    def complete(self, factors: Tensor, products: Tensor | None) -> None:
+        """The factors (n,) and, where W is kept factored, the products (k, n) of the batch that was added last."""
         rows = self._batches[-1]
-        index = rows.positions.to(products.device, non_blocking=True)
-        rows.products = products if len(index) == products.shape[1] else products[:, index]
+        whole = len(rows.positions) == len(factors)
+        index = rows.positions.to(factors.device, non_blocking=True)
+        rows.factors = factors if whole else factors[index]
+        rows.products = products if whole or products is None else products[:, index]
 
     def sample(self, sizes: Sequence[Sequence[int]], process: int) -> SampledRows:
         """The rows that enter W.
@@ -164,7 +173,8 @@ class Moments:
 
     def add(self, values: Tensor, norms: Tensor) -> None:
         """A batch: a (n, m), and ||a + b|| (n,). One that is not finite is left out: a gradient scaler will skip it."""
-        total = values.sum(dim=0)
+        columns = pieces(values.shape[1], len(values), values.device)
+        total = torch.cat([values[:, some].to(self.total.dtype).sum(dim=0) for some in columns])
         finite = total.abs().amax() < torch.inf
         self.total = self.total + torch.where(finite, total, 0)
         self.squares = self.squares + torch.where(finite, norms.square().sum(), 0)

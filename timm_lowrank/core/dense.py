@@ -32,9 +32,17 @@ class DenseWeight:
 
     size = 0  # rows whose products with a batch the step needs
 
-    def reconstruction(self, rows: Tensor, half: bool = False, entering: Tensor | None = None) -> Reconstruction:
+    def reconstruction(
+        self, activations: Tensor, bias: Tensor, half: bool = False, entering: Tensor | None = None
+    ) -> Reconstruction:
         """What W makes of a batch (Algorithm 2, line 6); in its own dtype always."""
-        return Reconstruction((rows @ self.matrix - rows).square().sum(dim=1), rows @ self.start, None)
+        rows = activations.to(bias.dtype) + bias
+        errors = (rows @ self.matrix - rows).square().sum(dim=1)
+        return Reconstruction(errors, torch.linalg.vector_norm(rows, dim=1), rows @ self.start, None)
+
+    def room(self, count: int) -> Tensor:
+        """Where `append` takes rows from, (count, m)."""
+        return self._rows.new_empty(count, self.num_features)
 
     def append(self, rows: Tensor, products: Tensor) -> None:
         """Rows (p, m) for the next step."""

@@ -43,7 +43,7 @@ from . import projection
 from .config import LowRankConfig
 from .head import Rotation
 
-_COLUMNS = 2048  # of B that a processor rotates at a time
+_PIECE = 2**20  # numbers of a tensor that a processor takes at a time
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
 
 
@@ -61,58 +61,74 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and supported is not None and bool(supported())
 
 
+def pieces(count: int, other: int, device: torch.device, least: int = 1, parts: int = 1) -> list[slice]:
+    """Slices of the `count` rows or columns, of `other` numbers each, of a matrix that is gone through once.
+
+    A processor takes some at a time. Then what is computed on the way stays in its cache and in memory that it has
+    already, where a tensor of more than 32 MiB gets new pages each time, which cost as much as the arithmetic: a layer
+    of twelve times as many features took fourteen times as long. A GPU takes all at once.
+
+    Args:
+        least: in each slice, if there are so many.
+        parts: that there are at least.
+    """
+    size = count if device.type != "cpu" else max(1, min(max(least, _PIECE // max(1, other)), -(-count // parts)))
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, max(1, size))]
+
+
+_COLUMNS = 256  # at a time at least: fewer make the products slow
 _PARTS = 8  # sums that a product in bfloat16 is cut into: each is rounded to bfloat16, their total is not
 
 
-def _half_product(left: Tensor, right: Tensor) -> Tensor:
-    """left (k, m) times right (n, m) transposed, (k, n) float32, of factors in bfloat16."""
-    length = -(-left.shape[1] // _PARTS)
-    parts = [one @ two.T for one, two in zip(left.split(length, dim=1), right.split(length, dim=1), strict=True)]
-    return torch.stack(parts).sum(dim=0, dtype=torch.float32)
-
-
 class _Reconstruction(torch.autograd.Function):
-    """Squared norms (n,) of W x_i - x_i for fixed W, and the coordinates (n, kept) of the rows in the range of W.
+    """What W makes of the rows x_i = a_i + b, for fixed W and b: ||W x_i - x_i||^2 and ||x_i||, both (n,), the
+    coordinates (n, kept) in the range of W, and P (k, n), without a graph.
 
-    With the gradient in x alone (the formulas of this module).
+    With the gradient in a alone (the formulas of this module). Neither the rows nor their gradient in `dtype` is ever
+    there as a whole: of what has the size of the batch nothing is added to memory but the gradient that is asked for.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rows: Tensor, products: Tensor, weight: FactoredWeight, half: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: FunctionCtx,
+        activations: Tensor,
+        bias: Tensor,
+        weight: FactoredWeight,
+        half: bool,
+        entering: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        squares, products = weight.products(activations, bias, entering if half else None)
         core, gram = weight.core, weight.gram
         images = core @ products  # y
         excess = torch.addmm(products, gram, images, beta=-1)  # G y - P
+        norms = squares.sqrt()
         ctx.weight, ctx.generation, ctx.half = weight, weight.generation, half  # type: ignore[attr-defined]
-        ctx.save_for_backward(rows, torch.addmm(images, core, excess, beta=-1))
-        error = torch.linalg.vector_norm(rows, dim=1).square() + (images * (excess - products)).sum(dim=0)
+        ctx.save_for_backward(activations, bias, norms, torch.addmm(images, core, excess, beta=-1))
+        ctx.mark_non_differentiable(products)
+        error = squares + (images * (excess - products)).sum(dim=0)
         # Of rows that lie in the span of B, rounding may leave less than nothing.
-        return error.clamp_min(0), products[: weight.kept].T.clone()
+        return error.clamp_min(0), norms, products[: weight.kept].T.clone(), products
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_errors: Tensor, grad_coordinates: Tensor):  # type: ignore[no-untyped-def, override]
-        rows, coefficients = ctx.saved_tensors
+    def backward(ctx, grad_errors, grad_norms, grad_coordinates, _):  # type: ignore[no-untyped-def, override]
+        activations, bias, norms, coefficients = ctx.saved_tensors
         weight = ctx.weight
         if ctx.generation != weight.generation:
             raise RuntimeError("W was updated between penalty() and backward(); call update() after the optimizer step")
-        with full_precision(rows.device):  # backward() may be called inside an autocast block
+        with full_precision(activations.device):  # backward() may be called inside an autocast block
             scale = 2 * grad_errors
             coefficients = coefficients * scale
             coefficients[: weight.kept] += grad_coordinates.T
-            gradient = rows * scale[:, None]
-            if ctx.half:
-                gradient += coefficients.T.bfloat16() @ weight.half_basis
-            else:
-                gradient.addmm_(coefficients.T, weight.basis)
-        return gradient, None, None, None
+            scale = scale + torch.where(norms > 0, grad_norms / norms, 0)
+            return weight.gradient(activations, bias, scale, coefficients, ctx.half), None, None, None, None
 
 
 class Reconstruction(NamedTuple):
-    """What W makes of a batch of n rows."""
+    """What W makes of the n rows x = a + b of a batch."""
 
     errors: Tensor  # ||W x_i - x_i||^2, (n,), with a graph
+    norms: Tensor  # ||x_i||, (n,), with a graph
     coordinates: Tensor  # (n, kept) in the orthonormal rows that span the range of W since its projection, with a graph
     products: Tensor | None  # P = B X^T (k, n), where W is kept factored
 
@@ -150,12 +166,14 @@ class FactoredWeight:
         self.generation += 1
 
     def _reserve(self, count: int) -> None:
-        """Make room for `count` rows: twice as many as before, at most for a whole interval between projections."""
+        """Make room for `count` rows: twice as many as before, or at once for a whole interval between projections if
+        that is at most four times as many, so that old and new rows together never take more than it does."""
         if count <= self._buffer.shape[0]:
             return
         most, held = 2 * len(self._buffer), self.size + self.pending
         if self.config.update_rows is not None:
-            most = min(most, self.rank + self.config.update_rows * self.config.project_every)
+            interval = self.rank + self.config.update_rows * self.config.project_every
+            most = interval if 2 * most >= interval else most
         capacity = max(count, most)
         larger = self._buffer.new_empty(capacity, self.num_features)
         larger[:held] = self._buffer[:held]
@@ -190,32 +208,80 @@ class FactoredWeight:
 
     def reconstruction(
         self,
-        rows: Tensor,  # (n, m) centred activations with a graph, `dtype`
+        activations: Tensor,  # (n, m) with or without a graph, any float dtype
+        bias: Tensor,  # b (m,), `dtype`
         half: bool = False,  # whether the large products may be taken in bfloat16
         entering: Tensor | None = None,  # (q,) int64 on the CPU: the rows that may enter W; None means all of them
     ) -> Reconstruction:
         """What W makes of a batch (Algorithm 2, line 6)."""
-        with torch.no_grad():
-            values = rows.detach()
-            if not half or entering is None or len(entering) == len(values):
-                products = self.basis @ values.T
+        return Reconstruction(*_Reconstruction.apply(activations, bias, self, half, entering))
+
+    def products(
+        self,
+        activations: Tensor,  # (n, m)
+        bias: Tensor,  # (m,)
+        exactly: Tensor | None,  # (q,) int64 on the CPU: which rows' products are not taken in bfloat16; None: all
+    ) -> tuple[Tensor, Tensor]:
+        """The squared norms (n,) of the rows x = a + b, and P = B X^T (k, n); both `dtype`."""
+        count = len(activations)
+        if exactly is None or len(exactly) == count:
+            exactly = None
+        squares, products = bias.new_zeros(count), bias.new_empty(self.size, count)
+        others = torch.ones(count, dtype=torch.bool)
+        if exactly is not None:
+            others[exactly] = False
+            products, rest = bias.new_empty(self.size, len(exactly)), bias.new_zeros(self.size, count - len(exactly))
+        for columns in self._pieces(count, 1 if exactly is None else _PARTS):
+            rows = activations[:, columns].to(bias.dtype) + bias[columns]
+            squares += torch.linalg.vector_norm(rows, dim=1).square()
+            some = rows if exactly is None else rows[exactly]
+            products.addmm_(self.basis[:, columns], some.T, beta=int(columns.start > 0))
+            if exactly is not None:
+                rest += self.half_basis[:, columns] @ rows[others].bfloat16().T
+        if exactly is None:
+            return squares, products
+        together = bias.new_empty(self.size, count)
+        together[:, exactly], together[:, others] = products, rest
+        return squares, together
+
+    def gradient(
+        self,
+        activations: Tensor,  # (n, m)
+        bias: Tensor,  # (m,)
+        scale: Tensor,  # (n,)
+        coefficients: Tensor,  # C (k, n)
+        half: bool,
+    ) -> Tensor:
+        """scale_i x_i + B^T C_i of each row x = a + b, (n, m) of the dtype of the activations."""
+        gradient = torch.empty_like(activations)
+        coefficients = coefficients.T.bfloat16() if half else coefficients.T
+        for columns in self._pieces(len(activations)):
+            rows = (activations[:, columns].to(bias.dtype) + bias[columns]).mul_(scale[:, None])
+            if half:
+                rows += coefficients @ self.half_basis[:, columns]
             else:
-                products = values.new_empty(self.size, len(values))
-                others = torch.ones(len(values), dtype=torch.bool).index_fill_(0, entering, False)
-                products[:, others] = _half_product(self.half_basis, values[others].bfloat16())
-                products[:, entering] = self.basis @ values[entering].T
-        errors, coordinates = _Reconstruction.apply(rows, products, self, half)
-        return Reconstruction(errors, coordinates, products)
+                rows.addmm_(coefficients, self.basis[:, columns])
+            if rows.shape == activations.shape:
+                return rows.to(activations.dtype)
+            gradient[:, columns] = rows
+        return gradient
+
+    def _pieces(self, rows: int, parts: int = 1) -> list[slice]:
+        """Of the features, for something that has `rows` numbers of each."""
+        return pieces(self.num_features, rows, self._buffer.device, _COLUMNS, parts)
+
+    def room(self, count: int) -> Tensor:
+        """Where `append` takes rows from, (count, m): whoever calls it writes them there, which saves a copy."""
+        self._reserve(self.size + count)
+        return self._buffer[self.size : self.size + count]
 
     def append(
         self,
-        rows: Tensor,  # (p, m)
+        rows: Tensor,  # (p, m), what `room` gave
         products: Tensor,  # (k, p) of B and these rows
     ) -> None:
         """Rows for the next step: G+ = [[G, P], [P^T, K]]. A step must follow before the next ones."""
         size, end = self.size, self.size + rows.shape[0]
-        self._reserve(end)
-        self._buffer[size:end] = rows
         self._gram[:size, size:end] = products
         self._gram[size:end, :size] = products.T
         torch.mm(rows, rows.T, out=self._gram[size:end, size:end])
@@ -275,10 +341,10 @@ class FactoredWeight:
 
     def _rotate(self, coefficients: Tensor) -> None:
         """The first rows of the buffer become `coefficients` (r, k) B, in place: the one product of a projection with m
-        in it. Some columns at a time, which need little memory; a GPU takes them all at once."""
-        length = self.num_features if self._buffer.is_cuda else _COLUMNS
-        for columns in self._buffer.split(length, dim=1):
-            columns[: max(1, len(coefficients))] = coefficients @ columns[: self.size] if len(coefficients) else 0
+        in it."""
+        for columns in self._pieces(self.size):
+            some = self._buffer[:, columns]
+            some[: max(1, len(coefficients))] = coefficients @ some[: self.size] if len(coefficients) else 0
 
     def _projected(self, generator: torch.Generator) -> projection.CoreProjection:
         config, width, rank = self.config, self.num_features, self.rank
@@ -288,9 +354,11 @@ class FactoredWeight:
             samples = projection.nystrom_samples(width, rank, config.nystrom_columns, config.nystrom_runs, generator)
             sampled = [self.basis[:, sample.to(self.basis.device)] for sample in samples]
             return projection.nystrom_factored(self.core, self.gram, rank, sampled)
-        extra = projection.random_columns(width, self.kept, rank, config.oversampling, generator)
-        start = torch.cat([self.gram[:, : self.kept], self.basis @ extra.to(self.basis)], dim=1)
-        return projection.subspace_factored(self.core, self.gram, rank, start)
+        if self.size <= rank + config.oversampling:  # the start would be as wide as B is high: B does as well
+            return projection.subspace_factored(self.core, self.gram, rank, self.gram)
+        random = projection.random_columns(width, self.kept, rank, config.oversampling, generator)
+        start = [self.gram[:, : self.kept], *(self.basis @ columns.to(self.basis) for columns in random)]
+        return projection.subspace_factored(self.core, self.gram, rank, torch.cat(start, dim=1))
 
     # ------------------------------------------------------------------------------------------------- inspection
 

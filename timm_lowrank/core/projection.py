@@ -12,6 +12,7 @@ directions would be lost. What stands in orthonormal coordinates is done in the 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ..errors import CollapseError, ProjectionWarning
 
 _DEPENDENT = 1e-13  # of the largest eigenvalue of a Gram matrix: below it a direction is rounding noise
 _NOISE = {torch.float64: 1e-13, torch.float32: 1e-6}  # of the largest eigenvalue of W, in orthonormal coordinates
+_COLUMNS = 64  # random ones at a time
 _WELL_CONDITIONED = 1e-5  # smallest over largest Cholesky pivot that the fast orthonormalisation accepts
 
 
@@ -133,18 +135,23 @@ def nystrom_samples(
     return [torch.randperm(width, generator=generator)[:count].sort().values for _ in range(runs)]
 
 
-def random_columns(width: int, known: int, rank: int, oversampling: int, generator: torch.Generator | None) -> Tensor:
-    """Random columns (width, rank - known + oversampling), float64 on the CPU, to widen a start of `known` columns.
+def random_columns(
+    width: int, known: int, rank: int, oversampling: int, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Random columns, rank - known + oversampling in all, float64 on the CPU, to widen a start of `known` columns.
 
-    A direction that is exactly orthogonal to the start stays invisible to the iteration without them.
+    A direction that is exactly orthogonal to the start stays invisible to the iteration without them. They come some at
+    a time, (width, <= 64): all of them may need more memory than the factor of W.
     """
     count = min(width, max(0, rank - known) + oversampling)
-    return torch.randn(width, count, generator=generator).double()
+    for begin in range(0, count, _COLUMNS):
+        yield torch.randn(width, min(_COLUMNS, count - begin), generator=generator).double()
 
 
 def widen(start: Tensor | None, width: int, rank: int, oversampling: int, generator: torch.Generator | None) -> Tensor:
     """`start` (width, s) with `random_columns` beside it, float64 on the CPU if there is no start."""
-    extra = random_columns(width, 0 if start is None else start.shape[1], rank, oversampling, generator)
+    known = 0 if start is None else start.shape[1]
+    extra = torch.cat([*random_columns(width, known, rank, oversampling, generator), torch.zeros(width, 0).double()], 1)
     return extra if start is None else torch.cat([start, extra.to(start)], dim=1)
 
 
