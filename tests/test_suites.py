@@ -254,7 +254,7 @@ def test_what_a_kill_left_beside_a_complete_evaluation_goes(trained, evaluated, 
 
 
 def test_several_networks_and_none(trained, tmp_path, small):
-    alone = evaluated_in(trained, tmp_path / "alone", against=("none",), suites=small)
+    alone = evaluated_in(trained, tmp_path / "alone", against=("none",), suites=small, pages=False)
     assert alone.titles == ("2-LR",)
     assert any("transfer-madry-20-8-255 was not measured" in text for text in alone.warnings)
     assert not alone.by_kind(Kind.TRANSFER)
@@ -270,7 +270,7 @@ def test_one_image_is_enough(trained, tmp_path, small):
 
 
 def test_a_checkpoint_without_its_run_takes_data_by_name(trained, tmp_path, small):
-    evaluation = evaluated_in(trained / "model", tmp_path, data="digits", limit=10, suites=small)
+    evaluation = evaluated_in(trained / "model", tmp_path, data="digits", limit=10, suites=small, pages=False)
     assert evaluation.data.source == "digits"
     assert evaluation.networks[0].branches == {"layer3": 6, "pre_logits": 4}
 
@@ -372,10 +372,10 @@ def test_a_full_disk_keeps_what_is_finished(trained, tmp_path, monkeypatch, smal
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(RunError, match=r"No space left.*same command"):
-            evaluated_in(trained, tmp_path / "out", suites=small)
+            evaluated_in(trained, tmp_path / "out", suites=small, pages=False)
     assert (tmp_path / "out" / "evaluation.json.partial").read_text().count("\n") >= 6
-    evaluated_in(trained, tmp_path / "out", suites=small)
-    evaluated_in(trained, tmp_path / "whole", suites=small)
+    evaluated_in(trained, tmp_path / "out", suites=small, pages=False)
+    evaluated_in(trained, tmp_path / "whole", suites=small, pages=False)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -572,7 +572,9 @@ def test_spectra_take_twice_as_many_images_as_features(trained, tmp_path):
     assert any("30 images allow 29 at most" in text for text in few.all_warnings())
     assert "30 images, which allow 29 at most" in (tmp_path / "few" / "report.html").read_text()
     assert "(at most 29)" in text_table(few)
-    only = evaluated_in(trained, tmp_path / "last", measurements=(Spectrum(),), limit=10, against=("none",))
+    only = evaluated_in(
+        trained, tmp_path / "last", measurements=(Spectrum(),), limit=10, against=("none",), pages=False
+    )
     assert only.figure("effective-rank-layer3").values["2-LR"].of == min(100, 2 * width)
     assert only.settings.spectrum_images == min(100, 2 * width)
 
@@ -663,7 +665,7 @@ def test_a_radius_beyond_the_grid_is_said_to_be_so(trained, tmp_path):
 
 def test_noise_that_halves_accuracy(trained, tmp_path):
     measurements = (AccuracyByNoise(False, 0.5, 60), AccuracyByNoise(True, 0.5, 3, black_box=True), DeepFool())
-    evaluation = evaluated_in(trained, tmp_path, measurements=measurements, limit=30)
+    evaluation = evaluated_in(trained, tmp_path, measurements=measurements, limit=30, pages=False)
     network, other = load_network(str(trained / "twin")).model, load_network(str(trained)).model
     data = load_images(**RECIPE["data_args"])
     rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 30, 10))
@@ -735,7 +737,7 @@ def test_hybrids_on_images_that_were_changed_until_their_network_erred(name, tra
 
 
 def test_the_cushion_has_its_minimum_and_a_network_that_was_never_trained(trained, tmp_path):
-    evaluation = evaluated_in(trained, tmp_path, measurements=(Cushion(True),), against=("none",), chunk=9)
+    evaluation = evaluated_in(trained, tmp_path, measurements=(Cushion(True),), against=("none",), chunk=9, pages=False)
     network = load_network(str(trained))
     data = load_images(**RECIPE["data_args"])
     rows = torch.from_numpy(balanced_rows(data.test_labels.numpy(), 24, 10))
