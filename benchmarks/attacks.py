@@ -125,8 +125,9 @@ def one_by_one(build: Callable[[nn.Module], Sequence[tuple[Any, ...]]]) -> Attac
     def run(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         verdicts = []
         for attack, *arguments in build(model):
+            points = attack(images, labels, *arguments)
             with torch.no_grad():
-                verdicts.append(model(attack(images, labels, *arguments)).argmax(dim=1) == labels)
+                verdicts.append(model(points).argmax(dim=1) == labels)
         first, last = verdicts[:-RESTARTS], torch.stack(verdicts[-RESTARTS:]).all(dim=0) & verdicts[1]
         return torch.stack([*first, last], 1)
 
