@@ -359,6 +359,8 @@ def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """A Python process whose output goes into a file."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # What one part compiled, the tests for example, the next one need not compile again.
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(log.parent / "compiled"))
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
@@ -396,7 +398,7 @@ def limits(parts: Sequence[str], seconds: float) -> dict[str, float]:
     }
     if "train" in parts:
         shares["train"] = seconds - sum(shares.values())
-    return shares
+    return {part: shares[part] for part in parts}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -407,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output", type=Path, default=Path("benchmarks/results/gpu"), help="results.json and results.md"
     )
     parser.add_argument("--runs", type=Path, help="the folders of the trainings (default: OUTPUT/runs)")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, in any order")
     parser.add_argument("--plan", action="store_true", help="print what would be done")
     parser.add_argument(
         "--tiny", action="store_true", help="on a CPU, with tiny networks: a trial of this script alone"
@@ -415,8 +417,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure-steps", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    parts = [part for part in PARTS if part in options.parts.split(",")]
-    if unknown := set(options.parts.split(",")) - set(PARTS):
+    parts = list(dict.fromkeys(options.parts.split(",")))  # in the order that is asked for
+    if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts {options.parts}: {', '.join(sorted(unknown))} is not one of {', '.join(PARTS)}")
     if options.measure_steps is not None:  # the process of `run_steps`
         measure_steps(options.measure_steps, options.seconds, options.tiny)
@@ -443,8 +445,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine |= {"cuda": torch.version.cuda, "tf32_convolutions": torch.backends.cudnn.allow_tf32}
     report = Report(options.output.resolve(), machine, plan)
     end = time.perf_counter() + 60 * options.minutes
-    for part in parts:
-        allowed = end - time.perf_counter() if part == "train" else seconds[part]
+    for number, part in enumerate(parts):
+        later = sum(seconds[other] for other in parts[number + 1 :])
+        allowed = end - time.perf_counter() - later if part == "train" else seconds[part]
         if part == "tests":
             run_tests(report, allowed)
         elif part == "steps":
