@@ -34,7 +34,7 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("parts", ["tests,steps,train", "train,steps", "train", "steps,tests"])
+@pytest.mark.parametrize("parts", ["tests,steps,compiled,train", "compiled", "train,steps", "train", "steps,tests"])
 @pytest.mark.parametrize("minutes", [1.0, 9.0])
 def test_a_plan_fits_into_the_time(gpu, capsys, parts, minutes):
     gpu.main(["--plan", "--minutes", str(minutes), "--parts", parts])
@@ -42,7 +42,8 @@ def test_a_plan_fits_into_the_time(gpu, capsys, parts, minutes):
     assert list(plan["seconds"]) == parts.split(",")
     assert min(plan["seconds"].values()) >= 10
     assert sum(plan["seconds"].values()) <= 60 * minutes
-    assert bool(plan["cells"]) == ("steps" in parts)
+    assert bool(plan["cells"]) == ("steps" in parts or "compiled" in parts)
+    assert any("compiled" in cell for cell in plan["cells"]) == ("compiled" in parts)
 
 
 def test_wrong_parts_and_a_machine_without_a_gpu_are_refused(gpu, capsys, monkeypatch):
