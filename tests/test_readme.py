@@ -105,7 +105,7 @@ def test_the_table_of_the_readme_is_what_was_measured():
     assert cells_of("README.md") <= set(zip(*columns, strict=True))
 
 
-@pytest.mark.parametrize("name", ["objective-final", "objective-full"])
+@pytest.mark.parametrize("name", ["objective-final", "objective-full", "objective-digits"])
 def test_the_tables_of_the_objective_are_what_was_measured(name, monkeypatch, capsys):
     script = str(ROOT / "benchmarks" / "objective.py")
     output = str(ROOT / "docs" / f"{name}.json")
