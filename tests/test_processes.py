@@ -102,8 +102,8 @@ def test_an_overflow_on_one_process_leaves_all_alike_and_sound(ranks, digits):
 
 
 def test_two_machines_train_as_one(ranks, one_process, tmp_path):
+    """Each is the first process of its machine. Programs that were started in another way may round otherwise."""
     (tmp_path / "data.pt").symlink_to(one_process[0] / "data.pt")
-    """Each is the first process of its machine."""
     logs = [tmp_path / "one machine", tmp_path / "another"]
     told = zip(logs, forked.ranks(2, worker.free_port(), machines=2), strict=True)
     use_cpu = {"ACCELERATE_USE_CPU": "true"}
@@ -111,12 +111,14 @@ def test_two_machines_train_as_one(ranks, one_process, tmp_path):
         forked.start(worker.main, tmp_path, ["machines"], log=log, environment=rank | use_cpu) for log, rank in told
     ]
     forked.finish(*started, logs=logs)
-    for one, other in zip(worker.results(tmp_path), ranks, strict=True):
-        assert one["processes"] == 2
-        for scenario in MACHINES:
-            assert not one[scenario.name].get("error")
-            assert_same_bits(one[scenario.name]["outcome"], other[scenario.name]["outcome"])
-            assert_same_bits(one[scenario.name]["state"], other[scenario.name]["state"])
+    machines = worker.results(tmp_path)
+    assert [one["processes"] for one in machines] == [2, 2]
+    for scenario in MACHINES:
+        first, second = both(machines, scenario.name)
+        assert_same_bits(first["outcome"], second["outcome"])
+        assert_same_bits(first["state"], second["state"])
+        apart, where = distance(first["outcome"], ranks[0][scenario.name]["outcome"])
+        assert apart < TOLERANCE, where
 
 
 # checkpoints
