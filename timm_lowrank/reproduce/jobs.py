@@ -95,8 +95,8 @@ class Workers:
         self._runs, self._processes = runs, processes
         self._idle: list[tuple[Connection, BaseProcess]] = []
         self._working: dict[Connection, tuple[BaseProcess, Job]] = {}
-        self._images: dict[str, Path] = {}
-        self._folder = contextlib.ExitStack()
+        self._images: dict[str, Path] = {}  # `Runs.images_name` -> file
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of these files
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +108,8 @@ class Workers:
         for connection, process in self._idle:
             connection.close()  # which ends it
             process.join()
-        self._folder.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def do(self, jobs: Sequence[Job]) -> None:
         """Does all jobs.
@@ -178,11 +179,12 @@ class Workers:
             name = self._runs.images_name(recipe)
             if name in self._images or (images := self._runs.images(recipe)) is None:
                 continue
-            if not self._images:
-                self._home = Path(self._folder.enter_context(tempfile.TemporaryDirectory(prefix="timm-lowrank-")))
-            with disk_errors(f"could not write the images to {self._home}", "Set TMPDIR.", EvaluationError):
-                self._images[str(name)] = self._home / f"{len(self._images)}.pt"
-                images.store(self._images[str(name)])
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="timm-lowrank-")
+            file = Path(self._folder.name) / f"{len(self._images)}.pt"
+            with disk_errors(f"could not write the images to {file}", "Set TMPDIR.", EvaluationError):
+                images.store(file)
+            self._images[str(name)] = file
 
 
 def _name(job: Job, runs: Runs) -> str:
@@ -240,6 +242,7 @@ def _end_with(parent: BaseProcess) -> None:
 
 
 def _outcome(job: Job, runs: Runs) -> str | None:
+    """Does a job. None, or the type and first line of its error; its log has the traceback."""
     log = _log(job, runs)
     log.parent.mkdir(parents=True, exist_ok=True)
     with (

@@ -281,11 +281,10 @@ class Runs:
             return None
         if name not in self._images:
             self._images.clear()
-            if name in self.stored:
-                self._images[name] = ImageData.stored(self.stored[name])
-                return self._images[name]
             options = {key: value for key, value in recipe.data_options().items() if key != "streaming"}
-            self._images[name] = load_images(recipe.data, **options)
+            stored = self.stored.get(name)
+            images = load_images(recipe.data, **options) if stored is None else ImageData.stored(stored)
+            self._images[name] = images
         return self._images[name]
 
     def images_name(self, recipe: Recipe) -> str | None:
