@@ -1,9 +1,10 @@
-"""The scripts in hub/ as functions, and what they must end with."""
+"""The scripts in hub/ as functions, what they must end with, and the programs in benchmarks/ as modules."""
 
 import contextlib
 import importlib.util
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,17 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
+
+
+@contextlib.contextmanager
+def benchmark(name):
+    """benchmarks/NAME.py as a module; it and what it has imported from there are forgotten after the block."""
+    folder = ROOT / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module(name)
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def refused(match, main, *arguments):

@@ -1,18 +1,17 @@
 """benchmarks/gpu.py on a CPU: what it plans, what it writes while it runs, and what is left when it is cut."""
 
 import json
-import sys
 import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import benchmark
 
 from timm_lowrank import cli
 from timm_lowrank.training import load_recipe
 
-ROOT = Path(__file__).parents[1]
 LOG = """tests/test_gpu.py::test_one[1] PASSED     [ 25%]
 tests/test_gpu.py::test_two[a b] FAILED           [ 50%]
 tests/test_gpu.py::test_three SKIPPED (no) [ 75%]
@@ -21,13 +20,8 @@ tests/test_gpu.py::test_four """
 
 @pytest.fixture(scope="module")
 def gpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        import gpu
-
-        yield gpu
-    for name in ("gpu", "measure"):
-        sys.modules.pop(name, None)
+    with benchmark("gpu") as module:
+        yield module
 
 
 def read(folder: Path) -> dict:

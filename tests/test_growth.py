@@ -1,24 +1,15 @@
 """benchmarks/growth.py: its formula beside the code and beside what was measured, and the table of the latter."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from scripts import ROOT, benchmark
 from torch.utils._python_dispatch import TorchDispatchMode
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def growth():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        import growth
-
-        yield growth
-    for name in ("growth", "measure"):
-        sys.modules.pop(name, None)
+    with benchmark("growth") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,15 @@
 """Small members of timm's families through the check that benchmarks/timm_sweep.py makes of all of timm."""
 
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from scripts import benchmark
 from torch import nn
 
 from timm_lowrank import LowRankConfig, list_layers, wrap
 from timm_lowrank.layers import stage_names
-
-BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 
 # Name, keywords that make it smaller, and where "2-LR" sits before the last stage.
 TNT = {"embed_dim": 48, "depth": 3, "num_heads_outer": 2}
@@ -59,13 +56,8 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def sweep():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import timm_sweep_check
-
-        yield timm_sweep_check
-    for name in ("timm_sweep_check", "timm_sweep_build"):
-        sys.modules.pop(name)
+    with benchmark("timm_sweep_check") as module:
+        yield module
 
 
 @pytest.mark.parametrize("name", NETWORKS)
