@@ -5,7 +5,8 @@
 
 The recipe trains its plain twin, so that what is compared is the loop: reading, augmentation, metrics, accelerate. One
 bare loop has tensors that are in memory and no augmentation, which nothing can be much faster than; the other is
-timm's: `timm.data.create_loader` with random crops and flips of PIL images in the main process. Each turn is an epoch.
+timm's: `timm.data.create_loader` with random crops and flips of PIL images, in the main process or in --workers. Each
+turn is an epoch.
 On a CPU the ratios are of processor seconds, which other processes on the machine disturb less; seconds
 on the clock stand beside them.
 """
@@ -77,7 +78,7 @@ def bare_epoch(network: nn.Module, optimizer: torch.optim.Optimizer, batches: Ba
         optimizer.zero_grad()
 
 
-def loops(recipe: Recipe, data: ImageData, folder: Path) -> dict[str, Callable[[], None]]:
+def loops(recipe: Recipe, data: ImageData, folder: Path, workers: int) -> dict[str, Callable[[], None]]:
     """Name -> an epoch of it."""
     AcceleratorState._reset_state()
     state = build(recipe, data, folder)
@@ -97,8 +98,9 @@ def loops(recipe: Recipe, data: ImageData, folder: Path) -> dict[str, Callable[[
 
     loader = timm.data.create_loader(
         Pictures(data.train_images[:count], data.train_labels[:count]), tuple(data.image_size), size, is_training=True,
-        train_crop_mode="rkrc", hflip=0.5, color_jitter=None, auto_augment=None, num_workers=0, use_prefetcher=False,
-        mean=(0.5,) * data.image_size[0], std=(1.0,) * data.image_size[0], device=torch.device(device),
+        train_crop_mode="rkrc", hflip=0.5, color_jitter=None, auto_augment=None, num_workers=workers,
+        use_prefetcher=False, mean=(0.5,) * data.image_size[0], std=(1.0,) * data.image_size[0],
+        device=torch.device(device),
     )  # fmt: skip
 
     def bare(batches: Batches) -> Callable[[], None]:
@@ -109,10 +111,10 @@ def loops(recipe: Recipe, data: ImageData, folder: Path) -> dict[str, Callable[[
     return {"recipe": ours, "bare, in memory": bare(in_memory), "bare, timm's loader": bare(lambda: loader)}
 
 
-def measure(recipe: Recipe, data: ImageData, rounds: int) -> list[Measured]:
+def measure(recipe: Recipe, data: ImageData, rounds: int, workers: int) -> list[Measured]:
     """All loops of one precision, taking turns; the first turn is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        made = loops(recipe, data, Path(folder))
+        made = loops(recipe, data, Path(folder), workers)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         measured = {name: Measured(name, recipe.precision, [], []) for name in made}
         for turn in range(rounds + 1):
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="of timm's loader; their processor seconds do not count")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -147,7 +150,7 @@ def main() -> None:
             | {"data": options.data, "model": options.model, "batch_size": options.batch_size, "precision": precision}
             | {"lowrank": {"branches": {"layer3": 20}, "enabled": False}}
         )
-        measured += measure(recipe, data, options.rounds)
+        measured += measure(recipe, data, options.rounds, options.workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = len(data.train_images) // options.batch_size * options.batch_size
     rows = []
