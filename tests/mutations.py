@@ -37,8 +37,8 @@ MUTATIONS = (
     # ------------------------------------------------------------------------------------------------------ the branch
     Mutation(
         "wrong sign in L_c", "timm_lowrank/core/branch.py",
-        "total = self.loss_weights.reconstruction * reconstruction",
-        "total = -self.loss_weights.reconstruction * reconstruction",
+        "total = seen.reconstruction() *",
+        "total = -seen.reconstruction() *",
         "tests/test_branch.py",
     ),
     Mutation(
@@ -48,7 +48,7 @@ MUTATIONS = (
     ),
     Mutation(
         "Update Step in the wrong direction", "timm_lowrank/core/factored.py",
-        "self._gram[:size, size:end] * -scale", "self._gram[:size, size:end] * scale",
+        "beta=0, alpha=-1).mul_(scale)", "beta=0, alpha=1).mul_(scale)",
         "tests/test_branch.py",
     ),
     Mutation(

@@ -14,6 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import timm_lowrank as tlr
@@ -800,3 +801,48 @@ def test_a_compiled_network_is_told_when_training_pauses(wrapped, used):
         messages = warned(model.eval)
         assert len(messages) == expected
         assert all("a compiled network was trained, but penalty() was never called" in text for text in messages)
+
+
+# ------------------------------------------------------------------------------------------------------------ its cost
+
+
+class Operations(TorchDispatchMode):
+    """How many operations are dispatched, but for views and for tensors that nothing is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        makes_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+        name = func.overloadpacket.__name__
+        self.count += func.namespace == "aten" and not makes_view and "empty" not in name and name != "_unsafe_view"
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_a_step(model, batches, labelled):
+    """Of the last of some training steps, without a projection."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for images, labels in batches:
+        with Operations() as operations:
+            loss = nn.functional.cross_entropy(model(images), labels)
+            if isinstance(model, LowRankModel):
+                loss = loss + model.penalty(labels if labelled else None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if isinstance(model, LowRankModel):
+                model.update()
+    return operations.count
+
+
+@pytest.mark.parametrize("update_rows", [6, 64])
+@pytest.mark.parametrize(("head_weight", "most"), [(0.0, 67), (0.3, 117)])
+def test_a_branch_adds_few_operations_to_a_step(wrapped, small_net, data, update_rows, head_weight, most):
+    """Each of them is a launch on a GPU, and launches are what bounds the step of a small network there."""
+    values = {"scale": "reference", "update_rows": update_rows, "head_weight": head_weight}
+    model = wrapped({"body": 5}, **values)
+    added = operations_of_a_step(model, data(11), head_weight) - operations_of_a_step(
+        small_net().train(), data(11), False
+    )
+    assert 0 < added <= most

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .buffer import ActivationBuffer, Moments, SampledRows, Streak
 from .config import LowRankConfig
 from .dense import DenseWeight
 from .distributed import Processes, fingerprint, pack, unpack_into
-from .factored import FactoredWeight, full_precision, multiplies_in_bfloat16
+from .factored import FactoredWeight, centred, full_precision, multiplies_in_bfloat16
 from .head import SubspaceHead
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
@@ -51,6 +52,45 @@ class BranchReport:
             f"penalty {self.penalty:.4g}, {self.outside:.1%} of the energy outside W, rank {self.rank} "
             f"(target {self.target_rank}) after {self.updates:,} updates{warming}"
         )
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What the losses of a batch of n rows are made of: most steps report none of them."""
+
+    errors: Tensor  # ||W x - x||^2, (n,)
+    norms: Tensor  # ||x||, (n,)
+    factors: Tensor  # of the scale, (n,) or one for all
+    sizes: Tensor | None = None  # the norms that L_n takes, (n,), where they are not those of the scaled rows
+    head: Tensor | None = None  # L_s
+
+    def reconstruction(self) -> Tensor:
+        """L_c."""
+        return (self.factors.square() * self.errors).mean()
+
+    def norm(self) -> Tensor:
+        """L_n: as printed, or in the unit that L_c is in."""
+        return (1 - (self.factors * self.norms if self.sizes is None else self.sizes)).abs().mean()
+
+    def outside(self) -> Tensor:
+        """See `BranchReport`."""
+        return self.errors.sum() / self.norms.square().sum().clamp_min(torch.finfo(self.norms.dtype).tiny)
+
+    def losses(self) -> dict[str, Tensor]:
+        """By the names of `LowRankBranch.losses`."""
+        head = {} if self.head is None else {"head": self.head}
+        own = {"reconstruction": self.reconstruction(), "norm": self.norm(), **head, "outside": self.outside()}
+        return {**own, "activation_norm": self.norms.square().mean().sqrt()}
+
+    def detached(self) -> _Seen:
+        return self._each(Tensor.detach)
+
+    def to(self, device: torch.device) -> _Seen:
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> _Seen:
+        values = vars(self).items()
+        return _Seen(**{name: change(value) for name, value in values if value is not None})
 
 
 class LowRankBranch(nn.Module):
@@ -109,7 +149,7 @@ class LowRankBranch(nn.Module):
         self._initialized = False  # whether b and the reference norm were taken from the batches of a first update
         self._provisional = False  # whether they were taken from the first of these batches, until then
         self._fresh = True  # whether W and b have not moved since they were made or loaded
-        self._losses: dict[str, Tensor] = {}
+        self._seen: _Seen | None = None  # of the last batch
         self._total: Tensor | None = None  # the penalty of the last batch
         self._without_finite = Streak()
         self._forget_batches()
@@ -147,32 +187,26 @@ class LowRankBranch(nn.Module):
                 self.processes.agree(self.name, self._common)  # before one of them waits below for the others
             if remember and not (self._initialized or self._provisional):
                 self._initialize_provisionally(activations.detach().to(self.bias.dtype))
-            entering = torch.empty(0, dtype=torch.int64)
-            if remember:
-                entering = self._buffer.add(activations.detach(), alone=self.processes.alone)
-            images = self.weight.reconstruction(activations, self.bias, self._may_be_half(activations), entering)
+            entering = self._buffer.add(activations.detach(), alone=self.processes.alone) if remember else ()
+            classifies = self.head is not None and self.head.ready and labels is not None
+            half = self._may_be_half(activations)
+            images = self.weight.reconstruction(activations, self.bias, half, entering, coordinates=classifies)
             norms = images.norms
             factors = SCALINGS[self.config.scale](norms, self.reference_norm)
             if remember:
                 self._moments.add(activations.detach(), norms.detach())
                 self._buffer.complete(factors.detach(), images.products)
-            reconstruction = (factors.square() * images.errors).mean()  # L_c
-            printed = self.config.scale == "paper"
-            sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1) if printed else factors * norms
-            norm = (1 - sizes).abs().mean()  # L_n: as printed, or in the unit that L_c is in
-            total = self.loss_weights.reconstruction * reconstruction
+            seen = _Seen(images.errors, norms, factors)
+            if self.config.scale == "paper":
+                seen.sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1)
+            warmth = self._warmup_factor()
+            total = seen.reconstruction() * (self.loss_weights.reconstruction * warmth)
             if self.loss_weights.norm:  # else a NaN gradient of L_n would not be multiplied away
-                total = total + self.loss_weights.norm * norm
-            losses = {"reconstruction": reconstruction.detach(), "norm": norm.detach()}
+                total = total.add(seen.norm(), alpha=self.loss_weights.norm * warmth)
             if self.head is not None and labels is not None:
-                classified = self.head.loss(images.coordinates, labels, remember=remember)  # L_s
-                total = total + self.loss_weights.head * classified
-                losses["head"] = classified.detach()
-            total = total * self._warmup_factor()
-        energy = norms.detach().square()
-        outside = images.errors.detach().sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-        self._losses = {**losses, "outside": outside, "activation_norm": energy.mean().sqrt()}
-        self._total = total.detach()
+                seen.head = self.head.loss(images.coordinates, labels, remember=remember)  # L_s
+                total = total.add(seen.head, alpha=self.loss_weights.head * warmth)
+        self._seen, self._total = seen.detached(), total.detach()
         return total
 
     def _may_be_half(self, activations: Tensor) -> bool:
@@ -238,7 +272,9 @@ class LowRankBranch(nn.Module):
             RuntimeError: no batch was seen since the last update.
             CollapseError: the layer died, which is seen at a projection, or turned NaN for two updates in a row.
         """
-        sizes = self.processes.agree(self.name, self._common, self._buffer.sizes)
+        images = 0 if self.head is None else self.head.images
+        numbers = self.processes.agree(self.name, self._common, [images, *self._buffer.sizes])
+        sizes = [own[1:] for own in numbers]
         if not any(map(sum, sizes)):
             raise RuntimeError(f"update() of the branch on {self.name!r} without a penalty() since the last one")
         sampled = self._buffer.sample(sizes, self.processes.rank)
@@ -246,10 +282,11 @@ class LowRankBranch(nn.Module):
             self._moments.sum_over(self.processes)
             if not self._initialized:
                 self._initialize(sampled)
-            rows = self.weight.room(sampled.count)
-            self.weight.append(rows, sampled.gather(self.bias, self.weight.size, self.processes, into=rows))
+            rows, products = self.weight.room(sampled.count)
+            sampled.gather(self.bias, rows, products, self.processes)
+            self.weight.append(rows)
             if self.head is not None:
-                self.head.update(self.processes)
+                self.head.update(self.processes, images=sum(own[0] for own in numbers))
             self._step()
         self._fresh = False
         self._forget_batches()
@@ -262,7 +299,7 @@ class LowRankBranch(nn.Module):
         self._initialized = True
         if self.config.scale != "batch":  # whose factors are those of whole batches
             for rows in sampled.parts:
-                norms = torch.linalg.vector_norm(rows.values.to(self.bias.dtype) + self.bias, dim=1)
+                norms = torch.linalg.vector_norm(centred(rows.values, self.bias), dim=1)
                 rows.factors = SCALINGS[self.config.scale](norms, self.reference_norm)
 
     def _step(self) -> None:
@@ -270,13 +307,13 @@ class LowRankBranch(nn.Module):
         projects = (self.updates + 1) % self.config.project_every == 0
         if projects:
             self._raise_if_collapsed()
-        elif self._without_finite.extend(self._moments.count == 0) >= _HOPELESS:
+        elif self._without_finite.extend(self._moments.count) >= _HOPELESS:
             raise CollapseError(self._not_finite())
         self._step_bias()  # first: its gradient is taken at the old W
         if self.config.step_rule == "fixed":
-            self.weight.step(self.config.step_size * self.loss_weights.reconstruction, count)
+            self.weight.step(self.config.step_size * self.loss_weights.reconstruction / count)
         else:
-            self.weight.step(self.config.step_size / self._largest_curvature(count), count)
+            self.weight.step(self._inverse_curvature() * self.config.step_size)
         self.updates += 1
         if projects:
             self.project()
@@ -291,26 +328,26 @@ class LowRankBranch(nn.Module):
         if self.head is not None:
             self.head.move(rotation)
 
-    def _largest_curvature(self, count: int) -> Tensor:
-        """A tight upper bound of lambda_max(X^T X / count): a step on W below its inverse never overshoots.
+    def _inverse_curvature(self) -> Tensor:
+        """A tight lower bound of 1 / lambda_max(X^T X): a step on W below it never overshoots.
 
-        The bound is the Schatten-8 norm (tr K^8)^(1/8) of K = X X^T / count: at most count^(1/8) too large, two
-        small matrix products, and no eigenvalue routine that would make a GPU wait for the host.
+        It is the inverse of the Schatten-8 norm (tr K^8)^(1/8) of K = X X^T: at most p^(1/8) too small for p rows, two
+        small matrix products, and no eigenvalue routine that would make a GPU wait for the host. In float64 the 8th
+        power of what float32 can hold neither overflows nor, above the bound that is set here, vanishes.
         """
-        gram = self.weight.pending_gram().double() / count
-        scale = gram.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)  # against overflow of the 8th power
-        squared = (gram / scale) @ (gram / scale)
-        bound = scale * torch.linalg.matrix_norm(squared @ squared).pow(0.25)
-        return bound.to(self.bias.dtype).clamp_min(torch.finfo(self.bias.dtype).tiny ** 0.5)
+        gram = self.weight.pending_gram().double()
+        squared = gram @ gram
+        least = torch.finfo(torch.float32).tiny ** 0.5
+        return torch.linalg.matrix_norm(squared @ squared).clamp_min(least**4).pow(-0.25)
 
     def _step_bias(self) -> None:
-        mean = self._moments.mean()
-        seen = (self._moments.count > 0).to(mean.dtype)
         if self.config.step_rule == "fixed":  # b <- b - lambda dL_c/db,  dL_c/db = 2 (W - I)^2 (mean + b)
+            mean = self._moments.mean()
+            seen = (self._moments.count > 0).to(mean.dtype)
             gradient = 2 * self.loss_weights.reconstruction * self.weight.residual(mean + self.bias)
             self.bias = self.bias - seen * self.config.step_size * gradient
         else:  # minus the mean is the optimum of b for every W, and no offset of the layer can hide in it
-            self.bias = self.bias - seen * self.config.bias_momentum * (mean + self.bias)
+            self.bias = self._moments.moved(self.bias, self.config.bias_momentum)
 
     def _raise_if_collapsed(self) -> None:
         """The one point of a training step that waits for the device, at projections, which do so anyway."""
@@ -349,13 +386,14 @@ class LowRankBranch(nn.Module):
         """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted), "head"
         (L_s, unweighted, where there is a subspace head), "outside" (see `BranchReport`) and "activation_norm" (root
         mean square of ||a + b||)."""
-        return dict(self._losses)
+        with torch.no_grad():
+            return {} if self._seen is None else self._seen.losses()
 
     @torch.no_grad()
     def report(self) -> BranchReport:
         """How far the branch is. Waits for the device: for a line in a log now and then, not for every step."""
         penalty = math.nan if self._total is None else float(self._total)
-        outside = math.nan if self._total is None else float(self._losses["outside"])
+        outside = math.nan if self._seen is None else float(self._seen.outside())
         sizes = self.weight.eigenvalues().abs()
         rank = int((sizes > 1e-6 * sizes.amax()).sum()) if sizes.numel() else 0
         return BranchReport(penalty, outside, rank, self.rank, self.updates, self._warmup_factor() < 1)
@@ -390,7 +428,7 @@ class LowRankBranch(nn.Module):
         self._buffer.to(device)
         self._moments.to(device)
         self.bias, self.reference_norm = self.bias.to(device), self.reference_norm.to(device)
-        self._losses = {name: value.to(device) for name, value in self._losses.items()}
+        self._seen = None if self._seen is None else self._seen.to(device)
         return super()._apply(fn, recurse)
 
     def _state(self) -> dict[str, Tensor]:

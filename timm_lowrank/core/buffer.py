@@ -8,37 +8,61 @@ is cut into batches and processes, as long as the common order is the same.
 
 from __future__ import annotations
 
+import bisect
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .distributed import Processes
-from .factored import pieces
-from .scaling import finite_rows
+from .factored import centred, pieces
 
 
 @dataclasses.dataclass
 class Rows:
     """Some rows of one batch."""
 
-    positions: Tensor  # (n,) int64 on the CPU, ascending: in the batch, on the process that saw them
+    positions: Sequence[int]  # n, ascending: in the batch, on the process that saw them
     values: Tensor  # (n, m) activations without a graph, of the network's dtype
-    factors: Tensor  # (n,) that the scale of the loss multiplies the centred rows by
-    products: Tensor | None  # (k, n) of B with the centred rows, where W is kept factored
+    index: Tensor | None = None  # (n,) int64 beside `values`: where they stood in what they were taken from; None: all
+    factors: Tensor | None = None  # (n,) that the scale of the loss multiplies the centred rows by, or one for all
+    products: Tensor | None = None  # (k, n) of B with the centred rows, where W is kept factored
 
-    def select(self, indices: Tensor) -> Rows:
-        """Those at `indices`, (q,) int64 on the CPU, as copies."""
-        index = indices.to(self.values.device, non_blocking=True)  # else the host would wait for the device
-        products = None if self.products is None else self.products[:, index]
-        return Rows(self.positions[indices], self.values[index], self.factors[index], products)
+    def select(self, chosen: Sequence[int]) -> Rows:
+        """Those at `chosen`, ascending, as copies."""
+        if len(chosen) == len(self.positions):
+            return dataclasses.replace(self, values=self.values.clone(), index=None)
+        host = torch.tensor(chosen, dtype=torch.int64)
+        index = host.to(self.values.device, non_blocking=True)  # else the host would wait for the device
+        some = Rows([self.positions[one] for one in chosen], self.values[index], index)
+        if self.factors is not None:
+            some.complete(self.factors, self.products)
+        return some
 
-    def split(self) -> Iterator[Rows]:
-        """In pieces of some rows."""
+    def complete(self, factors: Tensor, products: Tensor | None) -> None:
+        """Their factors and products, from those of what they were taken from."""
+        whole, index = self.index is None, self.index
+        self.factors = factors if whole or factors.dim() == 0 else factors[index]
+        self.products = products if whole or products is None else products[:, index]
+
+    def write(self, bias: Tensor, rows: Tensor, products: Tensor) -> None:
+        """The centred and scaled rows into (n, m), and their products into (k, n); zeros for rows that are not finite.
+
+        A gradient scaler skips the step of an overflowing batch, but its rows were remembered by then: as zeros they do
+        not enter W.
+        """
+        assert self.factors is not None
+        zero = bias.new_zeros(())
         for some in pieces(len(self.values), self.values.shape[1], self.values.device):
-            products = None if self.products is None else self.products[:, some]
-            yield Rows(self.positions[some], self.values[some], self.factors[some], products)
+            factors = self.factors[some] if self.factors.dim() else self.factors
+            taken = centred(self.values[some], bias).mul_(factors[:, None] if factors.dim() else factors)
+            finite = taken.abs().amax(dim=1) < torch.inf  # NaN is not; ten times as fast as isfinite() on a CPU
+            torch.where(finite[:, None], taken, zero, out=rows[some])
+            if self.products is not None:
+                torch.where(finite, self.products[:, some] * factors, zero, out=products[:, some])
 
 
 @dataclasses.dataclass
@@ -46,38 +70,36 @@ class SampledRows:
     """The rows of one process among those that enter W."""
 
     count: int  # p, the rows that enter W from all processes together
-    slots: Tensor  # (q,) int64 on the CPU, ascending: where this process's rows stand among them
+    slots: Sequence[int]  # q, ascending: where this process's rows stand among them
     parts: list[Rows]  # q rows together
 
     def gather(
         self,
         bias: Tensor,  # b (m,)
-        size: int,  # k, the rows of B
+        rows: Tensor,  # (p, m), of the dtype of b
+        products: Tensor,  # (k, p)
         processes: Processes,
-        into: Tensor,  # (p, m), of the dtype of b
-    ) -> Tensor:
-        """Writes all rows that enter W, centred and scaled, and gives their products with B (k, p).
+    ) -> None:
+        """Writes all rows that enter W, centred and scaled, and their products with B.
 
         Each process puts its own rows in their slots and zeros in the others: the sum is every row to the bit. Rows
         that are not finite become zeros.
         """
-        products = bias.new_zeros(size, self.count)
-        slots: Tensor | None = None  # alone, its rows fill them in their order
+        own_rows, own_products = rows, products  # alone, its rows fill them in their order
         if not processes.alone:
-            slots = self.slots.to(bias.device, non_blocking=True)
-            into.zero_()
+            own_rows = rows.new_empty(len(self.slots), rows.shape[1])
+            own_products = products.new_empty(len(products), len(self.slots))
         begin = 0
-        for some in (some for part in self.parts for some in part.split()):
-            end = begin + len(some.positions)
-            own = slice(begin, end) if slots is None else slots[begin:end]
-            into[own], factors = finite_rows(some.values.to(bias.dtype) + bias, some.factors)
-            if some.products is not None:
-                products[:, own] = torch.where(factors > 0, some.products * factors, 0)
+        for part in self.parts:
+            end = begin + len(part.positions)
+            part.write(bias, own_rows[begin:end], own_products[:, begin:end])
             begin = end
-        if slots is not None:
-            rows, products = processes.sum(into, products)
-            into.copy_(rows)
-        return products
+        if not processes.alone:
+            slots = torch.tensor(self.slots, dtype=torch.int64).to(bias.device, non_blocking=True)
+            rows.zero_()[slots] = own_rows
+            products.zero_()[:, slots] = own_products
+            for target, total in zip((rows, products), processes.sum(rows, products), strict=True):
+                target.copy_(total)
 
 
 class ActivationBuffer:
@@ -94,27 +116,23 @@ class ActivationBuffer:
         self._batches: list[Rows] = []
         self._drawn = True  # whether of all batches nothing but the drawn rows is kept
 
-    def add(self, values: Tensor, *, alone: bool) -> Tensor:
-        """Remember a batch (n, m). Gives the rows of it that may enter W, int64 on the CPU. `complete` must follow.
+    def add(self, values: Tensor, *, alone: bool) -> Sequence[int]:
+        """Remember a batch (n, m). Gives the rows of it that may enter W, ascending. `complete` must follow.
 
         Alone, rows that are certainly not drawn are dropped at once. Beside other processes, whose sizes are not known
         before the update, the batch is kept whole until then.
         """
         self.sizes.append(len(values))
-        unknown = values.new_empty(len(values), dtype=torch.float32)
-        self._batches.append(Rows(torch.arange(len(values)), values, unknown, None))
+        self._batches.append(Rows(range(len(values)), values))
         self._drawn &= alone
         if alone:
             self._batches = self._draw([self.sizes], 0).parts
         return self._batches[-1].positions
 
     def complete(self, factors: Tensor, products: Tensor | None) -> None:
-        """The factors (n,) and, where W is kept factored, the products (k, n) of the batch that was added last."""
-        rows = self._batches[-1]
-        whole = len(rows.positions) == len(factors)
-        index = rows.positions.to(factors.device, non_blocking=True)
-        rows.factors = factors if whole else factors[index]
-        rows.products = products if whole or products is None else products[:, index]
+        """The factors (n,), or one for all, and, where W is kept factored, the products (k, n) of the batch that was
+        added last."""
+        self._batches[-1].complete(factors, products)
 
     def sample(self, sizes: Sequence[Sequence[int]], process: int) -> SampledRows:
         """The rows that enter W.
@@ -124,36 +142,52 @@ class ActivationBuffer:
             process: the number of this one.
         """
         if self._drawn and len(sizes) == 1:
-            count = sum(len(rows.values) for rows in self._batches)
-            return SampledRows(count, torch.arange(count), self._batches)
+            count = sum(len(rows.positions) for rows in self._batches)
+            return SampledRows(count, range(count), self._batches)
         return self._draw(sizes, process)
 
     def _draw(self, sizes: Sequence[Sequence[int]], process: int) -> SampledRows:
         sampled = self._lowest(sum(map(sum, sizes)))
-        slots, parts = [], []
+        slots: list[int] = []
+        parts = []
         for number, rows in enumerate(self._batches):
             before = sum(sum(own[:number]) for own in sizes)  # a process may have had fewer batches than another
-            positions = before + sum(sum(own[number : number + 1]) for own in sizes[:process]) + rows.positions
-            own = torch.isin(positions, sampled, assume_unique=True).nonzero().flatten()
-            slots.append(torch.searchsorted(sampled, positions[own]))
+            before += sum(sum(own[number : number + 1]) for own in sizes[:process])
+            own, some = _common(sampled, before, rows.positions)
+            slots += some
             parts.append(rows.select(own))
-        return SampledRows(len(sampled), torch.cat(slots) if slots else sampled[:0], parts)
+        return SampledRows(len(sampled), slots, parts)
 
-    def _lowest(self, total: int) -> Tensor:
-        """The positions of the `limit` lowest of `total` random numbers, ascending, int64.
+    def _lowest(self, total: int) -> Sequence[int]:
+        """The positions of the `limit` lowest of `total` random numbers, ascending.
 
         The numbers of fewer positions are the first ones of those of more: what is low among all is low in each part.
         """
         if self.limit is None or total <= self.limit:
-            return torch.arange(total)
+            return range(total)
         generator = torch.Generator().manual_seed(self._seed)
         numbers = torch.rand(total, dtype=torch.float64, generator=generator)
-        return numbers.topk(self.limit, largest=False).indices.sort().values
+        lowest: list[int] = numbers.topk(self.limit, largest=False).indices.tolist()
+        return sorted(lowest)
 
     def to(self, device: torch.device) -> None:
         for rows in self._batches:
-            rows.values, rows.factors = rows.values.to(device), rows.factors.to(device)
-            rows.products = None if rows.products is None else rows.products.to(device)
+            for name in ("values", "index", "factors", "products"):
+                held = getattr(rows, name)
+                setattr(rows, name, None if held is None else held.to(device))
+
+
+def _common(sampled: Sequence[int], before: int, positions: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Where the numbers stand that are in `sampled` and, `before` added, in `positions`: in these, and in `sampled`."""
+    begin = bisect.bisect_left(sampled, before)
+    end = bisect.bisect_right(sampled, before + positions[-1]) if positions else begin
+    if isinstance(positions, range):  # a whole batch
+        if end - begin == len(positions):
+            return positions, range(begin, end)
+        return [one - before for one in sampled[begin:end]], range(begin, end)
+    place = {position: index for index, position in enumerate(positions)}
+    slots = [slot for slot in range(begin, end) if sampled[slot] - before in place]
+    return [place[sampled[slot] - before] for slot in slots], slots
 
 
 class Moments:
@@ -167,30 +201,50 @@ class Moments:
 
     def __init__(self, bias: Tensor) -> None:
         self._bias = bias
-        self.total = torch.zeros_like(bias)  # sum of a
-        self.squares = bias.new_zeros(())  # sum of ||a + b||^2
-        self.count = bias.new_zeros(())
+        self._sums = bias.new_zeros(len(bias) + 2)  # of a, of ||a + b||^2, and of ones; in one tensor: three small ones
+        # would be three times the operations
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of a, (m,)."""
+        return self._sums[:-2]
+
+    @property
+    def squares(self) -> Tensor:
+        """The sum of ||a + b||^2, a scalar."""
+        return self._sums[-2]
+
+    @property
+    def count(self) -> Tensor:
+        """How many rows, a scalar."""
+        return self._sums[-1]
 
     def add(self, values: Tensor, norms: Tensor) -> None:
         """A batch: a (n, m), and ||a + b|| (n,). One that is not finite is left out: a gradient scaler will skip it."""
-        columns = pieces(values.shape[1], len(values), values.device)
-        total = torch.cat([values[:, some].to(self.total.dtype).sum(dim=0) for some in columns])
-        finite = total.abs().amax() < torch.inf
-        self.total = self.total + torch.where(finite, total, 0)
-        self.squares = self.squares + torch.where(finite, norms.square().sum(), 0)
-        self.count = self.count + finite * values.shape[0]
+        own = self._sums.new_full(self._sums.shape, float(len(values)))
+        total = own[:-2]
+        for some in pieces(values.shape[1], len(values), values.device):
+            torch.sum(values[:, some], dim=0, dtype=own.dtype, out=total[some])
+        torch.dot(norms, norms, out=own[-2])
+        finite = torch.linalg.vector_norm(total, math.inf) < torch.inf
+        self._sums = torch.where(finite, own.add_(self._sums), self._sums)
 
     def sum_over(self, processes: Processes) -> None:
         """From here on the moments of all processes' batches; each must have had the same b."""
-        self.total, self.squares, self.count = processes.sum(self.total, self.squares, self.count)
+        (self._sums,) = processes.sum(self._sums)
 
     def empty(self) -> bool:
         """Whether no finite row was added. Waits for the device."""
-        return not (self.count.is_meta or bool(self.count > 0))
+        return not (self._sums.is_meta or bool(self.count > 0))
 
     def mean(self) -> Tensor:
         """Of a, (m,); zero without rows."""
         return self.total / self.count.clamp_min(1)
+
+    def moved(self, bias: Tensor, share: float) -> Tensor:
+        """b (m,), moved by this share of the way to minus the mean; b itself without rows."""
+        way = torch.addcmul(self.total, self.count, bias)  # the sum of a + b
+        return torch.addcdiv(bias, way, self.count.clamp_min(1), value=-share)
 
     def variance(self) -> Tensor:
         """Mean of ||a - mean||^2, a scalar; the nearer b is to minus the mean, the more exactly."""
@@ -198,37 +252,37 @@ class Moments:
         return (share - (self.mean() + self._bias).square().sum()).clamp_min(0)
 
     def to(self, device: torch.device) -> None:
-        for name in ("_bias", "total", "squares", "count"):
-            setattr(self, name, getattr(self, name).to(device))
+        self._bias, self._sums = self._bias.to(device), self._sums.to(device)
 
 
 class Streak:
-    """How often in a row something was so, counted on the device. On a GPU the host learns it late, and never waits.
+    """How many updates in a row had no finite row. On a GPU the host learns it late, and never waits.
 
     A copy, and what is pickled, begins anew.
     """
 
     def __init__(self) -> None:
-        self._length: Tensor | None = None
-        self._on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
+        self._length = 0
+        self._on_their_way: collections.deque[tuple[Tensor, torch.cuda.Event]] = collections.deque()
 
-    def extend(self, holds: Tensor) -> int:
-        """One more time; `holds` is a boolean scalar. The length of the streak, as far as the host knows it."""
-        if holds.is_meta:
+    def extend(self, count: Tensor) -> int:
+        """One more update, of so many finite rows (a scalar). The length of the streak, as far as the host knows it."""
+        if count.is_meta:
             return 0
-        before = 0 if self._length is None else self._length.to(holds.device)
-        self._length = torch.where(holds, before + 1, 0)
-        if holds.device.type != "cuda":
-            return int(self._length)
-        known = 0
-        if self._on_its_way is not None and self._on_its_way[1].query():
-            known = int(self._on_its_way[0])
-        copy = torch.empty(self._length.shape, dtype=self._length.dtype, pin_memory=True)
-        copy.copy_(self._length, non_blocking=True)
+        if count.device.type != "cuda":
+            return self._take(count)
+        copy = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
+        copy.copy_(count, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._on_its_way = (copy, arrived)
-        return known
+        self._on_their_way.append((copy, arrived))
+        while self._on_their_way and self._on_their_way[0][1].query():
+            self._take(self._on_their_way.popleft()[0])
+        return self._length
+
+    def _take(self, count: Tensor) -> int:
+        self._length = 0 if float(count) > 0 else self._length + 1
+        return self._length
 
     def __reduce__(self) -> tuple[type[Streak], tuple[()]]:
         return Streak, ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,18 +35,23 @@ class DenseWeight:
     size = 0  # rows whose products with a batch the step needs
 
     def reconstruction(
-        self, activations: Tensor, bias: Tensor, half: bool = False, entering: Tensor | None = None
+        self,
+        activations: Tensor,
+        bias: Tensor,
+        half: bool = False,
+        entering: Sequence[int] | None = None,
+        coordinates: bool = True,
     ) -> Reconstruction:
         """What W makes of a batch (Algorithm 2, line 6); in its own dtype always."""
         rows = activations.to(bias.dtype) + bias
         errors = (rows @ self.matrix - rows).square().sum(dim=1)
         return Reconstruction(errors, torch.linalg.vector_norm(rows, dim=1), rows @ self.start, None)
 
-    def room(self, count: int) -> Tensor:
-        """Where `append` takes rows from, (count, m)."""
-        return self._rows.new_empty(count, self.num_features)
+    def room(self, count: int) -> tuple[Tensor, Tensor]:
+        """Where `append` takes rows from, (count, m); of their products it needs none."""
+        return self._rows.new_empty(count, self.num_features), self._rows.new_empty(self.size, count)
 
-    def append(self, rows: Tensor, products: Tensor) -> None:
+    def append(self, rows: Tensor) -> None:
         """Rows (p, m) for the next step."""
         self._rows = torch.cat([self._rows, rows])
 
@@ -52,14 +59,14 @@ class DenseWeight:
         """K = X X^T (p, p) of the pending rows X."""
         return self._rows @ self._rows.T
 
-    def step(self, step_size: Tensor | float, count: Tensor | int) -> None:
-        """W_s <- W_s - step_size dL_c/dW_s at W = (W_s + W_s^T) / 2 (Algorithm 2, line 12)."""
+    def step(self, scale: Tensor | float) -> None:
+        """W_s <- W_s - scale d(n L_c)/dW_s at W = (W_s + W_s^T) / 2 (Algorithm 2, line 12)."""
         with torch.enable_grad():
             parameter = self.matrix.clone().requires_grad_()
             symmetric = (parameter + parameter.T) / 2
-            loss = (self._rows @ symmetric - self._rows).square().sum() / count
+            loss = (self._rows @ symmetric - self._rows).square().sum()
             (gradient,) = torch.autograd.grad(loss, parameter)
-        self.matrix = self.matrix - step_size * gradient
+        self.matrix = self.matrix - scale * gradient
         self._seen = torch.cat([self._seen, self._rows])
         self._rows = self._rows[:0]
 

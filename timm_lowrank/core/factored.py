@@ -33,6 +33,7 @@ that the activations have.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,13 +77,26 @@ def pieces(count: int, other: int, device: torch.device, least: int = 1, parts: 
     return [slice(begin, min(begin + size, count)) for begin in range(0, count, max(1, size))]
 
 
+def centred(
+    values: Tensor,  # (n, m), any float dtype
+    bias: Tensor,  # (m,)
+) -> Tensor:
+    """The rows a + b (n, m) in the dtype of b, by one operation: it converts what comes in half precision."""
+    return (values + bias).to(bias.dtype)
+
+
 _COLUMNS = 256  # at a time at least: fewer make the products slow
 _PARTS = 8  # sums that a product in bfloat16 is cut into: each is rounded to bfloat16, their total is not
 
 
+def _joined(norms: list[Tensor]) -> Tensor:
+    """The norms (n,) of rows from those of their pieces."""
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
 class _Reconstruction(torch.autograd.Function):
     """What W makes of the rows x_i = a_i + b, for fixed W and b: ||W x_i - x_i||^2 and ||x_i||, both (n,), the
-    coordinates (n, kept) in the range of W, and P (k, n), without a graph.
+    coordinates (n, kept) in the range of W where they are wanted, and P (k, n), without a graph.
 
     With the gradient in a alone (the formulas of this module). Neither the rows nor their gradient in `dtype` is ever
     there as a whole: of what has the size of the batch nothing is added to memory but the gradient that is asked for.
@@ -95,19 +109,22 @@ class _Reconstruction(torch.autograd.Function):
         bias: Tensor,
         weight: FactoredWeight,
         half: bool,
-        entering: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        squares, products = weight.products(activations, bias, entering if half else None)
+        entering: Sequence[int] | None,
+        coordinates: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        norms, products = weight.products(activations, bias, entering if half else None)
         core, gram = weight.core, weight.gram
         images = core @ products  # y
         excess = torch.addmm(products, gram, images, beta=-1)  # G y - P
-        norms = squares.sqrt()
+        coefficients = torch.addmm(images, core, excess, beta=-1)  # M (G y - P) - y
         ctx.weight, ctx.generation, ctx.half = weight, weight.generation, half  # type: ignore[attr-defined]
-        ctx.save_for_backward(activations, bias, norms, torch.addmm(images, core, excess, beta=-1))
+        ctx.save_for_backward(activations, bias, norms, coefficients)
         ctx.mark_non_differentiable(products)
-        error = squares + (images * (excess - products)).sum(dim=0)
+        ctx.set_materialize_grads(False)
+        # y . (G y - 2 P) = P . (M (G y - P) - y), as y = M P.
         # Of rows that lie in the span of B, rounding may leave less than nothing.
-        return error.clamp_min(0), norms, products[: weight.kept].T.clone(), products
+        errors = torch.addcmul((products * coefficients).sum(dim=0), norms, norms).clamp_min_(0)
+        return errors, norms, products[: weight.kept].T.clone() if coordinates else None, products
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,11 +134,13 @@ class _Reconstruction(torch.autograd.Function):
         if ctx.generation != weight.generation:
             raise RuntimeError("W was updated between penalty() and backward(); call update() after the optimizer step")
         with full_precision(activations.device):  # backward() may be called inside an autocast block
-            scale = 2 * grad_errors
+            scale = torch.zeros_like(norms) if grad_errors is None else 2 * grad_errors
             coefficients = coefficients * scale
-            coefficients[: weight.kept] += grad_coordinates.T
-            scale = scale + torch.where(norms > 0, grad_norms / norms, 0)
-            return weight.gradient(activations, bias, scale, coefficients, ctx.half), None, None, None, None
+            if grad_coordinates is not None:
+                coefficients[: weight.kept].add_(grad_coordinates.T)
+            if grad_norms is not None:
+                scale = scale + torch.where(norms > 0, grad_norms / norms, 0)
+            return weight.gradient(activations, bias, scale, coefficients, ctx.half), *(None,) * 5
 
 
 class Reconstruction(NamedTuple):
@@ -129,7 +148,8 @@ class Reconstruction(NamedTuple):
 
     errors: Tensor  # ||W x_i - x_i||^2, (n,), with a graph
     norms: Tensor  # ||x_i||, (n,), with a graph
-    coordinates: Tensor  # (n, kept) in the orthonormal rows that span the range of W since its projection, with a graph
+    coordinates: Tensor | None  # (n, kept) in the orthonormal rows that span the range of W since its projection, with
+    # a graph
     products: Tensor | None  # P = B X^T (k, n), where W is kept factored
 
 
@@ -161,6 +181,7 @@ class FactoredWeight:
         self._reserve(basis.shape[0])
         self.size, self._halved, self.kept = basis.shape[0], 0, kept
         self._buffer[: self.size] = basis
+        self._core.zero_()
         self.core.copy_(core)
         self.gram.copy_(gram)
         self.generation += 1
@@ -178,8 +199,8 @@ class FactoredWeight:
         larger = self._buffer.new_empty(capacity, self.num_features)
         larger[:held] = self._buffer[:held]
         self._buffer, self._half, self._halved = larger, None, 0
-        for name in ("_core", "_gram"):
-            square = self._buffer.new_empty(capacity, capacity)
+        for name in ("_core", "_gram"):  # zeros, as a step writes nothing into M where it stays zero
+            square = self._buffer.new_zeros(capacity, capacity)
             square[:held, :held] = getattr(self, name)[:held, :held]
             setattr(self, name, square)
 
@@ -211,38 +232,39 @@ class FactoredWeight:
         activations: Tensor,  # (n, m) with or without a graph, any float dtype
         bias: Tensor,  # b (m,), `dtype`
         half: bool = False,  # whether the large products may be taken in bfloat16
-        entering: Tensor | None = None,  # (q,) int64 on the CPU: the rows that may enter W; None means all of them
+        entering: Sequence[int] | None = None,  # the rows that may enter W; None means all of them
+        coordinates: bool = True,  # whether they are wanted
     ) -> Reconstruction:
         """What W makes of a batch (Algorithm 2, line 6)."""
-        return Reconstruction(*_Reconstruction.apply(activations, bias, self, half, entering))
+        return Reconstruction(*_Reconstruction.apply(activations, bias, self, half, entering, coordinates))
 
     def products(
         self,
         activations: Tensor,  # (n, m)
         bias: Tensor,  # (m,)
-        exactly: Tensor | None,  # (q,) int64 on the CPU: which rows' products are not taken in bfloat16; None: all
+        exactly: Sequence[int] | None,  # which rows' products are not taken in bfloat16; None: all
     ) -> tuple[Tensor, Tensor]:
-        """The squared norms (n,) of the rows x = a + b, and P = B X^T (k, n); both `dtype`."""
+        """The norms (n,) of the rows x = a + b, and P = B X^T (k, n); both `dtype`."""
         count = len(activations)
         if exactly is None or len(exactly) == count:
-            exactly = None
-        squares, products = bias.new_zeros(count), bias.new_empty(self.size, count)
-        others = torch.ones(count, dtype=torch.bool)
-        if exactly is not None:
-            others[exactly] = False
-            products, rest = bias.new_empty(self.size, len(exactly)), bias.new_zeros(self.size, count - len(exactly))
-        for columns in self._pieces(count, 1 if exactly is None else _PARTS):
-            rows = activations[:, columns].to(bias.dtype) + bias[columns]
-            squares += torch.linalg.vector_norm(rows, dim=1).square()
-            some = rows if exactly is None else rows[exactly]
-            products.addmm_(self.basis[:, columns], some.T, beta=int(columns.start > 0))
-            if exactly is not None:
-                rest += self.half_basis[:, columns] @ rows[others].bfloat16().T
-        if exactly is None:
-            return squares, products
+            norms, products = [], bias.new_empty(self.size, count)
+            for columns in self._pieces(count):
+                rows = centred(activations[:, columns], bias[columns])
+                norms.append(torch.linalg.vector_norm(rows, dim=1))
+                products.addmm_(self.basis[:, columns], rows.T, beta=int(columns.start > 0))
+            return _joined(norms), products
+        norms, others = [], torch.ones(count, dtype=torch.bool)
+        index = torch.tensor(exactly, dtype=torch.int64)
+        others[index] = False
+        products, rest = bias.new_empty(self.size, len(index)), bias.new_zeros(self.size, count - len(index))
+        for columns in self._pieces(count, _PARTS):
+            rows = centred(activations[:, columns], bias[columns])
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+            products.addmm_(self.basis[:, columns], rows[index].T, beta=int(columns.start > 0))
+            rest += self.half_basis[:, columns] @ rows[others].bfloat16().T
         together = bias.new_empty(self.size, count)
-        together[:, exactly], together[:, others] = products, rest
-        return squares, together
+        together[:, index], together[:, others] = products, rest
+        return _joined(norms), together
 
     def gradient(
         self,
@@ -256,7 +278,7 @@ class FactoredWeight:
         gradient = torch.empty_like(activations)
         coefficients = coefficients.T.bfloat16() if half else coefficients.T
         for columns in self._pieces(len(activations)):
-            rows = (activations[:, columns].to(bias.dtype) + bias[columns]).mul_(scale[:, None])
+            rows = centred(activations[:, columns], bias[columns]).mul_(scale[:, None])
             if half:
                 rows += coefficients @ self.half_basis[:, columns]
             else:
@@ -270,20 +292,20 @@ class FactoredWeight:
         """Of the features, for something that has `rows` numbers of each."""
         return pieces(self.num_features, rows, self._buffer.device, _COLUMNS, parts)
 
-    def room(self, count: int) -> Tensor:
-        """Where `append` takes rows from, (count, m): whoever calls it writes them there, which saves a copy."""
+    def room(self, count: int) -> tuple[Tensor, Tensor]:
+        """Where `append` takes rows (count, m) and their products with B (k, count) from: whoever calls it writes them
+        there, which saves copies."""
         self._reserve(self.size + count)
-        return self._buffer[self.size : self.size + count]
+        end = self.size + count
+        return self._buffer[self.size : end], self._gram[: self.size, self.size : end]
 
     def append(
         self,
         rows: Tensor,  # (p, m), what `room` gave
-        products: Tensor,  # (k, p) of B and these rows
     ) -> None:
         """Rows for the next step: G+ = [[G, P], [P^T, K]]. A step must follow before the next ones."""
         size, end = self.size, self.size + rows.shape[0]
-        self._gram[:size, size:end] = products
-        self._gram[size:end, :size] = products.T
+        self._gram[size:end, :size] = self._gram[:size, size:end].T
         torch.mm(rows, rows.T, out=self._gram[size:end, size:end])
         self.pending = rows.shape[0]
 
@@ -294,17 +316,15 @@ class FactoredWeight:
 
     def step(
         self,
-        step_size: Tensor | float,  # scalar: step size times the weight of the loss
-        count: Tensor | int,  # scalar: rows that the mean of the loss runs over
+        scale: Tensor | float,  # scalar: step size times the weight of the loss, over the rows that its mean runs over
     ) -> None:
-        """W <- W - step_size (1/count) (X^T R + R^T X) with the pending rows X (Algorithm 2, line 12)."""
-        size, end, scale = self.size, self.size + self.pending, step_size / count
-        border = self.core @ self._gram[:size, size:end] * -scale  # -(s/p) y
-        self._core[:size, size:end] = border
+        """W <- W - scale (X^T R + R^T X) with the pending rows X (Algorithm 2, line 12)."""
+        size, end = self.size, self.size + self.pending
+        products = self._gram[:size, size:end]
+        border = torch.addmm(products, self.core, products, beta=0, alpha=-1).mul_(scale)  # -(s/p) y
+        self._core[:size, size:end] = border  # not at once: the bits of a product depend on where it is written
         self._core[size:end, :size] = border.T
-        corner = self._core[size:end, size:end]
-        corner.zero_()
-        corner.diagonal().fill_(2 * scale)
+        self._core[size:end, size:end].diagonal().add_(scale, alpha=2)  # which was zero, as all around it is
         self.size, self.pending = end, 0
         self.generation += 1
 
@@ -329,8 +349,9 @@ class FactoredWeight:
         rotation = Rotation(result.seen.T[:, : self.kept], result.seen.T[:, self.kept :])
         self._rotate(result.vectors.T.to(self.basis.dtype))
         kept, self.kept = result.vectors.shape[1], result.vectors.shape[1]
+        self.core.zero_()
         self.size, self._halved = max(kept, 1), 0  # W = 0 has a row of zeros, see `_load`
-        self.core.zero_()[:kept, :kept].diagonal().copy_(result.eigenvalues)
+        self.core[:kept, :kept].diagonal().copy_(result.eigenvalues)
         self.projections += 1
         if self.projections % _REFRESH_GRAM_EVERY:
             self.gram.zero_()[:kept, :kept].fill_diagonal_(1)

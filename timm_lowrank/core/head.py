@@ -23,11 +23,13 @@ entered W since the one before: H and M are carried over into the new coordinate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from .distributed import Processes
@@ -45,6 +47,20 @@ class Rotation(NamedTuple):
     rows: Tensor  # U_new X^T (kept_new, p) of the p rows X that entered W since the projection before
 
 
+class _WithGradient(torch.autograd.Function):
+    """A scalar whose gradient in a tensor is known: autograd would take ten small operations more to find it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return ctx.saved_tensors[0] * grad, None, None
+
+
 class SubspaceHead:
     """H (q, classes) and h (classes,) on the q leading directions of a branch; q grows up to the largest of `sizes`.
 
@@ -59,13 +75,24 @@ class SubspaceHead:
         self.directions = torch.zeros(0, 0, device=device, dtype=dtype)  # D (q, kept), orthonormal rows
         self.weight = torch.zeros(1, classes, device=device, dtype=dtype)  # H (q, classes) and, last, h
         self.moment = torch.zeros(1, 1, device=device, dtype=dtype)  # M (q + 1, q + 1)
+        self._begin()
+
+    def _begin(self) -> None:
+        """With the directions that there are by now: which of them each size reads, made once for all steps."""
+        count = len(self.directions)
+        self._sizes = sorted({min(size, count) for size in self.sizes})
+        reads = [[float(at < size or at == count) for size in self._sizes] for at in range(count + 1)]
+        masks = torch.tensor(reads, dtype=self.weight.dtype)  # (q + 1, sizes); all read the constant
+        self._masks = masks.to(self.weight.device, non_blocking=True)
+        self._read = (masks @ masks.T).to(self.weight.device, non_blocking=True)  # by how many sizes, (q + 1, q + 1)
         self._forget()
 
     def _forget(self) -> None:
-        self._gradient = torch.zeros_like(self.weight)
-        self._moment = torch.zeros_like(self.moment)  # sum of x x^T
-        self._rows = self.weight.new_zeros(())
-        self._images = self.weight.new_zeros(())
+        width = len(self._sizes) * self.classes
+        # x^T [t - p | x], summed over the batches, x = (z, 1): minus dL_s/dH of each size as if it read all directions,
+        # and E[x x^T], both times the number of rows, which is the last number of all.
+        self._sums = self.weight.new_zeros(len(self.weight), width + len(self.weight))
+        self.images = 0  # that have entered them
 
     @property
     def ready(self) -> bool:
@@ -74,7 +101,7 @@ class SubspaceHead:
 
     def loss(
         self,
-        coordinates: Tensor,  # U (a_i + b) of each row, (n, kept), with a graph
+        coordinates: Tensor | None,  # U (a_i + b) of each row, (n, kept), with a graph; not needed before it is `ready`
         labels: Tensor,  # see `rows_of_labels`
         *,
         remember: bool,
@@ -84,57 +111,54 @@ class SubspaceHead:
         Args:
             remember: whether the batch counts for the next `update`.
         """
-        if not self.ready:
-            return coordinates.new_zeros(())
-        targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)
-        valid = targets.sum(dim=1)
-        values = functional.pad(coordinates @ self.directions.T, (0, 1), value=1.0)
-        masks = self._masks()
-        logits = values @ (masks[:, :, None] * self.weight)  # (sizes, n, classes)
-        if remember:
-            error = logits.detach().softmax(dim=2) * valid[:, None] - targets
-            self._add(values.detach() * masks[:, None], error, valid)
-            self._rows = self._rows + valid.sum()
-            self._images = self._images + len(labels)
-        return -(targets * logits.log_softmax(dim=2)).sum() / (len(masks) * valid.sum().clamp_min(1))
+        if not self.ready or coordinates is None:
+            return self.weight.new_zeros(())
+        targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)[:, None]
+        shape = len(self._sizes), self.classes
+        with torch.no_grad():
+            valid = targets.sum(dim=2)
+            weight = (self._masks[:, :, None] * self.weight[:, None]).flatten(1)  # (q + 1, sizes x classes)
+            both = coordinates.new_ones(len(coordinates), sum(self._sums.shape) - len(self.weight))
+            missing, inputs = both.tensor_split([weight.shape[1]], dim=1)
+            missing = missing.unflatten(1, shape)
+            torch.mm(coordinates, self.directions.T, out=inputs[:, :-1])  # x = (z, 1)
+            logarithms = (inputs @ weight).unflatten(1, shape).log_softmax(dim=2)  # (n, sizes, classes)
+            torch.exp(logarithms, out=missing)
+            both.mul_(valid)
+            torch.sub(targets, missing, out=missing)  # minus the gradient in the logits
+            if remember:
+                self._add(inputs.T @ both)
+                self.images += len(labels)
+            count = valid.sum().clamp_min(1) * -len(self._sizes)
+            loss = (targets * logarithms).sum() / count
+            gradient = missing.flatten(1) @ weight[:-1].T @ self.directions / count
+        return _WithGradient.apply(coordinates, loss, gradient)
 
-    def _add(
-        self,
-        inputs: Tensor,  # (sizes, n, q + 1), zero where a size does not read
-        error: Tensor,  # (sizes, n, classes)
-        valid: Tensor,  # (n,)
-    ) -> None:
-        """The batch's part of dL_s/dH and of E[x x^T], both times the number of samples, summed over the sizes."""
-        joined = inputs.flatten(0, 1)
-        gradient = joined.T @ error.flatten(0, 1)
-        moment = joined.T @ (inputs * valid[:, None]).flatten(0, 1)
-        finite = gradient.isfinite().all() & moment.isfinite().all()  # a gradient scaler skips an overflowing batch
-        self._gradient = self._gradient + torch.where(finite, gradient, 0)
-        self._moment = self._moment + torch.where(finite, moment, 0)
+    def _add(self, sums: Tensor) -> None:
+        """The part of a batch; one that is not finite is left out: a gradient scaler will skip it."""
+        finite = torch.linalg.vector_norm(sums, math.inf) < torch.inf
+        self._sums = torch.where(finite, self._sums + sums, self._sums)
 
-    def _sizes(self) -> list[int]:
-        """The sizes that there are directions for by now."""
-        return sorted({min(size, len(self.directions)) for size in self.sizes})
+    def update(self, processes: Processes, images: int | None = None) -> None:
+        """One step on H from all batches since the last one, the same to the bit on every process.
 
-    def _masks(self) -> Tensor:
-        """(sizes, q + 1): which of the directions each size reads; all read the constant."""
-        position, count = torch.arange(len(self.directions) + 1), len(self.directions)
-        masks = torch.stack([(position < size) | (position == count) for size in self._sizes()])
-        return masks.to(device=self.weight.device, dtype=self.weight.dtype, non_blocking=True)
-
-    def update(self, processes: Processes) -> None:
-        """One step on H from all batches since the last one, the same to the bit on every process."""
+        Args:
+            images: of the batches of all processes; None means that there is this one alone.
+        """
         if self.ready:
-            sums = processes.sum(self._gradient, self._moment, self._rows, self._images)
-            gradient, moment, rows, images = (total.double() for total in sums)
-            gradient, moment = gradient / rows.clamp_min(1), moment / rows.clamp_min(1)
-            damped = moment + self.moment.double() * (len(self.directions) / images.clamp_min(1))
-            damped = damped + torch.diag(_RIDGE * damped.diagonal() + torch.finfo(torch.float64).tiny ** 0.5)
+            (sums,) = processes.sum(self._sums)
+            width, share = len(self._sizes) * self.classes, len(self.directions) / max(1, images or self.images)
+            rows = sums[-1, -1].clamp_min(1)
+            descent = torch.bmm(self._masks[:, None], sums[:, :width].unflatten(1, (-1, self.classes))).squeeze(1)
+            moment = sums[:, width:] * self._read / rows
+            damped = torch.add(moment.double(), self.moment, alpha=share)
+            damped.diagonal().mul_(1 + _RIDGE).add_(torch.finfo(torch.float64).tiny ** 0.5)
             factor = torch.linalg.cholesky_ex(damped).L  # without a check, which would wait for the device
-            step = torch.cholesky_solve(gradient, factor)
-            step = torch.where(step.isfinite().all(), step, 0)  # no batch, or none that was finite
-            self.weight = self.weight - 2 * STEP * step.to(self.weight.dtype)
-            self.moment = self.moment + _MEMORY * (moment.to(self.moment) - self.moment)
+            step = torch.cholesky_solve(descent.double(), factor).to(self.weight)
+            moved = torch.addcdiv(self.weight, step, rows, value=2 * STEP)
+            finite = torch.linalg.vector_norm(moved, math.inf) < torch.inf
+            self.weight = torch.where(finite, moved, self.weight)
+            self.moment = torch.lerp(self.moment, moment, _MEMORY)
         self._forget()
 
     def move(self, rotation: Rotation) -> None:
@@ -147,7 +171,7 @@ class SubspaceHead:
         self.weight = (turned @ self.weight.double()).to(self.weight)
         self.moment = (turned @ self.moment.double() @ turned.T).to(self.moment)
         self.directions = new.to(self.weight)
-        self._forget()
+        self._begin()
 
     # ------------------------------------------------------------------------------------------ devices and states
 
@@ -173,10 +197,10 @@ class SubspaceHead:
             )
         self.directions, self.weight = directions.to(self.weight, copy=True), weight.to(self.weight, copy=True)
         self.moment = moment.to(self.moment, copy=True)
-        self._forget()
+        self._begin()
 
     def to(self, device: torch.device) -> None:
-        for name in ("directions", "weight", "moment", "_gradient", "_moment", "_rows", "_images"):
+        for name in ("directions", "weight", "moment", "_masks", "_read", "_sums"):
             setattr(self, name, getattr(self, name).to(device))
 
 
@@ -225,7 +249,7 @@ def rows_of_labels(
     else:
         targets = labels if labels.dtype == torch.float64 else labels.float()
         targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    return targets.repeat_interleave(rows // len(labels), dim=0)
+    return targets if rows == len(labels) else targets.repeat_interleave(rows // len(labels), dim=0)
 
 
 def fits_labels(value: Any, classes: int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -169,7 +170,8 @@ class LowRankModel(nn.Module):
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
         if self.uses_labels:
             self._usage.count_labels(given=labels is not None)
-        return torch.stack([self.branches[layer].penalty(value, labels) for layer, value in activations.items()]).sum()
+        penalties = [self.branches[layer].penalty(value, labels) for layer, value in activations.items()]
+        return functools.reduce(torch.add, penalties)
 
     @property
     def uses_labels(self) -> bool:

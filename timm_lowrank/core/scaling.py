@@ -2,7 +2,8 @@
 
 As printed, L_c has the unit of a squared activation norm: thousands at a wide layer before training has shaped
 it. That swamps the task's loss, and killing the layer is then the network's cheapest answer. Each function here
-maps the norms of the rows of A + b (n,) to the factors (n,) by which these rows are multiplied in L_c and L_n.
+maps the norms of the rows of A + b (n,) to the factors by which these rows are multiplied in L_c and L_n: (n,), or a
+scalar where all rows have the same.
 `docs/objective.md` has the measurements that the default was chosen by.
 """
 
@@ -22,7 +23,7 @@ def unit(norms: Tensor, reference: Tensor) -> Tensor:
     This is L_c with the norm constraint that L_n asks for (||a|| = 1) satisfied exactly instead of penalised. It
     has no gradient along a row, so shrinking the layer does not pay. Inflating the directions that W keeps does.
     """
-    return 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny ** 0.25)
+    return norms.clamp_min(torch.finfo(norms.dtype).tiny ** 0.25).reciprocal()
 
 
 def reference(norms: Tensor, reference: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def reference(norms: Tensor, reference: Tensor) -> Tensor:
 
     Nothing that the network does to the directions that W keeps is rewarded; only what lies outside them shrinks.
     """
-    return (1 / reference.clamp_min(torch.finfo(norms.dtype).tiny ** 0.25)).expand_as(norms)
+    return reference.clamp_min(torch.finfo(norms.dtype).tiny ** 0.25).reciprocal()
 
 
 def batch(norms: Tensor, reference: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def batch(norms: Tensor, reference: Tensor) -> Tensor:
 
     Kept for comparison: a few samples with huge norms make it small without explaining the others.
     """
-    return norms.square().mean().clamp_min(torch.finfo(norms.dtype).tiny ** 0.5).rsqrt().expand_as(norms)
+    return norms.square().mean().clamp_min(torch.finfo(norms.dtype).tiny ** 0.5).rsqrt()
 
 
 def paper(norms: Tensor, reference: Tensor) -> Tensor:
@@ -47,17 +48,3 @@ def paper(norms: Tensor, reference: Tensor) -> Tensor:
 
 
 SCALINGS: dict[str, Scaling] = {"unit": unit, "reference": reference, "batch": batch, "paper": paper}
-
-
-def finite_rows(
-    rows: Tensor,  # (p, m) centred activations
-    factors: Tensor,  # (p,)
-) -> tuple[Tensor, Tensor]:
-    """The rows times their factors (p, m), and the factors; where a row is not finite both become zero.
-
-    A gradient scaler skips the step of an overflowing batch, but the rows were remembered by then: as zeros they
-    do not enter W.
-    """
-    taken = rows * factors[:, None]
-    good = taken.abs().amax(dim=1) < torch.inf  # NaN is not; ten times as fast as isfinite() on a CPU
-    return torch.where(good[:, None], taken, 0), torch.where(good, factors, 0)
