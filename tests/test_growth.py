@@ -73,9 +73,10 @@ def test_the_table_and_the_points_are_those_that_were_measured(growth, rows):
 
 
 def test_a_point_is_measured_in_processes_of_its_own(growth, tmp_path):
-    row = growth.measure(growth.Point(features=64, rank=3, batch=8))
+    row = growth.measure(growth.Point(features=4096, rank=16, batch=8))
     assert row.ms == pytest.approx(row.penalty_ms + row.backward_ms + row.update_ms + row.projection_ms)
-    assert min(row.penalty_ms, row.backward_ms, row.state_mib + 1, row.peak_mib) > 0
+    assert min(row.penalty_ms, row.backward_ms) > 0
+    assert min(row.state_mib, row.peak_mib) > 1.5  # MiB, which B alone takes; 64 features take less than chance
     growth.picture(tmp_path / "growth.png", [row])
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert torch.get_num_threads() >= 1

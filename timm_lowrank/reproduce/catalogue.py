@@ -12,7 +12,7 @@ from ..errors import EvaluationError, nearest
 from ..evaluation.masking import PGDAccuracy, diagnose_published
 from ..evaluation.representations import cut_spectrum
 from ..evaluation.results import Unit
-from ..suites.measurements.accuracy import AccuracyByRadius, Diagnosis, PGDSteps, PixelNoise
+from ..suites.measurements.accuracy import AccuracyByRadius, AutoAttack, Diagnosis, PGDSteps, PixelNoise
 from ..suites.measurements.base import Measurement
 from ..suites.measurements.classifiers import (
     UNTIL_FOOLED,
@@ -49,18 +49,21 @@ from .setups import (
 
 Print = float | Printed | None
 EMPTY: Mapping[str, Mapping[str, Sequence[Print]]] = {}
-PAPER = tuple(measurements_of([SUITES["paper"]]))  # the catalogue shows what this suite measures, and nothing else
+# The catalogue shows what these suites measure, and nothing else.
+PAPER, AUTOATTACK = (tuple(measurements_of([SUITES[name]])) for name in ("paper", "autoattack"))
 Kind = TypeVar("Kind", bound=Measurement)
 
 
 def _measurement(kind: type[Kind], **settings: object) -> Kind:
-    """The one measurement of the suite of this class and these settings."""
-    (measurement,) = [one for one in PAPER if type(one) is kind and vars(one).items() >= settings.items()]
+    """The one measurement of the suites of this class and these settings."""
+    (measurement,) = [one for one in PAPER + AUTOATTACK if type(one) is kind and vars(one).items() >= settings.items()]
     return measurement
 
 
 def quickened(measurement: Measurement) -> Measurement | None:
     """What is measured in its place at a scale that is quick; None for nothing."""
+    if isinstance(measurement, AutoAttack):
+        return None  # half a minute of a small network that withstands it, however few images there are
     if isinstance(measurement, Diagnosis):
         return dataclasses.replace(measurement, budget="quick") if measurement.radius_unit == "pixel" else None
     if isinstance(measurement, MinimumPerturbation):
@@ -203,14 +206,26 @@ def _pgd_columns(black_box: bool) -> dict[tuple[str, str], tuple[Column, ...]]:
     return {reading: (*columns, CLEAN) for reading, columns in readings.items()}
 
 
+def _autoattack_panel(rows: tuple[Row, ...]) -> PanelPlan:
+    """What the paper did not run, of the same networks."""
+    attacks = {"L_inf 8/255": _measurement(AutoAttack, norm="linf", eps=8 * LEVEL, black_box=False)}
+    attacks["L2 0.5"] = _measurement(AutoAttack, norm="l2", eps=0.5)
+    columns = tuple(Column(label, one.key, one) for label, one in attacks.items())
+    return PanelPlan(
+        "AutoAttack (standard), radii in units of the pixel range: not in the paper",
+        (*columns, CLEAN),
+        tuple(Row(row.setup, row.condition) for row in rows),
+    )
+
+
 def _attack_panels(white: tuple[Row, ...], black: tuple[Row, ...] = ()) -> tuple[PanelPlan, ...]:
-    """A panel for each reading of the radius and the step, the white box of all before the black box."""
+    """A panel for each reading of the radius and the step, the white box of all first; the last is of AutoAttack."""
     panels = []
     for title, rows, black_box in (("White box", white, False), ("Black box, crafted on N-LR", black, True)):
         for (unit, setting), columns in _pgd_columns(black_box).items() if rows else ():
             text = f"{title}: radius in {UNITS[unit]}, {SETTINGS[setting]}"
             panels.append(PanelPlan(text, columns, rows, masking=None if black_box else unit))
-    return tuple(panels)
+    return (*panels, _autoattack_panel(white))
 
 
 def _diagnosed(rows: tuple[Row, ...], black: Mapping[str, Mapping[str, Sequence[Print]]] = EMPTY) -> tuple[Row, ...]:
