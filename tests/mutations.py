@@ -42,6 +42,11 @@ MUTATIONS = (
         "tests/test_branch.py",
     ),
     Mutation(
+        "the mean of a layer not held", "timm_lowrank/core/branch.py",
+        "** -0.5)).clamp_min_(0)", "** -0.5)).clamp_max_(0)",
+        "tests/test_branch.py",
+    ),
+    Mutation(
         "projection skipped", "timm_lowrank/core/branch.py",
         "        if projects:\n            self.project(", "        if False:\n            self.project(",
         "tests/test_branch.py",
@@ -89,7 +94,7 @@ MUTATIONS = (
     # --------------------------------------------------------------------------------------------------------- attacks
     Mutation(
         "radius one ulp too large", "timm_lowrank/evaluation/attacks/balls.py",
-        "(exact + eps).clamp_max(1), eps)", "(exact + eps).clamp_max(1), eps).nextafter(torch.ones(()))",
+        "_inward(images, upper, reach), unit)", "_inward(images, upper, reach).nextafter(torch.ones(())), unit)",
         "tests/test_attacks.py",
     ),
     Mutation(

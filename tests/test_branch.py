@@ -198,6 +198,52 @@ def test_the_loss_and_its_parts_by_hand(scale, storage):
     assert all(not part.requires_grad for part in parts.values())
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("length", "held"), [(1.9, False), (2.5, True)])
+def test_the_mean_of_a_layer_is_held_to_a_multiple_of_its_spread(storage, scale, length, held):
+    branch = trained(storage=storage, scale=scale, reconstruction_weight=2.0, norm_weight=0.0).eval()
+    (rows,) = batches(1, seed=5)
+    rows = rows - rows.mean(0)
+    spread = rows.square().sum(1).mean().sqrt()
+    mean = torch.randn(rows.shape[1], dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    mean = mean * (length * branch.offset_bound / 2 * spread / mean.norm())
+    branch.bias = -mean  # as it is once it has followed
+    rows = (rows + mean).requires_grad_()
+    total = branch.penalty(rows)
+    (gradient,) = torch.autograd.grad(total, rows)
+    total, without = total.detach(), 2 * branch.losses()["reconstruction"]
+    excess = (rows.mean(0).norm() - branch.offset_bound * spread).clamp_min(0) / branch.reference_norm
+    (expected,) = torch.autograd.grad(2 * excess.square(), rows)
+    branch.offset_bound = branch.offset_bound * 1e3
+    (others,) = torch.autograd.grad(branch.penalty(rows), rows)
+    if scale == "paper" or not held:
+        assert torch.equal(gradient, others)
+        assert difference(total, without) < 1e-12
+    else:
+        assert difference(total, without + 2 * excess.detach().square()) < 1e-12
+        assert difference(gradient, others + expected) < 1e-12
+        assert expected.norm() > 0.01 * others.norm()
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_the_bound_of_the_mean_is_measured_once_and_kept(offset):
+    first, *others = batches(20)
+    branch = build()
+    train(branch, first + offset)
+    ratio = (first + offset).mean(0).norm() / (first - first.mean(0)).square().sum(1).mean().sqrt()
+    assert difference(branch.offset_bound, 2 * ratio.clamp_min(1)) < 1e-12
+    assert (ratio > 1) == (offset > 0)
+    train_all(branch, others)
+    assert difference(branch.offset_bound, 2 * ratio.clamp_min(1)) < 1e-12
+    state, loaded = branch.state_dict(), build()
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded.offset_bound, branch.offset_bound)
+    del state["offset_bound"]  # as earlier versions wrote it: b is what tells of the mean
+    loaded.load_state_dict(state)
+    assert difference(loaded.offset_bound, 2 * (branch.bias.norm() / branch.reference_norm).clamp_min(1)) < 1e-12
+
+
 def test_the_reference_scale_is_measured_once():
     first, *others = batches(20)
     branch = build(scale="reference")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "timm_lowrank"
@@ -118,3 +119,9 @@ def test_who_only_trains_does_not_wait_for_evaluation_and_publishing():
     """
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.split("\n") == ["[]", "[]", "True False", ""]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.name for mutation in MUTATIONS])
+def test_a_deliberate_fault_finds_its_place(mutation):
+    """Code that has moved would leave a fault of `mutations.py` that no longer shows what the tests catch."""
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1

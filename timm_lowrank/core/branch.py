@@ -18,13 +18,16 @@ from .config import LowRankConfig
 from .dense import DenseWeight
 from .distributed import Processes, fingerprint, pack, unpack_into
 from .factored import FactoredWeight, centred, full_precision, multiplies_in_bfloat16
-from .head import SubspaceHead
+from .head import SubspaceHead, WithGradient
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
 
 # Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
 # a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
 _DEAD, _BLOWN_UP = 1e-3, 1e4
+# A layer's mean may be so many times as long as its spread, or so many times what that ratio was at switch-on.
+_OFFSET = 2.0
+_KEPT = ("bias", "reference_norm", "offset_bound")  # tensors of a branch itself, with these names in its state
 _HOPELESS = 2  # updates in a row without a finite row; one may be a batch whose step a gradient scaler skips
 _ADVICE = (
     "Lower strength, reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
@@ -61,6 +64,7 @@ class _Seen:
     errors: Tensor  # ||W x - x||^2, (n,)
     norms: Tensor  # ||x||, (n,)
     factors: Tensor  # of the scale, (n,) or one for all
+    offset: Tensor | None = None  # L_o
     sizes: Tensor | None = None  # the norms that L_n takes, (n,), where they are not those of the scaled rows
     head: Tensor | None = None  # L_s
 
@@ -78,9 +82,9 @@ class _Seen:
 
     def losses(self) -> dict[str, Tensor]:
         """By the names of `LowRankBranch.losses`."""
-        head = {} if self.head is None else {"head": self.head}
-        own = {"reconstruction": self.reconstruction(), "norm": self.norm(), **head, "outside": self.outside()}
-        return {**own, "activation_norm": self.norms.square().mean().sqrt()}
+        own = {"reconstruction": self.reconstruction(), "norm": self.norm(), "head": self.head, "offset": self.offset}
+        own |= {"outside": self.outside(), "activation_norm": self.norms.square().mean().sqrt()}
+        return {name: value for name, value in own.items() if value is not None}
 
     def detached(self) -> _Seen:
         return self._each(Tensor.detach)
@@ -145,6 +149,7 @@ class LowRankBranch(nn.Module):
             sizes = sorted({min(size, rank) for size in config.head_sizes})
             self.head = SubspaceHead(classes, sizes, self.bias.device, dtype)
         self.reference_norm = self.bias.new_zeros(())  # root mean square of ||a - mean|| at switch-on
+        self.offset_bound = self.bias.new_zeros(())  # of the length of the layer's mean over the spread
         self.updates = 0
         self._initialized = False  # whether b and the reference norm were taken from the batches of a first update
         self._provisional = False  # whether they were taken from the first of these batches, until then
@@ -171,8 +176,9 @@ class LowRankBranch(nn.Module):
     ) -> Tensor:
         """lambda_1 L_c + lambda_2 L_n of one batch, a scalar of the branch's dtype (Algorithm 2, lines 6 to 8).
 
-        With a subspace head and labels, plus its weight times L_s (`head.py`). In training (grad mode on and
-        `self.training`) the batch is remembered for the next `update`.
+        Unless `scale` is "paper", plus lambda_1 L_o, see `_offset`. With a subspace head and labels, plus its weight
+        times L_s (`head.py`). In training (grad mode on and `self.training`) the batch is remembered for the next
+        `update`.
 
         Raises:
             ValueError: activations of another shape than (batch, num_features), or not floating point; labels that do
@@ -188,19 +194,26 @@ class LowRankBranch(nn.Module):
             if remember and not (self._initialized or self._provisional):
                 self._initialize_provisionally(activations.detach().to(self.bias.dtype))
             entering = self._buffer.add(activations.detach(), alone=self.processes.alone) if remember else ()
+            sums = self._moments.of(activations.detach())
             classifies = self.head is not None and self.head.ready and labels is not None
             half = self._may_be_half(activations)
-            images = self.weight.reconstruction(activations, self.bias, half, entering, coordinates=classifies)
+            images = self.weight.reconstruction(
+                activations, self.bias, sums[:-2], half, entering, coordinates=classifies
+            )
             norms = images.norms
             factors = SCALINGS[self.config.scale](norms, self.reference_norm)
             if remember:
-                self._moments.add(activations.detach(), norms.detach())
+                self._moments.add(sums, norms.detach())
                 self._buffer.complete(factors.detach(), images.products)
             seen = _Seen(images.errors, norms, factors)
-            if self.config.scale == "paper":
+            if self.config.scale != "paper":
+                seen.offset = self._offset(images.mean, norms.detach())
+            else:
                 seen.sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1)
             warmth = self._warmup_factor()
             total = seen.reconstruction() * (self.loss_weights.reconstruction * warmth)
+            if seen.offset is not None:
+                total = total.add(seen.offset, alpha=self.loss_weights.reconstruction * warmth)
             if self.loss_weights.norm:  # else a NaN gradient of L_n would not be multiplied away
                 total = total.add(seen.norm(), alpha=self.loss_weights.norm * warmth)
             if self.head is not None and labels is not None:
@@ -208,6 +221,26 @@ class LowRankBranch(nn.Module):
                 total = total.add(seen.head, alpha=self.loss_weights.head * warmth)
         self._seen, self._total = seen.detached(), total.detach()
         return total
+
+    def _offset(
+        self,
+        mean: Tensor,  # of the batch, (m,), with a graph
+        norms: Tensor,  # ||a + b|| (n,), without one
+    ) -> Tensor:
+        """L_o, a scalar: the square of what the mean of a batch has beyond its bound, in units of the reference norm.
+
+        L_c does not see the mean of a layer, b takes it away. So the network may shift what enters a ReLU to where it
+        is the identity, which keeps the rank of its input. With a mean of many times the spread, the running means of a
+        normalisation behind the layer are off by more than the spread: a network that is sound in train mode fails in
+        eval mode. As printed, L_n holds the length of an activation with its mean.
+        """
+        with torch.no_grad():
+            unit = SCALINGS["reference"](norms, self.reference_norm)
+            length, spread = torch.linalg.vector_norm(mean), torch.linalg.vector_norm(norms)
+            excess = torch.addcmul(length, self.offset_bound, spread, value=-(len(norms) ** -0.5)).clamp_min_(0) * unit
+            along = excess * unit / length.clamp_min(torch.finfo(length.dtype).tiny)
+            gradient = mean * along.mul_(2)
+        return WithGradient.apply(mean, excess.square(), gradient)
 
     def _may_be_half(self, activations: Tensor) -> bool:
         """Whether loss and gradient lose nothing if the large products are taken in bfloat16."""
@@ -238,24 +271,29 @@ class LowRankBranch(nn.Module):
         Until the first update: then they are taken from all batches that it is made of.
         """
         moments = Moments(self.bias)
-        moments.add(values, torch.linalg.vector_norm(values, dim=1))
+        moments.add(moments.of(values), torch.linalg.vector_norm(values, dim=1))
         moments.sum_over(self.processes)
         if moments.empty():  # an overflow: the next batch will do
             return
         mean = moments.mean()
         about_mean = Moments(-mean)  # two passes: where the mean is large, the squares of the first say nothing
-        about_mean.add(values, torch.linalg.vector_norm(values - mean, dim=1))
+        about_mean.add(about_mean.of(values), torch.linalg.vector_norm(values - mean, dim=1))
         about_mean.sum_over(self.processes)
         self._set_reference(mean, about_mean.variance())
         self._moments = Moments(self.bias)
         self._provisional = True
 
     def _set_reference(self, mean: Tensor, variance: Tensor) -> None:
-        """b and the reference norm from the mean (m,) and the total variance of some rows."""
+        """b and the references from the mean (m,) and the total variance of some rows."""
         if self.config.step_rule == "normalized":  # else b moves exactly as printed, from zero
             self.bias = -mean
-        alone = torch.linalg.vector_norm(mean)  # a single row has no spread
-        self.reference_norm = torch.where(variance > 0, variance.sqrt(), alone)
+        offset = torch.linalg.vector_norm(mean)
+        self.reference_norm = torch.where(variance > 0, variance.sqrt(), offset)  # a single row has no spread
+        self.offset_bound = self._bound(offset, self.reference_norm)
+
+    @staticmethod
+    def _bound(offset: Tensor, spread: Tensor) -> Tensor:
+        return _OFFSET * (offset / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp_min(1)
 
     # ------------------------------------------------------------------------------------------------ Update Step
 
@@ -374,7 +412,7 @@ class LowRankBranch(nn.Module):
         common |= {"whether they have begun": int(self._initialized), "when their states were loaded": int(self._fresh)}
         if self._fresh:  # later, reading them would make the host wait for the device
             head = {} if self.head is None else self.head.state()
-            tensors = (self.bias, self.reference_norm, *self.weight.state().values(), *head.values())
+            tensors = (*(getattr(self, name) for name in _KEPT), *self.weight.state().values(), *head.values())
             common["W or b"] = fingerprint(*tensors)
             configuration = [self.config.to_dict(), dataclasses.asdict(self.view)]
             common["their configuration"] = zlib.crc32(json.dumps(configuration, sort_keys=True).encode())
@@ -383,9 +421,9 @@ class LowRankBranch(nn.Module):
     # ------------------------------------------------------------------------------------------------- inspection
 
     def losses(self) -> dict[str, Tensor]:
-        """Detached scalars of the last `penalty`: "reconstruction" (L_c, unweighted), "norm" (L_n, unweighted), "head"
-        (L_s, unweighted, where there is a subspace head), "outside" (see `BranchReport`) and "activation_norm" (root
-        mean square of ||a + b||)."""
+        """Detached scalars of the last `penalty`: unweighted "reconstruction" (L_c), "norm" (L_n), "head" (L_s, where
+        there is a subspace head) and "offset" (L_o, but of the scale "paper"); "outside" (see `BranchReport`) and
+        "activation_norm" (root mean square of ||a + b||)."""
         with torch.no_grad():
             return {} if self._seen is None else self._seen.losses()
 
@@ -427,7 +465,8 @@ class LowRankBranch(nn.Module):
             self.head.to(device)
         self._buffer.to(device)
         self._moments.to(device)
-        self.bias, self.reference_norm = self.bias.to(device), self.reference_norm.to(device)
+        for name in _KEPT:
+            setattr(self, name, getattr(self, name).to(device))
         self._seen = None if self._seen is None else self._seen.to(device)
         return super()._apply(fn, recurse)
 
@@ -435,7 +474,7 @@ class LowRankBranch(nn.Module):
         # The view rides along: earlier versions read the first two numbers, and would refuse a tensor of a new name.
         view = [VIEWS.index(self.view.kind), self.view.channel_dim]
         counters = torch.tensor([self.updates, int(self._initialized), *view])
-        own = {"bias": self.bias.clone(), "reference_norm": self.reference_norm.clone(), "counters": counters}
+        own = {**{name: getattr(self, name).clone() for name in _KEPT}, "counters": counters}
         return {**own, **self.weight.state(), **({} if self.head is None else self.head.state())}
 
     def get_extra_state(self) -> bytes:
@@ -460,6 +499,9 @@ class LowRankBranch(nn.Module):
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         # The head may be switched on or off between two trainings: a new one begins at zero, an old one is left out.
         heads = {name: state.pop(name) for name in list(state) if name.startswith("head.")}
+        if "offset_bound" not in state and state.keys() >= {"bias", "reference_norm"}:  # of an earlier version
+            offset = torch.linalg.vector_norm(state["bias"].to(self.bias))
+            state["offset_bound"] = self._bound(offset, state["reference_norm"].to(offset))
         missing = [prefix + name for name in names if name not in state and not name.startswith("head.")]
         missing_keys += missing
         unexpected_keys += [prefix + name for name in state if name not in names]
@@ -471,9 +513,10 @@ class LowRankBranch(nn.Module):
                 raise ValueError(
                     f"a bias of shape {tuple(state['bias'].shape)} does not fit {self.num_features} features"
                 )
-            if not (state["bias"].isfinite().all() and state["reference_norm"].isfinite().all()):
+            if not all(state[name].isfinite().all() for name in _KEPT):
                 raise ValueError("b or the reference norm is NaN or infinite: the training that wrote it had diverged")
-            if state["reference_norm"].numel() != 1 or state["counters"].dim() != 1 or len(state["counters"]) < 2:
+            scalars = all(state[name].numel() == 1 for name in _KEPT[1:])
+            if not scalars or state["counters"].dim() != 1 or len(state["counters"]) < 2:
                 raise ValueError("the reference norm and the counters have other shapes than a branch writes")
             self._check_view(*state["counters"][2:].tolist())
             self.weight.load_state(state)
@@ -482,8 +525,8 @@ class LowRankBranch(nn.Module):
         except (ValueError, IndexError, RuntimeError) as problem:
             error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")
             return
-        self.bias = state["bias"].to(self.bias, copy=True)
-        self.reference_norm = state["reference_norm"].to(self.reference_norm, copy=True)
+        for name in _KEPT:
+            setattr(self, name, state[name].to(getattr(self, name), copy=True))
         self.updates, self._initialized = int(state["counters"][0]), bool(state["counters"][1])
         self._provisional, self._fresh = self._initialized, True
         self._forget_batches()

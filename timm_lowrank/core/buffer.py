@@ -219,15 +219,19 @@ class Moments:
         """How many rows, a scalar."""
         return self._sums[-1]
 
-    def add(self, values: Tensor, norms: Tensor) -> None:
-        """A batch: a (n, m), and ||a + b|| (n,). One that is not finite is left out: a gradient scaler will skip it."""
+    def of(self, values: Tensor) -> Tensor:
+        """What `add` takes of a batch a (n, m): (m + 2,), the sum of a, and room for two more."""
         own = self._sums.new_full(self._sums.shape, float(len(values)))
-        total = own[:-2]
         for some in pieces(values.shape[1], len(values), values.device):
-            torch.sum(values[:, some], dim=0, dtype=own.dtype, out=total[some])
+            torch.sum(values[:, some], dim=0, dtype=own.dtype, out=own[:-2][some])
+        return own
+
+    def add(self, own: Tensor, norms: Tensor) -> None:
+        """A batch: what `of` gave, and ||a + b|| (n,). One that is not finite is left out: a gradient scaler will skip
+        it."""
         torch.dot(norms, norms, out=own[-2])
-        finite = torch.linalg.vector_norm(total, math.inf) < torch.inf
-        self._sums = torch.where(finite, own.add_(self._sums), self._sums)
+        finite = torch.linalg.vector_norm(own[:-2], math.inf) < torch.inf
+        self._sums = torch.where(finite, own + self._sums, self._sums)
 
     def sum_over(self, processes: Processes) -> None:
         """From here on the moments of all processes' batches; each must have had the same b."""

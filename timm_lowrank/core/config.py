@@ -67,9 +67,10 @@ class LowRankConfig:
         strength: how strongly the branches act on the network: "light", "standard", "strong", or a number by
             which the weights of "standard" are multiplied. It gives the weights that are None below, and
             `docs/objective.md` shows what each costs and brings. Those of `scale="paper"` do not depend on it.
-        reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6). By strength 1, 1 or 3 for a layer
-            inside the network and 0.05, 0.05 or 0.1 for the input of the classifier, where the same weight pulls much
-            harder; with `scale="paper"` 0.003.
+        reconstruction_weight: lambda_1, the weight of L_c (Algorithm 2, line 6), and, but for `scale="paper"`, of L_o,
+            which is zero unless the mean of a layer grows out of proportion (`docs/objective.md`). By strength 1, 1 or
+            3 for a layer inside the network and 0.05, 0.05 or 0.1 for the input of the classifier, where the same
+            weight pulls much harder; with `scale="paper"` 0.003.
         norm_weight: lambda_2, the weight of L_n (Algorithm 2, line 7). By strength it is 0, but with `scale="paper"`
             that of L_c.
         head_weight: the weight of L_s, the loss of a linear classifier that reads the layer through the leading

@@ -38,6 +38,7 @@ class DenseWeight:
         self,
         activations: Tensor,
         bias: Tensor,
+        total: Tensor,
         half: bool = False,
         entering: Sequence[int] | None = None,
         coordinates: bool = True,
@@ -45,7 +46,8 @@ class DenseWeight:
         """What W makes of a batch (Algorithm 2, line 6); in its own dtype always."""
         rows = activations.to(bias.dtype) + bias
         errors = (rows @ self.matrix - rows).square().sum(dim=1)
-        return Reconstruction(errors, torch.linalg.vector_norm(rows, dim=1), rows @ self.start, None)
+        mean = activations.to(bias.dtype).mean(dim=0)
+        return Reconstruction(errors, torch.linalg.vector_norm(rows, dim=1), mean, rows @ self.start, None)
 
     def room(self, count: int) -> tuple[Tensor, Tensor]:
         """Where `append` takes rows from, (count, m); of their products it needs none."""

@@ -95,8 +95,8 @@ def _joined(norms: list[Tensor]) -> Tensor:
 
 
 class _Reconstruction(torch.autograd.Function):
-    """What W makes of the rows x_i = a_i + b, for fixed W and b: ||W x_i - x_i||^2 and ||x_i||, both (n,), the
-    coordinates (n, kept) in the range of W where they are wanted, and P (k, n), without a graph.
+    """What W makes of the rows x_i = a_i + b, for fixed W and b: ||W x_i - x_i||^2 and ||x_i||, both (n,), the mean of
+    the a_i (m,), the coordinates (n, kept) in the range of W where they are wanted, and P (k, n), without a graph.
 
     With the gradient in a alone (the formulas of this module). Neither the rows nor their gradient in `dtype` is ever
     there as a whole: of what has the size of the batch nothing is added to memory but the gradient that is asked for.
@@ -107,11 +107,12 @@ class _Reconstruction(torch.autograd.Function):
         ctx: FunctionCtx,
         activations: Tensor,
         bias: Tensor,
+        total: Tensor,
         weight: FactoredWeight,
         half: bool,
         entering: Sequence[int] | None,
         coordinates: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         norms, products = weight.products(activations, bias, entering if half else None)
         core, gram = weight.core, weight.gram
         images = core @ products  # y
@@ -124,11 +125,12 @@ class _Reconstruction(torch.autograd.Function):
         # y . (G y - 2 P) = P . (M (G y - P) - y), as y = M P.
         # Of rows that lie in the span of B, rounding may leave less than nothing.
         errors = torch.addcmul((products * coefficients).sum(dim=0), norms, norms).clamp_min_(0)
-        return errors, norms, products[: weight.kept].T.clone() if coordinates else None, products
+        mean = total / len(activations)
+        return errors, norms, mean, products[: weight.kept].T.clone() if coordinates else None, products
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_errors, grad_norms, grad_coordinates, _):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_errors, grad_norms, grad_mean, grad_coordinates, _):  # type: ignore[no-untyped-def, override]
         activations, bias, norms, coefficients = ctx.saved_tensors
         weight = ctx.weight
         if ctx.generation != weight.generation:
@@ -140,7 +142,8 @@ class _Reconstruction(torch.autograd.Function):
                 coefficients[: weight.kept].add_(grad_coordinates.T)
             if grad_norms is not None:
                 scale = scale + torch.where(norms > 0, grad_norms / norms, 0)
-            return weight.gradient(activations, bias, scale, coefficients, ctx.half), *(None,) * 5
+            shift = None if grad_mean is None else grad_mean / len(activations)
+            return weight.gradient(activations, bias, scale, coefficients, shift, ctx.half), *(None,) * 6
 
 
 class Reconstruction(NamedTuple):
@@ -148,6 +151,7 @@ class Reconstruction(NamedTuple):
 
     errors: Tensor  # ||W x_i - x_i||^2, (n,), with a graph
     norms: Tensor  # ||x_i||, (n,), with a graph
+    mean: Tensor  # of a, (m,), with a graph
     coordinates: Tensor | None  # (n, kept) in the orthonormal rows that span the range of W since its projection, with
     # a graph
     products: Tensor | None  # P = B X^T (k, n), where W is kept factored
@@ -231,12 +235,13 @@ class FactoredWeight:
         self,
         activations: Tensor,  # (n, m) with or without a graph, any float dtype
         bias: Tensor,  # b (m,), `dtype`
+        total: Tensor,  # the sum of the rows a (m,), `dtype`
         half: bool = False,  # whether the large products may be taken in bfloat16
         entering: Sequence[int] | None = None,  # the rows that may enter W; None means all of them
         coordinates: bool = True,  # whether they are wanted
     ) -> Reconstruction:
         """What W makes of a batch (Algorithm 2, line 6)."""
-        return Reconstruction(*_Reconstruction.apply(activations, bias, self, half, entering, coordinates))
+        return Reconstruction(*_Reconstruction.apply(activations, bias, total, self, half, entering, coordinates))
 
     def products(
         self,
@@ -272,9 +277,10 @@ class FactoredWeight:
         bias: Tensor,  # (m,)
         scale: Tensor,  # (n,)
         coefficients: Tensor,  # C (k, n)
+        shift: Tensor | None,  # v (m,)
         half: bool,
     ) -> Tensor:
-        """scale_i x_i + B^T C_i of each row x = a + b, (n, m) of the dtype of the activations."""
+        """scale_i x_i + B^T C_i + v of each row x = a + b, (n, m) of the dtype of the activations."""
         gradient = torch.empty_like(activations)
         coefficients = coefficients.T.bfloat16() if half else coefficients.T
         for columns in self._pieces(len(activations)):
@@ -283,6 +289,8 @@ class FactoredWeight:
                 rows += coefficients @ self.half_basis[:, columns]
             else:
                 rows.addmm_(coefficients, self.basis[:, columns])
+            if shift is not None:
+                rows += shift[columns]
             if rows.shape == activations.shape:
                 return rows.to(activations.dtype)
             gradient[:, columns] = rows
