@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_lowrank.reproduce import read_reproduction
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,10 +75,13 @@ def test_the_readme_stays_a_page():
 THREE_SEEDS = "| | plain (N-LR) | 2-LR |\n| --- | ---: | ---: |\n"
 
 
-def cells_of(page):
-    table = (ROOT / page).read_text().split(THREE_SEEDS)[1].split("\n\n")[0]
-    rows = [tuple(cell.strip() for cell in row.split("|")[2:4]) for row in table.splitlines() if "rank" not in row]
-    assert len(rows) >= 8
+TWO_NETWORKS = "| | ResNet-18, plain | 2-LR | ResNet-10, plain | 2-LR |\n| --- | ---: | ---: | ---: | ---: |\n"
+
+
+def cells_of(page, head, columns, least):
+    table = (ROOT / page).read_text().split(head)[1].split("\n\n")[0]
+    rows = [tuple(cell.strip() for cell in row.split("|")[columns]) for row in table.splitlines() if "rank" not in row]
+    assert len(rows) >= least
     return set(rows)
 
 
@@ -87,7 +92,7 @@ def test_the_table_of_the_small_network_is_what_was_measured():
         tuple(f"{100 * groups[name]['mean']:.1f} ± {100 * groups[name]['deviation']:.1f}" for name in ("N-LR", "2-LR"))
         for groups in shares
     }
-    assert cells_of("docs/measurements.md") <= measured
+    assert cells_of("docs/measurements.md", THREE_SEEDS, slice(2, 4), 8) <= measured
 
 
 def test_the_table_of_the_readme_is_what_was_measured():
@@ -95,14 +100,27 @@ def test_the_table_of_the_readme_is_what_was_measured():
 
     def numbers(row):
         layers = row["layers"].values()
-        linear = [value for layer in layers for value in layer["linear"].values()]
+        linear = [layer["linear"][count] for layer in layers for count in ("5", "10", "20")]
         return [row["clean"], row["noise"], *linear, *(layer["variance"]["10"] for layer in layers)]
 
     columns = []
     for form in ("N-LR", "2-LR standard"):
         values = zip(*(numbers(row) for row in rows if row["form"] == form), strict=True)
         columns.append([f"{100 * statistics.mean(v):.1f} ± {100 * statistics.stdev(v):.1f}" for v in values])
-    assert cells_of("README.md") <= set(zip(*columns, strict=True))
+    assert cells_of("README.md", TWO_NETWORKS, slice(4, 6), 6) <= set(zip(*columns, strict=True))
+
+
+def test_resnet_18_in_the_table_of_the_readme_is_what_was_measured():
+    conditions, measured = ("N-LR", "2-LR"), set()
+    for name in ("table-5", "figure-2"):
+        made = read_reproduction(ROOT / "results" / f"{name}.json")
+        runs = {run.condition: run.clean_accuracy for run in made.runs if run.recipe == "cifar10-resnet18-fast"}
+        measured.add(tuple(f"{100 * runs[condition]:.1f}" for condition in conditions))
+        for panel in made.panels:
+            lines = {line.condition: line.cells for line in panel.lines if line.recipe == "cifar10-resnet18-fast"}
+            cells = zip(*(lines[condition] for condition in conditions if condition in lines), strict=True)
+            measured |= {tuple(f"{100 * cell.mean:.1f}" for cell in both if cell.mean is not None) for both in cells}
+    assert cells_of("README.md", TWO_NETWORKS, slice(2, 4), 6) <= measured
 
 
 @pytest.mark.parametrize("name", ["objective-final", "objective-full", "objective-digits"])
