@@ -43,7 +43,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the mean of a layer not held", "timm_lowrank/core/branch.py",
-        "** -0.5)).clamp_min_(0)", "** -0.5)).clamp_max_(0)",
+        "value=-1).clamp_min_(0)", "value=-1).clamp_max_(0)",
         "tests/test_branch.py",
     ),
     Mutation(

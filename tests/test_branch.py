@@ -205,17 +205,17 @@ def test_the_mean_of_a_layer_is_held_to_a_multiple_of_its_spread(storage, scale,
     branch = trained(storage=storage, scale=scale, reconstruction_weight=2.0, norm_weight=0.0).eval()
     (rows,) = batches(1, seed=5)
     rows = rows - rows.mean(0)
-    spread = rows.square().sum(1).mean().sqrt()
+    bound, spread = branch.offset[0], rows.square().sum(1).mean().sqrt()
     mean = torch.randn(rows.shape[1], dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    mean = mean * (length * branch.offset_bound / 2 * spread / mean.norm())
-    branch.bias = -mean  # as it is once it has followed
+    mean = mean * (length * bound / 2 * spread / mean.norm())
+    branch.load_state_dict(branch.state_dict() | {"bias": -mean, "offset": torch.stack([bound, spread])})
     rows = (rows + mean).requires_grad_()
     total = branch.penalty(rows)
     (gradient,) = torch.autograd.grad(total, rows)
     total, without = total.detach(), 2 * branch.losses()["reconstruction"]
-    excess = (rows.mean(0).norm() - branch.offset_bound * spread).clamp_min(0) / branch.reference_norm
+    excess = (rows.mean(0).norm() - bound * spread).clamp_min(0) / branch.reference_norm
     (expected,) = torch.autograd.grad(2 * excess.square(), rows)
-    branch.offset_bound = branch.offset_bound * 1e3
+    branch.load_state_dict(branch.state_dict() | {"offset": torch.stack([1e3 * bound, spread])})
     (others,) = torch.autograd.grad(branch.penalty(rows), rows)
     if scale == "paper" or not held:
         assert torch.equal(gradient, others)
@@ -231,17 +231,22 @@ def test_the_bound_of_the_mean_is_measured_once_and_kept(offset):
     first, *others = batches(20)
     branch = build()
     train(branch, first + offset)
-    ratio = (first + offset).mean(0).norm() / (first - first.mean(0)).square().sum(1).mean().sqrt()
-    assert difference(branch.offset_bound, 2 * ratio.clamp_min(1)) < 1e-12
+    spread = (first - first.mean(0)).square().sum(1).mean().sqrt()
+    ratio = (first + offset).mean(0).norm() / spread
     assert (ratio > 1) == (offset > 0)
-    train_all(branch, others)
-    assert difference(branch.offset_bound, 2 * ratio.clamp_min(1)) < 1e-12
+    assert difference(branch.offset[0], 2 * ratio.clamp_min(1)) < 1e-12
+    for rows in others:
+        bias = branch.bias
+        train(branch, rows)
+        assert difference(branch.offset[0], 2 * ratio.clamp_min(1)) < 1e-12
+        assert difference(branch.offset[1], (rows + bias).square().sum(1).mean().sqrt()) < 1e-12
     state, loaded = branch.state_dict(), build()
     loaded.load_state_dict(state)
-    assert torch.equal(loaded.offset_bound, branch.offset_bound)
-    del state["offset_bound"]  # as earlier versions wrote it: b is what tells of the mean
+    assert torch.equal(loaded.offset, branch.offset)
+    del state["offset"]  # as earlier versions wrote it: b is what tells of the mean
     loaded.load_state_dict(state)
-    assert difference(loaded.offset_bound, 2 * (branch.bias.norm() / branch.reference_norm).clamp_min(1)) < 1e-12
+    expected = 2 * (branch.bias.norm() / branch.reference_norm).clamp_min(1)
+    assert difference(loaded.offset, torch.stack([expected, branch.reference_norm])) < 1e-12
 
 
 def test_the_reference_scale_is_measured_once():

@@ -18,7 +18,7 @@ from .config import LowRankConfig
 from .dense import DenseWeight
 from .distributed import Processes, fingerprint, pack, unpack_into
 from .factored import FactoredWeight, centred, full_precision, multiplies_in_bfloat16
-from .head import SubspaceHead, WithGradient
+from .head import SubspaceHead
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
 
@@ -27,7 +27,7 @@ from .views import FLATTEN, VIEWS, View
 _DEAD, _BLOWN_UP = 1e-3, 1e4
 # A layer's mean may be so many times as long as its spread, or so many times what that ratio was at switch-on.
 _OFFSET = 2.0
-_KEPT = ("bias", "reference_norm", "offset_bound")  # tensors of a branch itself, with these names in its state
+_KEPT = ("bias", "reference_norm", "offset")  # tensors of a branch itself, with these names in its state
 _HOPELESS = 2  # updates in a row without a finite row; one may be a batch whose step a gradient scaler skips
 _ADVICE = (
     "Lower strength, reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
@@ -149,11 +149,13 @@ class LowRankBranch(nn.Module):
             sizes = sorted({min(size, rank) for size in config.head_sizes})
             self.head = SubspaceHead(classes, sizes, self.bias.device, dtype)
         self.reference_norm = self.bias.new_zeros(())  # root mean square of ||a - mean|| at switch-on
-        self.offset_bound = self.bias.new_zeros(())  # of the length of the layer's mean over the spread
+        self.offset = self.bias.new_zeros(2)  # the bound of ||mean|| over the spread, and the spread at the last update
         self.updates = 0
         self._initialized = False  # whether b and the reference norm were taken from the batches of a first update
         self._provisional = False  # whether they were taken from the first of these batches, until then
         self._fresh = True  # whether W and b have not moved since they were made or loaded
+        self._held: tuple[Tensor, ...] = ()
+        self._hold()
         self._seen: _Seen | None = None  # of the last batch
         self._total: Tensor | None = None  # the penalty of the last batch
         self._without_finite = Streak()
@@ -207,7 +209,7 @@ class LowRankBranch(nn.Module):
                 self._buffer.complete(factors.detach(), images.products)
             seen = _Seen(images.errors, norms, factors)
             if self.config.scale != "paper":
-                seen.offset = self._offset(images.mean, norms.detach())
+                seen.offset = self._offset(images.mean)
             else:
                 seen.sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1)
             warmth = self._warmup_factor()
@@ -222,25 +224,32 @@ class LowRankBranch(nn.Module):
         self._seen, self._total = seen.detached(), total.detach()
         return total
 
-    def _offset(
-        self,
-        mean: Tensor,  # of the batch, (m,), with a graph
-        norms: Tensor,  # ||a + b|| (n,), without one
-    ) -> Tensor:
-        """L_o, a scalar: the square of what the mean of a batch has beyond its bound, in units of the reference norm.
+    def _hold(self) -> None:
+        """Prepares L_o, of which `penalty` takes the first order about the mean that b knows.
+
+            L_o = (||mean|| - bound * spread)+^2 / reference^2
 
         L_c does not see the mean of a layer, b takes it away. So the network may shift what enters a ReLU to where it
         is the identity, which keeps the rank of its input. With a mean of many times the spread, the running means of a
         normalisation behind the layer are off by more than the spread: a network that is sound in train mode fails in
         eval mode. As printed, L_n holds the length of an activation with its mean.
+
+        Mean and spread are those of the last update, so that the penalty stays a mean over rows, however an update is
+        cut into batches and processes.
         """
-        with torch.no_grad():
-            unit = SCALINGS["reference"](norms, self.reference_norm)
-            length, spread = torch.linalg.vector_norm(mean), torch.linalg.vector_norm(norms)
-            excess = torch.addcmul(length, self.offset_bound, spread, value=-(len(norms) ** -0.5)).clamp_min_(0) * unit
-            along = excess * unit / length.clamp_min(torch.finfo(length.dtype).tiny)
-            gradient = mean * along.mul_(2)
-        return WithGradient.apply(mean, excess.square(), gradient)
+        unit = SCALINGS["reference"](self.bias, self.reference_norm)
+        length, (bound, spread) = torch.linalg.vector_norm(self.bias), self.offset
+        excess = torch.addcmul(length, bound, spread, value=-1).clamp_min_(0) * unit
+        along = excess * unit / length.clamp_min(torch.finfo(length.dtype).tiny)
+        self._held = excess.square(), self.bias * (-2 * along)  # L_o and its gradient in the mean, (m,)
+
+    def _offset(
+        self,
+        mean: Tensor,  # of the batch, (m,), with a graph
+    ) -> Tensor:
+        """L_o, a scalar; see `_hold`."""
+        value, gradient = self._held
+        return value + gradient @ (mean + self.bias)
 
     def _may_be_half(self, activations: Tensor) -> bool:
         """Whether loss and gradient lose nothing if the large products are taken in bfloat16."""
@@ -289,11 +298,14 @@ class LowRankBranch(nn.Module):
             self.bias = -mean
         offset = torch.linalg.vector_norm(mean)
         self.reference_norm = torch.where(variance > 0, variance.sqrt(), offset)  # a single row has no spread
-        self.offset_bound = self._bound(offset, self.reference_norm)
+        self.offset = self._bound(offset, self.reference_norm)
+        self._hold()
 
     @staticmethod
-    def _bound(offset: Tensor, spread: Tensor) -> Tensor:
-        return _OFFSET * (offset / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp_min(1)
+    def _bound(length: Tensor, spread: Tensor) -> Tensor:
+        """`offset` of a layer with a mean of this length."""
+        ratio = length / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+        return torch.stack([_OFFSET * ratio.clamp_min(1), spread])
 
     # ------------------------------------------------------------------------------------------------ Update Step
 
@@ -348,6 +360,8 @@ class LowRankBranch(nn.Module):
         elif self._without_finite.extend(self._moments.count) >= _HOPELESS:
             raise CollapseError(self._not_finite())
         self._step_bias()  # first: its gradient is taken at the old W
+        self.offset = torch.stack([self.offset[0], self._moments.spread(self.offset[1])])
+        self._hold()
         if self.config.step_rule == "fixed":
             self.weight.step(self.config.step_size * self.loss_weights.reconstruction / count)
         else:
@@ -467,6 +481,7 @@ class LowRankBranch(nn.Module):
         self._moments.to(device)
         for name in _KEPT:
             setattr(self, name, getattr(self, name).to(device))
+        self._held = tuple(value.to(device) for value in self._held)
         self._seen = None if self._seen is None else self._seen.to(device)
         return super()._apply(fn, recurse)
 
@@ -499,9 +514,9 @@ class LowRankBranch(nn.Module):
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         # The head may be switched on or off between two trainings: a new one begins at zero, an old one is left out.
         heads = {name: state.pop(name) for name in list(state) if name.startswith("head.")}
-        if "offset_bound" not in state and state.keys() >= {"bias", "reference_norm"}:  # of an earlier version
-            offset = torch.linalg.vector_norm(state["bias"].to(self.bias))
-            state["offset_bound"] = self._bound(offset, state["reference_norm"].to(offset))
+        if "offset" not in state and state.keys() >= {"bias", "reference_norm"}:  # of an earlier version
+            length = torch.linalg.vector_norm(state["bias"].to(self.bias))
+            state["offset"] = self._bound(length, state["reference_norm"].to(length))
         missing = [prefix + name for name in names if name not in state and not name.startswith("head.")]
         missing_keys += missing
         unexpected_keys += [prefix + name for name in state if name not in names]
@@ -515,8 +530,8 @@ class LowRankBranch(nn.Module):
                 )
             if not all(state[name].isfinite().all() for name in _KEPT):
                 raise ValueError("b or the reference norm is NaN or infinite: the training that wrote it had diverged")
-            scalars = all(state[name].numel() == 1 for name in _KEPT[1:])
-            if not scalars or state["counters"].dim() != 1 or len(state["counters"]) < 2:
+            fits = state["reference_norm"].numel() == 1 and state["offset"].shape == self.offset.shape
+            if not fits or state["counters"].dim() != 1 or len(state["counters"]) < 2:
                 raise ValueError("the reference norm and the counters have other shapes than a branch writes")
             self._check_view(*state["counters"][2:].tolist())
             self.weight.load_state(state)
@@ -527,6 +542,7 @@ class LowRankBranch(nn.Module):
             return
         for name in _KEPT:
             setattr(self, name, state[name].to(getattr(self, name), copy=True))
+        self._hold()
         self.updates, self._initialized = int(state["counters"][0]), bool(state["counters"][1])
         self._provisional, self._fresh = self._initialized, True
         self._forget_batches()

@@ -250,6 +250,10 @@ class Moments:
         way = torch.addcmul(self.total, self.count, bias)  # the sum of a + b
         return torch.addcdiv(bias, way, self.count.clamp_min(1), value=-share)
 
+    def spread(self, otherwise: Tensor) -> Tensor:
+        """Root mean square of ||a + b||, a scalar; `otherwise` without rows."""
+        return torch.where(self.count > 0, (self.squares / self.count.clamp_min(1)).sqrt(), otherwise)
+
     def variance(self) -> Tensor:
         """Mean of ||a - mean||^2, a scalar; the nearer b is to minus the mean, the more exactly."""
         share = self.squares / self.count.clamp_min(1)

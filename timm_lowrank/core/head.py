@@ -47,7 +47,7 @@ class Rotation(NamedTuple):
     rows: Tensor  # U_new X^T (kept_new, p) of the p rows X that entered W since the projection before
 
 
-class WithGradient(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     """A scalar whose gradient in a tensor is known: autograd would take ten small operations more to find it."""
 
     @staticmethod
@@ -132,7 +132,7 @@ class SubspaceHead:
             count = valid.sum().clamp_min(1) * -len(self._sizes)
             loss = (targets * logarithms).sum() / count
             gradient = missing.flatten(1) @ weight[:-1].T @ self.directions / count
-        return WithGradient.apply(coordinates, loss, gradient)
+        return _WithGradient.apply(coordinates, loss, gradient)
 
     def _add(self, sums: Tensor) -> None:
         """The part of a batch; one that is not finite is left out: a gradient scaler will skip it."""
