@@ -37,8 +37,8 @@ MUTATIONS = (
     # ------------------------------------------------------------------------------------------------------ the branch
     Mutation(
         "wrong sign in L_c", "timm_lowrank/core/branch.py",
-        "total = seen.reconstruction() *",
-        "total = -seen.reconstruction() *",
+        "total = seen.reconstruction()\n",
+        "total = -seen.reconstruction()\n",
         "tests/test_branch.py",
     ),
     Mutation(

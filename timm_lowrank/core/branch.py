@@ -154,8 +154,7 @@ class LowRankBranch(nn.Module):
         self._initialized = False  # whether b and the reference norm were taken from the batches of a first update
         self._provisional = False  # whether they were taken from the first of these batches, until then
         self._fresh = True  # whether W and b have not moved since they were made or loaded
-        self._held: tuple[Tensor, ...] = ()
-        self._hold()
+        self._expand_offset_loss()
         self._seen: _Seen | None = None  # of the last batch
         self._total: Tensor | None = None  # the penalty of the last batch
         self._without_finite = Streak()
@@ -178,9 +177,9 @@ class LowRankBranch(nn.Module):
     ) -> Tensor:
         """lambda_1 L_c + lambda_2 L_n of one batch, a scalar of the branch's dtype (Algorithm 2, lines 6 to 8).
 
-        Unless `scale` is "paper", plus lambda_1 L_o, see `_offset`. With a subspace head and labels, plus its weight
-        times L_s (`head.py`). In training (grad mode on and `self.training`) the batch is remembered for the next
-        `update`.
+        Unless `scale` is "paper", plus lambda_1 L_o (`_expand_offset_loss`). With a subspace head and labels, plus its
+        weight times L_s (`head.py`). In training (grad mode on and `self.training`) the batch is remembered for the
+        next `update`.
 
         Raises:
             ValueError: activations of another shape than (batch, num_features), or not floating point; labels that do
@@ -213,9 +212,10 @@ class LowRankBranch(nn.Module):
             else:
                 seen.sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1)
             warmth = self._warmup_factor()
-            total = seen.reconstruction() * (self.loss_weights.reconstruction * warmth)
+            total = seen.reconstruction()
             if seen.offset is not None:
-                total = total.add(seen.offset, alpha=self.loss_weights.reconstruction * warmth)
+                total = total + seen.offset
+            total = total * (self.loss_weights.reconstruction * warmth)
             if self.loss_weights.norm:  # else a NaN gradient of L_n would not be multiplied away
                 total = total.add(seen.norm(), alpha=self.loss_weights.norm * warmth)
             if self.head is not None and labels is not None:
@@ -224,8 +224,8 @@ class LowRankBranch(nn.Module):
         self._seen, self._total = seen.detached(), total.detach()
         return total
 
-    def _hold(self) -> None:
-        """Prepares L_o, of which `penalty` takes the first order about the mean that b knows.
+    def _expand_offset_loss(self) -> None:
+        """L_o to the first order about the mean that b knows, for the penalties until the next update.
 
             L_o = (||mean|| - bound * spread)+^2 / reference^2
 
@@ -241,14 +241,14 @@ class LowRankBranch(nn.Module):
         length, (bound, spread) = torch.linalg.vector_norm(self.bias), self.offset
         excess = torch.addcmul(length, bound, spread, value=-1).clamp_min_(0) * unit
         along = excess * unit / length.clamp_min(torch.finfo(length.dtype).tiny)
-        self._held = excess.square(), self.bias * (-2 * along)  # L_o and its gradient in the mean, (m,)
+        self._offset_loss = excess.square(), self.bias * (-2 * along)  # L_o and its gradient in the mean, (m,)
 
     def _offset(
         self,
         mean: Tensor,  # of the batch, (m,), with a graph
     ) -> Tensor:
-        """L_o, a scalar; see `_hold`."""
-        value, gradient = self._held
+        """L_o, a scalar; see `_expand_offset_loss`."""
+        value, gradient = self._offset_loss
         return value + gradient @ (mean + self.bias)
 
     def _may_be_half(self, activations: Tensor) -> bool:
@@ -298,12 +298,12 @@ class LowRankBranch(nn.Module):
             self.bias = -mean
         offset = torch.linalg.vector_norm(mean)
         self.reference_norm = torch.where(variance > 0, variance.sqrt(), offset)  # a single row has no spread
-        self.offset = self._bound(offset, self.reference_norm)
-        self._hold()
+        self.offset = self._first_offset(offset, self.reference_norm)
+        self._expand_offset_loss()
 
     @staticmethod
-    def _bound(length: Tensor, spread: Tensor) -> Tensor:
-        """`offset` of a layer with a mean of this length."""
+    def _first_offset(length: Tensor, spread: Tensor) -> Tensor:
+        """`offset` (2,) at switch-on, from the length of the mean and the spread, scalars."""
         ratio = length / spread.clamp_min(torch.finfo(spread.dtype).tiny)
         return torch.stack([_OFFSET * ratio.clamp_min(1), spread])
 
@@ -361,7 +361,7 @@ class LowRankBranch(nn.Module):
             raise CollapseError(self._not_finite())
         self._step_bias()  # first: its gradient is taken at the old W
         self.offset = torch.stack([self.offset[0], self._moments.spread(self.offset[1])])
-        self._hold()
+        self._expand_offset_loss()
         if self.config.step_rule == "fixed":
             self.weight.step(self.config.step_size * self.loss_weights.reconstruction / count)
         else:
@@ -481,7 +481,8 @@ class LowRankBranch(nn.Module):
         self._moments.to(device)
         for name in _KEPT:
             setattr(self, name, getattr(self, name).to(device))
-        self._held = tuple(value.to(device) for value in self._held)
+        value, gradient = self._offset_loss
+        self._offset_loss = value.to(device), gradient.to(device)
         self._seen = None if self._seen is None else self._seen.to(device)
         return super()._apply(fn, recurse)
 
@@ -516,7 +517,7 @@ class LowRankBranch(nn.Module):
         heads = {name: state.pop(name) for name in list(state) if name.startswith("head.")}
         if "offset" not in state and state.keys() >= {"bias", "reference_norm"}:  # of an earlier version
             length = torch.linalg.vector_norm(state["bias"].to(self.bias))
-            state["offset"] = self._bound(length, state["reference_norm"].to(length))
+            state["offset"] = self._first_offset(length, state["reference_norm"].to(length))
         missing = [prefix + name for name in names if name not in state and not name.startswith("head.")]
         missing_keys += missing
         unexpected_keys += [prefix + name for name in state if name not in names]
@@ -542,7 +543,7 @@ class LowRankBranch(nn.Module):
             return
         for name in _KEPT:
             setattr(self, name, state[name].to(getattr(self, name), copy=True))
-        self._hold()
+        self._expand_offset_loss()
         self.updates, self._initialized = int(state["counters"][0]), bool(state["counters"][1])
         self._provisional, self._fresh = self._initialized, True
         self._forget_batches()

@@ -152,8 +152,8 @@ class Reconstruction(NamedTuple):
     errors: Tensor  # ||W x_i - x_i||^2, (n,), with a graph
     norms: Tensor  # ||x_i||, (n,), with a graph
     mean: Tensor  # of a, (m,), with a graph
-    coordinates: Tensor | None  # (n, kept) in the orthonormal rows that span the range of W since its projection, with
-    # a graph
+    # (n, kept) in the orthonormal rows that span the range of W since its projection, with a graph; None: not wanted
+    coordinates: Tensor | None
     products: Tensor | None  # P = B X^T (k, n), where W is kept factored
 
 
