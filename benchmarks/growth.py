@@ -223,7 +223,6 @@ class Run:
         self.noise = torch.randn(point.batch, point.features + 4096, generator=generator).to(dtype)
         self.scales = (torch.arange(1, point.features + 1) ** -0.25).to(dtype)
         self.activations = torch.zeros(point.batch, point.features, dtype=dtype, requires_grad=True)
-        self.activations.grad = torch.zeros_like(self.activations)
         self.updates = 0
         self.before = memory_mib("VmRSS")
         self.model = model(point)
@@ -254,6 +253,21 @@ def memory_mib(name: str) -> float:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
+def peak_of(run: Run) -> float:
+    """The most that the process holds during ten more updates, in MiB.
+
+    What is freed goes back to the system at once. Otherwise the heap of a process that frees tensors of some MiB keeps
+    holes between those that it still needs, at a batch of 4,096 some 200 MiB of them.
+    """
+    ctypes.CDLL(None).mallopt(-3, 2**18)  # M_MMAP_THRESHOLD, in bytes; not before, for new pages take time
+    run.activations.grad = None
+    memory_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    for _ in range(EVERY):
+        run.update()
+    return memory_mib("VmHWM")
+
+
 def written() -> int:
     """Bytes that this process has written anywhere."""
     return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
@@ -276,7 +290,8 @@ def measure_here(point: Point, number: int = 0) -> Row:
     penalty, backward = (1000 * statistics.mean(step[part] for step in turn) for part in (0, 1))
     total = 1000 * sum(map(sum, turn)) / EVERY
     projection = 1000 * (turn[-1][2] - between) / EVERY
-    peak = memory_mib("VmHWM") - run.before
+    peak = peak_of(run) - run.before
+    run.activations.grad = None
     return Row(
         point=point,
         ms=total,

@@ -17,7 +17,7 @@ from .buffer import ActivationBuffer, Moments, SampledRows, Streak
 from .config import LowRankConfig
 from .dense import DenseWeight
 from .distributed import Processes, fingerprint, pack, unpack_into
-from .factored import FactoredWeight, centred, full_precision, multiplies_in_bfloat16
+from .factored import FactoredWeight, centred_norms, full_precision, multiplies_in_bfloat16
 from .head import SubspaceHead
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
@@ -193,7 +193,7 @@ class LowRankBranch(nn.Module):
             if remember and not (self.processes.alone or self.processes.agreed):
                 self.processes.agree(self.name, self._common)  # before one of them waits below for the others
             if remember and not (self._initialized or self._provisional):
-                self._initialize_provisionally(activations.detach().to(self.bias.dtype))
+                self._initialize_provisionally(activations.detach())
             entering = self._buffer.add(activations.detach(), alone=self.processes.alone) if remember else ()
             sums = self._moments.of(activations.detach())
             classifies = self.head is not None and self.head.ready and labels is not None
@@ -274,19 +274,19 @@ class LowRankBranch(nn.Module):
         if activations.shape[0] == 0:
             raise ValueError(f"{where}an empty batch has no penalty")
 
-    def _initialize_provisionally(self, values: Tensor) -> None:
+    def _initialize_provisionally(self, values: Tensor) -> None:  # (n, m), of the network's dtype
         """b and the reference norm of the first penalty, from its batch on all processes.
 
         Until the first update: then they are taken from all batches that it is made of.
         """
         moments = Moments(self.bias)
-        moments.add(moments.of(values), torch.linalg.vector_norm(values, dim=1))
+        moments.add(moments.of(values), centred_norms(values, torch.zeros_like(self.bias)))
         moments.sum_over(self.processes)
         if moments.empty():  # an overflow: the next batch will do
             return
         mean = moments.mean()
         about_mean = Moments(-mean)  # two passes: where the mean is large, the squares of the first say nothing
-        about_mean.add(about_mean.of(values), torch.linalg.vector_norm(values - mean, dim=1))
+        about_mean.add(about_mean.of(values), centred_norms(values, -mean))
         about_mean.sum_over(self.processes)
         self._set_reference(mean, about_mean.variance())
         self._moments = Moments(self.bias)
@@ -349,8 +349,7 @@ class LowRankBranch(nn.Module):
         self._initialized = True
         if self.config.scale != "batch":  # whose factors are those of whole batches
             for rows in sampled.parts:
-                norms = torch.linalg.vector_norm(centred(rows.values, self.bias), dim=1)
-                rows.factors = SCALINGS[self.config.scale](norms, self.reference_norm)
+                rows.factors = SCALINGS[self.config.scale](centred_norms(rows.values, self.bias), self.reference_norm)
 
     def _step(self) -> None:
         count = self.weight.pending

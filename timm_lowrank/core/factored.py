@@ -85,6 +85,12 @@ def centred(
     return (values + bias).to(bias.dtype)
 
 
+def centred_norms(values: Tensor, bias: Tensor) -> Tensor:
+    """||a + b|| (n,) of the rows of `centred`, which are never there as a whole."""
+    parts = pieces(len(values), values.shape[1], values.device) or [slice(0)]
+    return torch.cat([torch.linalg.vector_norm(centred(values[some], bias), dim=1) for some in parts])
+
+
 _COLUMNS = 256  # at a time at least: fewer make the products slow
 _PARTS = 8  # sums that a product in bfloat16 is cut into: each is rounded to bfloat16, their total is not
 
