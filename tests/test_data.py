@@ -1,6 +1,7 @@
 """Loading and decoding images: held or streamed, one reader with one set of checks."""
 
 import io
+import multiprocessing
 import os
 import shutil
 from types import SimpleNamespace
@@ -490,8 +491,9 @@ def test_damage_names_file_and_row(own, streaming, workers, image, message):
     images = encoded(DIGITS[90:180])
     images[57] = image
     write(own / "train-00001-of-00003.parquet", range(90, 180), image=images)
-    with pytest.raises(DataError, match=rf"^\S*train-00001-of-00003.parquet, row 57: {message}"):
+    with pytest.raises(DataError, match=rf"^\S*train-00001-of-00003.parquet, row 57: {message}") as found:
         read_all(own, streaming, workers)
+    assert not multiprocessing.active_children(), f"workers wait for the end of {found}"
 
 
 @pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (True, 1)])

@@ -170,7 +170,7 @@ def test_it_learns_what_the_leading_directions_tell():
 def test_a_projection_leaves_the_logits_where_the_range_of_w_stays():
     """Far along, W hardly moves: what the head says before and after a projection is nearly the same."""
     branch = build(project_every=10, head_sizes=[RANK])
-    data = list(batches(201, rows=200))
+    data = list(batches(201, rows=60))
     train(branch, data[:199])
 
     def logits():
