@@ -291,6 +291,13 @@ def test_what_is_missing_is_trained_and_measured_once(made, tmp_path):
     assert not any(text.startswith(("training", "measuring")) for text in again)
 
 
+def test_what_needs_no_network_names_none(made):
+    page = (made[0].output / "claim-relu-counter-example.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    assert lines[-2:] == [["A = [[1, -1, 1], [-1, 1, -1]]", "paper", "", "1", "2"],
+                          ["", "ours: computed", "", "1 (+0)", "2 (+0)"]]  # fmt: skip
+
+
 def test_jobs_side_by_side_make_the_same(made, tmp_path):
     options, reproductions, _ = made
     said: list[str] = []

@@ -339,7 +339,7 @@ def _counter_example() -> tuple[Panel, ...]:
         Cell.of("rank behind ReLU", "count", {0: float(behind)}, 2),
     )
     line = Line(
-        row="A = [[1, -1, 1], [-1, 1, -1]]", condition="-", recipe="computed", network=None, seeds=(0,), cells=cells
+        row="A = [[1, -1, 1], [-1, 1, -1]]", condition="", recipe="computed", network=None, seeds=(0,), cells=cells
     )
     return (Panel(title="Ranks", columns=tuple(cell.column for cell in cells), lines=(line,)),)
 

@@ -82,7 +82,7 @@ def table(panel: Panel) -> str:
     for row, condition in dict.fromkeys((line.row, line.condition) for line in panel.lines):
         lines = [line for line in panel.lines if (line.row, line.condition) == (row, condition)]
         printed = [paper_text(cell) for cell in lines[0].cells]
-        name, measured = f"{row}, {condition}", [line for line in lines if line.seeds]
+        name, measured = ", ".join(filter(None, (row, condition))), [line for line in lines if line.seeds]
         if any(text != NOTHING for text in printed):
             verdict = [lines[0].printed_masking or ""] if masked else []
             rows.append([name, "paper", "", *printed, *verdict])
@@ -92,6 +92,8 @@ def table(panel: Panel) -> str:
         for line in measured:
             own = [_of_images(_of_seeds(own_text(cell), cell, line), cell, usual) for cell in line.cells]
             where, seeds = f"ours: {line.network} (`{line.recipe}`)", ", ".join(map(str, line.seeds))
+            if line.network is None:  # nothing was trained for it
+                where, seeds = f"ours: {line.recipe}", ""
             verdict = [_masking(line)] if masked else []
             rows.append([name, where, seeds, *own, *verdict])
             name = ""
