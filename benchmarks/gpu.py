@@ -1,4 +1,4 @@
-"""What a GPU of a few minutes can tell: the tests that need one, the time of a step, a training beside its twin.
+"""What a GPU of a few minutes can tell: the tests that need one, the time of a step and where it goes, a training.
 
     python benchmarks/gpu.py --minutes 9 --data FOLDER         # CIFAR-10 as parquet files; without it from the Hub
     python benchmarks/gpu.py --parts tests,steps --minutes 3
@@ -31,18 +31,21 @@ import timm
 import torch
 from measure import median_ratio, sgd_step, synchronize
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import timm_lowrank as tlr
 from timm_lowrank.environment import device_name
 from timm_lowrank.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "steps", "compiled", "train")
+PARTS = ("tests", "steps", "compiled", "profile", "train")
 # The training takes what is left. To compile a network takes 40 to 75 s, and a cell compiles two.
-MOST_SECONDS = {"tests": 75.0, "steps": 75.0, "compiled": 165.0}
+MOST_SECONDS = {"tests": 75.0, "steps": 75.0, "compiled": 165.0, "profile": 30.0}
 TURN = 10  # steps, the last of which projects W
 POOL = 4  # different batches
 VARIANTS = ("plain", "1-LR", "2-LR")
+PROFILED = 4  # steps between two projections
+OPERATIONS = 15  # that take most of the device, and as many that take most of the host
 RUNS = {"N-LR": "lowrank.enabled=false", "2-LR": "lowrank.enabled=true"}
 PROBE_EPOCHS, PROBE_IMAGES = 2, 12_800
 RESERVE = 0.88  # of the time that the probe promises: what is planned must also be measured and exported
@@ -88,7 +91,14 @@ class Report:
 
     def __init__(self, folder: Path, machine: dict[str, Any], plan: dict[str, Any]) -> None:
         self.folder = folder
-        self.content: dict[str, Any] = {"machine": machine, "plan": plan, "tests": None, "steps": [], "train": None}
+        self.content: dict[str, Any] = {
+            "machine": machine,
+            "plan": plan,
+            "tests": None,
+            "steps": [],
+            "profile": [],
+            "train": None,
+        }
         folder.mkdir(parents=True, exist_ok=True)
         self.write()
 
@@ -117,6 +127,18 @@ class Report:
                 numbers = [f"{row[key]:.3f}" for key in ("wall_ms", "device_ms", "wall_ratio", "device_ratio")]
                 numbers += [f"{row[key]:.3f}" for key in ("between_ms", "projection_ms")]
                 lines.append(f"| {row['cell']} | {row['variant']} | {' | '.join(numbers)} |")
+            lines.append("")
+        for part in self.content["profile"]:
+            lines += [
+                f"Where the time goes: {part['cell']}, {part['variant']}, {part['phase']}:",
+                f"{part['device_ms']:.3f} ms of the device and {part['host_ms']:.3f} ms of the host a step, what the",
+                "recording takes included.",
+                "",
+                "| operation | calls a step | device, ms | host, ms |",
+                "| --- | ---: | ---: | ---: |",
+            ]
+            for row in part["operations"]:
+                lines.append(f"| `{row['name']}` | {row['calls']:g} | {row['device_ms']:.3f} | {row['host_ms']:.3f} |")
             lines.append("")
         if train is not None:
             lines += [
@@ -164,17 +186,19 @@ def run_tests(report: Report, seconds: float) -> None:
 
 
 def cells(part: str, tiny: bool) -> tuple[Cell, ...]:
-    """Those of the part "steps" or "compiled"; for a trial nothing is compiled."""
+    """Those of the part "steps", "compiled" or "profile"; for a trial nothing is compiled."""
     if part == "compiled":
         return () if tiny else COMPILED_CELLS
-    return TINY_CELLS if tiny else CELLS
+    chosen = TINY_CELLS if tiny else CELLS
+    return chosen[:1] if part == "profile" else chosen
 
 
 def run_steps(report: Report, seconds: float, part: str, tiny: bool) -> None:
-    """Every cell that fits, in a process that hands over its figures as it gets them."""
+    """Every cell that fits, or the profile of one, in a process that hands over its figures as it gets them."""
     if not cells(part, tiny):
         return
-    before = report.content["steps"]
+    into = "profile" if part == "profile" else "steps"
+    before = report.content[into]
     rows = report.folder / f"{part}.jsonl"
     rows.unlink(missing_ok=True)
     options = ["--tiny"] if tiny else []
@@ -185,7 +209,7 @@ def run_steps(report: Report, seconds: float, part: str, tiny: bool) -> None:
 
     def read() -> None:
         if rows.exists():
-            report.content["steps"] = before + [json.loads(line) for line in rows.read_text().splitlines()]
+            report.content[into] = before + [json.loads(line) for line in rows.read_text().splitlines()]
             report.write()
 
     wait([process], seconds, read)
@@ -201,10 +225,14 @@ def measure_steps(path: Path, seconds: float, part: str, tiny: bool) -> None:
             print(f"left out, {left:.0f} s are left: {cell.title}", flush=True)
             continue
         try:
+            if part == "profile":
+                rows += profile_cell(cell, device, tiny)
+                continue
             rows += measure_cell(cell, device, min(end, time.perf_counter() + (0.2 if tiny else 2.5)), tiny)
         except torch.OutOfMemoryError as error:
             print(f"{cell.title}: {error}", flush=True)
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        finally:
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{cell.title}: done, {end - time.perf_counter():.0f} s are left", flush=True)
 
 
@@ -238,6 +266,48 @@ def measure_cell(cell: Cell, device: torch.device, end: float, tiny: bool) -> li
         }
         for variant, measured in turns.items()
     ]
+
+
+def profile_cell(cell: Cell, device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    """A row for plain steps, for 2-LR steps between two projections, and for one with a projection."""
+    rows = []
+    for variant in ("plain", "2-LR"):
+        step = _step(cell, variant, device, tiny)
+        for _ in range(3 * TURN + 1):
+            step()
+        rows.append({"phase": "between two projections", **_profile(step, PROFILED, device)})
+        if variant != "plain":
+            for _ in range(TURN - 2 - PROFILED):
+                step()
+            rows.append({"phase": "with a projection", **_profile(step, 1, device)})
+        for row in rows[-2 if variant != "plain" else -1 :]:
+            row |= {"cell": cell.title, "variant": variant}
+    return rows
+
+
+def _profile(step: Callable[[], None], count: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of device and host for a step, and of the operations that take most of either."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    synchronize(device)
+    with profile(activities=activities) as profiler:
+        for _ in range(count):
+            step()
+        synchronize(device)
+    events = profiler.key_averages()
+    rows = [
+        {
+            "name": event.key[:80],
+            "calls": event.count / count,
+            "device_ms": event.self_device_time_total / 1000 / count,
+            "host_ms": event.self_cpu_time_total / 1000 / count,
+        }
+        for event in events
+    ]
+    most = [sorted(rows, key=lambda row: -row[which])[:OPERATIONS] for which in ("device_ms", "host_ms")]
+    chosen = {row["name"]: row for row in itertools.chain(*most) if row["device_ms"] + row["host_ms"] > 0}
+    totals = {which: sum(row[which] for row in rows) for which in ("device_ms", "host_ms")}
+    return {**totals, "operations": list(chosen.values())}
 
 
 def _step(cell: Cell, variant: str, device: torch.device, tiny: bool) -> Callable[[], None]:
@@ -402,9 +472,9 @@ def wait(
 
 
 def limits(parts: Sequence[str], seconds: float) -> dict[str, float]:
-    """The seconds of each part: a sixth of the whole for tests and for steps at most, a third for what is compiled, the
-    rest for the training."""
-    least = {"tests": 6, "steps": 6, "compiled": 3}
+    """The seconds of each part: a sixth of the whole for tests, for steps and for the profile at most, a third for what
+    is compiled, the rest for the training."""
+    least = {"tests": 6, "steps": 6, "compiled": 3, "profile": 6}
     shares = {
         part: min(MOST_SECONDS[part], seconds / (least[part] if "train" in parts else len(parts)))
         for part in parts
@@ -464,7 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allowed = end - time.perf_counter() - later if part == "train" else seconds[part]
         if part == "tests":
             run_tests(report, allowed)
-        elif part in ("steps", "compiled"):
+        elif part in ("steps", "compiled", "profile"):
             run_steps(report, allowed, part, options.tiny)
         else:
             run_training(report, allowed, data, (options.runs or options.output / "runs").resolve(), options.tiny)

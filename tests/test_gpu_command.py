@@ -17,6 +17,8 @@ tests/test_gpu.py::test_two[a b] FAILED           [ 50%]
 tests/test_gpu.py::test_three SKIPPED (no) [ 75%]
 tests/test_gpu.py::test_four """
 
+BETWEEN = "between two projections"
+
 
 @pytest.fixture(scope="module")
 def gpu():
@@ -73,18 +75,26 @@ def test_the_whole_runs_on_a_cpu_and_leaves_each_part(gpu, monkeypatch, tmp_path
     monkeypatch.setattr(gpu, "start", start)
     gpu.main(["--tiny", "--minutes", "3", "--output", str(tmp_path)])
     result, text = read(tmp_path), (tmp_path / "results.md").read_text()
-    assert [bool(at["tests"]) for at in seen] == [False, *[True] * 5]
-    assert [bool(at["steps"]) for at in seen] == [False, False, *[True] * 4]
+    assert [bool(at["tests"]) for at in seen] == [False, *[True] * 6]
+    assert [bool(at["steps"]) for at in seen] == [False, False, *[True] * 5]
+    assert [bool(at["profile"]) for at in seen] == [False, False, False, *[True] * 4]
     assert {key: result["tests"][key] for key in ("passed", "failed", "skipped", "failures")} == {
         "passed": 1, "failed": 1, "skipped": 1, "failures": ["tests/test_gpu.py::test_two[a b]"],
     }  # fmt: skip
     assert [row["variant"] for row in result["steps"]] == ["plain", "1-LR", "2-LR", "plain", "2-LR"]
     assert all(row["wall_ratio"] > 0 and row["wall_ms"] >= row["device_ms"] > 0 for row in result["steps"])
+    profiled = [(part["variant"], part["phase"]) for part in result["profile"]]
+    assert profiled == [("plain", BETWEEN), ("2-LR", BETWEEN), ("2-LR", "with a projection")]
+    names = [{row["name"] for row in part["operations"]} for part in result["profile"]]
+    assert all("aten::mkldnn_convolution" in some or "aten::convolution_backward" in some for some in names)
+    assert not any(name.startswith("aten::linalg_") for name in names[0])
+    assert all(0 < sum(row["host_ms"] for row in part["operations"]) <= part["host_ms"] for part in result["profile"])
     assert [(run["run"], run["epochs"], run["state"]) for run in result["train"]["runs"]] == [
         ("N-LR", 2, "finished"), ("2-LR", 2, "finished"),
     ]  # fmt: skip
     assert "penalty" in result["train"]["runs"][1]["metrics"][-1]
-    assert text.count("resnet10_cifar, batch 8, float32") == 3
+    assert text.count("| resnet10_cifar, batch 8, float32 |") == 3
+    assert "| `aten::mm` |" in text
     assert "| 2-LR | 2 |" in text
     assert capsys.readouterr().out.endswith(text + "\n")
 
