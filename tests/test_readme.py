@@ -123,7 +123,9 @@ def test_resnet_18_in_the_table_of_the_readme_is_what_was_measured():
     assert cells_of("README.md", TWO_NETWORKS, slice(2, 4), 6) <= measured
 
 
-@pytest.mark.parametrize("name", ["objective-final", "objective-full", "objective-small", "objective-digits"])
+@pytest.mark.parametrize(
+    "name", ["objective-final", "objective-full", "objective-small", "objective-coarse", "objective-digits"]
+)
 def test_the_tables_of_the_objective_are_what_was_measured(name, monkeypatch, capsys):
     script = str(ROOT / "benchmarks" / "objective.py")
     output = str(ROOT / "docs" / f"{name}.json")
