@@ -227,12 +227,11 @@ def measure_steps(path: Path, seconds: float, part: str, tiny: bool) -> None:
         try:
             if part == "profile":
                 rows += profile_cell(cell, device, tiny)
-                continue
-            rows += measure_cell(cell, device, min(end, time.perf_counter() + (0.2 if tiny else 2.5)), tiny)
+            else:
+                rows += measure_cell(cell, device, min(end, time.perf_counter() + (0.2 if tiny else 2.5)), tiny)
         except torch.OutOfMemoryError as error:
             print(f"{cell.title}: {error}", flush=True)
-        finally:
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{cell.title}: done, {end - time.perf_counter():.0f} s are left", flush=True)
 
 
@@ -271,17 +270,19 @@ def measure_cell(cell: Cell, device: torch.device, end: float, tiny: bool) -> li
 def profile_cell(cell: Cell, device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     """A row for plain steps, for 2-LR steps between two projections, and for one with a projection."""
     rows = []
+
+    def record(variant: str, phase: str, count: int) -> None:
+        rows.append({"cell": cell.title, "variant": variant, "phase": phase, **_profile(step, count, device)})
+
     for variant in ("plain", "2-LR"):
         step = _step(cell, variant, device, tiny)
-        for _ in range(3 * TURN + 1):
+        for _ in range(3 * TURN):
             step()
-        rows.append({"phase": "between two projections", **_profile(step, PROFILED, device)})
+        record(variant, "between two projections", PROFILED)
         if variant != "plain":
-            for _ in range(TURN - 2 - PROFILED):
+            for _ in range(TURN - 1 - PROFILED):
                 step()
-            rows.append({"phase": "with a projection", **_profile(step, 1, device)})
-        for row in rows[-2 if variant != "plain" else -1 :]:
-            row |= {"cell": cell.title, "variant": variant}
+            record(variant, "with a projection", 1)
     return rows
 
 

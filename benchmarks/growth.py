@@ -7,8 +7,9 @@
 
 Branches with their heads on layers that do nothing, one thread: an update is penalty, backward and update of all of
 them, and a turn of ten updates holds one projection. Seconds are those of the processor, which other processes hardly
-change: the fastest turn of up to three once W has its rank. Memory is what the resident set of the process grows by, at
-the end and at most, the gradient of the activations included. Each point has processes of its own.
+change: the fastest turn of up to three once W has its rank. Memory is what the resident set of the process grows by:
+what is held in the end, and the most during ten updates, the gradient of the activations included. Each point has
+processes of its own.
 """
 
 from __future__ import annotations

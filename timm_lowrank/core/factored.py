@@ -85,8 +85,11 @@ def centred(
     return (values + bias).to(bias.dtype)
 
 
-def centred_norms(values: Tensor, bias: Tensor) -> Tensor:
-    """||a + b|| (n,) of the rows of `centred`, which are never there as a whole."""
+def centred_norms(
+    values: Tensor,  # (n, m), any float dtype
+    bias: Tensor,  # (m,)
+) -> Tensor:
+    """||a + b|| (n,) of the rows of `centred`, in the dtype of b; on a CPU these are never there as a whole."""
     parts = pieces(len(values), values.shape[1], values.device) or [slice(0)]  # of no rows no norms
     return torch.cat([torch.linalg.vector_norm(centred(values[some], bias), dim=1) for some in parts])
 
