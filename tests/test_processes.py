@@ -1,13 +1,12 @@
 """Several real processes that train one model: the same as one process with the same global batches.
 
-One launch of two processes does all runs (`processes/worker.py`); each test compares one of them.
+One start of two processes does all runs (`processes/worker.py`); each test compares one of them.
 """
 
 import math
 import re
 
 import accelerate
-import forked
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -44,8 +43,7 @@ def one_process(tmp_path_factory, digits):
 def ranks(one_process):
     """The results of each of two processes."""
     folder, *_ = one_process
-    worker.finish(worker.start(folder, "ddp", "resume", "exchange", "fsdp"))
-    results = worker.results(folder)
+    results = worker.together(folder, "ddp", "resume", "exchange", "fsdp")
     assert [(one["processes"], one["backend"]) for one in results] == [(2, "gloo")] * 2
     return results
 
@@ -104,14 +102,7 @@ def test_an_overflow_on_one_process_leaves_all_alike_and_sound(ranks, digits):
 def test_two_machines_train_as_one(ranks, one_process, tmp_path):
     """Each is the first process of its machine. Programs that were started in another way may round otherwise."""
     (tmp_path / "data.pt").symlink_to(one_process[0] / "data.pt")
-    logs = [tmp_path / "one machine", tmp_path / "another"]
-    told = zip(logs, forked.ranks(2, worker.free_port(), machines=2), strict=True)
-    use_cpu = {"ACCELERATE_USE_CPU": "true"}
-    started = [
-        forked.start(worker.main, tmp_path, ["machines"], log=log, environment=rank | use_cpu) for log, rank in told
-    ]
-    forked.finish(*started, logs=logs)
-    machines = worker.results(tmp_path)
+    machines = worker.together(tmp_path, "machines", machines=2)
     assert [one["processes"] for one in machines] == [2, 2]
     for scenario in MACHINES:
         first, second = both(machines, scenario.name)

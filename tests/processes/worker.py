@@ -1,53 +1,34 @@
-"""Several processes: `start` launches them, and each runs this file: worker.py FOLDER GROUP [GROUP ...].
+"""Two processes that do the same runs together: `together` starts them, and each calls `main`.
 
 FOLDER/data.pt holds images and labels. What a process found goes to FOLDER/rank<its number>.pt, by name.
 """
 
 import datetime
-import os
 import socket
-import subprocess
-import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
+import forked
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from processes import exchange, fsdp, scenarios
-
-torch.set_num_threads(1)
+from . import exchange, fsdp, scenarios
 
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-LAUNCH += ["--main_process_port", "0"]
-
-
-def start(folder: Path, *groups: str) -> subprocess.Popen[str]:
-    """The launcher of two processes."""
-    # Told by the environment, accelerate joins processes of a machine without GPUs; its --cpu starts one process alone.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [*LAUNCH, __file__, str(folder), *groups],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def finish(launcher: subprocess.Popen[str]) -> None:
-    """Waits for a launcher; shows what it said if it failed."""
-    try:
-        said, _ = launcher.communicate(timeout=300)
-    finally:
-        launcher.kill()
-    if launcher.returncode:
-        raise RuntimeError(f"the processes stopped with {launcher.returncode}:\n{said[-6000:]}")
-
-
-def results(folder: Path, count: int = 2) -> list[dict]:
-    """What each process found, in the order of their ranks."""
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(count)]
+def together(folder: Path, *groups: str, machines: int = 1) -> list[dict]:
+    """What each of two processes found, in the order of their ranks; they share a machine or have one each."""
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    told = forked.ranks(2, free_port(), machines=machines)
+    # Told by the environment, accelerate joins processes of a machine without GPUs.
+    environments = [rank | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} for rank in told]
+    started = [
+        forked.start(main, folder, groups, log=log, environment=environment)
+        for log, environment in zip(logs, environments, strict=True)
+    ]
+    forked.finish(*started, logs=logs)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def free_port() -> int:
@@ -73,7 +54,7 @@ def distributed(scenario, accelerator, data):
     return {"outcome": scenarios.outcome(model), "state": model.branches.state_dict(), "rows": largest}
 
 
-def main(folder: Path, groups: list[str]) -> None:
+def main(folder: Path, groups: Sequence[str]) -> None:
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=60))
     accelerator = Accelerator(kwargs_handlers=[patience])
     data = torch.load(folder / "data.pt")
@@ -99,7 +80,3 @@ def main(folder: Path, groups: list[str]) -> None:
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
