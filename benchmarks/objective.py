@@ -1,7 +1,8 @@
 """Which form of the loss works: a grid of forms, weights and seeds, one row of a JSON file for each run.
 
     python benchmarks/objective.py small --data DATA --jobs 2
-    python benchmarks/objective.py full --data DATA --only N-LR standard --seeds 0 1 2
+    python benchmarks/objective.py full --data DATA --only N-LR "1/0.05 head 1" --seeds 0 1 2
+    python benchmarks/objective.py coarse --data DATA --only N-LR "1-LR 1 head 1"
     python benchmarks/objective.py small --list
 
 Every run is judged beside the plain twin of its seed by clean accuracy, the accuracy of a linear classifier on the
@@ -47,23 +48,38 @@ SCALES = {  # recipe, and the layer inside
     "digits": ("digits", "layer3"),
     "small": ("cifar10-small", "layer3"),
     "full": ("cifar10-fast", "layer3"),
+    "coarse": ("cifar100-coarse-fast", "layer3"),
 }
+SHORTENED = {"coarse": ("epochs=10", "pretrain_epochs=2")}  # 20 minutes a run on one core
 
 
 # ------------------------------------------------------------------------------------------------------- the grid
 
 
 def lowrank(
-    inside: float, classifier: float, *, head: float = 0.0, rank: int = 20, norm: float = 0.0, **fields: Any
+    inside: float,
+    classifier: float,
+    *,
+    head: float = 0.0,
+    classifier_head: float = 0.0,
+    rank: int = 20,
+    norm: float = 0.0,
+    **fields: Any,
 ) -> dict[str, Any]:
-    """The `lowrank` key of a recipe with a weight of its own at each of the two layers; `LAYER` is the one inside."""
+    """The `lowrank` key of a recipe with weights of its own at each of the two layers; `LAYER` is the one inside."""
     return {
         "branches": {
             "LAYER": {"rank": rank, "reconstruction_weight": inside, "norm_weight": norm, "head_weight": head},
-            PRE_LOGITS: {"rank": 50, "reconstruction_weight": classifier, "norm_weight": norm, "head_weight": 0.0},
+            **before_classifier(classifier, classifier_head, norm)["branches"],
         },
         **fields,
     }
+
+
+def before_classifier(weight: float, head: float = 0.0, norm: float = 0.0) -> dict[str, Any]:
+    """The same with one branch, before the classifier."""
+    one = {"rank": 50, "reconstruction_weight": weight, "norm_weight": norm, "head_weight": head}
+    return {"branches": {PRE_LOGITS: one}}
 
 
 PLAIN = {**lowrank(0, 0), "enabled": False}
@@ -94,6 +110,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "paper .003/.001/.003 head 0.3": {
         "lowrank": lowrank(0.003, 0.001, norm=0.003, head=0.3, scale="paper", warmup_updates=0)
     },
+    # Before the classifier.
+    "1-LR 0.05": {"lowrank": before_classifier(0.05)},
+    "1-LR 0.05 head 1": {"lowrank": before_classifier(0.05, 1)},
+    "1-LR 0.3 head 0.3": {"lowrank": before_classifier(0.3, 0.3)},
+    "1-LR 1": {"lowrank": before_classifier(1)},
+    "1-LR 1 head 1": {"lowrank": before_classifier(1, 1)},
+    "standard, classifier head 0.3": {"lowrank": lowrank(1, 0.05, head=1, classifier_head=0.3)},
+    "standard, classifier head 1": {"lowrank": lowrank(1, 0.05, head=1, classifier_head=1)},
+    "standard, classifier 0.3 head 0.3": {"lowrank": lowrank(1, 0.3, head=1, classifier_head=0.3)},
+    "standard, classifier 1 head 1": {"lowrank": lowrank(1, 1, head=1, classifier_head=1)},
     # What else can be chosen, around the default.
     "standard, rank 5": {"lowrank": lowrank(1, 0.05, head=1, rank=5)},
     "standard, rank 100": {"lowrank": lowrank(1, 0.05, head=1, rank=100)},
@@ -145,7 +171,7 @@ class Row:
 def recipe_of(scale: str, form: str, seed: int, overrides: list[str]) -> Recipe:
     """The recipe of one run."""
     name, layer = SCALES[scale]
-    recipe = load_recipe(name, overrides)
+    recipe = load_recipe(name, [*SHORTENED.get(scale, ()), *overrides])
     changes = {**FORMS[form], "seed": seed, "spectrum_images": IMAGES, "twin": False, "name": f"{name} {form}"}
 
     def epochs(value: Any) -> Any:
@@ -230,9 +256,9 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> str:
     """Means over the seeds of each form, in per cent."""
-    layers = list(rows[0].layers)
-    shown = {layer: [n for n in of.linear if all(n in row.layers[layer].linear for row in rows)]
-             for layer, of in rows[0].layers.items()}  # fmt: skip
+    layers = [layer for layer in rows[0].layers if all(layer in row.layers for row in rows)]
+    shown = {layer: [n for n in rows[0].layers[layer].linear if all(n in row.layers[layer].linear for row in rows)]
+             for layer in layers}  # fmt: skip
     lines = []
     for form in dict.fromkeys(row.form for row in rows):
         mine = [row for row in rows if row.form == form]
