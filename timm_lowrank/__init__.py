@@ -15,6 +15,7 @@ from .checkpoint import from_pretrained, save_pretrained
 from .core import projection, spectrum
 from .core.branch import LowRankBranch
 from .core.config import LowRankConfig
+from .core.embedder import Embedder
 from .core.loop import LossHook, attach
 from .core.model import LowRankModel
 from .errors import CaptureError, CheckpointError, CollapseError, LowRankError, LowRankWarning, ProjectionWarning
@@ -31,6 +32,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "CollapseError",
+    "Embedder",
     "LayerInfo",
     "LossHook",
     "LowRankBranch",

@@ -83,7 +83,7 @@ class Recording:
                 f"{name} gives a tensor of shape {tuple(value.shape)} and type {value.dtype}; "
                 "a branch needs floating point activations (batch, ...)"
             )
-        if self.versions.get(tap.layer, value._version) != value._version:
+        if tap.layer in self.versions and self.versions[tap.layer] != value._version:
             raise CaptureError(
                 f"the output of {name} was overwritten in place after it was recorded (an in-place "
                 "activation behind it, most likely); choose the layer that overwrites it"

@@ -95,6 +95,11 @@ class DenseWeight:
         self._seen = self._seen[:0]
         return rotation
 
+    def spanning_rows(self) -> Tensor:
+        """U (kept, m): the orthonormal rows that span the range of W since the last projection, largest eigenvalue
+        first; none before the first one."""
+        return self.start.T
+
     def eigenvalues(self) -> Tensor:
         """The nonzero eigenvalues of W, by magnitude, float64."""
         values = torch.linalg.eigvalsh(self.matrix.double())

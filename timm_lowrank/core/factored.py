@@ -400,6 +400,11 @@ class FactoredWeight:
 
     # ------------------------------------------------------------------------------------------------- inspection
 
+    def spanning_rows(self) -> Tensor:
+        """U (kept, m): the orthonormal rows that span the range of W since the last projection, largest eigenvalue
+        first; none before the first one."""
+        return self._buffer[: self.kept]
+
     def eigenvalues(self) -> Tensor:
         """The nonzero eigenvalues of W, by magnitude, float64."""
         return projection.exact_factored(self.core, self.gram, self.size).eigenvalues
