@@ -249,14 +249,32 @@ def test_the_bound_of_the_mean_is_measured_once_and_kept(offset):
     assert difference(loaded.offset, torch.stack([expected, branch.reference_norm])) < 1e-12
 
 
-def test_the_reference_scale_is_measured_once():
-    first, *others = batches(20)
+def test_the_reference_scale_grows_with_the_layer_and_never_shrinks():
+    first, *others = batches(60)
     branch = build(scale="reference")
     train(branch, first)
     expected = (first - first.mean(0)).square().sum(1).mean().sqrt()
     assert difference(branch.reference_norm, expected) < 1e-12
-    train_all(branch, [5 * rows for rows in others])
+    train_all(branch, [rows / 5 for rows in others[:20]])
     assert difference(branch.reference_norm, expected) < 1e-12
+    for rows in others[20:]:
+        spread = (2 * rows + branch.bias).square().sum(1).mean().sqrt()
+        train(branch, 2 * rows)
+        expected = max(expected, 0.99 * expected + 0.01 * spread)
+        assert difference(branch.reference_norm, expected) < 1e-12
+    train(branch, 1e6 * first)
+    assert difference(branch.reference_norm, 1.03 * expected) < 1e-12, "one wild update changes little"
+
+
+def test_a_layer_that_begins_nearly_constant_is_pulled_with_the_weight_that_was_asked_for():
+    """As the class token of a transformer that is trained from scratch, which spreads a twentieth of what it will."""
+    branch = build(scale="reference", warmup_updates=50)
+    drawn = list(batches(200))
+    shift = 15 * drawn[0].norm(dim=1).mean() / len(drawn[0][0]) ** 0.5
+    for step, rows in enumerate(drawn):
+        train(branch, shift + rows * min(1.0, 0.05 + step / 100))
+        if step >= 100:
+            assert branch.losses()["reconstruction"] < 3  # 0.05^-2 = 400 times the share outside, if taken once
 
 
 def test_the_warmup_adapts_the_branch_before_it_pulls():
@@ -856,7 +874,7 @@ def test_batches_of_one_sample_are_no_collapse():
     branch = build(project_every=2, scale="reference")
     first, *others = batches(9, rows=1)
     assert train_all(branch, [first, *others]).updates == 9
-    assert float(branch.reference_norm) == pytest.approx(float(first.norm())), "for want of a spread"
+    assert 1 <= float(branch.reference_norm / first.norm()) <= 1.03**8, "its length, for want of a spread"
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -22,11 +22,12 @@ from .head import SubspaceHead
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
 
-# Spread of a layer over that at switch-on. In front of a normalisation a layer may shrink tenfold and be sound; below
+# Spread of a layer over its reference norm. In front of a normalisation a layer may shrink tenfold and be sound; below
 # a thousandth, float32 sums of squares cannot tell its spread from the offset that b has not followed yet.
 _DEAD, _BLOWN_UP = 1e-3, 1e4
 # A layer's mean may be so many times as long as its spread, or so many times what that ratio was at switch-on.
 _OFFSET = 2.0
+_FOLLOWS, _GROWTH = 0.01, 1.03  # at an update: of the way to a larger spread, and how many times as large at most
 _KEPT = ("bias", "reference_norm", "offset")  # tensors of a branch itself, with these names in its state
 _HOPELESS = 2  # updates in a row without a finite row; one may be a batch whose step a gradient scaler skips
 _ADVICE = (
@@ -148,7 +149,8 @@ class LowRankBranch(nn.Module):
         if self.loss_weights.head and classes:
             sizes = sorted({min(size, rank) for size in config.head_sizes})
             self.head = SubspaceHead(classes, sizes, self.bias.device, dtype)
-        self.reference_norm = self.bias.new_zeros(())  # root mean square of ||a - mean|| at switch-on
+        # Root mean square of ||a - mean|| at switch-on, and what that of ||a + b|| has grown to since.
+        self.reference_norm = self.bias.new_zeros(())
         self.offset = self.bias.new_zeros(2)  # the bound of ||mean|| over the spread, and the spread at the last update
         self.updates = 0
         self._initialized = False  # whether b and the reference norm were taken from the batches of a first update
@@ -359,8 +361,7 @@ class LowRankBranch(nn.Module):
         elif self._without_finite.extend(self._moments.count) >= _HOPELESS:
             raise CollapseError(self._not_finite())
         self._step_bias()  # first: its gradient is taken at the old W
-        self.offset = torch.stack([self.offset[0], self._moments.spread(self.offset[1])])
-        self._expand_offset_loss()
+        self._follow_layer()
         if self.config.step_rule == "fixed":
             self.weight.step(self.config.step_size * self.loss_weights.reconstruction / count)
         else:
@@ -368,6 +369,20 @@ class LowRankBranch(nn.Module):
         self.updates += 1
         if projects:
             self.project()
+
+    def _follow_layer(self) -> None:
+        """The spread of the layer about -b; the reference norm follows one that grows, by a few hundredths at a time.
+
+        A layer that is not trained yet may be nearly constant, as a transformer's class token is. In units of that
+        spread L_c soon had hundreds of times its weight. The reference does not follow one that shrinks: then nothing
+        would be left of the pull. It is no part of the graph, so growing is not rewarded, and one update of wild
+        activations changes it little.
+        """
+        spread = self._moments.spread(self.offset[1])
+        self.offset = torch.stack([self.offset[0], spread])
+        reference = self.reference_norm
+        self.reference_norm = reference.lerp(spread, _FOLLOWS).clamp(reference, reference * _GROWTH)
+        self._expand_offset_loss()
 
     @torch.no_grad()
     def project(self) -> None:
@@ -413,7 +428,7 @@ class LowRankBranch(nn.Module):
             raise CollapseError(
                 f"layer {self.name!r} {'collapsed' if spread <= reference else 'blew up'}: after {self.updates} "
                 f"updates the root mean square norm of its centred activations is {spread:.3g}, and it was "
-                f"{reference:.3g} when the branch was switched on. {_ADVICE}"
+                f"{reference:.3g} before. {_ADVICE}"
             )
 
     def _not_finite(self) -> str:

@@ -80,7 +80,7 @@ class LowRankConfig:
         head_sizes: on how many leading directions that classifier is fitted, all at once; sizes above the target rank
             become it.
         scale: how the rows that L_c sees are scaled; `scaling.py` explains each.
-            "reference": divided by the root mean square norm at the time the branch was switched on. "unit":
+            "reference": divided by the root mean square norm at switch-on, or by what it has grown to since. "unit":
             every centred activation vector divided by its own norm, so that L_c is the share of a sample's energy
             outside the subspace. "batch": divided by the root mean square norm of the batch. "paper": as printed, with
             both terms.

@@ -27,7 +27,7 @@ def unit(norms: Tensor, reference: Tensor) -> Tensor:
 
 
 def reference(norms: Tensor, reference: Tensor) -> Tensor:
-    """Divided by the root mean square norm that the layer had when the branch was switched on: a fixed scale.
+    """Divided by the root mean square norm that the layer had at switch-on, or has grown to since, without a graph.
 
     Nothing that the network does to the directions that W keeps is rewarded; only what lies outside them shrinks.
     """
