@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 from pathlib import Path
 
 import timm
 import torch
 from measure import write_json
 from torch.nn import functional
-from views import BATCH, data, lines
+from views import BATCH, data
 
 import timm_lowrank as tlr
 from timm_lowrank.core import branch
+from timm_lowrank.text import markdown_table
 
 WEIGHTS = {"0.05": (0.05, 0.0), "1": (1.0, 0.0), "0.05, head 1": (0.05, 1.0)}
 WHEN = {"taken once, on at once": (0, 0.0), "on at once": (0, branch._FOLLOWS), "after 4 epochs": (4, branch._FOLLOWS)}
@@ -69,6 +71,19 @@ def accuracies(
     return early, float(right), float(model.branches["pre_logits"].reference_norm) / first
 
 
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Means and standard deviations over the seeds, in Markdown."""
+    rows = []
+    for case, runs in found.items():
+        cells = [case]
+        for name in runs[0]:
+            values = [(1 if "times" in name else 100) * run[name] for run in runs]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        rows.append(cells)
+    return markdown_table(["weight, reference norm, switch-on", *next(iter(found.values()))[0]], rows)
+
+
 def main() -> None:
     """Trains, prints a table and writes benchmarks/results/switch_on.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,10 +96,10 @@ def main() -> None:
     cases |= {f"{w}, {t}": (*WEIGHTS[w], *WHEN[t]) for w, t in itertools.product(WEIGHTS, WHEN)}
     for seed, (name, case) in itertools.product(range(arguments.seeds), cases.items()):
         early, late, grown = accuracies(*case, seed, arguments.epochs)
-        figures = {f"after {EARLY} epochs": early, "at the end": late, "reference norm, times": grown / 100}
+        figures = {f"after {EARLY} epochs": early, "at the end": late, "reference norm, times": grown}
         found.setdefault(name, []).append(figures)
         print(json.dumps({"seed": seed, "case": name, **figures}), flush=True)
-    print("\n".join(lines(found)))
+    print(table(found))
     write_json(arguments.output, found)
 
 

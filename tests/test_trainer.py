@@ -228,7 +228,7 @@ def test_export_of_the_timm_network(build, images, tmp_path):
 def test_accumulation_equals_one_batch(kind, options, build):
     whole = run(build(kind, **options))
     parts = run(build(kind, per_device_train_batch_size=8, gradient_accumulation_steps=2, **options))
-    assert relative_difference(parts, whole) < 3e-6
+    assert relative_difference(parts, whole) < 5e-6
     if kind == "timm":
         twice = run(build(kind, lowrank=config(kind, reconstruction_weight=1.0), **options))
         assert relative_difference(twice, whole) > 1e-3  # so a penalty that counts twice would be seen
@@ -242,7 +242,7 @@ def test_accumulation_with_a_loss_function_of_ones_own(build):
 
     whole = run(build(compute_loss_func=summed))
     parts = run(build(compute_loss_func=summed, per_device_train_batch_size=8, gradient_accumulation_steps=2))
-    assert relative_difference(parts, whole) < 3e-6
+    assert relative_difference(parts, whole) < 5e-6
     assert relative_difference(whole, run(build())) < 3e-6
 
 

@@ -332,14 +332,15 @@ class LowRankBranch(nn.Module):
         sampled = self._buffer.sample(sizes, self.processes.rank)
         with full_precision(self.bias.device):
             self._moments.sum_over(self.processes)
-            if not self._initialized:
+            begins = not self._initialized
+            if begins:
                 self._initialize(sampled)
             rows, products = self.weight.room(sampled.count)
             sampled.gather(self.bias, rows, products, self.processes)
             self.weight.append(rows)
             if self.head is not None:
                 self.head.update(self.processes, images=sum(own[0] for own in numbers))
-            self._step()
+            self._step(begins)
         self._fresh = False
         self._forget_batches()
 
@@ -353,7 +354,7 @@ class LowRankBranch(nn.Module):
             for rows in sampled.parts:
                 rows.factors = SCALINGS[self.config.scale](centred_norms(rows.values, self.bias), self.reference_norm)
 
-    def _step(self) -> None:
+    def _step(self, begins: bool) -> None:
         count = self.weight.pending
         projects = (self.updates + 1) % self.config.project_every == 0
         if projects:
@@ -361,7 +362,9 @@ class LowRankBranch(nn.Module):
         elif self._without_finite.extend(self._moments.count) >= _HOPELESS:
             raise CollapseError(self._not_finite())
         self._step_bias()  # first: its gradient is taken at the old W
-        self._follow_layer()
+        if not begins:  # else the parts of a batch were centred with the mean of the first one
+            self._follow_layer()
+        self._expand_offset_loss()
         if self.config.step_rule == "fixed":
             self.weight.step(self.config.step_size * self.loss_weights.reconstruction / count)
         else:
@@ -382,7 +385,6 @@ class LowRankBranch(nn.Module):
         self.offset = torch.stack([self.offset[0], spread])
         reference = self.reference_norm
         self.reference_norm = reference.lerp(spread, _FOLLOWS).clamp(reference, reference * _GROWTH)
-        self._expand_offset_loss()
 
     @torch.no_grad()
     def project(self) -> None:

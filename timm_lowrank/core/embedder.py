@@ -84,7 +84,7 @@ class Embedder(nn.Module):
             raise ValueError(
                 f"which {size} of the {len(spanning)} directions on {layer!r} lead is not known ({known}): give images"
             )
-        self.network = model.unwrap()
+        self.network = model.backbone
         self.tap = next(tap for tap in model.taps if tap.layer == layer)
         self.training = self.network.training
         self.register_buffer("directions", spanning.clone())
