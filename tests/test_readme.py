@@ -124,7 +124,15 @@ def test_resnet_18_in_the_table_of_the_readme_is_what_was_measured():
 
 
 @pytest.mark.parametrize(
-    "name", ["objective-final", "objective-full", "objective-small", "objective-coarse", "objective-digits"]
+    "name",
+    [
+        "objective-final",
+        "objective-full",
+        "objective-small",
+        "objective-coarse",
+        "objective-coarse-final",
+        "objective-digits",
+    ],
 )
 def test_the_tables_of_the_objective_are_what_was_measured(name, monkeypatch, capsys):
     script = str(ROOT / "benchmarks" / "objective.py")
