@@ -172,7 +172,7 @@ def test_it_reads_what_was_saved_and_loaded(model, digits, tmp_path):
 def test_what_cannot_be_embedded_says_why(model, digits):
     with pytest.raises(TypeError, match="Network: a network without branches"):
         tlr.Embedder(Network())
-    with pytest.raises(ValueError, match=r"no branch on 'third'\? The branches are on 'second'"):
+    with pytest.raises(ValueError, match=r"no branch on 'third'\. The branches are on 'second'"):
         tlr.Embedder(model, "third")
     two = trained(digits, branches={"first": 4, "second": 4})
     with pytest.raises(ValueError, match=r"of which layer\? .* 'first', 'second'"):

@@ -144,5 +144,5 @@ def _layer_of(model: LowRankModel, layer: str | None) -> str:
         return layer
     if layer is None and len(layers) == 1:
         return layers[0]
-    asked = "of which layer" if layer is None else f"there is no branch on {layer!r}"
-    raise ValueError(f"Embedder: {asked}? The branches are on {', '.join(map(repr, layers))}")
+    asked = "of which layer?" if layer is None else f"there is no branch on {layer!r}."
+    raise ValueError(f"Embedder: {asked} The branches are on {', '.join(map(repr, layers))}")
