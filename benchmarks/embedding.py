@@ -17,7 +17,6 @@ from measure import write_json
 from torch import Tensor
 
 import timm_lowrank as tlr
-from timm_lowrank.core.embedder import Embedder
 from timm_lowrank.data import ImageData, load_data
 from timm_lowrank.evaluation import PixelModel
 from timm_lowrank.evaluation.maxmargin import linear_accuracy
@@ -27,7 +26,7 @@ from timm_lowrank.text import markdown_table
 SIZES = (5, 10, 20)
 
 
-def embedded(embed: Embedder, images: Tensor) -> Tensor:
+def embedded(embed: tlr.Embedder, images: Tensor) -> Tensor:
     """(n, size) of images that the network takes."""
     with torch.no_grad():
         return torch.cat([embed(batch) for batch in images.split(500)])
@@ -49,18 +48,18 @@ def main() -> None:
     assert isinstance(data, ImageData)
     train, test = (part[: options.images].float() / 255 for part in (data.train_images, data.test_images))
     labels, test_labels = data.train_labels[: options.images], data.test_labels[: options.images]
-    found: dict[str, dict[str, float]] = {}
+    inputs = [(part - pixels.mean) / pixels.std for part in (train, test)]  # what the network itself takes
+    found: dict[str, dict[str, float | None]] = {}
     for layer, branch in model.branches.items():
         whole = [activations(pixels, part, [layer])[layer] for part in (train, test)]
         components = linear_accuracy(whole[0], labels, whole[1], test_labels, [*SIZES])
-        inputs = [(part - pixels.mean) / pixels.std for part in (train, test)]  # what the network itself takes
         for size, component in zip(SIZES, components, strict=True):
-            row = {}
+            row: dict[str, float | None] = {}
             for name, images in (("as trained", None), ("from images", inputs[0].split(500))):
                 if images is None and (branch.head is None or len(branch.head.directions) < size):
-                    row[name] = float("nan")  # which directions lead is not known
+                    row[name] = None  # which directions lead is not known
                     continue
-                embed = Embedder(model, layer, size, images=images)
+                embed = tlr.Embedder(model, layer, size, images=images)
                 seen, unseen = (embedded(embed, part) for part in inputs)
                 row[name] = linear_accuracy(seen, labels, unseen, test_labels, [None])[0]
             found[f"{layer}, {size}"] = {**row, "principal components of all features": component}
@@ -70,7 +69,7 @@ def main() -> None:
         markdown_table(
             ["", *head],
             [
-                [name, *(f"{100 * row[one]:.1f}" if row[one] == row[one] else "-" for one in head)]
+                [name, *("-" if value is None else f"{100 * value:.1f}" for value in row.values())]
                 for name, row in found.items()
             ],
         )

@@ -36,6 +36,21 @@ class Mutation:
 MUTATIONS = (
     # ------------------------------------------------------------------------------------------------------ the branch
     Mutation(
+        "the reference norm follows nothing", "timm_lowrank/core/branch.py",
+        "_FOLLOWS, _GROWTH = 0.01, 1.03", "_FOLLOWS, _GROWTH = 0.0, 1.03",
+        "tests/test_branch.py -k nearly_constant",
+    ),
+    Mutation(
+        "the reference norm follows the first update, too", "timm_lowrank/core/branch.py",
+        "        if not begins:  #", "        if True:  #",
+        "tests/test_trainer.py -k accumulation",
+    ),
+    Mutation(
+        "embeddings about the origin of the layer", "timm_lowrank/core/embedder.py",
+        "self.directions.dtype), self.directions, self.offset)", "self.directions.dtype), self.directions)",
+        "tests/test_embedder.py",
+    ),
+    Mutation(
         "wrong sign in L_c", "timm_lowrank/core/branch.py",
         "total = seen.reconstruction()\n",
         "total = -seen.reconstruction()\n",

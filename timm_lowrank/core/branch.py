@@ -377,7 +377,7 @@ class LowRankBranch(nn.Module):
         """The spread of the layer about -b; the reference norm follows one that grows, by a few hundredths at a time.
 
         A layer that is not trained yet may be nearly constant, as a transformer's class token is. In units of that
-        spread L_c soon had hundreds of times its weight. The reference does not follow one that shrinks: then nothing
+        spread L_c soon had a hundred times its weight. The reference does not follow one that shrinks: then nothing
         would be left of the pull. It is no part of the graph, so growing is not rewarded, and one update of wild
         activations changes it little.
         """
