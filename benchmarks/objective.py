@@ -3,6 +3,7 @@
     python benchmarks/objective.py small --data DATA --jobs 2
     python benchmarks/objective.py full --data DATA --only N-LR "1/0.05 head 1" --seeds 0 1 2
     python benchmarks/objective.py coarse --data DATA --only N-LR "1-LR 1 head 1"
+    python benchmarks/objective.py vit --data DATA --only N-LR "rank 48, 1/0.05 head 1"
     python benchmarks/objective.py small --list
 
 Every run is judged beside the plain twin of its seed by clean accuracy, the accuracy of a linear classifier on the
@@ -21,6 +22,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 
 from timm_lowrank.core.config import PRE_LOGITS
 from timm_lowrank.core.spectrum import singular_energies
+from timm_lowrank.core.views import View
 from timm_lowrank.data import ImageData, load_data
 from timm_lowrank.environment import device_name, versions
 from timm_lowrank.evaluation import PixelModel
@@ -49,8 +52,14 @@ SCALES = {  # recipe, and the layer inside
     "small": ("cifar10-small", "layer3"),
     "full": ("cifar10-fast", "layer3"),
     "coarse": ("cifar100-coarse-fast", "layer3"),
+    "vit": ("cifar10-vit-tiny-fast", "blocks.4"),
 }
-SHORTENED = {"coarse": ("epochs=10", "pretrain_epochs=2")}  # 20 minutes a run on one core
+SHORTENED = {  # half an hour a run on one core
+    "coarse": ("epochs=10", "pretrain_epochs=2"),
+    "vit": (
+        "model_args={img_size: 32, patch_size: 8, depth: 6}", "epochs=10", "pretrain_epochs=2", "warmup_epochs=1"
+    ),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the grid
@@ -120,6 +129,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "standard, classifier head 1": {"lowrank": lowrank(1, 0.05, head=1, classifier_head=1)},
     "standard, classifier 0.3 head 0.3": {"lowrank": lowrank(1, 0.3, head=1, classifier_head=0.3)},
     "standard, classifier 1 head 1": {"lowrank": lowrank(1, 1, head=1, classifier_head=1)},
+    # Of tokens of 192 channels a quarter, as the presets take it.
+    "rank 48, 1/0.05 head 1": {"lowrank": lowrank(1, 0.05, head=1, rank=48)},
+    "rank 48, 1/0.05 head 1, classifier head 1": {"lowrank": lowrank(1, 0.05, head=1, classifier_head=1, rank=48)},
     # What else can be chosen, around the default.
     "standard, rank 5": {"lowrank": lowrank(1, 0.05, head=1, rank=5)},
     "standard, rank 100": {"lowrank": lowrank(1, 0.05, head=1, rank=100)},
@@ -145,7 +157,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer of one network; shares in [0, 1]."""
+    """One layer of one network; shares in [0, 1]. Of tokens: the classifier reads their means, the rest all of them."""
 
     linear: dict[str, float]  # number of leading directions, or "all" -> accuracy of the linear classifier
     variance: dict[int, float]  # number of leading directions, 10 among them -> share of the test variance
@@ -201,9 +213,10 @@ def run_one(scale: str, form: str, seed: int, overrides: list[str], runs: str | 
         summary = train(recipe, folder, resume=True, data=_data)
         seconds = time.monotonic() - began
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_network(str(folder)).model.to(device)
+        network = load_network(str(folder))
+    model = network.model.to(device)
     assert _data is not None
-    noisy, layers = measure(model, _data, list(recipe.lowrank["branches"]), device)
+    noisy, layers = measure(model, _data, list(recipe.lowrank["branches"]), network.views, device)
     return Row(
         form=form, seed=seed, recipe=recipe.to_dict() | {"data": Path(recipe.data).name}, clean=summary.clean_accuracy,
         noise=noisy, layers=layers, train_accuracy=summary.train_accuracy, seconds=round(seconds, 1),
@@ -212,9 +225,9 @@ def run_one(scale: str, form: str, seed: int, overrides: list[str], runs: str | 
 
 
 def measure(
-    model: PixelModel, data: ImageData, layers: list[str], device: torch.device
+    model: PixelModel, data: ImageData, layers: list[str], views: Mapping[str, View], device: torch.device
 ) -> tuple[float, dict[str, Layer]]:
-    """Accuracy under noise, and the layers, on the first images of each split."""
+    """Accuracy under noise, and the layers, on the first images of each split; `views` are those of token sequences."""
     train_images, test_images = ((t[:IMAGES].float() / 255).to(device) for t in (data.train_images, data.test_images))
     train_labels, test_labels = data.train_labels[:IMAGES].to(device), data.test_labels[:IMAGES].to(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -222,11 +235,13 @@ def measure(
     right = classified_right(model, noisy, test_labels)
     measured = {}
     for layer in layers:
-        seen = activations(model, train_images, [layer])[layer]
-        unseen = activations(model, test_images, [layer])[layer]
+        of_images = {layer: View("pool", -1)} if layer in views else None
+        seen = activations(model, train_images, [layer], views=of_images)[layer]
+        unseen = activations(model, test_images, [layer], views=of_images)[layer]
         counts = [*(d for d in DIRECTIONS if d < seen.shape[1]), None]
         accuracies = linear_accuracy(seen, train_labels, unseen, test_labels, counts)
-        held = singular_energies(unseen.flatten(1)).cumsum(0)
+        samples = activations(model, test_images, [layer], views=views)[layer] if layer in views else unseen
+        held = singular_energies(samples.flatten(1)).cumsum(0)
         held = held / held[-1]
         measured[layer] = Layer(
             linear={str(count or "all"): accuracy for count, accuracy in zip(counts, accuracies, strict=True)},

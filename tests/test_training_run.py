@@ -24,13 +24,15 @@ from runs import assert_same_run, metrics
 from safetensors.torch import load_file
 
 import timm_lowrank
+from timm_lowrank.core.views import FLATTEN, View
 from timm_lowrank.data import load_data, load_images
 from timm_lowrank.data.augment import Transform
 from timm_lowrank.data.batches import StreamTrainBatches, TrainBatches
 from timm_lowrank.environment import fast_precision
 from timm_lowrank.errors import DataError, DivergedError, ProcessLostError, RecipeError, RunError, TrainingError
 from timm_lowrank.files import exclusive
-from timm_lowrank.training import Recipe, Run, load_recipe, loop, train
+from timm_lowrank.suites.networks import load_network
+from timm_lowrank.training import Recipe, Run, load_recipe, loop, report, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.checkpoints import damage, seal
 from timm_lowrank.training.compare import compare_runs
@@ -197,6 +199,26 @@ def test_the_twin_starts_alike_and_has_no_branch(finished):
     assert twin.branches.keys() == summary.branches.keys()
     for layer, branch in summary.branches.items():
         assert branch.variance_ratio[5] > twin.branches[layer].variance_ratio[5]
+
+
+def test_the_twin_of_a_network_of_tokens_is_measured_on_tokens_too(tmp_path, capsys):
+    values = {**VIT, "epochs": 3, "pretrain_epochs": 1, "learning_rate": 0.002}
+    summary = train(recipe(**values, twin=True), tmp_path / "run")
+    table = capsys.readouterr().out
+    assert "blocks.0: 24 features of each token, target rank 6" in table
+    tokens = View("token", -1)
+    assert summary.branches["blocks.0"].view == summary.twin.branches["blocks.0"].view == tokens
+    assert Run.open(tmp_path / "run").summary == summary
+    # Alone, too: an evaluation of the twin knows of no branch.
+    twin, run = load_network(str(tmp_path / "run" / "twin")), load_network(str(tmp_path / "run"))
+    assert not twin.branches
+    assert twin.views == run.views == {"blocks.0": tokens}
+    # Figures of other samples are not set side by side: runs of earlier versions do not say which theirs are of.
+    flattened = dataclasses.replace(summary.twin.branches["blocks.0"], view=FLATTEN)
+    other = dataclasses.replace(summary.twin, branches={"blocks.0": flattened})
+    lines = report.table({"plain": other, "low rank": summary}).splitlines()
+    rank = next(line for line in lines if "effective" in line)
+    assert rank.split()[2:] == ["-", str(summary.branches["blocks.0"].effective_rank)]
 
 
 def test_an_existing_plain_run_serves_as_twin(finished, tmp_path, capsys):

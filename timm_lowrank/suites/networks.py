@@ -40,7 +40,7 @@ class EvaluatedNetwork:
     branches: Mapping[str, int]  # target rank of each regularized layer; empty for a plain network
     comparator: str | None  # title of the comparator that was trained in their place
     layers: tuple[str, ...]  # those that its run measured, regularized or not
-    views: Mapping[str, View] = dataclasses.field(default_factory=dict)  # of the branches, where they are not flattened
+    views: Mapping[str, View] = dataclasses.field(default_factory=dict)  # where samples are not whole images
     recipe: Recipe | None = None
     clean: Value | None = None  # accuracy on all test images that its run wrote down
     data_fingerprint: str | None = None
@@ -189,7 +189,8 @@ def _evaluated(
 ) -> EvaluatedNetwork:
     layers = description.layers if description else {}
     branches = {layer: one.rank for layer, one in layers.items()}
-    views = {layer: one.viewed() for layer, one in layers.items()}
+    views = {layer: one.view for layer, one in run.summary.branches.items()} if run else {}
+    views |= {layer: one.viewed() for layer, one in layers.items()}  # earlier summaries have none
     comparator = run.summary.comparator.title if run and run.summary.comparator else None
     if is_bottlenecked(network):  # of which its checkpoint knows, without a run
         comparator = BottleLR.title

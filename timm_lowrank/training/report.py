@@ -30,6 +30,7 @@ EFFECTIVE_SHARE = 0.99
 KEPT_SHARES = 1000
 SKETCH_SIZE = 1000  # twice the largest of DIRECTIONS
 HELD_BYTES = 2**30  # of activations, all layers together
+_SAMPLES = {"flatten": "", "token": " of each token", "pool": " of the mean token"}
 
 
 # ------------------------------------------------------------------------------------------------------------- spectra
@@ -155,6 +156,7 @@ def summarize(
         twin: the summary of the plain twin.
     """
     recipe, progress = state.recipe, state.progress
+    views = {tap.layer: tap.view for tap in state.lowrank.taps}
     branches = {
         layer: BranchSummary(
             features=branch.num_features,
@@ -162,6 +164,7 @@ def summarize(
             effective_rank=spectra[layer].effective_rank,
             variance_ratio={count: round(ratio, 6) for count, ratio in spectra[layer].variance_ratio.items()},
             losses=last.branches.get(layer, {}),
+            view=views[layer],
         )
         for layer, branch in state.lowrank.branches.items()
     }
@@ -209,8 +212,9 @@ def table(runs: Mapping[str, Summary]) -> str:
     ]
     for layer, branch in summaries[-1].branches.items():
         rank = f", target rank {branch.target_rank}" if branch.target_rank else ""
-        same = [s.branches.get(layer) for s in summaries]
-        rows += [[], [f"{layer}: {branch.features:,} features{rank}"]]
+        here = [s.branches.get(layer) for s in summaries]
+        same = [b if b and b.view.agrees(branch.view) else None for b in here]
+        rows += [[], [f"{layer}: {branch.features:,} features{_SAMPLES[branch.view.kind]}{rank}"]]
         rows.append(["  effective rank", *(str(b.effective_rank) if b else "-" for b in same)])
         for count in (5, 10, 20):
             cells = [f"{percent(b.variance_ratio[count])} %" if b else "-" for b in same]

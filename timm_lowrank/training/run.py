@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..checkpoint.files import remove_abandoned
+from ..core.views import FLATTEN, View
 from ..environment import together
 from ..errors import RecipeError, RunError
 from ..evaluation.results import Value
@@ -132,6 +133,7 @@ class BranchSummary:
     effective_rank: int  # directions that hold 99 % of the variance
     variance_ratio: dict[int, float]  # number of leading directions, 1 to 500 -> share of the variance
     losses: dict[str, float | None] = dataclasses.field(default_factory=dict)  # its columns of metrics.csv, last epoch
+    view: View = FLATTEN  # what one sample is, of the spectra too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
