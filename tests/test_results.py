@@ -163,6 +163,8 @@ def test_values_are_shares_means_and_medians():
     assert not Value.median([]).known
     assert not Value.mean([]).known
     assert Value(math.nan, 0.1, 0.2).interval is None
+    assert len({Value(math.nan, of=3), Value(float("nan"), of=3), Value(math.inf, of=3)}) == 1  # unknown is unknown
+    assert Value(math.nan, of=3) != Value(math.nan, of=2)
     assert [radius_text(eps) for eps in (8 / 255, 0.5, 1.5 / 255, 0.0)] == ["8/255", "0.5", "1.5/255", "0"]
 
 

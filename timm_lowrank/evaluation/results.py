@@ -104,6 +104,12 @@ class Value:
             if number is not None and not math.isfinite(number):
                 object.__setattr__(self, end, None)
 
+    def __eq__(self, other: object) -> bool:
+        """Unknown is equal to unknown. Python 3.13 compares field by field, by which NaN differs from itself."""
+        if not isinstance(other, Value):
+            return NotImplemented
+        return dataclasses.astuple(self) == dataclasses.astuple(other)  # which compare math.nan as the object it is
+
     @property
     def known(self) -> bool:
         return math.isfinite(self.value)
