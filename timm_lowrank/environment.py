@@ -33,7 +33,9 @@ def require(module: str, package: str, extra: str = "train") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is needed here: pip install {package}, or timm_lowrank[{extra}]") from error
+        raise ImportError(
+            f"{module} is needed here: pip install {package}, or timm_lowrank[{extra}] ({error})"
+        ) from error
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

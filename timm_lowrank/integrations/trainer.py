@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 import shutil
 import warnings
@@ -29,7 +30,8 @@ try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
-        "timm_lowrank.integrations.trainer needs transformers and accelerate: pip install transformers accelerate"
+        "timm_lowrank.integrations.trainer needs transformers and accelerate, which cannot be imported: pip install "
+        f"transformers accelerate ({error})"
     ) from error
 
 from ..checkpoint.branches import has_branches, load_branches, write_branches
@@ -120,8 +122,9 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
     "LAYER.norm", "LAYER.activation_norm" and "LAYER.outside", the share of energy that W leaves outside: means since
     the last log, on this process; and "LAYER.rank", the rank of W.
 
-    Some models of transformers take `num_items_in_batch` and ignore it, so that their loss is too large under gradient
-    accumulation and on several processes; this is noticed, warned of and put right.
+    Some models of transformers take `num_items_in_batch` and ignore it, and in its first versions label smoothing did,
+    so that the loss is too large under gradient accumulation and on several processes; this is noticed, warned of and
+    put right.
 
     Args:
         model: a model of transformers; a timm network, which is put into a TimmWrapperForImageClassification; or a
@@ -273,28 +276,36 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         return items * world / num_items_in_batch
 
     def _check_loss(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> None:
-        """Finds out, once, whether the model's loss heeds the number of items that it is given.
-
-        If it is the same for any number, it is a plain mean. Two images are enough to see it.
-        """
-        own_loss = self.compute_loss_func is None and self.label_smoother is None and "labels" in inputs
-        if self._loss_checked or num_items_in_batch is None or not (self.model_accepts_loss_kwargs and own_loss):
+        """Finds out, once, whether the loss heeds the number of items that the Trainer knows of."""
+        known = num_items_in_batch is not None and self.model_accepts_loss_kwargs and "labels" in inputs
+        if self._loss_checked or not known or self.compute_loss_func is not None:
             return
         self._loss_checked = True
+        if self.label_smoother is not None:  # which in the first versions of transformers 5 is a plain mean
+            heeds = "num_items_in_batch" in inspect.signature(self.label_smoother).parameters
+        else:
+            heeds = self._model_heeds_items(inputs)
+        if heeds:
+            return
+        self.model_accepts_loss_kwargs = False
+        if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
+            ignores = f"the loss of {type(self.model).__name__} takes num_items_in_batch and ignores it"
+            if self.label_smoother is not None:
+                ignores = "label smoothing of this version of transformers ignores num_items_in_batch"
+            warnings.warn(
+                f"{ignores}: under gradient accumulation and on several processes the loss would be too large. It is "
+                "averaged instead",
+                LowRankWarning,
+                stacklevel=2,
+            )
+
+    def _model_heeds_items(self, inputs: Mapping[str, Any]) -> bool:
+        """If its loss is the same for any number of items, it is a plain mean. Two images are enough to see it."""
         few = {key: value[:2] if isinstance(value, Tensor) else value for key, value in inputs.items()}
         with evaluating(self.model):
             outputs = [self.model(**few, num_items_in_batch=count) for count in (1, 2)]
         key: Any = "loss" if isinstance(outputs[0], dict) else 0  # it may be a tuple
-        if not torch.equal(outputs[0][key], outputs[1][key]):
-            return
-        self.model_accepts_loss_kwargs = False
-        if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
-            warnings.warn(
-                f"the loss of {type(self.model).__name__} takes num_items_in_batch and ignores it: under gradient "
-                "accumulation and on several processes it would be too large. It is averaged instead",
-                LowRankWarning,
-                stacklevel=2,
-            )
+        return not torch.equal(outputs[0][key], outputs[1][key])
 
     # ---------------------------------------------------------------------------------------------------- logging
 
