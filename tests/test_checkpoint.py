@@ -498,7 +498,11 @@ def test_tensors_of_a_branch_of_another_shape_or_type_are_one_error(tmp_path, st
             continue
         if misfit(tensor).shape == tensor.shape and misfit(tensor).dtype == tensor.dtype:
             continue
-        save_file({**tensors, name: misfit(tensor)}, folder / "lowrank.safetensors")
+        try:
+            save_file({**tensors, name: misfit(tensor)}, folder / "lowrank.safetensors")
+        except KeyError:  # earlier versions of safetensors write no complex numbers
+            assert misfit is MISFITS["complex"]
+            return
         with pytest.raises(CheckpointError, match=r"lowrank\.safetensors|cannot be restored|branch"):
             checkpoint.load_branches(model, folder)
         assert same(model.branches.state_dict(), before), name
