@@ -1,5 +1,6 @@
 """`push_to_hub` and `from_pretrained` with the real huggingface_hub, timm and transformers; see loopback_hub."""
 
+import contextlib
 import json
 import os
 import re
@@ -368,12 +369,9 @@ def test_a_download_that_breaks_off_is_taken_up_where_it_was(hub, model, waits, 
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)  # what it keeps, bytes
     push_to_hub(model, REPO)
     hub.fail("GET", weights(hub), drop_after=100_000)
-    try:
-        network = loaded()
-    except CheckpointError as error:  # earlier versions of huggingface_hub leave it to the caller
-        assert "run it again: what has arrived is kept" in str(error)
-        network = loaded()
-    assert same_network(network, model)
+    with contextlib.suppress(CheckpointError):  # earlier versions of huggingface_hub leave a second try to the caller
+        loaded()
+    assert same_network(loaded(), model)
     assert "bytes=100000-" in [call.range for call in hub.seen("GET", BLOB)]
 
 
