@@ -314,7 +314,7 @@ def picture(path: Path, rows: list[Row], directions: str = "10") -> None:
     axes.set_xlabel(f"accuracy of a linear classifier on {directions} leading directions of {layer}, per cent")
     axes.set_ylabel("clean test accuracy, per cent")
     axes.set_title("Means over so many seeds; bars are standard deviations", fontsize=10)
-    axes.margins(0.12)
+    axes.margins(x=0.22, y=0.12)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from timm_lowrank.reproduce import setups as setups_module
 from timm_lowrank.reproduce.build import lacking, needed
 from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES, quickened
 from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
-from timm_lowrank.reproduce.jobs import Workers
+from timm_lowrank.reproduce.jobs import Measuring, Workers
 from timm_lowrank.reproduce.reproduction import Cell, Line, Panel
 from timm_lowrank.reproduce.runs import Runs
 from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
@@ -309,6 +309,15 @@ def test_jobs_side_by_side_make_the_same(made, tmp_path):
     logs = {path.name: path.read_text() for path in tmp_path.glob("runs/*/*.log")}
     assert logs.keys() == {f"{one}-seed0.log" for one in ("N-LR", "1-LR", "2-LR", "2-LR-light", "2-LR-strong")}
     assert all("epoch 3/3" in text and "measuring" in text for text in logs.values())
+
+
+def test_a_run_is_measured_on_the_images_that_are_here(made, tiny):
+    """Which it was trained on, perhaps on another machine, under another name."""
+    options, _, _ = made
+    (base,) = tiny.bases[C10_R18]
+    runs = Runs(options.runs, tiny, {base.data: "/here"})
+    (run,) = runs.finished(base, "N-LR")
+    assert Measuring(run, ()).recipe(runs).data == "/here"
 
 
 def test_runs_of_some_recipes_are_trained_alone(tiny, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ class Measuring:
     other_labels: str | None = None
 
     def recipe(self, runs: Runs) -> Recipe:
-        return runs.describe(self.run).recipe
+        return runs.measured_recipe(self.run)
 
     def folder(self, runs: Runs) -> Path:
         return self.run.folder

@@ -262,10 +262,13 @@ class Runs:
             overwrite=True,
             pages=False,
         )
-        recipe = self.describe(run).recipe
-        images = self.images(recipe if options.data is None else dataclasses.replace(recipe, data=options.data))
-        evaluate(options, PartialState(), images)
+        evaluate(options, PartialState(), self.images(self.measured_recipe(run)))
         self.forget(run.folder)
+
+    def measured_recipe(self, run: FinishedRun) -> Recipe:
+        """The recipe of a run, with its images where they are here: it may have been trained on another machine."""
+        recipe, source = self.describe(run).recipe, self.source(run.base)
+        return recipe if source is None else dataclasses.replace(recipe, data=source)
 
     def forget(self, folder: Path) -> None:
         """Reads the evaluations of a run again when they are asked for: it was trained or measured."""
