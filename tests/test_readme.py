@@ -132,6 +132,7 @@ def test_resnet_18_in_the_table_of_the_readme_is_what_was_measured():
         "objective-coarse",
         "objective-coarse-final",
         "objective-digits",
+        "objective-vit",
     ],
 )
 def test_the_tables_of_the_objective_are_what_was_measured(name, monkeypatch, capsys):
