@@ -235,7 +235,7 @@ def measure(
     right = classified_right(model, noisy, test_labels)
     measured = {}
     for layer in layers:
-        of_images = {layer: View("pool", -1)} if layer in views else None
+        of_images = {layer: dataclasses.replace(views[layer], kind="pool")} if layer in views else None
         seen = activations(model, train_images, [layer], views=of_images)[layer]
         unseen = activations(model, test_images, [layer], views=of_images)[layer]
         counts = [*(d for d in DIRECTIONS if d < seen.shape[1]), None]

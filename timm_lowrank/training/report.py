@@ -156,7 +156,6 @@ def summarize(
         twin: the summary of the plain twin.
     """
     recipe, progress = state.recipe, state.progress
-    views = {tap.layer: tap.view for tap in state.lowrank.taps}
     branches = {
         layer: BranchSummary(
             features=branch.num_features,
@@ -164,7 +163,7 @@ def summarize(
             effective_rank=spectra[layer].effective_rank,
             variance_ratio={count: round(ratio, 6) for count, ratio in spectra[layer].variance_ratio.items()},
             losses=last.branches.get(layer, {}),
-            view=views[layer],
+            view=branch.view,
         )
         for layer, branch in state.lowrank.branches.items()
     }
