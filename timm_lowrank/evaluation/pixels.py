@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.model import LowRankModel
 from ..errors import EvaluationError
 from .arguments import RADIUS_UNITS, check_choice, check_labels, check_logits
+from .folding import folded
 
 
 class PixelModel(nn.Module):
@@ -144,7 +145,9 @@ def radius_unit_of(model: nn.Module, radius_unit: str) -> Tensor | None:
 
 
 @contextmanager
-def attackable(model: nn.Module, *, channels_last: bool = True) -> Iterator[Callable[[Tensor], Tensor]]:
+def attackable(
+    model: nn.Module, *, channels_last: bool = True, many: bool = False
+) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function from pixels (n, channels, height, width) to logits (n, classes) float32, ready to be differentiated.
 
     Meanwhile the network is in eval mode and its parameters are frozen, so that no attack leaves anything in their
@@ -156,6 +159,7 @@ def attackable(model: nn.Module, *, channels_last: bool = True) -> Iterator[Call
             and their gradients are faster in it. What it rounds is rounded otherwise, so where the bits of other
             programs count, it is False. A network that fails on such images (one that calls `view`) gets them
             contiguous.
+        many: the function will be called many times: from the second call on BatchNorms are folded, see `folding.py`.
     """
     network = bare(model)
     modes = [(module, module.training) for module in network.modules()]
@@ -163,9 +167,10 @@ def attackable(model: nn.Module, *, channels_last: bool = True) -> Iterator[Call
 
     device = next((parameter.device.type for parameter, _ in frozen), "cpu")
     layout = torch.channels_last if channels_last and device == "cpu" else torch.contiguous_format
+    folds = ExitStack()
 
     def logits(images: Tensor) -> Tensor:
-        nonlocal layout
+        nonlocal layout, many
         try:
             given = network(images.contiguous(memory_format=layout))
         except RuntimeError:
@@ -173,12 +178,15 @@ def attackable(model: nn.Module, *, channels_last: bool = True) -> Iterator[Call
                 raise
             layout = torch.contiguous_format
             given = network(images.contiguous())
+        if many and len(images):
+            many = False
+            folds.enter_context(folded(network, images[:1].contiguous(memory_format=layout)))
         return given.float() if isinstance(given, Tensor) else given  # what is no tensor, `check_logits` refuses
 
     try:
         network.eval()
         network.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False), folds:
             yield logits
     finally:
         for module, mode in modes:

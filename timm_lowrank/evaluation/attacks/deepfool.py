@@ -46,7 +46,7 @@ def deepfool(
         return images.clone()
     unit = radius_unit_of(model, radius_unit)
     unit = images.new_ones(1, 1, 1, 1) if unit is None else unit.to(images)
-    with attackable(model) as logits_of:
+    with attackable(model, many=True) as logits_of:
         adversarial = images.clone()
         going, total = torch.arange(len(images), device=images.device), torch.zeros_like(images)
         ranking = torch.empty(0)

@@ -317,7 +317,7 @@ def _attack(
         return images.clone()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     stream = int(torch.randint(2**62, (), generator=generator, device=generator.device)) if random_start else 0
-    with attackable(model) as logits_of:
+    with attackable(model, many=restarts * ascent.steps > 1) as logits_of:
         adversarial, waiting = images.clone(), torch.arange(len(images), device=images.device)
         around = ball(images, ascent.eps, norm, unit)
         for restart in range(restarts):

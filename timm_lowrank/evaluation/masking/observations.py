@@ -304,7 +304,7 @@ def square(
     radius = eps if unit is None else eps * unit.to(images).view(-1, 1, 1)  # it takes one for each channel as well
     package, *_ = find_package()
     attack_class = import_module(f"{package.__name__}.square").SquareAttack
-    with attackable(model) as logits_of, torch.no_grad(), random_state_kept():
+    with attackable(model, many=True) as logits_of, torch.no_grad(), random_state_kept():
         classes = logits_of(images[:1]).shape[1]
 
         def predict(points: Tensor) -> Tensor:
@@ -332,7 +332,7 @@ def best_signs(
     """
     best, chosen = torch.full(labels.shape, -torch.inf, device=images.device), images
     radius = eps if unit is None else eps * unit.to(images)
-    with attackable(model) as logits_of, torch.no_grad():
+    with attackable(model, many=True) as logits_of, torch.no_grad():
         for draw in range(count):
             generators = (torch.Generator().manual_seed(each) for each in seeds_of(images, seed, draw))
             drawn = torch.stack([torch.rand(images.shape[1:], generator=generator) for generator in generators])
