@@ -113,6 +113,31 @@ MUTATIONS = (
         "tests/test_attacks.py",
     ),
     Mutation(
+        "a convolution that is read twice is folded", "timm_lowrank/evaluation/folding.py",
+        "type(norm) in _NORMS and readers[output.grad_fn] == 1", "type(norm) in _NORMS",
+        "tests/test_folding.py",
+    ),
+    Mutation(
+        "folded logits are not compared", "timm_lowrank/evaluation/folding.py",
+        "if pairs and not _agree(", "if pairs and None is _agree(",
+        "tests/test_folding.py",
+    ),
+    Mutation(
+        "hooked modules are folded", "timm_lowrank/evaluation/folding.py",
+        "module._backward_pre_hooks)):\n        return False", "module._backward_pre_hooks)):\n        pass",
+        "tests/test_folding.py",
+    ),
+    Mutation(
+        "networks stay folded", "timm_lowrank/evaluation/folding.py",
+        "yield len(pairs)\n    finally:\n        _unfold(pairs)", "yield len(pairs)\n    finally:\n        pass",
+        "tests/test_folding.py",
+    ),
+    Mutation(
+        "plain predictions are folded, too", "timm_lowrank/evaluation/pixels.py",
+        "channels_last: bool = True, many: bool = False", "channels_last: bool = True, many: bool = True",
+        "tests/test_folding.py",
+    ),
+    Mutation(
         "normalised with the mean alone", "timm_lowrank/evaluation/pixels.py",
         "normalised = (images.float() - self.mean) / self.std", "normalised = images.float() - self.mean",
         "tests/test_evaluation.py tests/test_attacks.py",
