@@ -127,14 +127,15 @@ def test_a_convolution_that_anything_else_reads_stays_as_it_is(way, expected):
         torch.testing.assert_close(network(images), before, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", ["as a whole", "a part", "in place"])
-def test_what_is_compiled_stays_as_it_is(way):
+@pytest.mark.parametrize("way", ["as a whole", "a part", "in place", "in DataParallel"])
+def test_what_is_compiled_or_replicated_stays_as_it_is(way):
     network, images = trained(Small("plain")), torch.rand(4, 3, 8, 8, dtype=torch.float64)
     if way == "in place":
         network.compile(backend="eager")
     elif way == "a part":
         network.norm = torch.compile(network.norm, backend="eager")
     whole = torch.compile(network, backend="eager") if way == "as a whole" else network
+    whole = nn.DataParallel(network) if way == "in DataParallel" else whole
     before = whole(images)
     with folded(whole, images[:1]) as count:
         assert count == 0
