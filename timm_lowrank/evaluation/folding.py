@@ -25,8 +25,8 @@ def folded(
     In eval mode a BatchNorm is an affine function of each channel, and takes up to a fifth of the time of a forward and
     backward. What follows what is read from the graph of one forward, so any network will do. A convolution keeps its
     own output if anything else reads it, if it has hooks or runs more than once; a network of which a part is compiled
-    or in DataParallel stays as it is. Parameters, buffers and modules do not change; what the network rounds is rounded otherwise. Should
-    its logits change by more than that, or should it not take one image alone, nothing is folded.
+    or in DataParallel stays as it is. Parameters, buffers and modules do not change; what the network rounds is rounded
+    otherwise. Should its logits change by more than that, or should it not take one image alone, nothing is folded.
     """
     pairs: list[tuple[nn.Module, nn.Module]] = []
     foldable = [] if _is_copied(network) else [module for module in network.modules() if _foldable(module)]
@@ -89,7 +89,7 @@ def _foldable(module: nn.Module) -> bool:
 
 
 def _is_copied(network: nn.Module) -> bool:
-    """Whether a part of it is compiled or replicated: such copies may keep what they were given as long as they live."""
+    """Whether a part of it is compiled or replicated: copies may keep what they were given."""
     return any(
         hasattr(part, "_orig_mod") or part._compiled_call_impl is not None or isinstance(part, nn.DataParallel)
         for part in network.modules()
