@@ -12,7 +12,9 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_CONVOLUTIONS, _NORMS = (nn.Conv2d,), (nn.BatchNorm2d, BatchNormAct2d)  # of these types, not of their subclasses
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d)  # of these types, not of their subclasses
+
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def folded(
     or in DataParallel stays as it is. Parameters, buffers and modules do not change; what the network rounds is rounded
     otherwise. Should its logits change by more than that, or should it not take one image alone, nothing is folded.
     """
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+    pairs: list[Pair] = []
     foldable = [] if _is_copied(network) else [module for module in network.modules() if _foldable(module)]
     try:
         if any(type(module) in _NORMS for module in foldable):
@@ -53,9 +55,7 @@ def _ask(network: nn.Module, image: Tensor) -> Tensor:
         return logits
 
 
-def _follow(
-    network: nn.Module, image: Tensor, foldable: list[nn.Module]
-) -> tuple[Tensor, list[tuple[nn.Module, nn.Module]]]:
+def _follow(network: nn.Module, image: Tensor, foldable: list[nn.Module]) -> tuple[Tensor, list[Pair]]:
     """The logits of `image`, and each convolution with the BatchNorm that alone reads what it gives."""
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # input and output
 
@@ -70,22 +70,22 @@ def _follow(
             handle.remove()
     once = {module: call[0] for module, call in calls.items() if len(call) == 1}
     readers = _readers(logits)
-    given = {id(output): (module, output) for module, (_, output) in once.items() if type(module) in _CONVOLUTIONS}
+    given = {id(output): (module, output) for module, (_, output) in once.items() if isinstance(module, nn.Conv2d)}
     pairs = []
     for norm, (read, _) in once.items():
         convolution, output = given.get(id(read), (None, read))
-        if convolution is not None and type(norm) in _NORMS and readers[output.grad_fn] == 1:
+        if convolution is not None and isinstance(norm, nn.BatchNorm2d) and readers[output.grad_fn] == 1:
             pairs.append((convolution, norm))
     return logits, pairs
 
 
 def _foldable(module: nn.Module) -> bool:
     """Whether a convolution or a BatchNorm does what its type says and no more."""
-    if type(module) not in (*_CONVOLUTIONS, *_NORMS) or "forward" in vars(module):
+    if type(module) not in (nn.Conv2d, *_NORMS) or "forward" in vars(module):
         return False
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         return False
-    return type(module) in _CONVOLUTIONS or module.running_mean is not None  # else by the statistics of the batch
+    return isinstance(module, nn.Conv2d) or module.running_mean is not None  # else by the statistics of the batch
 
 
 def _is_copied(network: nn.Module) -> bool:
@@ -109,15 +109,13 @@ def _readers(result: Tensor) -> Counter[torch.autograd.graph.Node | None]:
     return readers
 
 
-def _fold(convolution: nn.Module, norm: nn.Module) -> None:
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """An attribute `forward` of the instance goes before that of its class."""
-    assert isinstance(convolution, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
     convolution.forward = fuse_conv_bn_eval(convolution, norm).forward  # type: ignore[method-assign]
     norm.forward = partial(_activation, norm)  # type: ignore[method-assign]
 
 
-def _activation(norm: nn.Module, values: Tensor) -> Tensor:
+def _activation(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:
     """What is left of a BatchNorm: nothing, or what timm has behind it."""
     if not isinstance(norm, BatchNormAct2d):
         return values
@@ -125,7 +123,7 @@ def _activation(norm: nn.Module, values: Tensor) -> Tensor:
     return after
 
 
-def _unfold(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+def _unfold(pairs: list[Pair]) -> None:
     for module in (module for pair in pairs for module in pair):
         vars(module).pop("forward", None)
     pairs.clear()
