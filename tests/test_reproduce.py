@@ -22,11 +22,12 @@ from timm_lowrank.evaluation import results
 from timm_lowrank.evaluation.results import Kind, read_evaluation, write_evaluation
 from timm_lowrank.reproduce import ENTRIES, Options, overview, read_reproduction, reproduce
 from timm_lowrank.reproduce import setups as setups_module
-from timm_lowrank.reproduce.build import lacking, needed
+from timm_lowrank.reproduce.build import build, lacking, needed
 from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES, quickened
 from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
 from timm_lowrank.reproduce.jobs import Measuring, Workers
-from timm_lowrank.reproduce.reproduction import Cell, Line, Panel
+from timm_lowrank.reproduce.kept import Kept
+from timm_lowrank.reproduce.reproduction import Cell, Line, Panel, Reproduction, TrainedRun, write_reproduction
 from timm_lowrank.reproduce.runs import Runs
 from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
 from timm_lowrank.reproduce.write import fill, gain_text, markdown, own_text, paper_text, table
@@ -549,6 +550,126 @@ def test_runs_and_results_name_the_commit_of_the_clone(made):
     commit = done.stdout.decode().strip()
     for versions in (table_5.versions, *(run.versions for run in table_5.runs)):
         assert versions.get("commit", "").removesuffix("+") == commit  # empty where this is no clone
+
+
+# --------------------------------------------------------------------------- what was written of runs that are not here
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_results_made_again_without_their_runs_stay_what_they_are(path, tmp_path):
+    before = read_reproduction(path)
+    again = build(ENTRIES[before.name], Runs(tmp_path, SCALES[before.scale], existing=True), before)
+    stamped = [dataclasses.replace(run, as_of=run.as_of or before.created) for run in before.runs]
+    assert list(again.runs) == stamped
+    for part in ("panels", "curves", "strips", "missing"):
+        assert getattr(again, part) == getattr(before, part), part
+
+
+def moved(made, tmp_path, **names):
+    """A copy of these entries and of some of their runs, under other names, as on another machine."""
+    options, _, _ = made
+    shutil.copytree(options.output, tmp_path / "results")
+    for old, new in names.items():
+        shutil.copytree(options.runs / BASE / f"{old}-seed0".replace("_", "-"), tmp_path / "runs" / BASE / new)
+    return dataclasses.replace(options, runs=tmp_path / "runs", output=tmp_path / "results", existing=True)
+
+
+BASE = "smoke-cifar10-resnet18"
+
+
+def test_results_are_gathered_from_several_machines(made, tmp_path):
+    _, (table_5, figure_2, _), _ = made
+    options = moved(made, tmp_path, **{"1_LR": "N-LR-seed4", "2_LR": "2-LR-seed4"})
+    table, spectrum, _ = reproduce(options, lambda text: None)
+    for old, new in zip(table_5.panels[1].lines, table.panels[1].lines, strict=True):
+        seeds = {"N-LR": (0, 4), "2-LR": (0, 4)}.get(old.condition, old.seeds) if old.seeds else ()
+        assert new.seeds == seeds
+        for before, cell in zip(old.cells, new.cells, strict=True):
+            assert cell.values.items() >= before.values.items()
+            if len(seeds) < 2:
+                assert cell == before
+    lines = {line.condition: line.cells[0] for line in table.panels[1].lines if line.seeds}
+    first = {line.condition: line.cells[0].values[0] for line in table_5.panels[1].lines if line.seeds}
+    assert lines["2-LR"].values == {0: first["2-LR"], 4: first["2-LR"]}
+    gains = [first["2-LR"] - first["N-LR"], first["2-LR"] - first["1-LR"]]  # seed 4 of N-LR is the run of 1-LR
+    assert lines["2-LR"].gain == pytest.approx(statistics.fmean(gains))
+    shown = [(line.network, line.name) for line in spectrum.curves[0].lines]
+    assert shown[:2] == [("N-LR", "seed 4"), ("N-LR", "seed 0")]
+    assert len(shown) == len(figure_2.curves[0].lines) + 2
+    assert {run.folder: run.as_of for run in table.runs} == {
+        f"{BASE}/{run}": None if run.endswith("4") else table_5.created
+        for run in ("N-LR-seed4", "2-LR-seed4", *(f"{one.condition}-seed0" for one in table_5.runs))
+    }
+    page = (options.output / "table-5.md").read_text()
+    assert f"Not at hand in this making, as the one of {table_5.created} had them: `{BASE}/N-LR-seed0`, " in page
+    (later, *_) = reproduce(options, lambda text: None)  # and once more, with the time that last saw them
+    assert (later.panels, later.runs) == (table.panels, table.runs)
+
+
+def test_a_run_at_hand_is_read_anew_and_other_trainings_are_not_averaged(made, tmp_path):
+    options = moved(made, tmp_path, **{"2_LR": "N-LR-seed0"})
+    (table, *_) = reproduce(options, lambda text: None)
+    _, (table_5, *_), _ = made
+    lines, before = ({line.condition: line for line in one.panels[1].lines if line.seeds} for one in (table, table_5))
+    assert [cell.values for cell in lines["N-LR"].cells] == [cell.values for cell in before["2-LR"].cells]
+    assert [cell.gain for cell in lines["2-LR"].cells] == [0.0] * 4  # over the twin that is here now
+    path = options.runs / BASE / "N-LR-seed0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 99}))
+    (table, *_) = reproduce(options, lambda text: None)
+    assert [line.condition for line in table.panels[1].lines if line.seeds] == ["N-LR"]
+    assert f"{BASE}/2-LR-seed0 was trained differently and is not at hand: left out" in table.missing
+
+
+def test_figures_that_are_larger_than_all_that_was_tried_are_kept(made, tmp_path):
+    options = moved(made, tmp_path)
+    path = options.output / "table-5.json"
+    table = read_reproduction(path)
+    bounded = dataclasses.replace(Cell.of("5 directions", "share", {0: math.nan}), beyond=0.25, at_most=1.0)
+
+    def changed(line):
+        cells = tuple(bounded if cell.column == bounded.column and line.seeds else cell for cell in line.cells)
+        return dataclasses.replace(line, cells=cells)
+
+    panels = [dataclasses.replace(panel, lines=tuple(map(changed, panel.lines))) for panel in table.panels]
+    write_reproduction(dataclasses.replace(table, panels=tuple(panels)), path)
+    (again, *_) = reproduce(options, lambda text: None)
+    (cell,) = [
+        c for one in again.panels[1].lines if one.condition == "2-LR" for c in one.cells if c.column == "5 directions"
+    ]
+    assert (cell.mean, cell.beyond, cell.at_most) == (None, 0.25, 1.0)
+
+
+def test_images_are_kept_where_they_fit():
+    def strip(networks, shape=(1, 1, 1, 2), key="a"):
+        rows = [results.StripRow(network=one, name="original", pixels=b"ab", captions=("",)) for one in networks]
+        return results.Strip(key=key, title=f"DeepFool ({BASE})", shape=shape, rows=tuple(rows))
+
+    run = {"model": "m", "data": "d", "train_images": 1, "epochs": 1, "clean_accuracy": 1.0, "seconds": 1.0}
+    runs = [
+        TrainedRun(folder=name, recipe=BASE, condition=name, seed=0, device="cpu", versions={}, **run)
+        for name in ("N-LR", "1-LR", "2-LR")
+    ]
+    text = dict.fromkeys(("name", "title", "source", "scale", "notice", "command", "created"), "x")
+    before = Reproduction(**text, versions={}, panels=(), strips=(strip(["N-LR", "1-LR", "2-LR"]),), runs=tuple(runs))
+    kept = Kept(before, runs[1:2])
+    assert [[row.network for row in one.rows] for one in kept.with_strips([strip(["1-LR"])])] == [
+        ["N-LR", "1-LR", "2-LR"]
+    ]
+    assert kept.with_strips([]) == (strip(["N-LR", "2-LR"]),)
+    larger = strip(["1-LR"], shape=(1, 1, 2, 2))
+    assert kept.with_strips([larger]) == (larger,)
+    assert Kept(None, runs).with_strips([larger]) == (larger,)
+
+
+def test_a_scale_does_not_replace_another(made, tmp_path, monkeypatch, tiny):
+    options = moved(made, tmp_path)
+    monkeypatch.setitem(SCALES, "other", dataclasses.replace(tiny, name="other"))
+    before = {path: path.read_bytes() for path in options.output.iterdir()}
+    with pytest.raises(EvaluationError, match=r"figure-2.json holds the scale tiny, which other would replace: give"):
+        reproduce(dataclasses.replace(options, names=("claim-noise", "figure-2"), scale="other"), lambda text: None)
+    assert {path: path.read_bytes() for path in options.output.iterdir()} == before
+    free = dataclasses.replace(options, names=("claim-relu-counter-example",), scale="other")
+    assert reproduce(free, lambda text: None)[0].scale == "other"  # it is of no runs
 
 
 # ------------------------------------------------------------------------------------------------------- quoted tables

@@ -414,12 +414,13 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
     """Make a table, figure or claim of the paper beside ours: find the runs, train and measure what is missing.
 
       timm-lowrank reproduce --list                              # every entry, and which of its runs are there
-      timm-lowrank reproduce --table 5                           # smoke: seconds, on digits; shows that it works
+      timm-lowrank reproduce --table 5 --output smoke            # smoke: seconds, on digits; shows that it works
       timm-lowrank reproduce --table 1 --figure 2 --scale fast --data cifar10=PATH_OR_NAME --runs runs
       timm-lowrank reproduce --all --scale fast --existing       # from the runs that are there alone
 
     Runs lie in RUNS/RECIPE/CONDITION-seedK (N-LR, 1-LR, 2-LR, Bottle-LR, SN, ...), which is where new ones go. Each
-    entry leaves NAME.md, NAME.json and NAME.png: our figure, the paper's, the difference, and how it was measured.
+    entry leaves NAME.md, NAME.json and NAME.png: our figure, the paper's, the difference, and how it was measured. What a
+    file already says of runs that are not here is kept; another scale wants another --output.
     """
     parser.add_argument("--list", action="store_true", help="print what there is, what it needs, and what is there")
     parser.add_argument("--table", type=_count, action="append", default=[], metavar="N", help="of the paper, 1 to 10")

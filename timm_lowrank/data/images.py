@@ -118,7 +118,8 @@ def decoded(
             "or streaming=true"
         ) from error
     labels = np.empty(len(rows), dtype=np.int64)
-    reading = tqdm(split.read(rows), f"decoding {split.name}", len(rows), delay=2, disable=not progress, leave=False)
+    hidden = None if progress else True  # None: shown on a terminal alone, a log would get a line for every step of it
+    reading = tqdm(split.read(rows), f"decoding {split.name}", len(rows), delay=2, disable=hidden, leave=False)
     for number, item in enumerate(reading):
         images[number] = decoder(item.image, item.where)
         labels[number] = item.label

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,26 +13,33 @@ from ..evaluation.results import Curve, Detail, Figure, Series, Strip, Value
 from ..suites.measurements.base import Measurement
 from ..training.run import Summary
 from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row, quickened
+from .kept import Kept
 from .published import Printed
-from .reproduction import IMAGES, Cell, Line, Panel, Reproduction, TrainedRun
+from .reproduction import IMAGES, RANDOM, Cell, Line, Panel, Reproduction, TrainedRun
 from .runs import FinishedRun, Runs, Seen
 from .setups import PLAIN, Base, scale_of
 
-RANDOM = "not trained"
 PACKAGES = ("timm_lowrank", "torch", "timm", "pyautoattack", "scikit-learn")
 
 
-def build(entry: Entry, runs: Runs) -> Reproduction:
+def build(entry: Entry, runs: Runs, before: Reproduction | None = None) -> Reproduction:
     """Lays out what was measured; nothing is trained or measured here.
+
+    Args:
+        before: what was made of the entry at this scale before; what it says of runs that are not at hand is kept.
 
     Raises:
         RunError, EvaluationError: the files of a run are damaged.
     """
     missing: list[str] = []
-    panels = tuple(_panel(plan, runs, missing) for plan in entry.panels)
+    trained = tuple(_trained(entry, runs))
+    kept = Kept(before, trained)
+    panels = tuple(_panel(plan, runs, kept, missing) for plan in entry.panels)
     if entry.compute:
         panels = (*panels, *entry.compute())
-    curves = tuple(curve for plan in entry.curves for curve in _curves(plan, runs, missing))
+    curves = [curve for plan in entry.curves for curve in _curves(plan, runs, kept, missing)]
+    strips = list(_strips(entry, runs, kept, missing))
+    missing += [f"{run.folder} was trained differently and is not at hand: left out" for run in kept.dropped]
     return Reproduction(
         name=entry.name,
         title=entry.title,
@@ -42,9 +50,9 @@ def build(entry: Entry, runs: Runs) -> Reproduction:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=versions(PACKAGES),
         panels=panels,
-        curves=curves,
-        strips=tuple(_strips(entry, runs, missing)),
-        runs=tuple(_trained(entry, runs)),
+        curves=kept.with_curves(curves),
+        strips=kept.with_strips(strips),
+        runs=(*trained, *kept.runs),
         statements=entry.statements,
         notes=entry.notes,
         missing=tuple(dict.fromkeys(missing)),
@@ -70,8 +78,8 @@ def _bases(row: Row, runs: Runs) -> tuple[Base, ...]:
 # -------------------------------------------------------------------------------------------------------------- panels
 
 
-def _panel(plan: PanelPlan, runs: Runs, missing: list[str]) -> Panel:
-    lines = [line for row in plan.rows for line in _lines(plan, row, runs, missing)]
+def _panel(plan: PanelPlan, runs: Runs, kept: Kept, missing: list[str]) -> Panel:
+    lines = [line for row in plan.rows for line in _lines(plan, row, runs, kept, missing)]
     twins = {(line.row, line.recipe): line for line in lines if line.condition == PLAIN}
     return Panel(
         title=plan.title,
@@ -89,10 +97,10 @@ def _over(line: Line, twin: Line | None) -> Line:
     return dataclasses.replace(line, cells=cells)
 
 
-def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterable[Line]:
+def _lines(plan: PanelPlan, row: Row, runs: Runs, kept: Kept, missing: list[str]) -> Iterable[Line]:
     """One for each base that stands for the row; without any one that says so, if the paper prints something."""
-    bases = _bases(row, runs)
-    if not bases and row.printed:
+    bases, before = _bases(row, runs), dict(kept.lines(plan.title, row.setup, row.condition))
+    if not bases and not before and row.printed:
         missing.append(f"{row.setup}, {row.condition}: this scale has no network in its place")
         cells = tuple(_cell(column, row, index, []) for index, column in enumerate(plan.columns))
         yield Line(
@@ -102,24 +110,29 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, missing: list[str]) -> Iterabl
     for base in bases:
         finished = runs.finished(base, row.condition)
         seen = {run.seed: runs.seen(run) for run in finished}
-        name = f"{base.name}, {row.condition}"
-        if not finished:
+        name, old = f"{base.name}, {row.condition}", before.pop(base.name, None)
+        if not finished and not old:
             missing.append(f"{name}: there is no finished run")
         summaries = {run.seed: runs.describe(run).summary for run in finished}
         values = [_values(column, seen) if column.measurement else _said(column, summaries) for column in plan.columns]
+        values = [[*own, *_kept(column, old)] for column, own in zip(plan.columns, values, strict=True)]
         cells = tuple(_cell(column, row, i, values[i]) for i, column in enumerate(plan.columns))
-        unknown = [cell.column for cell in cells if finished and cell.mean is None and cell.beyond is None]
+        unknown = [cell.column for cell in cells if (finished or old) and cell.mean is None and cell.beyond is None]
         missing += [f"{name}, {plan.title}: {', '.join(unknown)}"] if unknown else []
+        masking = _verdicts(seen, plan.masking) if plan.masking else {}
         yield Line(
             row=row.setup,
             condition=row.condition,
             recipe=base.name,
-            network=summaries[finished[0].seed].model if finished else None,
-            seeds=tuple(seen),
+            network=summaries[finished[0].seed].model if finished else old.network if old else None,
+            seeds=tuple(sorted({*seen, *(old.seeds if old else ())})),
             cells=cells,
-            masking=_verdicts(seen, plan.masking) if plan.masking else {},
+            masking={**masking, **(old.masking if old else {})},
             printed_masking=row.verdict,
         )
+    for recipe, old in before.items():  # of recipes that were not asked for this time
+        cells = tuple(_cell(column, row, i, _kept(column, old)) for i, column in enumerate(plan.columns))
+        yield dataclasses.replace(old, recipe=recipe, cells=cells, printed_masking=row.verdict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +143,27 @@ class _Measured:
     figure: str | None = None  # its key
     beyond: float | None = None
     at_most: float | None = None
+
+
+def _kept(column: Column, line: Line | None) -> list[_Measured]:
+    """What an earlier making says of a column, in a line with the seeds that are kept."""
+    if line is None:
+        return []
+    cell = next((cell for cell in line.cells if (cell.column, cell.unit) == (column.label, column.unit)), None)
+    if cell is None:  # that version did not have it
+        return []
+    seeds = line.seeds if cell.beyond is not None else tuple(cell.values)
+    return [
+        _Measured(
+            seed,
+            cell.values.get(seed, math.nan),
+            cell.how,
+            cell.figure,
+            beyond=None if seed in cell.values else cell.beyond,
+            at_most=cell.at_most,
+        )
+        for seed in seeds
+    ]
 
 
 def _said(column: Column, summaries: Mapping[int, Summary]) -> list[_Measured]:
@@ -213,7 +247,7 @@ def _verdicts(seen: Mapping[int, Sequence[Seen]], radius_unit: str) -> dict[int,
 # -------------------------------------------------------------------------------------------------- curves, pictures
 
 
-def _curves(plan: CurvePlan, runs: Runs, missing: list[str]) -> Iterable[Curve]:
+def _curves(plan: CurvePlan, runs: Runs, kept: Kept, missing: list[str]) -> Iterable[Curve]:
     """The curves of each base, of all conditions and, of lines, all seeds; of clouds and histograms the first seed."""
     bases = dict.fromkeys(base for row in plan.rows for base in _bases(row, runs))
     for base in bases:
@@ -230,7 +264,7 @@ def _curves(plan: CurvePlan, runs: Runs, missing: list[str]) -> Iterable[Curve]:
                         named = [line for line in named if line.network != RANDOM]
                     joined[curve.key] = dataclasses.replace(before, lines=(*before.lines, *named))
                     lines += len(named)
-            if not lines:
+            if not lines and not kept.has(base.name, condition):
                 what = "was not measured" if runs.finished(base, condition) else "has no finished run"
                 missing.append(f"{base.name}, {condition}: the curve {plan.key} {what}")
         for curve in joined.values():
@@ -245,7 +279,7 @@ def _renamed(line: Series, condition: str, seed: int, kind: str) -> Series:
     return dataclasses.replace(line, network=network, name=", ".join(filter(None, names)))
 
 
-def _strips(entry: Entry, runs: Runs, missing: list[str]) -> Iterable[Strip]:
+def _strips(entry: Entry, runs: Runs, kept: Kept, missing: list[str]) -> Iterable[Strip]:
     """Of each base the images of all conditions, of the first seed."""
     for _, key in entry.strips:
         for base in dict.fromkeys(base for row in entry.shown for base in _bases(row, runs)):
@@ -255,7 +289,8 @@ def _strips(entry: Entry, runs: Runs, missing: list[str]) -> Iterable[Strip]:
                 own = [one.strip(key) for run in found for one in runs.seen(run)]
                 strip = next((strip for strip in own if strip is not None), None)
                 if strip is None:
-                    missing.append(f"{base.name}, {row.condition}: there are no pictures")
+                    if not kept.has(base.name, row.condition):
+                        missing.append(f"{base.name}, {row.condition}: there are no pictures")
                     continue
                 rows = tuple(dataclasses.replace(one, network=row.condition) for one in strip.rows)
                 strips.append(dataclasses.replace(strip, key=f"{base.name}-{key}", rows=rows))

@@ -81,13 +81,16 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
     """Makes every wanted entry from the runs that are there and those that it trains, and writes it.
 
     A run is trained once and a figure measured once, whatever number of entries show it. The command goes on where it
-    was interrupted.
+    was interrupted. What the output says already of runs that are not at hand now is kept, so that results may be
+    gathered from several machines.
 
     Raises:
-        EvaluationError: an unknown name, scale or data set; a network that cannot be measured.
+        EvaluationError: an unknown name, scale or data set; a network that cannot be measured; results of another scale
+            in the output, or damaged ones.
         TrainingError: a run that cannot be trained, a disk that is full.
     """
     entries, runs = options.entries, options.folder(say)
+    before = {entry.name: _before(options.output / f"{entry.name}.json", options.scale) for entry in entries}
     if not options.existing:
         with Workers(runs, options.jobs) as workers:
             workers.do(_trainings(entries, runs))
@@ -95,12 +98,25 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
                 workers.do(_measurings(entries, runs))
     made = []
     for entry in entries:
-        made.append(build(entry, runs))
+        made.append(build(entry, runs, before[entry.name]))
         paths = write(made[-1], options.output)
         say(f"{entry.name}: {', '.join(map(str, paths))}")
     with disk_errors(f"could not write to {options.output}"):
         write_whole(options.output / "README.md", index(_written(options.output)))
     return made
+
+
+def _before(path: Path, scale: str) -> Reproduction | None:
+    """What the output says already."""
+    if not path.is_file():
+        return None
+    before = read_reproduction(path)
+    if before.runs and before.scale != scale:
+        raise EvaluationError(
+            f"{path} holds the scale {before.scale}, which {scale} would replace: give another folder with --output, "
+            "or delete it"
+        )
+    return before
 
 
 def fill_page(page: Path, folder: Path) -> None:

@@ -23,6 +23,7 @@ from ..files import read_json, write_whole
 from ..records import decode_fields, encode
 
 FORMAT = 1
+RANDOM = "not trained"  # the network of a curve that stands for no run
 IMAGES = ("images", "train_images")  # in `Cell.how`: figures with other numbers of them are not compared
 
 
@@ -143,7 +144,11 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """A run that figures come from."""
+    """A run that figures come from.
+
+    Attributes:
+        as_of: if it was no longer at hand, when its figures were taken; None: they are of this making.
+    """
 
     folder: str  # below the folder of runs
     recipe: str
@@ -157,6 +162,7 @@ class TrainedRun:
     seconds: float
     device: str
     versions: Mapping[str, str]
+    as_of: str | None = None  # ISO 8601
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,12 +207,13 @@ def read_reproduction(path: str | Path) -> Reproduction:
     content = read_json(Path(path), EvaluationError)
     if content.get("format") != FORMAT:
         raise EvaluationError(
-            f"{path} is of format {content.get('format')!r}, not {FORMAT}: make it again with `timm-lowrank reproduce`"
+            f"{path} is of format {content.get('format')!r}, not {FORMAT}: delete it and make it again with "
+            "`timm-lowrank reproduce`"
         )
     problems: list[str] = []
     fields = decode_fields(Reproduction, content, problems, nulls=True)
     if problems:
-        raise EvaluationError(f"{path} is damaged: {'; '.join(problems[:8])}: make it again")
+        raise EvaluationError(f"{path} is damaged: {'; '.join(problems[:8])}: delete it and make it again")
     return Reproduction(**fields)
 
 

@@ -210,7 +210,13 @@ def _runs(reproduction: Reproduction) -> str:
         ]
         for run in reproduction.runs
     ]  # fmt: skip
-    return markdown_table(header, rows, right=(3, 4, 5))
+    table = markdown_table(header, rows, right=(3, 4, 5))
+    makings = sorted({run.as_of for run in reproduction.runs if run.as_of})
+    kept = {making: [f"`{run.folder}`" for run in reproduction.runs if run.as_of == making] for making in makings}
+    said = [
+        f"Not at hand in this making, as the one of {making} had them: {', '.join(kept[making])}." for making in kept
+    ]
+    return "\n\n".join([table, *said])
 
 
 QUOTE = re.compile(r"<!-- (?P<name>[\w-]+), panel (?P<panel>\d+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
