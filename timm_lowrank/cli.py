@@ -419,8 +419,8 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
       timm-lowrank reproduce --all --scale fast --existing       # from the runs that are there alone
 
     Runs lie in RUNS/RECIPE/CONDITION-seedK (N-LR, 1-LR, 2-LR, Bottle-LR, SN, ...), which is where new ones go. Each
-    entry leaves NAME.md, NAME.json and NAME.png: our figure, the paper's, the difference, and how it was measured. What a
-    file already says of runs that are not here is kept; another scale wants another --output.
+    entry leaves NAME.md, NAME.json and NAME.png: our figure, the paper's, the difference, and how it was measured. What
+    a file already says of runs that are not here is kept; another scale wants another --output.
     """
     parser.add_argument("--list", action="store_true", help="print what there is, what it needs, and what is there")
     parser.add_argument("--table", type=_count, action="append", default=[], metavar="N", help="of the paper, 1 to 10")
