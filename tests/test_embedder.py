@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import timm
@@ -116,6 +117,9 @@ def test_tokens_keep_their_places(digits):
         digits, copy.deepcopy(network), {"blocks.0": {"rank": 5, "view": "pool"}}, learning_rate=0.005, head_weight=0.0
     )
     assert tlr.Embedder(pooled)(digits[0][:7]).shape == (7, 5)
+    single = nn.Sequential(nn.Conv2d(1, 12, 8), nn.Flatten(), nn.Linear(12, 10))  # one position an image
+    one = trained(digits, single, {"0": {"rank": 4, "view": "token"}}, learning_rate=0.005)
+    assert tlr.Embedder(one)(digits[0][:7]).shape == (7, 1, 4)
 
 
 def test_it_is_a_module_like_others(model, digits):
@@ -190,3 +194,7 @@ def test_what_cannot_be_embedded_says_why(model, digits):
     for too_few in ([], digits[0][:1]):
         with pytest.raises(ValueError, match="at least 2 images"):
             tlr.Embedder(model, images=too_few)
+    broken = digits[0][:9].clone()
+    broken[3] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite values for some of the images"):
+        tlr.Embedder(model, images=broken)

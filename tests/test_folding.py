@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from timm_lowrank.evaluation import PixelModel
+from timm_lowrank.evaluation import PixelModel, folding
 from timm_lowrank.evaluation.attacks import deepfool, pgd
 from timm_lowrank.evaluation.folding import folded
 from timm_lowrank.evaluation.pixels import attackable
@@ -170,6 +170,19 @@ def test_an_error_meanwhile_leaves_nothing_behind():
     network, images = trained(Small("plain")), torch.rand(4, 3, 8, 8, dtype=torch.float64)
     with pytest.raises(KeyboardInterrupt), folded(network, images[:1]):
         raise KeyboardInterrupt
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_ctrl_c_while_it_folds_leaves_nothing_behind(monkeypatch):
+    network, images = trained(Small("plain")), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+
+    def interrupted(before, after):
+        assert any("forward" in vars(module) for module in network.modules())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folding, "_agree", interrupted)
+    with pytest.raises(KeyboardInterrupt), folded(network, images[:1]):
+        pass
     assert not any("forward" in vars(module) for module in network.modules())
 
 

@@ -21,14 +21,16 @@ from timm_lowrank.errors import EvaluationError, RecipeError
 from timm_lowrank.evaluation import results
 from timm_lowrank.evaluation.results import Kind, read_evaluation, write_evaluation
 from timm_lowrank.reproduce import ENTRIES, Options, overview, read_reproduction, reproduce
+from timm_lowrank.reproduce import build as build_module
+from timm_lowrank.reproduce import command as command_module
 from timm_lowrank.reproduce import setups as setups_module
 from timm_lowrank.reproduce.build import build, lacking, needed
-from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES, quickened
+from timm_lowrank.reproduce.catalogue import COMPRESSION, DIAGNOSES, Column, Row, quickened
 from timm_lowrank.reproduce.fixtures import LAYOUTS, write_fixture
 from timm_lowrank.reproduce.jobs import Measuring, Workers
 from timm_lowrank.reproduce.kept import Kept
 from timm_lowrank.reproduce.reproduction import Cell, Line, Panel, Reproduction, TrainedRun, write_reproduction
-from timm_lowrank.reproduce.runs import Runs
+from timm_lowrank.reproduce.runs import Runs, Seen
 from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
 from timm_lowrank.reproduce.write import fill, gain_text, markdown, own_text, paper_text, table
 from timm_lowrank.suites.plan import SUITES, measurements_of
@@ -451,7 +453,10 @@ def test_the_list_says_which_runs_are_there(made):
     assert there["figure-11"].endswith("2 of 2")
     assert there["claim-relu-counter-example"].endswith("needs none")
     assert set(ENTRIES) < there.keys()
+    before = set(options.runs.rglob("*"))
     details = overview(dataclasses.replace(options, names=("claim-target-rank",)))
+    overview(Options(names=("figure-6",), runs=options.runs))  # of a fixture, which is not written
+    assert set(options.runs.rglob("*")) == before
     assert "smoke-cifar10-resnet18/2-LR: 1 seed there (0)" in details
     assert "smoke-cifar10-resnet18/2-LR-ranks-x4: not there" in details
 
@@ -672,6 +677,106 @@ def test_a_scale_does_not_replace_another(made, tmp_path, monkeypatch, tiny):
     assert reproduce(free, lambda text: None)[0].scale == "other"  # it is of no runs
 
 
+def test_numbers_of_images_and_bounds_are_those_of_each_seed():
+    column, row = Column("acc", "key"), Row(C10_R18, "2-LR")
+
+    def line(cell, *seeds):
+        return Line(row=C10_R18, condition="2-LR", recipe="r", network="m", seeds=seeds, cells=(cell,))
+
+    def measured(seed, images, value=0.5, **options):
+        return build_module._Measured(seed, value, {"images": images}, **options)
+
+    def cell(*ones, old=None, seeds=()):
+        return build_module._cell(column, row, 0, [*ones, *build_module._kept(column, old)], seeds)
+
+    mixed = cell(measured(0, 1000), measured(1, 500))
+    assert mixed.how == {"images": "500 or 1000"}
+    again = cell(measured(1, 500), old=line(dataclasses.replace(mixed, values={0: 0.5}), 0))
+    assert (again.how, again.images) == (mixed.how, mixed.images)
+    anew = cell(measured(1, 1000), old=line(dataclasses.replace(mixed, values={0: 0.5}), 0))
+    assert (anew.how, anew.images) == ({"images": 1000}, {})
+    twin = cell(measured(1, 500, 0.25), measured(0, 500, 0.1))
+    assert mixed.over(twin).gain == 0.25  # of seed 1 alone
+    bounded = cell(measured(1, 10, math.nan, beyond=0.125), seeds=(1, 2))
+    assert (bounded.beyond, bounded.unmeasured) == (0.125, (2,))
+    assert cell(measured(1, 10, 0.05), old=line(bounded, 2), seeds=(1, 2)).beyond is None
+    assert cell(measured(2, 10, 0.05), old=line(bounded, 1), seeds=(1, 2)).beyond == 0.125
+
+
+def test_what_another_command_wrote_meanwhile_is_kept(made, tmp_path, monkeypatch):
+    options = moved(made, tmp_path, **{"1_LR": "N-LR-seed4"})
+    theirs = {path: path.read_bytes() for path in options.output.iterdir()}
+    for path in theirs:
+        path.unlink()
+
+    class HoursOfTraining(Workers):
+        def do(self, jobs):
+            for path, content in theirs.items():
+                path.write_bytes(content)
+
+    monkeypatch.setattr(command_module, "Workers", HoursOfTraining)
+    (table, *_) = reproduce(dataclasses.replace(options, existing=False), lambda text: None)
+    (plain,) = [line for line in table.panels[1].lines if line.condition == "N-LR" and line.seeds]
+    assert plain.seeds == (0, 4)
+
+
+# --------------------------------------------------------------------------------------------- evaluations of all kinds
+
+
+def seen_in(evaluation, twin="of the twin", layers=("layer3", "pre_logits")):
+    return Seen(evaluation, evaluation.networks[0], layers, twin)
+
+
+@pytest.mark.parametrize(
+    ("crafted_on", "settings", "twin", "counts"),
+    [
+        ("plain", {"source plain": "of the twin"}, "of the twin", True),
+        ("plain", {"source plain": "of another"}, "of the twin", False),
+        ("plain", {"source plain": "of another"}, None, True),  # who knows
+        ("1-LR", {}, None, False),
+        ("1-LR", {}, "of the twin", False),
+    ],
+)
+def test_black_boxes_that_were_crafted_elsewhere_do_not_count(made, crafted_on, settings, twin, counts):
+    options, _, _ = made
+    one = evaluation_of(options.runs / BASE / "2-LR-seed0", 0.5)
+    attack = results.AttackProtocol(name="DeepFool", crafted_on={"2-LR": crafted_on})
+    protocol = dataclasses.replace(one.figures[0].protocol, attack=attack)
+    beside = results.NetworkInfo(title="1-LR", weights="of 1-LR", branches={"pre_logits": 4})
+    values = {**one.figures[0].values, "1-LR": results.Value(0.1)}
+    networks = (one.networks[0], beside)
+    evaluation = dataclasses.replace(
+        one, networks=networks, figures=(dataclasses.replace(one.figures[0], protocol=protocol, values=values),),
+        settings=dataclasses.replace(one.settings, networks={**{n.title: n.weights for n in networks}, **settings}),
+    )  # fmt: skip
+    assert (seen_in(evaluation, twin).figure("compression-{inside}-10") is not None) == counts
+
+
+def test_what_was_tried_without_the_twin_is_tried_again_with_it(made):
+    options, _, _ = made
+    one = evaluation_of(options.runs / BASE / "2-LR-seed0", 0.5)
+    settings = dataclasses.replace(one.settings, measurements=(repr(COMPRESSION),))
+    alone = dataclasses.replace(one, settings=settings)
+    with_twin = dataclasses.replace(one, settings=dataclasses.replace(settings, networks={"source x": "of the twin"}))
+    assert seen_in(alone, twin=None).has(COMPRESSION)
+    assert not seen_in(alone).has(COMPRESSION)
+    assert seen_in(with_twin).has(COMPRESSION)
+
+
+def test_layers_are_those_of_the_run_whatever_stood_beside_it(made, tiny):
+    options, _, _ = made
+    one = evaluation_of(options.runs / BASE / "2-LR-seed0", 0.5)
+    wide = dataclasses.replace(
+        one, settings=dataclasses.replace(one.settings, layers=("layer2", "layer3", "pre_logits"))
+    )
+    assert seen_in(wide).layers == {"inside": "layer3", "last": "pre_logits"}
+    assert seen_in(wide, layers=()).layers == {"inside": "layer2", "last": "pre_logits"}
+    runs = Runs(options.runs, tiny)
+    for condition in ("N-LR", "1-LR", "2-LR"):
+        (run,) = runs.finished(tiny.bases[C10_R18][0], condition)
+        assert {seen.own_layers for seen in runs.seen(run)} == {("layer3", "pre_logits")}
+
+
 # ------------------------------------------------------------------------------------------------------- quoted tables
 
 
@@ -689,6 +794,11 @@ def test_pages_quote_what_the_results_say(made, tmp_path):
     assert main(arguments) == 1
     page.write_text("<!-- table-6, panel 1 -->\n<!-- end -->")
     assert main(arguments) == 1
+    quote = "<!-- table-5, panel 1 -->\n"
+    for text in (f"{quote}mine\n{quote}<!-- end -->", f"{quote}<!-- end -->\nmine\n{quote}", f"{quote}mine"):
+        page.write_text(text)
+        assert main(arguments) == 1
+        assert page.read_text() == text
 
 
 def test_the_committed_pages_quote_the_committed_results():

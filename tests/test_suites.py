@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from evaluations import SHORT_DIAGNOSIS
 from processes.worker import free_port
 
+import timm_lowrank as tlr
 from timm_lowrank.cli import main
 from timm_lowrank.core import spectrum
 from timm_lowrank.data import load_images
@@ -58,7 +59,7 @@ from timm_lowrank.suites import evaluation as evaluation_module
 from timm_lowrank.suites.measurements import accuracy, perturbations
 from timm_lowrank.suites.measurements import passes as test_passes
 from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
-from timm_lowrank.suites.measurements.base import Results
+from timm_lowrank.suites.measurements.base import Context, Results
 from timm_lowrank.suites.measurements.classifiers import UNTIL_FOOLED, Compression, FooledHybrid, LeadingFeatures
 from timm_lowrank.suites.measurements.perturbations import AccuracyByNoise, AdversarialStrip, DeepFool
 from timm_lowrank.suites.measurements.representations import (
@@ -377,6 +378,65 @@ def test_a_full_disk_keeps_what_is_finished(trained, tmp_path, monkeypatch, smal
     evaluated_in(trained, tmp_path / "out", suites=small, pages=False)
     evaluated_in(trained, tmp_path / "whole", suites=small, pages=False)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+# --------------------------------------------------------------------------------- networks that differ in their layers
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory):
+    """Networks that were not trained, wide and narrow, each with branches of its own."""
+    folder = tmp_path_factory.mktemp("unlike")
+    shapes = {"narrow": ((8, 8, 8, 16), "layer3"), "wide": ((8, 8, 16, 32), "layer2")}
+    for name, (channels, inside) in shapes.items():
+        torch.manual_seed(0)
+        config = tlr.LowRankConfig(branches={inside: 4, "pre_logits": 3})
+        model = tlr.wrap(
+            "resnet10_cifar", config, in_chans=1, num_classes=10, channels=channels, stem_stride=2,
+            example_input=torch.rand(2, 1, 8, 8),
+        )  # fmt: skip
+        tlr.save_pretrained(model, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("order", [("narrow", "wide"), ("wide", "narrow")])
+def test_networks_of_other_widths_are_measured_each_as_far_as_it_goes(unlike, tmp_path, order):
+    measurements = (Compression((5, 20)), LeadingFeatures((5, 20)), Spectrum())
+    first, second = (str(unlike / name) for name in order)
+    evaluation = evaluate(
+        Options(
+            first, against=(second,), data="digits", limit=25, train_limit=100, spectrum_limit=25, chunk=25,
+            measurements=measurements, output=tmp_path, pages=False,
+        ),
+        PartialState(),
+    )  # fmt: skip
+    assert evaluation.settings.layers == ("layer2", "layer3", "pre_logits")  # from the input to the output
+    values = {figure.key: set(figure.values) for figure in evaluation.figures}
+    assert values["compression-pre_logits-5"] == values["compression-pre_logits-all"] == {"narrow", "wide"}
+    assert values["compression-pre_logits-20"] == values["leading-features-pre_logits-20"] == {"wide"}
+    assert evaluation.figure("compression-pre_logits-all").label == "pre_logits: max-margin on all features"
+    assert "dimensions" not in evaluation.figure("compression-pre_logits-all").protocol.details
+    assert evaluation.figure("compression-pre_logits-20").protocol.details["parameters"] == 32 * 10 + 10
+    ranks = evaluation.figure("effective-rank-pre_logits").values
+    assert {title: value.at_most for title, value in ranks.items()} == {"narrow": None, "wide": 24}
+
+
+def test_a_black_box_is_crafted_on_the_plain_network_if_there_is_one(unlike):
+    network = load_network(str(unlike / "wide"))
+    kinds = {"2-LR": ({"a": 1}, None), "Bottle-LR": ({}, "Bottle-LR"), "plain": ({}, None), "1-LR": ({"a": 1}, None)}
+    networks = {
+        title: dataclasses.replace(network, title=title, branches=branches, comparator=comparator)
+        for title, (branches, comparator) in kinds.items()
+    }
+
+    def other(title, *titles):
+        chosen = {name: networks[name] for name in (title, *titles)}
+        return Context.other(SimpleNamespace(source=None, networks=chosen), title)
+
+    assert other("2-LR", "Bottle-LR", "plain").title == "plain"
+    assert other("2-LR", "1-LR", "Bottle-LR").title == "Bottle-LR"
+    assert other("plain", "1-LR").title == "1-LR"
+    assert other("plain") is None
 
 
 # ----------------------------------------------------------------------------------------------------- partial results

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -417,17 +418,26 @@ def test_the_callback_keeps_branches_that_are_held_aside(build, images, tmp_path
     lowrank = build(example_input=images).lowrank
     callback = LowRankCallback(lowrank)
     args = types.SimpleNamespace(output_dir=str(tmp_path), should_save=True, load_best_model_at_end=True)
-    state = types.SimpleNamespace(global_step=5, best_model_checkpoint=str(tmp_path / "checkpoint-5"))
+    state = transformers.TrainerState(global_step=5, best_model_checkpoint=str(tmp_path / "checkpoint-5"))
+    state.log_history.append({"loss": math.nan})
     lowrank.branches["pre_logits"].bias += 1
     before = copy.deepcopy(lowrank.branches.state_dict())
     callback.on_save(args, state, None, model=None)
+    state.save_to_json(str(tmp_path / "checkpoint-5" / "trainer_state.json"))
     for event in (callback.on_train_begin, callback.on_train_end):
         lowrank.branches["pre_logits"].bias += 1
         event(args, state, None, model=None)
         assert same(lowrank.branches.state_dict(), before)
-    state.global_step = 6
-    with pytest.raises(tlr.CheckpointError, match=r"checkpoint-6 holds no lowrank\.json"):
-        callback.on_train_begin(args, state, None, model=None)
+    elsewhere = types.SimpleNamespace(output_dir=str(tmp_path / "other"))
+    with pytest.raises(tlr.CheckpointError, match=r"other/checkpoint-5 is not, .*: give LowRankCallback\(resume_from="):
+        callback.on_train_begin(elsewhere, state, None, model=None)
+    callback.resume_from = tmp_path / "checkpoint-5"
+    lowrank.branches["pre_logits"].bias += 1
+    callback.on_train_begin(elsewhere, state, None, model=None)
+    assert same(lowrank.branches.state_dict(), before)
+    state.log_history[0]["loss"] = 0.5  # another run at the same step
+    with pytest.raises(tlr.CheckpointError, match="resumes at step 5 of a run whose checkpoint"):
+        callback.on_train_begin(elsewhere, state, None, model=None)
 
 
 def test_the_recording_forward_gives_the_model_its_forward_back(build, images):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -29,17 +29,51 @@ ASIDE = ".writing-"  # what is prepared lies beside its place in a folder of suc
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that is there whole or not at all, even after a loss of power; text as UTF-8."""
+    """Writes a file that is there whole or not at all, even after a loss of power; text as UTF-8.
+
+    Of several processes that write it at once one comes after the other.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
+    with _own(partial) as file:
+        try:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+            if os.name == "nt":  # which renames no open file
+                file.close()
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def _own(path: Path) -> Iterator[BinaryIO]:
+    """An empty file at `path`, which no other process that asks for it has meanwhile; a killed one may have left it.
+
+    Where the platform or the file system has no locks, nobody is kept out.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        with path.open("wb") as file:
+            yield file
+        return
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                # Whoever had it has renamed or removed it: this one is another file by now, or a finished one.
+                is_there = path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
+            except FileNotFoundError:
+                is_there = False
+            except OSError:
+                is_there = True
+            if is_there:
+                file.truncate(0)
+                yield file
+                return
 
 
 def sync(path: Path) -> None:

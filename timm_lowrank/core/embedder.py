@@ -101,7 +101,8 @@ class Embedder(nn.Module):
         rows = self.tap.view.rows(activations)
         with full_precision(rows.device):
             numbers = functional.linear(rows.to(self.directions.dtype), self.directions, self.offset)
-        return numbers if len(numbers) == len(activations) else numbers.unflatten(0, (len(activations), -1))
+        of_tokens = self.tap.view.kind == "token" and activations.dim() > 2
+        return numbers.unflatten(0, (len(activations), -1)) if of_tokens else numbers
 
     def _turn(self, turn: Tensor) -> None:
         """Takes other directions (size, kept) inside those that there are."""
@@ -132,6 +133,8 @@ class Embedder(nn.Module):
         if count < 2:
             raise ValueError(f"principal directions need at least 2 images, and there were {count}")
         mean = total / count
+        if not squares.isfinite().all():
+            raise ValueError("the network gives NaN or infinite values for some of the images: leave them out")
         variance, vectors = torch.linalg.eigh(squares / count - mean.outer(mean))
         self.offset = self.offset - mean.to(self.offset)
         self.variance = variance.flip(0).clamp_min(0).to(self.offset)

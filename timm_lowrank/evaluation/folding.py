@@ -33,17 +33,17 @@ def folded(
     pairs: list[Pair] = []
     foldable = [] if _is_copied(network) else [module for module in network.modules() if _foldable(module)]
     try:
-        if any(type(module) in _NORMS for module in foldable):
-            before, pairs = _follow(network, image, foldable)
-            for convolution, norm in pairs:
-                _fold(convolution, norm)
-            if pairs and not _agree(before, _ask(network, image)):
-                _unfold(pairs)
-    except Exception:  # of a network that needs several images: the attack asks for all of them and tells what fails
-        _unfold(pairs)
-    try:
+        try:
+            if any(type(module) in _NORMS for module in foldable):
+                before, pairs = _follow(network, image, foldable)
+                for convolution, norm in pairs:
+                    _fold(convolution, norm)
+                if pairs and not _agree(before, _ask(network, image)):
+                    _unfold(pairs)
+        except Exception:  # of a network that needs several images: the attack asks for all, and tells what fails
+            _unfold(pairs)
         yield len(pairs)
-    finally:
+    finally:  # after Ctrl-C in one of the two forwards above, too: a copy that stayed would hide what is trained later
         _unfold(pairs)
 
 

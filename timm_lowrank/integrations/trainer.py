@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import json
 import os
 import shutil
 import warnings
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 try:
     import accelerate  # noqa: F401 - the Trainer asks for it only when it is built
-    from transformers import PreTrainedModel, Trainer, TrainerCallback
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
 except ImportError as error:
     raise ImportError(
         "timm_lowrank.integrations.trainer needs transformers and accelerate, which cannot be imported: pip install "
@@ -60,6 +62,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             over. With both 0 the callback leaves the switch alone.
         checkpoints: whether to write the branches into checkpoint-N and to read them on resuming and at
             `load_best_model_at_end`. Not done where the Trainer's model is `lowrank` itself, whose state holds them.
+        resume_from: the checkpoint that the Trainer resumes from, where that is not in its `output_dir`: callbacks are
+            not told. Raises a CheckpointError on resuming if it is of another run or step.
     """
 
     def __init__(
@@ -69,11 +73,13 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         start_epoch: float = 0.0,
         start_step: int = 0,
         checkpoints: bool = True,
+        resume_from: str | Path | None = None,
     ) -> None:
         if start_epoch < 0 or start_step < 0:
             raise ValueError(f"start_epoch={start_epoch} and start_step={start_step} must not be negative")
         self.lowrank = lowrank
         self.start_epoch, self.start_step, self.checkpoints = start_epoch, start_step, checkpoints
+        self.resume_from = resume_from
 
     def switch(self, state: Any) -> None:
         """On or off, by the epochs and optimizer steps of a TrainerState."""
@@ -93,7 +99,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and (lowrank := self._aside(kwargs)) is not None:
-            load_branches(lowrank, self._folder(args, state))
+            load_branches(lowrank, self._resumed_from(args, state))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save and (lowrank := self._aside(kwargs)) is not None:
@@ -108,9 +114,25 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         """The branches, if the Trainer does not keep them."""
         return self.lowrank if self.checkpoints and kwargs.get("model") is not self.lowrank else None
 
+    def _resumed_from(self, args: Any, state: Any) -> Path:
+        """The checkpoint that `state` is of."""
+        folder = Path(self.resume_from) if self.resume_from else self._folder(args, state)
+        saved = folder / TRAINER_STATE_NAME
+        if not saved.is_file() or _history(TrainerState.load_from_json(str(saved))) != _history(state):
+            raise CheckpointError(
+                f"the Trainer resumes at step {state.global_step:,} of a run whose checkpoint {folder} is not, so its "
+                "branches are not there: give LowRankCallback(resume_from=...) the path that train() is given"
+            )
+        return folder
+
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _history(state: TrainerState) -> tuple[int, str]:
+    """What tells a run from another at the same step; in JSON, where NaN equals itself."""
+    return state.global_step, json.dumps(state.log_history)
 
 
 class LowRankMixin(_Base):  # type: ignore[misc, valid-type]

@@ -116,7 +116,8 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, kept: Kept, missing: list[str]
         summaries = {run.seed: runs.describe(run).summary for run in finished}
         values = [_values(column, seen) if column.measurement else _said(column, summaries) for column in plan.columns]
         values = [[*own, *_kept(column, old)] for column, own in zip(plan.columns, values, strict=True)]
-        cells = tuple(_cell(column, row, i, values[i]) for i, column in enumerate(plan.columns))
+        seeds = tuple(sorted({*seen, *(old.seeds if old else ())}))
+        cells = tuple(_cell(column, row, i, values[i], seeds) for i, column in enumerate(plan.columns))
         unknown = [cell.column for cell in cells if (finished or old) and cell.mean is None and cell.beyond is None]
         missing += [f"{name}, {plan.title}: {', '.join(unknown)}"] if unknown else []
         masking = _verdicts(seen, plan.masking) if plan.masking else {}
@@ -125,13 +126,13 @@ def _lines(plan: PanelPlan, row: Row, runs: Runs, kept: Kept, missing: list[str]
             condition=row.condition,
             recipe=base.name,
             network=summaries[finished[0].seed].model if finished else old.network if old else None,
-            seeds=tuple(sorted({*seen, *(old.seeds if old else ())})),
+            seeds=seeds,
             cells=cells,
             masking={**masking, **(old.masking if old else {})},
             printed_masking=row.verdict,
         )
     for recipe, old in before.items():  # of recipes that were not asked for this time
-        cells = tuple(_cell(column, row, i, _kept(column, old)) for i, column in enumerate(plan.columns))
+        cells = tuple(_cell(column, row, i, _kept(column, old), old.seeds) for i, column in enumerate(plan.columns))
         yield dataclasses.replace(old, recipe=recipe, cells=cells, printed_masking=row.verdict)
 
 
@@ -152,17 +153,19 @@ def _kept(column: Column, line: Line | None) -> list[_Measured]:
     cell = next((cell for cell in line.cells if (cell.column, cell.unit) == (column.label, column.unit)), None)
     if cell is None:  # that version did not have it
         return []
-    seeds = line.seeds if cell.beyond is not None else tuple(cell.values)
+    beyond = (
+        [] if cell.beyond is None else [seed for seed in line.seeds if seed not in (*cell.values, *cell.unmeasured)]
+    )
     return [
         _Measured(
             seed,
             cell.values.get(seed, math.nan),
-            cell.how,
+            {**cell.how, **cell.images.get(seed, {})},
             cell.figure,
             beyond=None if seed in cell.values else cell.beyond,
             at_most=cell.at_most,
         )
-        for seed in seeds
+        for seed in sorted([*cell.values, *beyond])
     ]
 
 
@@ -209,7 +212,8 @@ def _value(column: Column, figure: Figure, value: Value) -> float | None:
     return value.value if value.known or value.beyond is not None else None
 
 
-def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured]) -> Cell:
+def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured], seeds: Sequence[int] = ()) -> Cell:
+    """The figures of a column in a line with these seeds."""
     printed = row.printed[index] if index < len(row.printed) else None
     cell = Cell.of(
         column.label,
@@ -222,16 +226,21 @@ def _cell(column: Column, row: Row, index: int, measured: Sequence[_Measured]) -
     )
     beyond = max((one.beyond for one in measured if one.beyond is not None), default=None)
     at_most = max((one.at_most for one in measured if one.at_most is not None), default=None)
-    return dataclasses.replace(cell, beyond=beyond, at_most=at_most)
+    known = {one.seed for one in measured}
+    unmeasured = () if beyond is None else tuple(seed for seed in seeds if seed not in known)
+    images = {one.seed: {name: one.how[name] for name in IMAGES if name in one.how} for one in measured}
+    if all(own == next(iter(images.values())) for own in images.values()):
+        images = {}
+    return dataclasses.replace(cell, beyond=beyond, at_most=at_most, unmeasured=unmeasured, images=images)
 
 
 def _how(measured: Sequence[_Measured]) -> Mapping[str, Detail]:
     """How the first seed was measured, with the numbers of images of all."""
     how = dict(measured[0].how) if measured else {}
     for name in IMAGES:
-        numbers = dict.fromkeys(one.how.get(name) for one in measured)
+        numbers = {one.how.get(name) for one in measured}
         if len(numbers) > 1:
-            how[name] = " or ".join(str(number) for number in numbers)
+            how[name] = " or ".join(sorted(map(str, numbers), key=lambda text: (len(text), text)))
     return how
 
 

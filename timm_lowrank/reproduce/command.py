@@ -90,7 +90,8 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
         TrainingError: a run that cannot be trained, a disk that is full.
     """
     entries, runs = options.entries, options.folder(say)
-    before = {entry.name: _before(options.output / f"{entry.name}.json", options.scale) for entry in entries}
+    for entry in entries:
+        _before(options, entry)  # now: what cannot be written in the end is not worth hours of training
     if not options.existing:
         with Workers(runs, options.jobs) as workers:
             workers.do(_trainings(entries, runs))
@@ -98,7 +99,7 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
                 workers.do(_measurings(entries, runs))
     made = []
     for entry in entries:
-        made.append(build(entry, runs, before[entry.name]))
+        made.append(build(entry, runs, _before(options, entry)))  # again: another command may have written since
         paths = write(made[-1], options.output)
         say(f"{entry.name}: {', '.join(map(str, paths))}")
     with disk_errors(f"could not write to {options.output}"):
@@ -106,15 +107,16 @@ def reproduce(options: Options, say: Callable[[str], None] = print) -> list[Repr
     return made
 
 
-def _before(path: Path, scale: str) -> Reproduction | None:
-    """What the output says already."""
+def _before(options: Options, entry: Entry) -> Reproduction | None:
+    """What the output says of an entry already."""
+    path = options.output / f"{entry.name}.json"
     if not path.is_file():
         return None
     before = read_reproduction(path)
-    if before.runs and before.scale != scale:
+    if before.runs and before.scale != options.scale:
         raise EvaluationError(
-            f"{path} holds the scale {before.scale}, which {scale} would replace: give another folder with --output, "
-            "or delete it"
+            f"{path} holds the scale {before.scale}, which {options.scale} would replace: give another folder with "
+            "--output, or delete it"
         )
     return before
 
@@ -214,7 +216,7 @@ def _state(runs: Runs, base: Base, condition: str, seeds: list[int]) -> str:
     if seeds:
         return f"{where}: {counted(len(seeds), 'seed')} there ({', '.join(map(str, seeds))})"
     try:
-        runs.recipe(base, condition, 0)
+        base.make_recipe(condition, 0)
     except RecipeError as error:
         return f"{where}: not there, and cannot be trained: {str(error).splitlines()[0]}"
     return f"{where}: not there"

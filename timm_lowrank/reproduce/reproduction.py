@@ -45,7 +45,10 @@ class Cell:
         beyond: where nothing is known but that it is larger than all that was tried, for at least one seed: the largest
             of these.
         at_most: the largest value that the number of images allows, where it bounds the figure.
-        how: how it was measured, of the first seed, as names and values to print.
+        unmeasured: where `beyond` is known, the seeds without any figure: the others without a value are beyond.
+        how: how it was measured, of the first seed, as names and values to print; where the seeds differ in their
+            numbers of images, all of these.
+        images: then those of each seed, by the names in `IMAGES`.
         figure: its key in evaluation.json.
     """
 
@@ -62,7 +65,9 @@ class Cell:
     printed_gain: float | None = None
     beyond: float | None = None
     at_most: float | None = None
+    unmeasured: tuple[int, ...] = ()
     how: Mapping[str, Detail] = dataclasses.field(default_factory=dict)
+    images: Mapping[int, Mapping[str, Detail]] = dataclasses.field(default_factory=dict)
     figure: str | None = None
 
     @classmethod
@@ -92,10 +97,17 @@ class Cell:
             figure=figure if known else None,
         )
 
+    def images_of(self, seed: int) -> dict[str, Detail | None]:
+        """The numbers of images of a seed, by the names in `IMAGES`."""
+        return {name: self.images.get(seed, self.how).get(name) for name in IMAGES}
+
     def over(self, twin: Cell) -> Cell:
-        """This cell with its gain over that of the plain twin."""
-        alike = all(self.how.get(name) == twin.how.get(name) for name in IMAGES)
-        gains = [value - twin.values[seed] for seed, value in self.values.items() if alike and seed in twin.values]
+        """This cell with its gain over that of the plain twin, of the seeds of which both are on as many images."""
+        gains = [
+            value - twin.values[seed]
+            for seed, value in self.values.items()
+            if seed in twin.values and self.images_of(seed) == twin.images_of(seed)
+        ]
         printed = None if self.printed is None or twin.printed is None else self.printed - twin.printed
         return dataclasses.replace(
             self,

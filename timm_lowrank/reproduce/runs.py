@@ -15,7 +15,17 @@ from safetensors.torch import load_file
 
 from ..data import ImageData, load_images
 from ..errors import RunError
-from ..evaluation.results import Curve, Evaluation, Figure, NetworkInfo, Series, Strip, Value, read_evaluation
+from ..evaluation.results import (
+    Curve,
+    Evaluation,
+    Figure,
+    NetworkInfo,
+    Protocol,
+    Series,
+    Strip,
+    Value,
+    read_evaluation,
+)
 from ..files import weights_sha256
 from ..suites import Options, evaluate
 from ..suites.measurements.base import Measurement
@@ -30,17 +40,29 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A network in an evaluation."""
+    """A network in an evaluation.
+
+    Attributes:
+        own_layers: of its run, or of others by its recipe, from the input to the output; one alone says nothing.
+        twin: hash of the weights of the plain run of its recipe and seed, if that is at hand.
+    """
 
     evaluation: Evaluation
     network: NetworkInfo
+    own_layers: tuple[str, ...] = ()
+    twin: str | None = None
 
     @property
     def layers(self) -> dict[str, str]:
-        """What {inside} and {last} are: the first and the last layer that was measured; one alone is the last."""
+        """What {inside} and {last} are: the first and the last layer that was measured; one alone is the last.
+
+        Layers that were measured for the sake of other networks beside it do not count.
+        """
         settings = self.evaluation.settings
         known = [figure.layer for figure in self.evaluation.figures if figure.layer]
         layers = list(settings.layers) if settings else list(dict.fromkeys(known))
+        own = [layer for layer in self.own_layers if layer in layers]
+        layers = own if len(own) > 1 else layers
         inside = {"inside": layers[0]} if len(layers) > 1 else {}
         return {**inside, **({"last": layers[-1]} if layers else {})}
 
@@ -56,7 +78,22 @@ class Seen:
         key = self.key(pattern)
         figure = self.evaluation.figure(key) if key else None
         value = figure.values.get(self.network.title) if figure else None
-        return (figure, value) if figure and value else None
+        return (figure, value) if figure and value and not self._is_crafted_elsewhere(figure.protocol) else None
+
+    def _is_crafted_elsewhere(self, protocol: Protocol) -> bool:
+        """Whether it is a black box whose images were not crafted on the plain twin of the run."""
+        crafted_on = (protocol.attack.crafted_on if protocol.attack else None) or {}
+        source = crafted_on.get(self.network.title)
+        if source is None:
+            return False
+        known = {network.title: network for network in self.evaluation.networks}
+        settings = self.evaluation.settings
+        weights = settings.networks.get(f"source {source}") if settings else None
+        if weights is None and source in known:
+            weights = known[source].weights
+        if self.twin is not None and weights is not None:
+            return weights != self.twin
+        return source in known and bool(known[source].branches or known[source].comparator)
 
     def curves(self, pattern: str) -> list[tuple[Curve, list[Series]]]:
         """The curves of a key, or those that begin with it if it ends in "*", with this network's lines in each."""
@@ -64,6 +101,7 @@ class Seen:
         if key is None:
             return []
         chosen = [c for c in self.evaluation.curves if c.key == key or (key[-1] == "*" and c.key.startswith(key[:-1]))]
+        chosen = [curve for curve in chosen if not self._is_crafted_elsewhere(curve.protocol)]
         lines = {curve.key: [line for line in curve.lines if line.network == self.network.title] for curve in chosen}
         return [(curve, lines[curve.key]) for curve in chosen if lines[curve.key]]
 
@@ -89,9 +127,12 @@ class Seen:
         return (settings.images, settings.train_images, settings.spectrum_images or settings.images)[: len(wanted)]
 
     def has(self, measurement: Measurement) -> bool:
-        """Whether it was measured, or was tried: the very same measurement, with all its settings."""
+        """Whether it was measured, or was tried: the very same measurement, with all its settings, and with the twin
+        that it may need, if that is at hand."""
         settings = self.evaluation.settings
-        return settings is not None and repr(measurement) in settings.measurements
+        if settings is None or repr(measurement) not in settings.measurements:
+            return False
+        return self.twin is None or self.twin in settings.networks.values()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +206,10 @@ class Runs:
             files = [run.folder / "evaluation.json", *sorted(run.folder.glob("evaluations/*/evaluation.json"))]
             files += sorted(run.folder.parent.glob("*/evaluation.json"))
             evaluations = [self._evaluation(file) for file in dict.fromkeys(files) if file.is_file()]
+            layers, plain = self._layers(run), self._twin(run)
+            twin = None if plain is None else self._weights_of(plain.folder)
             seen = [
-                Seen(evaluation, network)
+                Seen(evaluation, network, layers, twin)
                 for evaluation in evaluations
                 for network in evaluation.networks
                 if network.weights == self._weights_of(run.folder)
@@ -176,6 +219,14 @@ class Runs:
                 seen, key=lambda one: (one.sizes(wanted) != wanted, *(-size for size in one.sizes(wanted)))
             )
         return self._seen[run.folder]
+
+    def _layers(self, run: FinishedRun) -> tuple[str, ...]:
+        """Those that the run was measured at; of one branch alone, those of the runs beside it that have more."""
+        beside = [one for name in (PLAIN, "2-LR") for one in self.finished(run.base, name)]
+        return max((tuple(self.describe(one).summary.branches) for one in (run, *beside)), key=len)
+
+    def _twin(self, run: FinishedRun) -> FinishedRun | None:
+        return next((one for one in self.finished(run.base, PLAIN) if one.seed == run.seed), None)
 
     def comparable(self, run: FinishedRun) -> list[Seen]:
         """Those of `seen` that are on as many images as wanted: figures on others are not comparable between runs."""
@@ -242,9 +293,10 @@ class Runs:
             EvaluationError: as `timm_lowrank.suites.evaluate`.
         """
         self.say(f"measuring {run.folder}: {len(measurements)} figures")
-        twin = next((one for one in self.finished(run.base, PLAIN) if one.seed == run.seed), None)
+        twin = self._twin(run)
         settings = [*map(repr, measurements), str(self.scale.images), str(self.scale.train_images)]
         settings += [str(self.scale.spectrum_limit)] if self.scale.spectrum_limit else []
+        settings += [self._weights_of(twin.folder)] if twin else []
         digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
         options = Options(
             str(run.folder),

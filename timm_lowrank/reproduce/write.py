@@ -219,7 +219,8 @@ def _runs(reproduction: Reproduction) -> str:
     return "\n\n".join([table, *said])
 
 
-QUOTE = re.compile(r"<!-- (?P<name>[\w-]+), panel (?P<panel>\d+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+BEGIN, END = r"<!-- (?P<name>[\w-]+), panel (?P<panel>\d+) -->", "<!-- end -->"
+QUOTE = re.compile(rf"{BEGIN}(?P<table>.*?){END}", re.DOTALL)
 
 
 def fill(page: str, folder: Path) -> str:
@@ -228,17 +229,24 @@ def fill(page: str, folder: Path) -> str:
     A quote stands between `<!-- table-5, panel 2 -->` and `<!-- end -->`; panels are counted from 1.
 
     Raises:
-        EvaluationError: there is no such JSON, or no such panel.
+        EvaluationError: there is no such JSON, or no such panel; a quote has no end.
     """
 
     def quoted(match: re.Match[str]) -> str:
+        if re.search(BEGIN, match["table"]):
+            raise EvaluationError(
+                f"the quote of {match['name']}, panel {match['panel']} has no {END} of its own: add it"
+            )
         panels = read_reproduction(folder / f"{match['name']}.json").panels
         number = int(match["panel"])
         if not 1 <= number <= len(panels):
             raise EvaluationError(f"{match['name']} has {counted(len(panels), 'panel')}, none of them is {number}")
         return f"<!-- {match['name']}, panel {number} -->\n\n{table(panels[number - 1])}\n\n<!-- end -->"
 
-    return QUOTE.sub(quoted, page)
+    filled = QUOTE.sub(quoted, page)
+    if len(re.findall(BEGIN, page)) != len(QUOTE.findall(page)):
+        raise EvaluationError(f"the last quote has no {END}: add it")
+    return filled
 
 
 def index(reproductions: Sequence[Reproduction]) -> str:

@@ -192,9 +192,16 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
 
 def _layers(networks: Sequence[EvaluatedNetwork]) -> list[str]:
     """The layers of all networks, from the input to the output: a network with one branch may come before its twin,
-    which was measured at two."""
-    by_count = sorted(networks, key=lambda network: -len(network.layers))
-    return list(dict.fromkeys(layer for network in by_count for layer in network.layers)) or ["pre_logits"]
+    which was measured at two, and another may have its branches elsewhere."""
+    longest = max(networks, key=lambda network: len(network.layers)).layers
+    layers = list(dict.fromkeys(layer for network in networks for layer in network.layers))
+    if set(layers) <= set(longest):
+        return list(longest) or ["pre_logits"]
+    places: dict[str, int] = {}
+    for network in networks:
+        for place, (name, _) in enumerate(network.model.network.named_modules()):
+            places.setdefault(name, place)
+    return sorted(layers, key=lambda layer: places.get(layer, len(places)))  # "pre_logits" is no module, and the last
 
 
 def build_context(

@@ -105,11 +105,12 @@ class Context:
 
     def other(self, title: str) -> EvaluatedNetwork | None:
         """The network that black-box attacks on `title` are crafted on: `source` if there is one, else the plain one if
-        there is another, as in the paper, else the first other one."""
+        there is another, as in the paper, else one without branches, else the first other one."""
         if self.source is not None:
             return self.source
         others = [network for name, network in self.networks.items() if name != title]
-        return next((network for network in others if not network.branches), others[0] if others else None)
+        by_choice = sorted(others, key=lambda network: (bool(network.branches), network.comparator is not None))
+        return by_choice[0] if by_choice else None
 
     def protocol(
         self,

@@ -56,23 +56,31 @@ class Compression(Measurement):
         return columns
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
-        first = next(iter(observed.values()))
         for layer in context.layers:
-            width = first[f"{layer} features"][0]
             for dimension in (*self.dimensions, None):
-                if f"{layer} {dimension}" not in first:
+                name = f"{layer} {dimension}"
+                found = {title: columns for title, columns in observed.items() if name in columns}
+                if not found:
                     continue
-                count = f"{dimension} dimensions" if dimension else f"all {width:,} features"
+                sizes = {
+                    "dimensions": {columns[f"{layer} features"][0] if dimension is None else dimension
+                                   for columns in found.values()},
+                    "parameters": {columns[f"{name} parameters"][0] for columns in found.values()},
+                    "replaces_parameters": {columns[f"{layer} replaced"][0] for columns in found.values()},
+                }  # fmt: skip
+                # A layer of this name may be as wide as it likes in each network: what differs is said of none.
+                alike = {detail: values.pop() for detail, values in sizes.items() if len(values) == 1}
+                count = f"{dimension} dimensions" if dimension else "all features"
+                if dimension is None and "dimensions" in alike:
+                    count = f"all {alike['dimensions']:,} features"
                 protocol = context.protocol(
                     classifier="scaled, PCA, linear, hinge loss, L2 0.01, SGD",
-                    train_images=len(context.train_images), dimensions=dimension or width,
-                    parameters=first[f"{layer} {dimension} parameters"][0],
-                    replaces_parameters=first[f"{layer} replaced"][0],
+                    train_images=len(context.train_images), **alike,
                 )  # fmt: skip
                 results.figures.append(Figure(
                     key=f"compression-{layer}-{dimension or 'all'}", kind=Kind.COMPRESSION, group="Compression",
                     label=f"{layer}: max-margin on {count}", layer=layer, directions=dimension,
-                    values=shares(context, observed, f"{layer} {dimension}"), protocol=protocol,
+                    values=shares(context, found, name), protocol=protocol,
                 ))  # fmt: skip
 
 
@@ -102,12 +110,13 @@ class LeadingFeatures(Measurement):
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         layer = context.layers[-1]
         for count in self.dimensions:
-            if not all(str(count) in columns for columns in observed.values()):
+            found = {title: columns for title, columns in observed.items() if str(count) in columns}
+            if not found:
                 continue
             results.figures.append(Figure(
                 key=f"{self.key}-{layer}-{count}", kind=Kind.LEADING_FEATURES, group="Compression", layer=layer,
                 label=f"{layer}: max-margin on the first {count} features", directions=count,
-                values=shares(context, observed, str(count)),
+                values=shares(context, found, str(count)),
                 protocol=context.protocol(
                     classifier=LINEAR, train_images=len(context.train_images), dimensions=count
                 ),

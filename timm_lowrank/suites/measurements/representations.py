@@ -71,12 +71,14 @@ class Spectrum(Measurement):
 
     def _report_layer(self, context: Context, layer: str, observed: Mapping[str, Columns], results: Results) -> None:
         first = next(iter(observed.values()))
-        of, width, samples = first["images"][0], first[f"{layer} features"][0], first[f"{layer} samples"][0]
+        of = first["images"][0]
+        widths = {title: columns[f"{layer} features"][0] for title, columns in observed.items()}
         cumulated = {title: _cumulated(columns[f"{layer} shares"]) for title, columns in observed.items()}
         kind = context.views[layer].kind if layer in context.views else "flatten"
 
         def protocol(representation: str) -> Protocol:
-            made = context.protocol(features=width, representation=representation)
+            features = {"features": first[f"{layer} features"][0]} if len(set(widths.values())) == 1 else {}
+            made = context.protocol(**features, representation=representation)
             return dataclasses.replace(made, images=of)
 
         centred = protocol(f"{SAMPLES[kind]} of the test images, centred")
@@ -86,7 +88,7 @@ class Spectrum(Measurement):
             as_printed = protocol(f"{SAMPLES[kind]} of the test images as they are, the paper's formula")
             shown.append(("-uncentred", ", not centred", raw, as_printed))
         for ending, words, ratios_of, about in shown:
-            for count in (count for count in DIRECTIONS if count < width):
+            for count in (count for count in DIRECTIONS if count < max(widths.values())):
                 label = f"{layer}: variance in {count} direction{'s' * (count > 1)}{words}"
                 values = {title: Value(own[min(count, len(own)) - 1], of=of) for title, own in ratios_of.items()}
                 results.figures.append(Figure(
@@ -94,9 +96,10 @@ class Spectrum(Measurement):
                     group=DIMENSION, layer=layer, directions=count, label=label, protocol=about,
                     values=values,
                 ))  # fmt: skip
-        bound = samples - 1 if samples - 1 < width else None
+        most = {title: columns[f"{layer} samples"][0] - 1 for title, columns in observed.items()}
+        bounds = {title: most[title] if most[title] < width else None for title, width in widths.items()}
         ranks = {
-            title: Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of, at_most=bound)
+            title: Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of, at_most=bounds[title])
             for title, held in cumulated.items()
         }
         classes = {
