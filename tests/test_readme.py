@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from timm_lowrank.evaluation.results import read_evaluation
 from timm_lowrank.reproduce import read_reproduction
 
 ROOT = Path(__file__).parent.parent
@@ -143,3 +144,15 @@ def test_the_tables_of_the_objective_are_what_was_measured(name, monkeypatch, ca
     table = capsys.readouterr().out.strip()
     assert table.startswith("|")
     assert table in (ROOT / "docs" / "objective.md").read_text()
+
+
+def test_autoattack_leaves_nothing_of_the_checkpoints_as_the_readme_says():
+    made = read_evaluation(ROOT / "docs" / "autoattack.json")
+    known = {"plain": "cifar10-resnet10-nlr", "2-LR": "cifar10-resnet10-2lr"}
+    for network in made.networks:
+        stored = read_evaluation(ROOT / "hub" / "checkpoints" / known[network.title] / "evaluation.json")
+        assert network.weights in {one.weights for one in stored.networks}
+    for key in ("autoattack-linf-8-255", "autoattack-l2-0.5"):
+        figure = made.figure(key)
+        assert {title: value.value for title, value in figure.values.items()} == {"2-LR": 0.0, "plain": 0.0}
+        assert (figure.protocol.images, figure.protocol.seed) == (1000, 0)
