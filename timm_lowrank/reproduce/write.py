@@ -233,20 +233,15 @@ def fill(page: str, folder: Path) -> str:
     """
 
     def quoted(match: re.Match[str]) -> str:
-        if re.search(BEGIN, match["table"]):
-            raise EvaluationError(
-                f"the quote of {match['name']}, panel {match['panel']} has no {END} of its own: add it"
-            )
         panels = read_reproduction(folder / f"{match['name']}.json").panels
         number = int(match["panel"])
         if not 1 <= number <= len(panels):
             raise EvaluationError(f"{match['name']} has {counted(len(panels), 'panel')}, none of them is {number}")
-        return f"<!-- {match['name']}, panel {number} -->\n\n{table(panels[number - 1])}\n\n<!-- end -->"
+        return f"<!-- {match['name']}, panel {number} -->\n\n{table(panels[number - 1])}\n\n{END}"
 
-    filled = QUOTE.sub(quoted, page)
-    if len(re.findall(BEGIN, page)) != len(QUOTE.findall(page)):
-        raise EvaluationError(f"the last quote has no {END}: add it")
-    return filled
+    if len(re.findall(BEGIN, page)) != len(QUOTE.findall(page)):  # else it would reach to the end of the next one
+        raise EvaluationError(f"a quoted table has no {END} of its own: add it")
+    return QUOTE.sub(quoted, page)
 
 
 def index(reproductions: Sequence[Reproduction]) -> str:
