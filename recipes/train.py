@@ -1,6 +1,6 @@
 """Train a network with low-rank branches, and its plain twin beside it: `timm-lowrank train` as a script.
 
-    python recipes/train.py                                   # handwritten digits, about two minutes on two cores
+    python recipes/train.py                                   # handwritten digits, one to two minutes
     accelerate launch recipes/train.py --config recipes/configs/cifar10-resnet18-fast.yaml --data PATH_OR_NAME
 
 What is particular to low-rank training are three lines, the first in timm_lowrank/training/state.py, the others

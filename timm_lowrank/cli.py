@@ -212,13 +212,13 @@ def _next(*commands: str) -> None:
 def _declare_train(parser: argparse.ArgumentParser) -> None:
     """Train a network with low-rank branches, and its plain twin beside it.
 
-      timm-lowrank train                                 # handwritten digits, about two minutes on two cores
+      timm-lowrank train                                 # handwritten digits, one to two minutes
       timm-lowrank train cifar10-small --data PATH_OR_NAME
       timm-lowrank train digits --set lowrank.branches=1-LR --set seed=1 --output runs/1-LR
       accelerate launch -m timm_lowrank train cifar10-resnet18-fast
 
-    The output folder gets config.yaml, metrics.csv, checkpoints/, model/ (loadable by timm), plots/spectrum.png and
-    summary.json; twin/ holds the same of the plain network.
+    The output folder gets config.yaml, metrics.csv, checkpoints/, model/ (loadable by timm), plots/spectrum.png,
+    spectrum.json and summary.json; twin/ holds the same of the plain network.
     """
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe or a YAML file (default: digits)")
     parser.add_argument("--config", metavar="RECIPE", help="the same as RECIPE")
@@ -414,7 +414,7 @@ def _declare_reproduce(parser: argparse.ArgumentParser) -> None:
     """Make a table, figure or claim of the paper beside ours: find the runs, train and measure what is missing.
 
       timm-lowrank reproduce --list                              # every entry, and which of its runs are there
-      timm-lowrank reproduce --table 5 --output smoke            # smoke: seconds, on digits; shows that it works
+      timm-lowrank reproduce --table 5 --output smoke            # smoke: a minute on digits; shows that it works
       timm-lowrank reproduce --table 1 --figure 2 --scale fast --data cifar10=PATH_OR_NAME --runs runs
       timm-lowrank reproduce --all --scale fast --existing       # from the runs that are there alone
 

@@ -465,7 +465,7 @@ def _prune(network: nn.Module, gradients: Mapping[str, Tensor], sparsity: float)
 
 def _weight_gradients(network: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """The gradient of the mean cross-entropy with respect to the weight of each layer, of a copy in train mode."""
-    network = copy.deepcopy(network).train()
+    network = copy.deepcopy(network).train()  # whose dropout draws numbers that the training would have drawn
     for module in network.modules():  # norms: the only weights of one dimension
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.any():
