@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, LowRankWarning, attach
-from timm_lowrank.core.model import STEPS_BEFORE_WARNING
+from timm_lowrank.core.model import FORWARDS_BEFORE_WARNING, STEPS_BEFORE_WARNING
 
 PLAIN = {"project_every": 4, "warmup_updates": 0, "reconstruction_weight": 1.0, "head_weight": 0.0, "scale": "unit"}
 
@@ -724,7 +724,7 @@ def warned(action, *arguments, **options):
     return [str(w.message) for w in caught if issubclass(w.category, LowRankWarning)]
 
 
-def loop(model, steps=STEPS_BEFORE_WARNING, *, called=None, penalty=False, update=False):
+def loop(model, steps=FORWARDS_BEFORE_WARNING, *, called=None, penalty=False, update=False):
     """Training without an optimizer; `called` is what is called around the model."""
     for _ in range(steps):
         (model if called is None else called)(torch.rand(8, 1, 8, 8))
@@ -736,21 +736,25 @@ def loop(model, steps=STEPS_BEFORE_WARNING, *, called=None, penalty=False, updat
 
 def test_a_penalty_that_is_never_used(wrapped):
     model = wrapped()
-    assert warned(loop, model, STEPS_BEFORE_WARNING - 1) == []
+    assert warned(loop, model, FORWARDS_BEFORE_WARNING - 1) == []
     (message,) = warned(loop, model, 1)
-    assert f"no effect: {STEPS_BEFORE_WARNING} training forwards passed, but penalty() was never called" in message
+    assert f"no effect: {FORWARDS_BEFORE_WARNING} training forwards passed, but penalty() was never called" in message
     assert "add model.penalty() to the loss, or use timm_lowrank.LossHook" in message
-    assert warned(loop, model, 2 * STEPS_BEFORE_WARNING) == [], "once is enough"
+    assert warned(loop, model, 2 * FORWARDS_BEFORE_WARNING) == [], "once is enough"
 
 
 def test_an_update_that_is_never_called(wrapped):
-    (message,) = warned(loop, wrapped(), 3 * STEPS_BEFORE_WARNING, penalty=True)
+    model = wrapped()
+    assert warned(loop, model, 64, penalty=True) == [], "so many batches may be accumulated"
+    model.update()
+    model = wrapped()
+    (message,) = warned(loop, model, STEPS_BEFORE_WARNING + 50, penalty=True)
     assert f"penalty() was called {STEPS_BEFORE_WARNING} times, but update() never" in message
     assert "call model.update() after optimizer.step(), or timm_lowrank.attach(optimizer, model)" in message
 
 
 def test_right_loops_and_forwards_that_are_no_training_hear_nothing(wrapped):
-    assert warned(loop, wrapped(), 2 * STEPS_BEFORE_WARNING, penalty=True, update=True) == [], "as it should be"
+    assert warned(loop, wrapped(), 2 * FORWARDS_BEFORE_WARNING, penalty=True, update=True) == [], "as it should be"
     model = wrapped().enable(False)
     assert warned(loop, model) == []
     model.enable().eval()
@@ -758,7 +762,7 @@ def test_right_loops_and_forwards_that_are_no_training_hear_nothing(wrapped):
     model.train()
     assert warned(loop, model, 3) == []
     assert warned(model.eval) == [], "a few forwards before an evaluation are no training"
-    assert len(warned(loop, model.train(), STEPS_BEFORE_WARNING - 3)) == 1
+    assert len(warned(loop, model.train(), FORWARDS_BEFORE_WARNING - 3)) == 1
 
 
 def test_one_penalty_for_several_forwards(wrapped, data):
@@ -782,7 +786,7 @@ def test_forwards_without_gradients_are_no_training(wrapped, data):
     model, twin = wrapped(), wrapped()
     (images, _), (others, _) = data(2)
     with torch.no_grad():
-        assert warned(loop, model, 2 * STEPS_BEFORE_WARNING) == [], "as torch.optim.swa_utils.update_bn does"
+        assert warned(loop, model, 2 * FORWARDS_BEFORE_WARNING) == [], "as torch.optim.swa_utils.update_bn does"
         assert warned(model.eval) == []
     model.train()(images)
     with torch.no_grad():
@@ -795,7 +799,7 @@ def test_forwards_without_gradients_are_no_training(wrapped, data):
 def test_a_compiled_network_is_told_when_training_pauses(wrapped, used):
     model = wrapped()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    steps = 3 if used else 2 * STEPS_BEFORE_WARNING
+    steps = 3 if used else 2 * FORWARDS_BEFORE_WARNING
     for expected in (not used, False):
         assert warned(loop, model.train(), steps, called=compiled, penalty=used, update=used) == []
         messages = warned(model.eval)

@@ -121,7 +121,7 @@ def test_an_attached_optimizer_makes_the_update_and_update_ema_no_second_one(bat
     ("attached", "what"), [(True, "optimizer never stepped"), (False, r"update_ema\(\) was never called")]
 )
 def test_a_loop_that_never_updates_is_warned_once(batches, monkeypatch, attached, what):
-    monkeypatch.setattr(timm_task, "_BATCHES_WITHOUT_STEP", 3)
+    monkeypatch.setattr(timm_task, "STEPS_BEFORE_WARNING", 3)
     task = make_task(start_update=2)
     optimizer = sgd(task)
     if attached:

@@ -464,17 +464,21 @@ def _prune(network: nn.Module, gradients: Mapping[str, Tensor], sparsity: float)
 
 
 def _weight_gradients(network: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """The gradient of the mean cross-entropy with respect to the weight of each layer, of a copy in train mode."""
-    network = copy.deepcopy(network).train()  # whose dropout draws numbers that the training would have drawn
+    """The gradient of the mean cross-entropy with respect to the weight of each layer, of a copy in train mode.
+
+    What its dropout draws from torch's generators, the training draws again.
+    """
+    network = copy.deepcopy(network).train()
     for module in network.modules():  # norms: the only weights of one dimension
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.any():
             nn.init.ones_(weight)
-    count = 0
-    for images, labels in batches:
-        network.to(images.device)
-        functional.cross_entropy(network(images), labels).backward()
-        count += 1
+    count, devices = 0, list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        for images, labels in batches:
+            network.to(images.device)
+            functional.cross_entropy(network(images), labels).backward()
+            count += 1
     layers = _weighted_layers(network)
     gradients = {name: grad / count for name, layer in layers.items() if (grad := layer.weight.grad) is not None}
     if bad := [name for name in layers if name not in gradients or not gradients[name].isfinite().all()]:
@@ -655,8 +659,11 @@ class Matryoshka(Comparator):
 
 
 def _nested(network: nn.Module) -> tuple[str, NestedLinear]:
-    """The classifier of a network from `matryoshka`, and its name."""
-    return next((path, module) for path, module in network.named_modules() if isinstance(module, NestedLinear))
+    """The classifier of a network from `matryoshka`, and its name. Raises ValueError for another network."""
+    for path, module in network.named_modules():
+        if isinstance(module, NestedLinear):
+            return path, module
+    raise ValueError(f"the {type(network).__name__} has no nested classifiers: give it some with matryoshka(network)")
 
 
 # ------------------------------------------------------------------------------------------------------------ by name

@@ -17,6 +17,11 @@ from .core.views import View
 from .errors import CaptureError, nearest
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+# Modules of maps (batch, channels, positions): what else has three dimensions is (batch, tokens, channels).
+_CHANNELS_FIRST = (
+    nn.Conv1d, nn.BatchNorm1d, nn.InstanceNorm1d,
+    nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +102,17 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
 
 
 def _info(backbone: nn.Module, name: str, kind: str, activations: Tensor) -> LayerInfo:
-    view = natural_view(backbone, activations)
+    view = natural_view(backbone, activations, layer=name)
     return LayerInfo(name, kind, tuple(activations.shape[1:]), view.width(activations), view.kind)
 
 
 def natural_view(
-    backbone: nn.Module, activations: Tensor, kind: str | None = None, channel_dim: int | None = None
+    backbone: nn.Module,
+    activations: Tensor,
+    kind: str | None = None,
+    channel_dim: int | None = None,
+    *,
+    layer: str = "",
 ) -> View:
     """What counts as one sample of a layer: what a branch there takes for one unless it is told otherwise.
 
@@ -119,6 +129,7 @@ def natural_view(
         backbone: the network; timm's `output_fmt` of it settles where the channels are if the shape does not.
         activations: the layer's output for an example, (batch, ...).
         kind, channel_dim: of the view, where they are not left to what is said above.
+        layer: the name of the module whose output they are: a Conv1d keeps its channels in front of its positions.
 
     Raises:
         ValueError: the activations have no dimension `channel_dim`.
@@ -127,6 +138,9 @@ def natural_view(
     kind = kind or ("token" if activations.dim() == 3 else "flatten")
     if channel_dim is None:
         channel_dim = _channel_dim(shape, str(getattr(backbone, "output_fmt", "NCHW")))
+        module = dict(backbone.named_modules()).get(layer)
+        if len(shape) == 3 and layer and isinstance(module, _CHANNELS_FIRST):
+            channel_dim = 1
     if not -len(shape) <= channel_dim < len(shape):
         raise ValueError(f"channel_dim={channel_dim} is outside the {len(shape)} dimensions of {tuple(shape)}")
     return View(kind, channel_dim)
@@ -369,16 +383,37 @@ def pick_item(backbone: nn.Module, tap: Tap, value: object, batch: int) -> Tap:
 
 
 def class_count(backbone: nn.Module, images: Tensor) -> int | None:
-    """How many classes the network tells apart: what timm or transformers says, else the width of its output.
+    """How many classes the network tells apart: the width of its output, else what timm or transformers says.
 
-    None where the output for `images` is no (batch, classes).
+    What they say may be out of date, where the classifier was replaced. None of an encoder, of which they say 0, and
+    where the output for `images` is no (batch, classes) and nothing is said.
     """
     named = getattr(backbone, "num_classes", getattr(getattr(backbone, "config", None), "num_labels", None))
-    if isinstance(named, int):
-        return named or None  # 0 of an encoder
+    if named == 0:
+        return None
     with evaluating(backbone):
         logits = logits_of(backbone(images))
-    return None if logits is None else logits.shape[1]
+    if logits is not None:
+        return logits.shape[1]
+    return named if isinstance(named, int) else None
+
+
+def rows_of_images(backbone: nn.Module, taps: Sequence[Tap], images: Tensor) -> dict[str, bool]:
+    """By layer, whether its first dimension goes through a batch image by image: it may be cut into windows, but tokens
+    may not come first, as in `nn.TransformerEncoderLayer(batch_first=False)`.
+
+    Args:
+        images: (batch, ...), of which the first is taken, and noise.
+    """
+    noise = torch.rand(images[:1].shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(images)
+    one, two = (example_forward(backbone, taps, some) for some in (images[:1], torch.cat([images[:1], noise])))
+    found = {}
+    for tap in taps:
+        single, double = one.activation(tap), two.activation(tap)
+        found[tap.layer] = len(double) == 2 * len(single) and (
+            single.is_meta or bool((double[: len(single)] - single).float().norm() <= 0.1 * single.float().norm())
+        )
+    return found
 
 
 def example_forward(backbone: nn.Module, taps: Sequence[Tap], images: Tensor) -> Recording:

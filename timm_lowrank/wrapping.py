@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .core.capture import Tap
+from .core.capture import Recording, Tap
 from .core.config import PRE_LOGITS, LowRankConfig
 from .core.model import LowRankModel
 from .errors import CaptureError, LowRankError, nearest
@@ -21,6 +21,7 @@ from .layers import (
     last_stage_input,
     natural_view,
     pick_item,
+    rows_of_images,
     tap_on,
 )
 
@@ -116,7 +117,8 @@ def find_taps(
     viewed, widths = [], {}
     for tap in taps:
         value, options = record.activation(tap), config.options(tap.layer)
-        view = natural_view(backbone, value, options.view, options.channel_dim)
+        path = "" if tap.takes_input else tap.path
+        view = natural_view(backbone, value, options.view, options.channel_dim, layer=path)
         if len(value) != len(images) and view.kind != "token":
             raise CaptureError(
                 f"layer {tap.layer!r} gives a tensor of shape {tuple(value.shape)} for {len(images)} images; its first "
@@ -129,7 +131,29 @@ def find_taps(
             wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
         elif isinstance(config.branches, str) and value[0].numel() == value.shape[view.channel_dim]:
             wanted[tap.layer] = min(wanted[tap.layer], PRE_LOGITS_RANK)
+    _raise_if_labels_do_not_fit(backbone, config, viewed, images, record)
     return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
+
+
+def _raise_if_labels_do_not_fit(
+    backbone: nn.Module, config: LowRankConfig, taps: list[Tap], images: Tensor, record: Recording
+) -> None:
+    """Raises CaptureError for a layer with a subspace head whose rows do not come image by image.
+
+    Looks where that may be: at sequences, if their first dimension is not the batch or could be another one as long.
+    """
+    doubtful = []
+    for tap in taps:
+        value, weights = record.activation(tap), config.weights(tap.layer, feeds_classifier=tap.feeds_classifier)
+        if weights.head and value.dim() == 3 and (len(value) != len(images) or len(images) > 1):
+            doubtful.append(tap)
+    fits = rows_of_images(backbone, doubtful, images) if doubtful else {}
+    for layer in [layer for layer, whether in fits.items() if not whether]:
+        raise CaptureError(
+            f"the first dimension of what layer {layer!r} gives is not the batch (was it made with batch_first=False?)"
+            ", so its subspace head would learn from the labels of other images: choose a layer that has the batch "
+            f'first, or switch the head off, branches={{{layer!r}: {{"rank": ..., "head_weight": 0}}}}'
+        )
 
 
 def _classifier_input(backbone: nn.Module, images: Tensor, taps: list[Tap]) -> Tap | None:

@@ -121,6 +121,7 @@ def _separate(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` puts around it; a `LowRankModel` stays, whatever is compiled in it."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     return model

@@ -16,8 +16,9 @@ from ..errors import CollapseError
 from .buffer import ActivationBuffer, Moments, SampledRows, Streak
 from .config import LowRankConfig
 from .dense import DenseWeight
+from .device import full_precision, moved, multiplies_in_bfloat16
 from .distributed import Processes, fingerprint, pack, unpack_into
-from .factored import FactoredWeight, centred_norms, full_precision, multiplies_in_bfloat16
+from .factored import FactoredWeight, centred_norms
 from .head import SubspaceHead
 from .scaling import SCALINGS
 from .views import FLATTEN, VIEWS, View
@@ -29,7 +30,9 @@ _DEAD, _BLOWN_UP = 1e-3, 1e4
 _OFFSET = 2.0
 _FOLLOWS, _GROWTH = 0.01, 1.03  # at an update: of the way to a larger spread, and how many times as large at most
 _KEPT = ("bias", "reference_norm", "offset")  # tensors of a branch itself, with these names in its state
-_HOPELESS = 2  # updates in a row without a finite row; one may be a batch whose step a gradient scaler skips
+# Updates in a row without a finite row, or of activations that look dead: one may be a batch whose step a gradient
+# scaler skips, or of images that are all alike.
+_HOPELESS = 2
 _ADVICE = (
     "Lower strength, reconstruction_weight or the learning rate, switch the branch on later (model.enable) or raise "
     "warmup_updates. The loss as printed (scale='paper') needs both terms, with weights of about 0.01."
@@ -91,7 +94,7 @@ class _Seen:
         return self._each(Tensor.detach)
 
     def to(self, device: torch.device) -> _Seen:
-        return self._each(lambda value: value.to(device))
+        return self._each(lambda value: moved(value, device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> _Seen:
         values = vars(self).items()
@@ -144,11 +147,8 @@ class LowRankBranch(nn.Module):
         kind = FactoredWeight if config.storage == "factored" else DenseWeight
         self.bias = torch.zeros(num_features, device=device, dtype=dtype)
         self.weight: FactoredWeight | DenseWeight = kind(num_features, rank, config, self.bias.device, dtype)
-        self.head: SubspaceHead | None = None
         self.loss_weights = config.weights("")
-        if self.loss_weights.head and classes:
-            sizes = sorted({min(size, rank) for size in config.head_sizes})
-            self.head = SubspaceHead(classes, sizes, self.bias.device, dtype)
+        self.classify(classes)
         # Root mean square of ||a - mean|| at switch-on, and what that of ||a + b|| has grown to since.
         self.reference_norm = self.bias.new_zeros(())
         self.offset = self.bias.new_zeros(2)  # the bound of ||mean|| over the spread, and the spread at the last update
@@ -160,9 +160,18 @@ class LowRankBranch(nn.Module):
         self._seen: _Seen | None = None  # of the last batch
         self._total: Tensor | None = None  # the penalty of the last batch
         self._without_finite = Streak()
-        self._forget_batches()
+        self._doubtful = False  # whether the last update was of activations that look dead
+        self.forget_batches()
 
-    def _forget_batches(self) -> None:
+    def classify(self, classes: int | None) -> None:
+        """A new subspace head for so many classes, if the configuration asks for one and the number is known."""
+        self.head: SubspaceHead | None = None
+        if self.loss_weights.head and classes:
+            sizes = sorted({min(size, self.rank) for size in self.config.head_sizes})
+            self.head = SubspaceHead(classes, sizes, self.bias.device, self.bias.dtype)
+
+    def forget_batches(self) -> None:
+        """Leave out of the next update what was seen since the last one."""
         self._moments = Moments(self.bias)
         self._buffer = ActivationBuffer(self.config.update_rows, self._seed(1))
 
@@ -204,7 +213,7 @@ class LowRankBranch(nn.Module):
                 activations, self.bias, sums[:-2], half, entering, coordinates=classifies
             )
             norms = images.norms
-            factors = SCALINGS[self.config.scale](norms, self.reference_norm)
+            factors = SCALINGS[self.config.scale](norms, self._reference(norms))
             if remember:
                 self._moments.add(sums, norms.detach())
                 self._buffer.complete(factors.detach(), images.products)
@@ -221,7 +230,7 @@ class LowRankBranch(nn.Module):
             if self.loss_weights.norm:  # else a NaN gradient of L_n would not be multiplied away
                 total = total.add(seen.norm(), alpha=self.loss_weights.norm * warmth)
             if self.head is not None and labels is not None:
-                seen.head = self.head.loss(images.coordinates, labels, remember=remember)  # L_s
+                seen.head = self.head.loss(images.coordinates, labels, len(norms), remember=remember)  # L_s
                 total = total.add(seen.head, alpha=self.loss_weights.head * warmth)
         self._seen, self._total = seen.detached(), total.detach()
         return total
@@ -252,6 +261,10 @@ class LowRankBranch(nn.Module):
         """L_o, a scalar; see `_expand_offset_loss`."""
         value, gradient = self._offset_loss
         return value + gradient @ (mean + self.bias)
+
+    def _reference(self, norms: Tensor) -> Tensor:
+        """The reference norm; before there is one, for a penalty that is only looked at, the spread of its batch."""
+        return self.reference_norm if self._initialized or self._provisional else norms.detach().square().mean().sqrt()
 
     def _may_be_half(self, activations: Tensor) -> bool:
         """Whether loss and gradient lose nothing if the large products are taken in bfloat16."""
@@ -322,7 +335,8 @@ class LowRankBranch(nn.Module):
 
         Raises:
             RuntimeError: no batch was seen since the last update.
-            CollapseError: the layer died, which is seen at a projection, or turned NaN for two updates in a row.
+            CollapseError: the layer died, which is seen at the update after a projection, or turned NaN for two updates
+                in a row.
         """
         images = 0 if self.head is None else self.head.images
         numbers = self.processes.agree(self.name, self._common, [images, *self._buffer.sizes])
@@ -342,7 +356,7 @@ class LowRankBranch(nn.Module):
                 self.head.update(self.processes, images=sum(own[0] for own in numbers))
             self._step(begins)
         self._fresh = False
-        self._forget_batches()
+        self.forget_batches()
 
     def _initialize(self, sampled: SampledRows) -> None:
         """b and the reference norm from all rows of the first update, whatever batches and processes they came in."""
@@ -357,10 +371,13 @@ class LowRankBranch(nn.Module):
     def _step(self, begins: bool) -> None:
         count = self.weight.pending
         projects = (self.updates + 1) % self.config.project_every == 0
-        if projects:
-            self._raise_if_collapsed()
-        elif self._without_finite.extend(self._moments.count) >= _HOPELESS:
+        if self._without_finite.extend(self._moments.count) >= _HOPELESS:
             raise CollapseError(self._not_finite())
+        if projects or self._doubtful:
+            symptom = self._symptom()
+            if symptom and self._doubtful:
+                raise CollapseError(symptom)
+            self._doubtful = bool(symptom)
         self._step_bias()  # first: its gradient is taken at the old W
         if not begins:  # else the parts of a batch were centred with the mean of the first one
             self._follow_layer()
@@ -392,7 +409,7 @@ class LowRankBranch(nn.Module):
 
         Between two of these W holds the rows of the updates since the last one; without them its state is small.
         """
-        rotation = self.weight.project(torch.Generator().manual_seed(self._seed(0)))
+        rotation = self.weight.project(torch.Generator("cpu").manual_seed(self._seed(0)))
         if self.head is not None:
             self.head.move(rotation)
 
@@ -417,21 +434,26 @@ class LowRankBranch(nn.Module):
         else:  # minus the mean is the optimum of b for every W, and no offset of the layer can hide in it
             self.bias = self._moments.moved(self.bias, self.config.bias_momentum)
 
-    def _raise_if_collapsed(self) -> None:
-        """The one point of a training step that waits for the device, at projections, which do so anyway."""
+    def _symptom(self) -> str | None:
+        """What looks wrong with the activations of this update, for an error; None if nothing does.
+
+        The one point of a training step that waits for the device, at projections, which do so anyway, and behind one
+        where something looked wrong.
+        """
         count, reference = float(self._moments.count), float(self.reference_norm)
         # b follows the mean late. A single row has no spread, and the first one is minus b: its length must do.
         single = torch.maximum(self._moments.squares, self._moments.mean().square().sum())
         squares = self._moments.variance() if count > 1 else single
         spread = float(squares.sqrt()) if count else math.nan
         if not spread < math.inf:
-            raise CollapseError(self._not_finite())
-        if not _DEAD * reference < spread < _BLOWN_UP * reference:
-            raise CollapseError(
-                f"layer {self.name!r} {'collapsed' if spread <= reference else 'blew up'}: after {self.updates} "
-                f"updates the root mean square norm of its centred activations is {spread:.3g}, and it was "
-                f"{reference:.3g} before. {_ADVICE}"
-            )
+            return self._not_finite()
+        if _DEAD * reference < spread < _BLOWN_UP * reference:
+            return None
+        return (
+            f"layer {self.name!r} {'collapsed' if spread <= reference else 'blew up'}: after {self.updates} updates "
+            f"the root mean square norm of its centred activations is {spread:.3g}, and it was {reference:.3g} before. "
+            f"{_ADVICE}"
+        )
 
     def _not_finite(self) -> str:
         return f"the activations of layer {self.name!r} are not finite after {self.updates} updates. {_ADVICE}"
@@ -496,16 +518,16 @@ class LowRankBranch(nn.Module):
         self._buffer.to(device)
         self._moments.to(device)
         for name in _KEPT:
-            setattr(self, name, getattr(self, name).to(device))
+            setattr(self, name, moved(getattr(self, name), device))
         value, gradient = self._offset_loss
-        self._offset_loss = value.to(device), gradient.to(device)
+        self._offset_loss = moved(value, device), moved(gradient, device)
         self._seen = None if self._seen is None else self._seen.to(device)
         return super()._apply(fn, recurse)
 
     def _state(self) -> dict[str, Tensor]:
         # The view rides along: earlier versions read the first two numbers, and would refuse a tensor of a new name.
         view = [VIEWS.index(self.view.kind), self.view.channel_dim]
-        counters = torch.tensor([self.updates, int(self._initialized), *view])
+        counters = torch.tensor([self.updates, int(self._initialized), *view], device="cpu")
         own = {**{name: getattr(self, name).clone() for name in _KEPT}, "counters": counters}
         return {**own, **self.weight.state(), **({} if self.head is None else self.head.state())}
 
@@ -561,8 +583,8 @@ class LowRankBranch(nn.Module):
             setattr(self, name, state[name].to(getattr(self, name), copy=True))
         self._expand_offset_loss()
         self.updates, self._initialized = int(state["counters"][0]), bool(state["counters"][1])
-        self._provisional, self._fresh = self._initialized, True
-        self._forget_batches()
+        self._provisional, self._fresh, self._doubtful = self._initialized, True, False
+        self.forget_batches()
 
     def _check_kinds(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError for tensors that are no floats, or integers, of as many dimensions as those of a branch."""

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .device import moved
 from .distributed import Processes
 from .factored import centred, pieces
 
@@ -35,7 +36,7 @@ class Rows:
         """Those at `chosen`, ascending, as copies."""
         if len(chosen) == len(self.positions):
             return dataclasses.replace(self, values=self.values.clone(), index=None)
-        host = torch.tensor(chosen, dtype=torch.int64)
+        host = torch.tensor(chosen, dtype=torch.int64, device="cpu")
         index = host.to(self.values.device, non_blocking=True)  # else the host would wait for the device
         some = Rows([self.positions[one] for one in chosen], self.values[index], index)
         if self.factors is not None:
@@ -95,7 +96,7 @@ class SampledRows:
             part.write(bias, own_rows[begin:end], own_products[:, begin:end])
             begin = end
         if not processes.alone:
-            slots = torch.tensor(self.slots, dtype=torch.int64).to(bias.device, non_blocking=True)
+            slots = torch.tensor(self.slots, dtype=torch.int64, device="cpu").to(bias.device, non_blocking=True)
             rows.zero_()[slots] = own_rows
             products.zero_()[:, slots] = own_products
             for target, total in zip((rows, products), processes.sum(rows, products), strict=True):
@@ -165,8 +166,8 @@ class ActivationBuffer:
         """
         if self.limit is None or total <= self.limit:
             return range(total)
-        generator = torch.Generator().manual_seed(self._seed)
-        numbers = torch.rand(total, dtype=torch.float64, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self._seed)
+        numbers = torch.rand(total, dtype=torch.float64, generator=generator, device="cpu")
         lowest: list[int] = numbers.topk(self.limit, largest=False).indices.tolist()
         return sorted(lowest)
 
@@ -174,7 +175,7 @@ class ActivationBuffer:
         for rows in self._batches:
             for name in ("values", "index", "factors", "products"):
                 held = getattr(rows, name)
-                setattr(rows, name, None if held is None else held.to(device))
+                setattr(rows, name, None if held is None else moved(held, device))
 
 
 def _common(sampled: Sequence[int], before: int, positions: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -260,7 +261,7 @@ class Moments:
         return (share - (self.mean() + self._bias).square().sum()).clamp_min(0)
 
     def to(self, device: torch.device) -> None:
-        self._bias, self._sums = self._bias.to(device), self._sums.to(device)
+        self._bias, self._sums = moved(self._bias, device), moved(self._sums, device)
 
 
 class Streak:
@@ -279,7 +280,7 @@ class Streak:
             return 0
         if count.device.type != "cuda":
             return self._take(count)
-        copy = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
+        copy = torch.empty(count.shape, dtype=count.dtype, device="cpu", pin_memory=True)
         copy.copy_(count, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()

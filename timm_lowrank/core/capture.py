@@ -47,14 +47,14 @@ class Recording:
     values: dict[str, object] = dataclasses.field(default_factory=dict)
     versions: dict[str, int] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    learns: bool = True  # whether gradients were on
     lockstep: bool = False  # whether its gradients are averaged over processes that all make this forward
     forwards: int = 1  # this one and those before it whose recordings it replaced
 
     def store(self, layer: str, value: object) -> None:
         self.values[layer] = value
         self.counts[layer] = self.counts.get(layer, 0) + 1
-        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+        # Tensors of inference mode have no version: nothing is trained on them.
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference():
             self.versions[layer] = value._version
 
     def activation(self, tap: Tap) -> Tensor:

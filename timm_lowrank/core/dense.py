@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import projection
 from .config import LowRankConfig
+from .device import moved
 from .factored import Reconstruction
 from .head import Rotation
 
@@ -137,4 +138,4 @@ class DenseWeight:
 
     def to(self, device: torch.device) -> None:
         for name in ("matrix", "start", "_rows", "_seen"):
-            setattr(self, name, getattr(self, name).to(device))
+            setattr(self, name, moved(getattr(self, name), device))

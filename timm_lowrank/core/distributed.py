@@ -87,7 +87,7 @@ class Processes:
         if self.alone:
             return
         group = self._host_group()
-        own = torch.tensor([int(call == "update()"), penalties])
+        own = torch.tensor([int(call == "update()"), penalties], device="cpu")
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, own, group=group)
         found = [(bool(updates), waiting) for updates, waiting in (one.tolist() for one in gathered)]
@@ -154,8 +154,8 @@ def fingerprint(*tensors: Tensor) -> int:
 #
 # `torch.distributed.checkpoint` takes the state of a model with sharded parameters apart by parameters and buffers, and
 # loads a tensor only into one of the same size. W and b are neither parameters nor buffers, and the factor grows
-# between two saves. So beside sharded parameters the state of a branch is one piece of bytes, as the extra state of its
-# module. Either form loads into either kind of model.
+# between two saves. So where it asks for the state, and beside sharded parameters always, that of a branch is one piece
+# of bytes, as the extra state of its module. Either form loads into either kind of model.
 
 _EXTRA_STATE = "_extra_state"  # the key that torch gives to the extra state of a module
 
@@ -176,8 +176,10 @@ def unpack_into(state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def pack_where_sharded(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object) -> None:
-    """A post hook of `LowRankModel.state_dict()`: one piece for each branch, if the parameters are sharded."""
-    if not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    """A post hook of `LowRankModel.state_dict()`: one piece for each branch, if the parameters are sharded, or if
+    `get_model_state_dict` or another function of `torch.distributed.checkpoint` asks."""
+    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if not (sharded or called_from("torch.distributed.checkpoint")):
         return
     for name, branch in model.get_submodule("branches").named_children():
         own = f"{prefix}branches.{name}."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .capture import evaluating, recording
-from .factored import full_precision
+from .device import full_precision
 from .head import SubspaceHead
 from .model import LowRankModel
 

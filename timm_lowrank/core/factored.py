@@ -32,7 +32,6 @@ that the activations have.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,24 +41,11 @@ from torch.autograd.function import FunctionCtx
 
 from . import projection
 from .config import LowRankConfig
+from .device import full_precision, moved
 from .head import Rotation
 
 _PIECE = 2**20  # numbers of a tensor that a processor takes at a time
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A block in which autocast is off for `device`: branches compute in their own dtype, whatever the network does."""
-    if device.type == "meta":  # which has no autocast: networks that are only looked at, not computed
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether a product in bfloat16 pays on `device`: processors that have it. A GPU gains nothing from it here, where
-    the products are the smallest part of a step."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # slower than float32 where it is missing
-    return device.type == "cpu" and supported is not None and bool(supported())
 
 
 def pieces(count: int, other: int, device: torch.device, least: int = 1, parts: int = 1) -> list[slice]:
@@ -267,8 +253,8 @@ class FactoredWeight:
                 norms.append(torch.linalg.vector_norm(rows, dim=1))
                 products.addmm_(self.basis[:, columns], rows.T, beta=int(columns.start > 0))
             return _joined(norms), products
-        norms, others = [], torch.ones(count, dtype=torch.bool)
-        index = torch.tensor(exactly, dtype=torch.int64)
+        norms, others = [], torch.ones(count, dtype=torch.bool, device=bias.device)
+        index = torch.tensor(exactly, dtype=torch.int64, device=bias.device)
         others[index] = False
         products, rest = bias.new_empty(self.size, len(index)), bias.new_zeros(self.size, count - len(index))
         for columns in self._pieces(count, _PARTS):
@@ -423,7 +409,7 @@ class FactoredWeight:
 
     def state(self) -> dict[str, Tensor]:
         """What resuming needs, bit for bit; rows that no step has used yet are left out."""
-        counters = torch.tensor([self.kept, self.projections])
+        counters = torch.tensor([self.kept, self.projections], device="cpu")
         return {"basis": self.basis.clone(), "core": self.core.clone(), "gram": self.gram.clone(), "factored": counters}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -447,5 +433,5 @@ class FactoredWeight:
         self.projections = int(state["factored"][1])
 
     def to(self, device: torch.device) -> None:
-        self._buffer, self._core, self._gram = (t.to(device) for t in (self._buffer, self._core, self._gram))
+        self._buffer, self._core, self._gram = (moved(t, device) for t in (self._buffer, self._core, self._gram))
         self._half, self._halved = None, 0

@@ -24,6 +24,7 @@ entered W since the one before: H and M are carried over into the new coordinate
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,12 +33,16 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from ..errors import LowRankWarning
+from .device import moved
 from .distributed import Processes
 
 STEP = 0.5  # s: fast enough to follow a W that moves; the bound makes it average over several batches all the same
 _RIDGE = 1e-3  # of the diagonal of E[x x^T]
 _ITERATIONS = 4  # of `leading`
 _MEMORY = 0.1  # the share of a batch in the running mean M
+_ROUNDING = 0.01  # a share of 1 in bfloat16, after some arithmetic
+_IDLE = 2  # projections in a row without a label that counts: then it is said
 
 
 class Rotation(NamedTuple):
@@ -75,6 +80,8 @@ class SubspaceHead:
         self.directions = torch.zeros(0, 0, device=device, dtype=dtype)  # D (q, kept), orthonormal rows
         self.weight = torch.zeros(1, classes, device=device, dtype=dtype)  # H (q, classes) and, last, h
         self.moment = torch.zeros(1, 1, device=device, dtype=dtype)  # M (q + 1, q + 1)
+        self._counted: Tensor | None = None  # rows whose labels counted at the last update; None without labels
+        self._idle = 0  # projections in a row at which none did
         self._begin()
 
     def _begin(self) -> None:
@@ -82,7 +89,7 @@ class SubspaceHead:
         count = len(self.directions)
         self._sizes = sorted({min(size, count) for size in self.sizes})
         reads = [[float(at < size or at == count) for size in self._sizes] for at in range(count + 1)]
-        masks = torch.tensor(reads, dtype=self.weight.dtype)  # (q + 1, sizes); all read the constant
+        masks = torch.tensor(reads, dtype=self.weight.dtype, device="cpu")  # (q + 1, sizes); all read the constant
         self._masks = masks.to(self.weight.device, non_blocking=True)
         self._read = (masks @ masks.T).to(self.weight.device, non_blocking=True)  # by how many sizes, (q + 1, q + 1)
         self._forget()
@@ -103,6 +110,7 @@ class SubspaceHead:
         self,
         coordinates: Tensor | None,  # U (a_i + b) of each row, (n, kept), with a graph; not needed before it is `ready`
         labels: Tensor,  # see `rows_of_labels`
+        rows: int,  # n
         *,
         remember: bool,
     ) -> Tensor:
@@ -110,10 +118,14 @@ class SubspaceHead:
 
         Args:
             remember: whether the batch counts for the next `update`.
+
+        Raises:
+            ValueError: the labels do not fit.
         """
         if not self.ready or coordinates is None:
+            _check_labels(labels, rows, self.classes)
             return self.weight.new_zeros(())
-        targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)[:, None]
+        targets = rows_of_labels(labels, rows, self.classes).to(coordinates)[:, None]
         shape = len(self._sizes), self.classes
         with torch.no_grad():
             valid = targets.sum(dim=2)
@@ -149,6 +161,7 @@ class SubspaceHead:
             (sums,) = processes.sum(self._sums)
             width, share = len(self._sizes) * self.classes, len(self.directions) / max(1, images or self.images)
             rows = sums[-1, -1].clamp_min(1)
+            self._counted = sums[-1, -1] if images or self.images else None
             descent = torch.bmm(self._masks[:, None], sums[:, :width].unflatten(1, (-1, self.classes))).squeeze(1)
             moment = sums[:, width:] * self._read / rows
             damped = torch.add(moment.double(), self.moment, alpha=share)
@@ -162,7 +175,20 @@ class SubspaceHead:
         self._forget()
 
     def move(self, rotation: Rotation) -> None:
-        """After a projection: new directions, and H in them."""
+        """After a projection, which has waited for the device: new directions, and H in them.
+
+        Warns, once, if no label of the last update before this projection and the one before it counted.
+        """
+        if self.ready and self._counted is not None and not self._counted.is_meta:
+            self._idle = 0 if float(self._counted) > 0 else self._idle + 1
+            if self._idle == _IDLE:
+                warnings.warn(
+                    f"the subspace head learns nothing: of the labels that penalty() was given none is a class number "
+                    f"in [0, {self.classes}) or a share of each of {self.classes} classes. Give it such labels, or set "
+                    "head_weight=0",
+                    LowRankWarning,
+                    stacklevel=2,
+                )
         new = leading(rotation.rows, max(self.sizes)).T
         turned = new.new_zeros(len(new), 0)  # of the new directions with the old ones
         if self.ready:
@@ -200,8 +226,11 @@ class SubspaceHead:
         self._begin()
 
     def to(self, device: torch.device) -> None:
+        on_meta = self.weight.is_meta
         for name in ("directions", "weight", "moment", "_masks", "_read", "_sums"):
-            setattr(self, name, getattr(self, name).to(device))
+            setattr(self, name, moved(getattr(self, name), device))
+        if on_meta:
+            self._begin()
 
 
 def leading(
@@ -234,22 +263,30 @@ def rows_of_labels(
 
     Labels may be class numbers, with any number outside of [0, classes) for a sample that does not count, such as -100;
     or a share for each class, as mixing of images makes them; or ones for all classes that are there, which then have
-    equal shares. Where a layer has several rows for an image, as tokens are, all have the image's label.
+    equal shares. Rows with numbers outside of [0, 1] are no shares, and do not count either: they may be logits. Where
+    a layer has several rows for an image, as tokens are, all have the image's label.
 
     Raises:
         ValueError: another shape.
     """
+    _check_labels(labels, rows, classes)
+    if labels.dim() == 1:
+        targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+    else:
+        targets = labels if labels.dtype == torch.float64 else labels.float()
+        shares = ((targets >= 0) & (targets <= 1 + _ROUNDING)).all(dim=1, keepdim=True)  # NaN is none
+        targets = torch.where(shares, targets, 0)
+        targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    return targets if rows == len(labels) else targets.repeat_interleave(rows // len(labels), dim=0)
+
+
+def _check_labels(labels: Tensor, rows: int, classes: int) -> None:
+    """Raises ValueError for labels of a shape or type that `rows_of_labels` does not take."""
     if not fits_labels(labels, classes) or not len(labels) or rows % len(labels):
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit {rows} rows and "
             f"{classes} classes: the subspace head needs class numbers (batch,) or shares (batch, {classes})"
         )
-    if labels.dim() == 1:
-        targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
-    else:
-        targets = labels if labels.dtype == torch.float64 else labels.float()
-        targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    return targets if rows == len(labels) else targets.repeat_interleave(rows // len(labels), dim=0)
 
 
 def fits_labels(value: Any, classes: int | None) -> bool:

@@ -36,9 +36,14 @@ class LossHook(nn.Module):
 
 
 def labels_among(model: LowRankModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a criterion or a network is given beside its input that can be the labels, for `LowRankModel.penalty`."""
+    """What a criterion or a network is given beside its input that can be the labels, for `LowRankModel.penalty`.
+
+    By name, else the first class numbers, else the first floats (batch, classes), which may be a teacher's logits.
+    """
     named = [kwargs[name] for name in ("target", "targets", "labels") if name in kwargs]
-    return next((value for value in (*named, *args[1:]) if fits_labels(value, model.classes)), None)
+    fitting = [value for value in (*named, *args[1:]) if fits_labels(value, model.classes)]
+    numbers = [value for value in fitting if value.dim() == 1]
+    return next(iter(numbers or fitting), None)
 
 
 def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHandle:
@@ -46,7 +51,8 @@ def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHa
 
     Args:
         optimizer: a torch optimizer, or a wrapper around one, see `hooked_optimizer`. The hook sits on the torch
-            optimizer, so it does not fire where accumulation or an overflow skips the step.
+            optimizer, so it does not fire where accumulation or an overflow skips the step; a fused optimizer skips
+            inside its own kernel, and there it does.
         model: the `LowRankModel` itself, not a DDP or compiled wrapper around it.
 
     Returns:
@@ -56,8 +62,6 @@ def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHa
         TypeError: `optimizer` is no torch optimizer and does not hold exactly one, or `model` is no `LowRankModel`.
         ValueError: the model is attached to an optimizer already.
     """
-    refuse_deepspeed_optimizer(optimizer)
-    raw = hooked_optimizer(optimizer)
     if not isinstance(model, LowRankModel):
         raise TypeError(
             f"attach() needs the LowRankModel itself, as wrap() gave it, not a {type(model).__name__}: "
@@ -69,14 +73,25 @@ def attach(optimizer: Any, model: LowRankModel) -> torch.utils.hooks.RemovableHa
             "the handle that attach() gave first. Of several optimizers, attach the one that steps last"
         )
 
-    def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
-        waiting = any(branch.waiting for branch in model.branches.values())
-        # torch.distributed.checkpoint lets an optimizer that is to be loaded step once, at learning rate 0.
-        if waiting or any(group.get("lr") != 0 for group in stepped.param_groups):
-            model.update()
+    model.attachment = after_steps(optimizer, model.update, lambda: any(b.waiting for b in model.branches.values()))
+    return model.attachment
 
-    model.attachment = handle = raw.register_step_post_hook(after_step)
-    return handle
+
+def after_steps(
+    optimizer: Any, call: Callable[[], object], waiting: Callable[[], bool] = lambda: False
+) -> torch.utils.hooks.RemovableHandle:
+    """`call()` after each real step of `optimizer`; see `attach`.
+
+    torch.distributed.checkpoint lets an optimizer that is to be loaded step once, at learning rate 0: then only where
+    something is `waiting` for the step.
+    """
+    refuse_deepspeed_optimizer(optimizer)
+
+    def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        if waiting() or any(group.get("lr") != 0 for group in stepped.param_groups):
+            call()
+
+    return hooked_optimizer(optimizer).register_step_post_hook(after_step)
 
 
 def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -19,29 +19,39 @@ from .capture import Recording, Tap, recording
 from .config import LowRankConfig
 from .distributed import Processes, called_from, in_lockstep, pack_where_sharded, refuse_deepspeed
 
-STEPS_BEFORE_WARNING = 50  # training forwards of a loop that leaves out penalty() or update()
+FORWARDS_BEFORE_WARNING = 50  # in training, of a loop that leaves out penalty()
+STEPS_BEFORE_WARNING = 200  # penalties without an update(): more batches than anybody accumulates
 
 
 class BranchDict(nn.ModuleDict):
-    """A ModuleDict whose keys are layer names; torch forbids dots in them, so they are stored with "/" instead."""
+    """A ModuleDict whose keys are layer names.
+
+    torch forbids dots in them, and names that the dictionary itself has, such as "values": they are stored with "/" in
+    the place of dots, and with one more at the end.
+    """
+
+    @staticmethod
+    def _stored(key: str) -> str:
+        key = key.replace(".", "/")
+        return f"{key}/" if hasattr(BranchDict, key) or key == "training" else key
 
     def __getitem__(self, key: str) -> LowRankBranch:
-        return super().__getitem__(key.replace(".", "/"))  # type: ignore[return-value]
+        return super().__getitem__(self._stored(key))  # type: ignore[return-value]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        super().__setitem__(key.replace(".", "/"), module)
+        super().__setitem__(self._stored(key), module)
 
     def __delitem__(self, key: str) -> None:
-        super().__delitem__(key.replace(".", "/"))
+        super().__delitem__(self._stored(key))
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and super().__contains__(key.replace(".", "/"))
+        return isinstance(key, str) and super().__contains__(self._stored(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
     def keys(self):  # type: ignore[no-untyped-def, override]
-        return [key.replace("/", ".") for key in self._modules]
+        return [key.rstrip("/").replace("/", ".") for key in self._modules]
 
     def values(self):  # type: ignore[no-untyped-def, override]
         return list(self._modules.values())
@@ -55,7 +65,8 @@ class LowRankModel(nn.Module):
 
     A training forward records the regularized activations; `penalty` turns them into the branches' loss and
     `update` moves W and b after the optimizer's step. In eval mode, or switched off, the wrapper only calls the
-    backbone. Attributes that it does not have are read from, written to and deleted on the backbone; what timm's
+    backbone. Attributes that it does not have are read from, written to and deleted on the backbone, but for those by
+    which libraries find the network inside a wrapper (`module`, `_orig_mod`): they would lose the branches. What timm's
     `no_weight_decay` and `group_matcher` say of parameters by name, they say by the names that these have here. State
     dict: the backbone's under "backbone.", unchanged, and the branches' under "branches.".
 
@@ -69,7 +80,8 @@ class LowRankModel(nn.Module):
         taps: where each branch reads its layer.
         widths: number of features of each layer.
         ranks: target rank of each layer.
-        classes: how many the labels tell apart, for subspace heads; None where the network does not say.
+        classes: how many the labels tell apart, for subspace heads; None where the network does not say. Where the
+            backbone says another `num_classes` later, as after `reset_classifier`, new heads begin.
     """
 
     # Its own, whatever names the backbone has.
@@ -94,9 +106,11 @@ class LowRankModel(nn.Module):
         self.lowrank_config = config
         self.taps = tuple(taps)
         self.classes = classes
+        self._num_classes = getattr(backbone, "num_classes", None)
         self.enabled = True
         self.attachment: torch.utils.hooks.RemovableHandle | None = None  # of `attach`, which looks after it
-        self._recording: Recording | None = None
+        self._recording: Recording | None = None  # of the last forward that is trained on
+        self._trial: Recording | None = None  # of one behind it that was made without gradients
         self._usage = UsageCheck()
         self._lockstep: int | None = None  # penalties since the last update, of processes that make each step together
         device = next((p.device for p in backbone.parameters()), None)
@@ -128,15 +142,17 @@ class LowRankModel(nn.Module):
 
         A forward without gradients trains nothing: it takes the place of no other that waits for its penalty.
         """
-        record.learns, record.lockstep = torch.is_grad_enabled(), in_lockstep()
-        if not record.learns and self._recording is not None and self._recording.learns:
+        record.lockstep = in_lockstep()
+        if not torch.is_grad_enabled():
+            self._trial = record
             return
         # A count would be compiled in, and compiled anew whenever it changes.
-        if record.learns and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             record.forwards += 0 if self._recording is None else self._recording.forwards
             self._usage.count_forward()
-        self._recording = record
+        self._recording, self._trial = record, None
 
+    @torch.compiler.disable  # it asks about the state of the loop: each answer would be compiled in, and again
     def penalty(
         self,
         labels: Tensor | None = None,  # (batch,) class numbers, or (batch, classes) shares
@@ -144,7 +160,8 @@ class LowRankModel(nn.Module):
         """The summed penalty of all branches for the last training forward, a scalar with a graph (Alg. 2, line 8).
 
         Can be had once per forward, so that no batch counts twice. Of several forwards the last one counts: where each
-        is trained on, add `penalty()` behind each. Zero while the branches are switched off.
+        is trained on, add `penalty()` behind each. Zero while the branches are switched off. Under `torch.no_grad()` it
+        is that of the last forward there, to look at: none that waits to be trained on is used up.
 
         Args:
             labels: of that batch. Subspace heads need them, and are left out, with a warning, where there are none.
@@ -155,19 +172,25 @@ class LowRankModel(nn.Module):
             ValueError: labels that do not fit.
         """
         if not self.enabled:
-            device = next(self.backbone.parameters()).device  # of sharded ones too, whose new_zeros() would be sharded
+            parameter = next(self.backbone.parameters(), None)
+            device = None if parameter is None else parameter.device  # new_zeros() of a sharded one would be sharded
             return torch.zeros((), device=device, dtype=torch.float32)
-        if self._recording is None:
+        learns = torch.is_grad_enabled()
+        record = (self._recording or self._trial) if learns else (self._trial or self._recording)
+        if record is None:
             raise CaptureError(
                 "penalty() needs a forward pass in train mode before each call; "
                 "it was called without one, or twice for the same one"
             )
-        record, self._recording = self._recording, None
-        self._usage.count_penalty(record.forwards)
+        self._trial = None
+        if learns:
+            self._recording = None
+            self._usage.count_penalty(record.forwards)
         if record.lockstep:
             self._processes.meet("penalty()", self._lockstep or 0)
             self._lockstep = 1 + (self._lockstep or 0)
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
+        self._follow_classifier()
         if self.uses_labels:
             self._usage.count_labels(given=labels is not None)
         penalties = [self.branches[layer].penalty(value, labels) for layer, value in activations.items()]
@@ -176,7 +199,14 @@ class LowRankModel(nn.Module):
     @property
     def uses_labels(self) -> bool:
         """Whether a branch has a subspace head, which learns from labels."""
-        return any(branch.loss_weights.head for branch in self.branches.values())
+        return any(branch.head is not None for branch in self.branches.values())
+
+    def _follow_classifier(self) -> None:
+        """New heads where the backbone says another number of classes than when the present ones were made."""
+        if (said := getattr(self.backbone, "num_classes", None)) != self._num_classes:
+            self._num_classes, self.classes = said, said or None
+            for branch in self.branches.values():
+                branch.classify(self.classes)
 
     def _checked(self, tap: Tap, record: Recording) -> Tensor:
         value = record.activation(tap)
@@ -188,6 +218,7 @@ class LowRankModel(nn.Module):
             )
         return tap.view.rows(value)
 
+    @torch.compiler.disable
     def update(self) -> None:
         """The Update Step of every branch (Algorithm 2, lines 11 to 13), from all penalties since the last update.
 
@@ -210,16 +241,20 @@ class LowRankModel(nn.Module):
     def enable(self, on: bool = True) -> LowRankModel:
         """Switch the branches on or off; switched off, the wrapper costs nothing and `penalty` is zero.
 
-        The paper trains plainly for 50 epochs before it switches them on. Returns the model.
+        What waits for the next update is dropped when they go off. The paper trains plainly for 50 epochs before it
+        switches them on. Returns the model.
         """
         self.enabled = on
-        self._recording = None
+        self._recording = self._trial = None
+        if not on:
+            for branch in self.branches.values():
+                branch.forget_batches()
         return self
 
     def train(self, mode: bool = True) -> LowRankModel:
         """As of any module."""
         if not mode and self.training:
-            self._usage.pause(unused=self._recording is not None and self._recording.learns)
+            self._usage.pause(unused=self._recording is not None)
             if self._recording is not None:
                 self._recording.forwards = 0  # what was before an evaluation may have been a trial
         return super().train(mode)
@@ -270,6 +305,10 @@ class LowRankModel(nn.Module):
         self.warn_of_no_weight()
         return self.backbone
 
+    def warn_of_no_effect(self, what: str, advice: str) -> None:
+        """Warns, once, that the branches have no effect: for a loop that knows more of it than this model."""
+        self._usage.warn(what, advice)
+
     def warn_of_no_weight(self) -> None:
         """Warns, once, if the training of the branches ended before their warm-up: the network was trained plainly."""
         updates = max(branch.updates for branch in self.branches.values())
@@ -288,7 +327,8 @@ class LowRankModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "backbone":  # not built yet, or being unpickled: looking further would never end
+            # Not built yet, or being unpickled: looking further would never end. And see the class.
+            if name in ("backbone", *_INNER):
                 raise
             value = getattr(self.backbone, name)
             return _RENAMED[name](value) if name in _RENAMED else value
@@ -321,7 +361,7 @@ class LowRankModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Graph tensors can neither be copied nor pickled, and no optimizer steps on a copy.
-        return {**self.__dict__, "_recording": None, "attachment": None}
+        return {**self.__dict__, "_recording": None, "_trial": None, "attachment": None}
 
     def _replicate_for_data_parallel(self) -> LowRankModel:
         raise RuntimeError(
@@ -369,6 +409,7 @@ def _renamed_patterns(patterns: Any) -> Any:
 
 
 _PREFIX = "backbone."
+_INNER = "module", "_orig_mod"  # what DistributedDataParallel and torch.compile call the network inside them
 _RENAMED: dict[str, Callable[[Any], Any]] = {"no_weight_decay": _renamed_names, "group_matcher": _renamed_matcher}
 
 
@@ -388,8 +429,8 @@ class UsageCheck:
 
     def count_forward(self) -> None:
         self.forwards += 1
-        if self.forwards >= STEPS_BEFORE_WARNING and not self.penalties:
-            self._warn(f"{self.forwards} training forwards passed, but penalty() was never called")
+        if self.forwards >= FORWARDS_BEFORE_WARNING and not self.penalties:
+            self.warn(f"{self.forwards} training forwards passed, but penalty() was never called")
 
     def count_labels(self, given: bool) -> None:
         if not given and not self.labels_missed:
@@ -398,7 +439,7 @@ class UsageCheck:
                 "the subspace heads of the branches have no effect without labels: call model.penalty(labels), or set "
                 "head_weight=0",
                 LowRankWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def count_penalty(self, forwards: int) -> None:
@@ -411,10 +452,10 @@ class UsageCheck:
                 "each is trained on, add model.penalty() to the loss behind each forward; where the others are not, "
                 "run them under torch.no_grad() or in eval mode",
                 LowRankWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if self.penalties >= STEPS_BEFORE_WARNING:
-            self._warn(
+            self.warn(
                 f"penalty() was called {self.penalties} times, but update() never, so W and b stay what they were",
                 "call model.update() after optimizer.step(), or timm_lowrank.attach(optimizer, model) once",
             )
@@ -426,9 +467,9 @@ class UsageCheck:
             unused: whether the penalty of the last forward was never asked for.
         """
         if unused and not self.forwards and not self.penalties:
-            self._warn("a compiled network was trained, but penalty() was never called")
+            self.warn("a compiled network was trained, but penalty() was never called")
 
-    def _warn(self, what: str, advice: str | None = None) -> None:
+    def warn(self, what: str, advice: str | None = None) -> None:
         if self.done:
             return
         self.done = True

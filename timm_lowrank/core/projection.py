@@ -132,7 +132,7 @@ def nystrom_samples(
 ) -> list[Tensor]:
     """The column indices of each Nystrom run, (l,) int64 on the CPU, so that every process and device draws alike."""
     count = min(width, 2 * rank if columns is None else columns)
-    return [torch.randperm(width, generator=generator)[:count].sort().values for _ in range(runs)]
+    return [torch.randperm(width, generator=generator, device="cpu")[:count].sort().values for _ in range(runs)]
 
 
 def random_columns(
@@ -145,13 +145,14 @@ def random_columns(
     """
     count = min(width, max(0, rank - known) + oversampling)
     for begin in range(0, count, _COLUMNS):
-        yield torch.randn(width, min(_COLUMNS, count - begin), generator=generator).double()
+        yield torch.randn(width, min(_COLUMNS, count - begin), generator=generator, device="cpu").double()
 
 
 def widen(start: Tensor | None, width: int, rank: int, oversampling: int, generator: torch.Generator | None) -> Tensor:
     """`start` (width, s) with `random_columns` beside it, float64 on the CPU if there is no start."""
     known = 0 if start is None else start.shape[1]
-    extra = torch.cat([*random_columns(width, known, rank, oversampling, generator), torch.zeros(width, 0).double()], 1)
+    none = torch.zeros(width, 0, dtype=torch.float64, device="cpu")
+    extra = torch.cat([*random_columns(width, known, rank, oversampling, generator), none], dim=1)
     return extra if start is None else torch.cat([start, extra.to(start)], dim=1)
 
 

@@ -14,7 +14,6 @@ What timm saves, validates, averages and exports is the plain network; W and b t
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,14 +24,11 @@ from torch import Tensor, nn
 
 from ..checkpoint.branches import FORMAT, BranchDescription
 from ..core.config import LowRankConfig
-from ..core.loop import hooked_optimizer, labels_among
-from ..core.model import LowRankModel
-from ..errors import LowRankWarning
+from ..core.loop import after_steps, labels_among
+from ..core.model import STEPS_BEFORE_WARNING, LowRankModel
 from ..wrapping import wrap
 
 _logger = logging.getLogger(__name__)
-
-_BATCHES_WITHOUT_STEP = 200  # batches without an optimizer step, more than anybody accumulates
 
 
 class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not typed
@@ -161,9 +157,10 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
             optimizer: a torch optimizer, or a wrapper around one (accelerate's, timm's Lookahead).
 
         Raises:
-            TypeError: `optimizer` is no torch optimizer and holds none.
+            TypeError: `optimizer` is no torch optimizer and does not hold exactly one.
+            LowRankError: it belongs to DeepSpeed.
         """
-        hooked_optimizer(optimizer).register_step_post_hook(lambda *_: self._after_step())
+        after_steps(optimizer, self._after_step)
         self._attached = True
         return self
 
@@ -180,13 +177,11 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
 
     def _count_forward(self) -> None:
         self._forwards += 1
-        if self._forwards == _BATCHES_WITHOUT_STEP:
+        if self._forwards == STEPS_BEFORE_WARNING:
             reason = "the attached optimizer never stepped" if self._attached else "update_ema() was never called"
-            warnings.warn(
-                f"{self._forwards} batches were trained on, but {reason}, so the low-rank branches stay what they are: "
+            self.lowrank.warn_of_no_effect(
+                f"{self._forwards} batches were trained on, but {reason}",
                 "call task.update_ema() after each optimizer step, or task.attach(optimizer) once",
-                LowRankWarning,
-                stacklevel=4,
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,6 +253,8 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
     ) -> None:
         """The inverse of `get_task_state`. A checkpoint of plain training has none: the branches begin anew.
 
+        Whether they are on is the task's own business where it has a `start_epoch` or `start_update`, else the state's.
+
         Raises:
             CheckpointError: the checkpoint's branches sit on other layers, or have other widths, ranks or views.
         """
@@ -270,6 +267,8 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         self.lowrank.branches.load_state_dict(state["branches"], strict=strict)
         self.updates = int(state["updates"])
         self._forwards, self._penalized = 0, False
+        if not (self.start_epoch or self.start_update):
+            self.lowrank.enable(bool(state.get("enabled", True)))
         self._switch()
 
 
