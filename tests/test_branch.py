@@ -860,7 +860,7 @@ def test_dead_activations_are_a_collapse_although_b_has_not_followed_yet(storage
     """A dead layer is equal for all samples, not zero about -b, which moves slowly."""
     branch = trained(5, storage=storage, scale="paper", step_rule="fixed", step_size=1e-3)
     dead = torch.full((8, 24), 0.5, dtype=DOUBLE)
-    with pytest.raises(CollapseError, match=r"collapsed: after 7 updates the root mean square norm"):
+    with pytest.raises(CollapseError, match=r"collapsed: after 8 updates the root mean square norm"):
         train_all(branch, [dead] * 4)
 
 
@@ -919,7 +919,7 @@ def test_room_for_rows_is_made_as_they_come():
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("before", "updates"), [(5, 6), (0, 1), (7, 7)], ids=["between", "from the first", "projection"]
+    ("before", "updates"), [(5, 6), (0, 1), (7, 8)], ids=["between", "from the first", "projection"]
 )
 def test_activations_that_stay_not_finite_are_an_error_at_the_second_update(storage, value, before, updates):
     branch = trained(before, storage=storage)
@@ -932,13 +932,21 @@ def test_activations_that_stay_not_finite_are_an_error_at_the_second_update(stor
     assert branch.bias.isfinite().all()
 
 
-def test_a_batch_that_is_not_finite_now_and_then_is_none():
-    """As a gradient scaler has them, whose step is skipped."""
-    branch = trained(4)
-    broken = torch.full((8, 24), torch.inf, dtype=DOUBLE)
-    for rows in batches(2):
-        branch = copy.deepcopy(train_all(branch, [broken, rows]))
-    assert branch.updates == 8
+ODD = {
+    "not finite": torch.full((8, 24), torch.inf, dtype=DOUBLE),  # as a gradient scaler has them, whose step is skipped
+    "all alike": torch.ones(8, 24, dtype=DOUBLE),  # duplicates, or blank images
+    "huge": 1e6 * torch.randn(8, 24, dtype=DOUBLE),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("odd", ODD)
+def test_one_odd_batch_now_and_then_is_no_collapse_at_a_projection_either(storage, odd):
+    branch = trained(3, storage=storage)  # the next update projects, and every fourth one behind it
+    for rows in batches(4):
+        branch = copy.deepcopy(train_all(branch, [ODD[odd], rows]))
+    assert branch.updates == 11
+    assert branch.weight.eigenvalues().isfinite().all()
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -946,9 +954,41 @@ def test_a_layer_that_blows_up_is_named(storage):
     branch = build(storage=storage, project_every=2)
     branch.name = "layer3"
     rows = torch.randn(8, branch.num_features, dtype=DOUBLE)
-    train(branch, rows)
-    with pytest.raises(CollapseError, match=r"layer 'layer3' blew up: after 1 updates"):
+    train_all(branch, [rows, rows * 1e6])
+    with pytest.raises(CollapseError, match=r"layer 'layer3' blew up: after 2 updates"):
         train(branch, rows * 1e6)
+
+
+def test_a_penalty_that_is_looked_at_before_training_has_the_scale_of_its_batch():
+    branch, (rows,) = build(scale="reference", warmup_updates=0), batches(1)
+    with torch.no_grad():
+        looked_at = branch.penalty(rows)
+    assert not branch.waiting
+    assert float(looked_at) == pytest.approx(branch.loss_weights.reconstruction, rel=1e-6), "of W = 0 all is outside"
+
+
+def test_a_branch_that_was_built_without_memory_gets_some():
+    with torch.device("meta"):
+        branch = LowRankBranch(24, 4, config(scale="reference"), classes=3)
+    branch.to_empty(device="cpu")
+    twin = LowRankBranch(24, 4, config(scale="reference"), classes=3)
+    for one in (branch, twin):
+        train_all(one, (rows.float() for rows in batches(6)))
+    assert_same_w_and_b(branch, twin)
+
+
+def test_draws_are_made_on_the_processor_whatever_the_default_device_is():
+    usual, (torch_default, twin) = list(batches(9, rows=80)), (build(update_rows=16), build(update_rows=16))
+    train_all(twin, usual)
+    torch.set_default_device("meta")
+    try:
+        for rows in usual:
+            train(torch_default, rows)
+        state = torch_default.state_dict()
+    finally:
+        torch.set_default_device(None)
+    assert_same_w_and_b(torch_default, twin)
+    assert {value.device.type for value in state.values()} == {"cpu"}
 
 
 BROKEN = {

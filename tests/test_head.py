@@ -4,6 +4,7 @@ import math
 import warnings
 
 import pytest
+import timm
 import torch
 from conftest import SmallNet
 from torch.nn import functional
@@ -321,6 +322,86 @@ def test_labels_that_a_criterion_takes_and_a_head_cannot_are_passed_over(digits)
     hook = LossHook(lambda output, target: functional.mse_loss(output[:, :1], target), model)
     with pytest.warns(LowRankWarning, match="no effect without labels"):
         step(model, digits[0][:32], torch.rand(32, 1), hook)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        lambda labels: torch.randn(len(labels), 10),  # of a regression, or a teacher's logits
+        lambda labels: torch.randn(len(labels), 10).log_softmax(dim=1),
+        lambda labels: torch.full((len(labels), 10), torch.nan),
+        lambda labels: labels + 10,
+    ],
+    ids=["logits", "logarithms", "NaN", "class numbers of another network"],
+)
+def test_targets_that_are_no_labels_teach_nothing_and_that_is_said_once(digits, targets):
+    model = wrapped()
+    images, labels = digits[0][:32], digits[1][:32]
+    hook = LossHook(lambda output, target: output.square().mean(), model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = [float(step(model, images, targets(labels), hook).detach()) for _ in range(14)]
+    assert all(math.isfinite(loss) and loss >= 0 for loss in losses)
+    assert float(model.losses()["body"]["head"]) == 0
+    assert not model.branches["body"].head.weight.any()
+    (message,) = [str(one.message) for one in caught]
+    assert "the subspace head learns nothing" in message
+    assert "a class number in [0, 10) or a share of each of 10 classes" in message
+
+
+def test_class_numbers_go_before_the_logits_of_a_teacher(digits):
+    """Of a criterion that takes both."""
+    one, two = wrapped(), wrapped()
+    two.load_state_dict(one.state_dict())
+    images, labels = digits[0][:32], digits[1][:32]
+    teacher = torch.randn(32, 10, generator=torch.Generator().manual_seed(0))
+
+    def distil(logits, taught, y):
+        return functional.cross_entropy(logits, y) + functional.mse_loss(logits, taught)
+
+    hook = LossHook(distil, two)
+    for _ in range(6):
+        by_hand = step(one, images, labels, lambda logits, y: distil(logits, teacher, y) + one.penalty(y))
+        hooked = step(two, images, labels, lambda logits, y: hook(logits, teacher, y))
+        assert torch.equal(by_hand, hooked)
+
+
+def test_labels_that_do_not_fit_are_named_at_the_first_penalty(digits):
+    model = wrapped()
+    model(digits[0][:32])
+    with pytest.raises(ValueError, match=r"labels of shape \(7,\) and type torch.int64 do not fit 32 rows"):
+        model.penalty(digits[1][:7])
+
+
+def test_a_classifier_that_was_replaced_decides_the_classes(digits):
+    """Whatever the network says of itself."""
+    network = SmallNet()
+    network.num_classes = 3
+    model = tlr.wrap(network, LowRankConfig(branches={"body": 4}), example_input=digits[0][:2])
+    assert (model.classes, model.branches["body"].head.classes) == (10, 10)
+
+
+def test_heads_follow_a_classifier_that_is_reset(digits):
+    network = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    settings = {"branches": {"layer3": 4}, "warmup_updates": 0, "project_every": 2}
+    model = tlr.wrap(network, LowRankConfig(**settings), example_input=digits[0][:2]).train()
+    images, labels = digits[0][:32], digits[1][:32]
+
+    def train(count):
+        for _ in range(count):
+            step(model, images, labels % model.num_classes, lambda logits, y: model.penalty(y) + logits.square().mean())
+
+    train(3)
+    w = model.branches["layer3"].dense_weight()
+    model.reset_classifier(4)
+    assert torch.equal(model.branches["layer3"].dense_weight(), w)
+    train(3)
+    assert (model.classes, model.branches["layer3"].head.classes) == (4, 4)
+    assert model.losses()["layer3"]["head"] > 0
+    model.reset_classifier(0)
+    train_loss = model(images).square().mean() + model.penalty(labels)
+    assert train_loss.isfinite()
+    assert (model.classes, model.uses_labels) == (None, False)
 
 
 def test_tokens_have_the_label_of_their_image(digits):

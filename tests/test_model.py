@@ -8,11 +8,13 @@ import accelerate
 import pytest
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 from states import same
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -793,6 +795,113 @@ def test_forwards_without_gradients_are_no_training(wrapped, data):
         model(others)
     twin(images)
     assert torch.equal(model.penalty(), twin.penalty()), "of the forward that learns"
+
+
+def test_a_penalty_without_gradients_is_of_the_forward_there_and_uses_none_up(wrapped, data):
+    model, twin = wrapped(), wrapped()
+    (images, _), (others, _) = data(2)
+    model(images)
+    with torch.no_grad():
+        model(others)
+        looked_at = model.penalty()
+        twin(others)
+        assert torch.equal(looked_at, twin.penalty())
+    twin(images)
+    assert torch.equal(model.penalty(), twin.penalty())
+
+
+def test_what_waits_for_an_update_is_dropped_at_switch_off(wrapped, data):
+    model = wrapped(update_rows=None)
+    (images, _), (others, _) = data(2)
+    twin = copy.deepcopy(model)
+    model(images)
+    model.penalty()
+    model.enable(False)
+    assert not any(branch.waiting for branch in model.branches.values())
+    for one in (model.enable(), twin):
+        one(others)
+        one.penalty()
+        one.update()
+    assert_close_branches(model, twin, atol=1e-6)
+
+
+def test_in_inference_mode(wrapped, data):
+    """As validation loops have it, Lightning's among them; and BatchNorms are calibrated in train mode there."""
+    model, ((images, _),) = wrapped(), data(1)
+    embedder = tlr.Embedder(train_once(model, images), "body", size=2, images=images).eval()
+    with torch.no_grad():
+        expected = embedder(images)
+        with model.eval().capture() as activations:
+            model(images)
+    with torch.inference_mode():
+        assert torch.equal(embedder(images), expected)
+        with model.capture() as recorded:
+            model(images)
+        assert recorded.keys() == activations.keys()
+        assert all(torch.equal(recorded[layer], activations[layer]) for layer in activations)
+        assert model.train()(images).shape == (16, 10)
+        assert tlr.wrap(wrapped().unwrap(), config(), example_input=images)(images).shape == (16, 10)
+        assert tlr.list_layers(wrapped().unwrap(), images=images)
+
+
+def train_once(model, images):
+    model.train()(images)
+    model.penalty()
+    model.update()
+    model.branches["body"].project()
+    return model
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_no_name_by_which_wrappers_are_taken_off_leads_past_the_branches(wrapped, name):
+    model = wrapped()
+    setattr(model.backbone, name, nn.Identity())
+    assert not hasattr(model, name)
+
+
+def test_a_compiled_backbone_inside_the_wrapper_keeps_its_branches(digits, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    model = tlr.wrap(network, config({"layer3": 4}), example_input=digits[0][:2]).train()
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    model(digits[0][:16])
+    model.penalty()
+    model.update()
+    assert any("branches" in key for key in timm.utils.get_state_dict(model))
+    tlr.save_pretrained(model, tmp_path / "saved")
+    loaded = tlr.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.branches["layer3"].dense_weight(), model.branches["layer3"].dense_weight())
+
+
+def test_torchs_checkpoints_take_the_branches_of_a_model_that_is_not_sharded(wrapped, data, tmp_path):
+    model, fresh, loaded = wrapped(), wrapped(), wrapped()
+    train(model, sgd(model), data(5))
+    set_model_state_dict(fresh, get_model_state_dict(model))
+    assert_close_branches(fresh, model, atol=0)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=tmp_path / "saved")
+    state = {"model": get_model_state_dict(loaded)}
+    dcp.load(state, checkpoint_id=tmp_path / "saved")
+    set_model_state_dict(loaded, state["model"])
+    assert_close_branches(loaded, model, atol=0)
+    assert all("_extra_state" not in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["values", "keys", "items", "update"])
+def test_a_layer_may_have_the_name_of_a_method_of_a_dictionary(name):
+    network = nn.Sequential()
+    for layer, part in (("first", nn.Linear(6, 5)), (name, nn.Linear(5, 5)), ("last", nn.Linear(5, 3))):
+        network.add_module(layer, part)
+    model, twin = (
+        tlr.wrap(copy.deepcopy(network), config({name: 2, "first": 2}), example_input=torch.rand(2, 6)).train()
+        for _ in range(2)
+    )
+    assert list(model.branches) == [name, "first"]
+    assert name in model.branches
+    model(torch.rand(4, 6))
+    model.penalty()
+    model.update()
+    twin.load_state_dict(model.state_dict())
+    assert_close_branches(twin, model, atol=0)
 
 
 @pytest.mark.parametrize("used", [True, False])
