@@ -62,6 +62,26 @@ MUTATIONS = (
         "tests/test_branch.py",
     ),
     Mutation(
+        "logits taken for shares", "timm_lowrank/core/head.py",
+        "targets = torch.where(shares, targets, 0)", "targets = torch.where(shares | True, targets, 0)",
+        "tests/test_head.py",
+    ),
+    Mutation(
+        "a collapse at the first odd batch", "timm_lowrank/core/branch.py",
+        "if symptom and self._doubtful:", "if symptom:",
+        "tests/test_branch.py",
+    ),
+    Mutation(
+        "sequences taken for batches", "timm_lowrank/layers.py",
+        "len(double) == 2 * len(single) and (", "len(double) == 2 * len(single) or (",
+        "tests/test_views.py",
+    ),
+    Mutation(
+        "wrappers taken off past the branches", "timm_lowrank/core/model.py",
+        'if name in ("backbone", *_INNER):', 'if name == "backbone":',
+        "tests/test_model.py",
+    ),
+    Mutation(
         "projection skipped", "timm_lowrank/core/branch.py",
         "        if projects:\n            self.project(", "        if False:\n            self.project(",
         "tests/test_branch.py",

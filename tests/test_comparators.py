@@ -118,6 +118,23 @@ def test_snip_keeps_the_largest_products_of_weight_and_gradient(digits, small_ne
     assert not hidden.parametrizations.weight.original.grad[hidden.weight == 0].any()
 
 
+def test_snip_leaves_to_the_training_what_its_dropout_draws(digits, small_net):
+    images, labels = batch(digits)
+    network = small_net().double()
+    network.hidden = nn.Sequential(nn.Dropout(0.5), network.hidden)
+    before = torch.get_rng_state()
+    comparators.snip(network, images, labels)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nested_classifiers_of_a_network_that_has_none(digits, small_net):
+    images, labels = batch(digits)
+    network = small_net().double().train()
+    criterion = comparators.NestedLoss(functional.cross_entropy, network)
+    with pytest.raises(ValueError, match=r"the SmallNet has no nested classifiers: give it some with matryoshka"):
+        criterion(network(images), labels)
+
+
 def test_snip_takes_the_mean_of_the_gradients_of_all_batches_and_processes(digits, small_net):
     images, labels = batch(digits, 64)
     whole = small_net().double()

@@ -55,6 +55,23 @@ def test_a_model_compiled_in_place_with_a_view_is_compiled_once(digits):
     assert distance(compiled_runs(model, scenario, digits, model), scenarios.alone(scenario, digits))[0] < 1e-4
 
 
+def test_a_compiled_step_does_not_compile_the_loop_of_the_branches(digits):
+    """What they ask about the loop would be compiled in, and anew with every answer."""
+    scenario = Scenario("step", {"update_rows": 10})
+    model, twin = build(scenario), build(scenario)
+
+    def step(one, images, labels):
+        return nn.functional.cross_entropy(one(images), labels) + one.penalty(labels)
+
+    compiled = torch.compile(lambda images, labels: step(model, images, labels), backend="eager")
+    for images, labels in zip(*(part[:96].split(8) for part in digits), strict=True):
+        loss, expected = compiled(images, labels), step(twin, images, labels)
+        assert torch.allclose(loss, expected, atol=1e-5)
+        for one in (model, twin):
+            one.update()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "one on either side of the penalty"
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_compiled_model_can_be_switched_at_any_time(digits, fullgraph):
     """The compiler does not see hooks that are registered after a module was compiled; these are in the graph."""

@@ -131,6 +131,27 @@ def test_a_loop_that_never_updates_is_warned_once(batches, monkeypatch, attached
     assert len(warned) == 1
 
 
+def test_a_loop_that_never_updates_hears_it_from_the_task_alone(batches, monkeypatch):
+    monkeypatch.setattr("timm_lowrank.core.model.STEPS_BEFORE_WARNING", 3)
+    monkeypatch.setattr(timm_task, "STEPS_BEFORE_WARNING", 3)
+    task = make_task()
+    with pytest.warns(LowRankWarning, match=r"call task.update_ema\(\) after each optimizer step") as warned:
+        train(task, sgd(task), batches[:8], ema=False)
+    assert len([one for one in warned if "no effect" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_switch_of_the_user_comes_back_with_the_state(batches, on):
+    task, loaded = make_task(), make_task()
+    train(task, sgd(task), batches[:2])
+    task.lowrank.enable(on)
+    loaded.load_task_state(task.get_task_state())
+    assert loaded.lowrank.enabled == on
+    late = make_task(start_update=1)  # whose own business it is
+    late.load_task_state(task.get_task_state())
+    assert late.lowrank.enabled
+
+
 # ----------------------------------------------------------------------------------------------------- switch-on
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import timm_lowrank as tlr
-from timm_lowrank import LowRankBranch, LowRankConfig, list_layers
+from timm_lowrank import CaptureError, LowRankBranch, LowRankConfig, list_layers
 from timm_lowrank.core.views import VIEWS, View
 from timm_lowrank.layers import natural_view
 
@@ -47,6 +47,55 @@ def test_features_without_positions_are_the_same_in_every_view(kind):
     activations = values(4, 6)
     assert torch.equal(View(kind, -1).rows(activations), activations)
     assert View(kind, -1).width(activations) == 6
+
+
+class Signal(nn.Module):
+    """A network of one-dimensional maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.norm, self.classifier = nn.Conv1d(8, 24, 1), nn.BatchNorm1d(24), nn.Linear(24, 3)
+
+    def forward(self, signals):
+        return self.classifier(self.norm(self.wide(signals)).relu().mean(dim=-1))
+
+
+@pytest.mark.parametrize("layer", ["wide", "norm"])
+def test_one_dimensional_maps_have_their_channels_in_front(layer):
+    network, signals = Signal(), torch.randn(4, 8, 6)
+    assert [(one.width, one.view) for one in list_layers(network, images=signals) if one.name == layer] == [
+        (24, "token")
+    ]
+    model = tlr.wrap(network, config(layer, head_weight=0.0), example_input=signals).train()
+    assert model.branches[layer].view == View("token", 1)
+    with model.capture() as seen:
+        model(signals)
+    rows = model.branches[layer].view.rows(seen[layer])
+    assert torch.equal(rows, seen[layer].movedim(1, 2).reshape(24, 24))
+
+
+class Sequences(nn.Module):
+    """An encoder of sequences, with the batch first or behind the tokens."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.batch_first = batch_first
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        encoded = self.encoder(tokens if self.batch_first else tokens.transpose(0, 1))
+        return self.classifier(encoded.mean(dim=1 if self.batch_first else 0))
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 6])  # 5: as many as there are tokens
+def test_a_head_wants_the_rows_image_by_image(images):
+    tokens = torch.randn(images, 5, 8)
+    tlr.wrap(Sequences(True), config("encoder"), example_input=tokens)
+    with pytest.raises(CaptureError, match=r"what layer 'encoder' gives is not the batch .*batch_first=False"):
+        tlr.wrap(Sequences(False), config("encoder"), example_input=tokens)
+    model = tlr.wrap(Sequences(False), config("encoder", "token", head_weight=0.0), example_input=tokens)
+    assert model.branches["encoder"].num_features == 8
 
 
 class Formatted(nn.Module):
