@@ -28,7 +28,7 @@ from timm_lowrank.evaluation.results import (
     write_evaluation,
 )
 from timm_lowrank.publish import push_to_hub
-from timm_lowrank.publish.card import Place, code, escaped, run_card, short_card
+from timm_lowrank.publish.card import Place, code, dataset_of, escaped, run_card, short_card
 from timm_lowrank.publish.checkpoints import figures_of
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.paths import without_local_paths
@@ -172,7 +172,7 @@ def test_figures_are_told_apart_by_what_they_are_not_by_their_names(run):
     """PGD with other steps, radii, starts and norms, all of them called alike, and labels that name other attacks."""
     pgd = next(one.protocol.attack for one in FIGURES if one.key == "pgd")
     changes = ({"steps": 7}, {"eps": 4 / 255}, {"random_start": False}, {"norm": "l2"}, {"targeted": True})
-    changes += ({"name": "FGSM"}, {"restarts": 5})
+    changes += ({"name": "FGSM"}, {"restarts": 5}, {"radius_unit": "normalized"})
     others = [
         figure(f"a{n}", "PGD-20, 8/255", share(100), share(100), attack=dataclasses.replace(pgd, **one))
         for n, one in enumerate(changes)
@@ -319,6 +319,10 @@ def test_of_a_path_the_last_part_is_left(text, left):
     assert without_local_paths(text) == left
     assert without_local_paths({"list": [text], text: 1, "pixels": text}) == {"list": [left], left: 1, "pixels": text}
     assert without_local_paths(left) == left, "once is enough"
+
+
+def test_the_name_of_a_data_set_is_no_name_of_an_owner():
+    assert [dataset_of(source).name for source in ("/home/me/photos/", "/home/me", "/")] == ["photos", "home", "images"]
 
 
 def test_keys_stay_different_and_names_of_classes_as_they_are():

@@ -16,7 +16,7 @@ from .. import text
 from ..checkpoint.loading import read_info
 from ..evaluation.noise import STANDARD_DEVIATION
 from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
-from .paths import without_local_paths
+from .paths import last_part, without_local_paths
 
 if TYPE_CHECKING:
     from .record import RunRecord  # which needs more than is installed with this package
@@ -141,7 +141,7 @@ def dataset_of(source: str, given: str | None = None) -> Dataset:
         return Dataset("digits", "scikit-learn digits", False)
     if re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", source) and not source.startswith(".") and not Path(source).exists():
         return Dataset(source, source, True)
-    name = re.split(r"[/\\]", source.rstrip("/\\"))[-1] or "images"
+    name = last_part(source, "images")
     return Dataset(re.sub(r"[^\w.-]+", "-", name), name, False)
 
 

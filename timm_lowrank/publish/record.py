@@ -12,14 +12,13 @@ from ..checkpoint import verify
 from ..checkpoint.files import NETWORK_CONFIG, NETWORK_WEIGHTS
 from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
-from ..evaluation.results import MOST_BYTES, Evaluation, Figure, Headline, Kind, Value, evaluation_from_json
+from ..evaluation.results import MOST_BYTES, Evaluation, Figure, Headline, Kind, Value, evaluation_from_json, headline
 from ..files import read_json, sha256_of, weights_sha256
 from ..training.run import Run
-from .paths import without_paths_in_titles
+from .paths import last_part, without_paths_in_titles
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
 LICENSE = "apache-2.0"  # of weights trained from scratch
-EPS = 8 / 255  # radius of the attacks that a card and the list of checkpoints name first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class RunRecord:
         """The pretrained weights that the recipe names; None for a network trained from scratch."""
         name, options = self.run.recipe.model, self.run.recipe.model_args
         if path := options.get("checkpoint_path"):
-            return Origin(re.split(r"[/\\]", str(path))[-1], None, None)
+            return Origin(last_part(str(path)), None, None)
         if not options.get("pretrained"):
             return None
         cfg = read_json(self.run.model / NETWORK_CONFIG).get("pretrained_cfg", {})
@@ -103,20 +102,8 @@ class RunRecord:
         return figures[0] if figures else None
 
     def headline(self) -> Headline:
-        """Clean accuracy, PGD-20 from a random start and standard AutoAttack, both in L_inf at 8/255, if measured."""
-        pgd = self._reference(name="PGD", steps=20, random_start=True, restarts=1)
-        return Headline(self.figure(Kind.CLEAN), pgd, self._reference(name="AutoAttack", version="standard"))
-
-    def _reference(self, **wanted: str | int | bool) -> Figure | None:
-        """The figure of an untargeted attack in L_inf at EPS with these fields."""
-        wanted = {"norm": "linf", "targeted": False, **wanted}
-        for figure in self.evaluation.by_kind(Kind.ATTACK) if self.evaluation else ():
-            attack = figure.protocol.attack
-            if attack is None or attack.eps is None or abs(attack.eps - EPS) > 1e-6:
-                continue
-            if all(getattr(attack, name) == value for name, value in wanted.items()):
-                return figure
-        return None
+        """Clean accuracy, PGD-20 and AutoAttack at 8/255 by the protocol that others use, as far as measured."""
+        return headline(self.evaluation, reference=True) if self.evaluation else Headline(None, None, None)
 
     def own(self, figure: Figure | None) -> Value | None:
         """The value of this network; None where it was not measured."""
