@@ -205,6 +205,30 @@ def test_branches_whose_penalty_never_had_weight_are_not_said_to_have_pulled(run
     assert ("before their penalty had any weight (`warmup_updates=100`)" in text) == said
 
 
+STEPS, CROPS = {"milestones": "[1, 2]", "gamma": "0.1"}, {"crop_scale": "0.08", "crop_pct": "0.875"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        ({}, STEPS),
+        ({"milestones": []}, {}),
+        ({"schedule": "cosine"}, {}),
+        ({"optimizer": "adamw", "gamma": 0.5}, {**STEPS, "optimizer": "adamw", "gamma": "0.5"}),
+        ({"cooldown_epochs": 1, "compile": True}, {**STEPS, "cooldown_epochs": "1", "compile": "True"}),
+        ({"image_size": 32}, {**STEPS, "image_size": "32", **CROPS}),
+        ({"image_size": 32, "augment": "none"}, {**STEPS, "image_size": "32", "crop_pct": "0.875"}),
+    ],
+)
+def test_the_table_of_the_training_shows_what_decided_it(run, keys, shown):
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}, sort_keys=False))
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*)` \|$", section(card(run), "training"), re.MULTILINE))
+    assert (rows["momentum"], rows["learning_rate"]) == ("0.9", "0.1")
+    depending = {*STEPS, *CROPS, "optimizer", "cooldown_epochs", "compile", "image_size"}
+    assert {key: value for key, value in rows.items() if key in depending} == shown
+
+
 def test_the_same_run_gives_the_same_card(run):
     first = card(run)
     assert card(run) == first

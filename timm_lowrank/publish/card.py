@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Valu
 from .paths import last_part, without_local_paths
 
 if TYPE_CHECKING:
+    from ..training.recipe import Recipe
     from .record import RunRecord  # which needs more than is installed with this package
 
 HUB = "https://huggingface.co"
@@ -30,9 +31,17 @@ HUB_LICENSES = (  # of those of timm's weights, what the Hub knows; others have 
 DIRECTIONS = (5, 10)
 RECIPE = (  # what the card quotes of it, where it is set
     "model", "model_args", "data_args", "comparator", "comparator_args", "epochs", "pretrain_epochs", "ramp_epochs",
-    "batch_size", "learning_rate", "momentum", "weight_decay", "nesterov", "schedule", "milestones", "warmup_epochs",
-    "augment", "precision", "ema_decay", "gradient_accumulation", "clip_norm",
+    "cooldown_epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "nesterov", "schedule",
+    "milestones", "gamma", "warmup_epochs", "augment", "image_size", "crop_scale", "crop_pct", "precision", "compile",
+    "ema_decay", "gradient_accumulation", "clip_norm",
 )  # fmt: skip
+MEANINGFUL: Mapping[str, Callable[[Recipe], bool]] = {  # keys that say something in some recipes alone
+    "optimizer": lambda recipe: recipe.optimizer != "sgd",
+    "milestones": lambda recipe: recipe.schedule == "step",
+    "gamma": lambda recipe: recipe.schedule == "step" and bool(recipe.milestones),
+    "crop_scale": lambda recipe: recipe.image_size is not None and recipe.augment != "none",
+    "crop_pct": lambda recipe: recipe.image_size is not None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +62,15 @@ class Place:
     transformers: str
     own: str
     url: str | None  # None where nobody can follow it
+    revision: str | None = None  # beside `transformers` and `own`; None is the main branch
 
     @classmethod
     def on_hub(cls, repo_id: str, revision: str | None = None) -> Place:
         """A repository, and the branch of it that the card is for; None is the main one."""
+        revision = None if revision == "main" else revision
         url = f"{HUB}/{repo_id}/tree/{revision or 'main'}"
-        return cls(repo_id.split("/")[-1], f"hf-hub:{repo_id}", repo_id, repo_id, url)
+        source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+        return cls(repo_id.split("/")[-1], source, repo_id, repo_id, url, revision)
 
     @classmethod
     def in_clone(cls, name: str) -> Place:
@@ -67,15 +79,16 @@ class Place:
         return cls(name, f"local-dir:{folder}", folder, name, None)
 
 
-def short_card(folder: Path, repo_id: str) -> str:
+def short_card(folder: Path, repo_id: str, revision: str | None = None) -> str:
     """README.md for a checkpoint whose owner writes none: what it is, how to load it, and that nothing was evaluated.
 
     Args:
         folder: as `save_pretrained` writes it.
         repo_id: USER/NAME.
+        revision: the branch that the card is for; None is the main one.
     """
     metadata = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=TAGS)
-    place = Place.on_hub(repo_id)
+    place = Place.on_hub(repo_id, revision)
     return _render(metadata=metadata.to_yaml(), place=place, network=read_info(folder), record=None)
 
 
@@ -221,14 +234,14 @@ def _shows_robustness(figure: Figure) -> bool:
 
 def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:
     """What the table about the training holds, by name; what is not known is None."""
-    summary, recipe = record.run.summary, record.run.recipe.to_dict()
+    summary, recipe = record.run.summary, record.run.recipe
     branches = record.network.branches
     config = branches.config.to_dict() if branches else {}
     facts = {
         "data": f"{data.name}, {summary.data.train_images:,} training images",
         "data fingerprint": summary.data.fingerprint,
-        "recipe": recipe["name"],
-        **{key: recipe[key] for key in RECIPE if recipe.get(key) not in (None, (), [], {}, False, 0)},
+        "recipe": recipe.name,
+        **{key: getattr(recipe, key) for key in RECIPE if _is_quoted(key, recipe)},
         **{f"lowrank.{key}": value for key, value in config.items()},
         "weights": "of the last step" if summary.weights == "last" else "averaged over the training",
         "seed": summary.seed,
@@ -237,6 +250,12 @@ def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:
         "sha256 of model.safetensors": record.sha256,
     }
     return {name: without_local_paths(value) for name, value in facts.items()}
+
+
+def _is_quoted(key: str, recipe: Recipe) -> bool:
+    """Whether a key of the recipe is set and says something about this training."""
+    unset: tuple[object, ...] = (None, (), [], {}, False, 0)
+    return getattr(recipe, key) not in unset and MEANINGFUL.get(key, lambda _: True)(recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------ template

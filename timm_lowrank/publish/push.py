@@ -108,7 +108,8 @@ def push_to_hub(
     with _staging(dry_run) as folder:
         _write_checkpoint(model, folder, label_names, data_config)
         _write_files(files or {}, folder)
-        (folder / CARD).write_text(short_card(folder, repo_id) if card is None else str(card), encoding="utf-8")
+        text = short_card(folder, repo_id, revision) if card is None else str(card)
+        (folder / CARD).write_text(text, encoding="utf-8")
         if dry_run is not None:
             return Published(repo_id, _names(folder), None, None, Path(dry_run))
         api = HfApi(token=token, library_name="timm_lowrank")
