@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,10 @@ def test_a_branch_of_its_own(hub, run):
     assert "**50.0 %" in in_repo(hub, revision="next")["README.md"].decode()
     assert "**90.0 %" in in_repo(hub)["README.md"].decode()
     assert f"{REPO}/tree/next" in in_repo(hub, revision="next")["README.md"].decode()
+    loading = section(in_repo(hub, revision="next")["README.md"].decode(), "loading")
+    assert f'timm.create_model("hf-hub:{REPO}@next", pretrained=True)' in loading
+    assert loading.count(f'from_pretrained("{REPO}", revision="next")') == 2
+    assert "next" not in section(in_repo(hub)["README.md"].decode(), "loading")
 
 
 def test_private(hub, run):
@@ -259,6 +264,25 @@ def test_somebody_else_writes_at_the_same_time(hub, run, monkeypatch):
     monkeypatch.setattr(publishing, "_ask", late)
     refused("has changed in the meantime: run it again", push, run, REPO)
     assert in_repo(hub)["README.md"] == b"written just now"
+
+
+def said_next(capsys):
+    """What a command says to do next."""
+    return capsys.readouterr().out.split("\nnext:\n  ")[1].rstrip()
+
+
+def test_what_is_said_to_come_next_keeps_the_options(hub, run, tmp_path, capsys):
+    options = ["--private", "--revision", "dev", "--license", "mit", "--dataset", "me/some data", "--keep-card"]
+    done(push, run, REPO, "--dry-run", tmp_path / "dry", *options, "--token", "hf_alice")
+    said = said_next(capsys)
+    assert shlex.split(said) == ["timm-lowrank", "push", str(run), REPO, *options]
+    assert "hf_alice" not in said
+    done(push, run, REPO, "--dry-run", tmp_path / "bare")
+    assert shlex.split(said_next(capsys)) == ["timm-lowrank", "push", str(run), REPO]
+    done(push, run, REPO, "--revision", "dev", "--token", "hf_alice")
+    assert said_next(capsys) == f"timm-lowrank pull {REPO} --revision dev"
+    done(push, run, REPO)
+    assert said_next(capsys) == f"timm-lowrank pull {REPO}"
 
 
 # Loading what was published

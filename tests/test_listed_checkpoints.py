@@ -342,8 +342,9 @@ def test_all_are_published_with_one_command_from_a_fresh_clone(hub, added, train
     fresh = tmp_path / "fresh"
     shutil.copytree(added, fresh)
     listed.CLONE = fresh  # the fixture puts it back
-    done(push, "--all", "--user", "alice", "--dry-run", tmp_path / "dry")
+    done(push, "--all", "--user", "alice", "--private", "--dry-run", tmp_path / "dry")
     assert not hub.repos
+    assert "\nnext:\n  timm-lowrank push --all --user alice --private\n" in capsys.readouterr().out
     done(push, "--all", "--user", "alice")
     assert "noted in hub/checkpoints.yaml and docs/hub.md: commit both" in capsys.readouterr().out
     assert in_folder(tmp_path / "dry" / "tiny") == in_repo(hub, "alice/tiny")
