@@ -360,6 +360,24 @@ def test_pulled_and_verified(hub, run, tmp_path, capsys):
     assert f'from_pretrained("{REPO}", revision="{commit}")' in out
 
 
+def test_the_current_folder_and_a_link_to_an_empty_one_are_taken(hub, run, tmp_path, monkeypatch):
+    for name in ("dry", "pulled"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name} link").symlink_to(tmp_path / name)
+    done(push, run, REPO, "--dry-run", tmp_path / "dry link")
+    done(push, run, REPO)
+    done(pull, REPO, tmp_path / "pulled link")
+    assert in_folder(tmp_path / "dry") == in_repo(hub)
+    assert in_folder(tmp_path / "pulled") == hub.repo(REPO).files()
+    for name, command in (("here", (push, run, REPO, "--dry-run", ".")), ("there", (pull, REPO, "."))):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        done(*command)
+        assert in_repo(hub).items() <= in_folder(tmp_path / name).items()
+    refused("exists and is not empty: choose a new folder", pull, REPO, ".")
+    refused("must be new or empty", push, run, REPO, "--dry-run", ".")
+
+
 def test_damaged_on_the_way(hub, run, tmp_path):
     done(push, run, REPO)
     weight = hub.fail("GET", weights(hub), corrupt_at=1_000_000)

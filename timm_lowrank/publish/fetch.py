@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -14,13 +12,13 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils.sha import git_hash
 
 from ..checkpoint import download, read_description, verify
-from ..checkpoint.files import NETWORK_WEIGHTS
+from ..checkpoint.files import DESCRIPTIONS, NETWORK_WEIGHTS
 from ..checkpoint.listed import ListedCheckpoint, find_checkpoint, is_bare
 from ..checkpoint.loading import read_info
 from ..checkpoint.remote import hub_errors
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from ..evaluation.results import Value
-from ..files import disk_errors, sha256_of
+from ..files import disk_errors, is_new, new_folder, sha256_of
 from ..text import listing, one_line
 from .card import OURS, share
 
@@ -91,7 +89,7 @@ def pull(
         CheckpointDamagedError: a file that is not what the Hub lists, also after it was fetched a second time.
         CheckpointWriteError: the disk is full or not writable.
     """
-    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder is not None and not is_new(folder):
         raise CheckpointError(f"{folder} exists and is not empty: choose a new folder")
     if is_bare(repo_id):
         one, here = find_checkpoint(repo_id)
@@ -159,17 +157,14 @@ def _sum_like(digest: str, path: Path) -> str:
 
 
 def _copy(fetched: Path, folder: Path, names: tuple[str, ...], sums: Mapping[str, str], sha256: str | None) -> None:
-    """Copies to a folder that is there whole or not at all."""
+    """Copies to a new or empty folder, where everything comes to lie once all of it is checked."""
     advice = "What was fetched is kept in the cache; free some space or choose another folder, and run it again"
-    with disk_errors(f"could not write {folder}", advice, CheckpointWriteError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pulling-") as parent:
-            staging = Path(parent) / "files"
-            for name in names:
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(fetched / name, staging / name)
-            _check(staging, sums, sha256)
-            os.replace(staging, folder)
+    errors = disk_errors(f"could not write {folder}", advice, CheckpointWriteError)
+    with errors, new_folder(folder, last=DESCRIPTIONS) as new:
+        for name in names:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(fetched / name, new / name)
+        _check(new, sums, sha256)
 
 
 # ------------------------------------------------------------------------------------------------------ what it is

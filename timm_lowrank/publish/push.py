@@ -19,6 +19,7 @@ from torch import nn
 from ..checkpoint import save_pretrained
 from ..checkpoint.files import (
     CHECKPOINT_FILES,
+    DESCRIPTIONS,
     LOWRANK_CONFIG,
     LOWRANK_WEIGHTS,
     NETWORK_CONFIG,
@@ -30,7 +31,7 @@ from ..checkpoint.loading import load_folder, local_folder
 from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..core.model import LowRankModel
 from ..errors import CheckpointError, CheckpointWriteError
-from ..files import read_json
+from ..files import is_new, new_folder, read_json
 from .card import short_card
 from .paths import without_local_paths
 
@@ -135,25 +136,23 @@ def push_to_hub(
 
 @contextlib.contextmanager
 def _staging(dry_run: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """A folder to write into; for a dry run it becomes the named one when it is whole."""
-    target = None if dry_run is None else Path(dry_run)
+    """A folder to write into; what a dry run writes is in the named one when it is whole."""
     try:
-        if target is not None:
-            if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-                raise CheckpointError(f"the folder of a dry run must be new or empty: {target} is not")
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target and target.parent, prefix=".publishing-") as parent:
-            folder = Path(parent) / "files"
-            folder.mkdir()
-            yield folder
-            if target is not None:
-                os.replace(folder, target)
+        if dry_run is None:
+            with tempfile.TemporaryDirectory(prefix=".publishing-") as folder:
+                yield Path(folder)
+            return
+        if not is_new(Path(dry_run)):
+            raise CheckpointError(f"the folder of a dry run must be new or empty: {os.fspath(dry_run)} is not")
+        with new_folder(Path(dry_run), last=DESCRIPTIONS) as new:
+            yield new
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
+        where = "set TMPDIR to a folder with more" if dry_run is None else "choose another folder"
         raise CheckpointWriteError(
             f"could not write {error.filename or 'a file'} before publishing: {error.strerror or error}. Nothing was "
-            "published; free some space, or set TMPDIR to a folder with more"
+            f"published; free some space, or {where}"
         ) from error
 
 
