@@ -184,13 +184,14 @@ def test_the_short_card(hub, model, revision):
         assert same_network(network, model)
 
 
-def test_a_card_that_its_owner_edited_is_left_alone(hub, model):
+@pytest.mark.parametrize("words", ["my own words", "---\nlicense: mit   # mine\n---\nmy own words", ""])
+def test_a_card_that_its_owner_edited_is_left_alone(hub, model, words):
     push_to_hub(model, REPO)
-    hub.seed(REPO, {"README.md": "my own words"})
+    hub.seed(REPO, {"README.md": words})
     with torch.no_grad():
         model.fc.bias += 1
     done = push_to_hub(model, REPO)
-    assert in_repo(hub)["README.md"] == b"my own words"
+    assert in_repo(hub)["README.md"] == words.encode()
     assert "README.md" not in done.files
     assert same_network(loaded(), model)
 

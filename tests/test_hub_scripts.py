@@ -15,9 +15,25 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from publishable import BLOB, CHECKPOINT, COMMIT, FIGURES, REPO, change, edit, images, in_repo, make_run, share, weights
+from publishable import (
+    BLOB,
+    CHECKPOINT,
+    COMMIT,
+    FIGURES,
+    REPO,
+    change,
+    edit,
+    images,
+    in_repo,
+    make_run,
+    share,
+    trained,
+    weights,
+)
 from scripts import done, in_folder, refused, script
 
+import timm_lowrank as tlr
+from timm_lowrank import CheckpointError
 from timm_lowrank.publish import run as publishing
 from timm_lowrank.publish.merging import section
 
@@ -187,6 +203,86 @@ def test_marks_that_the_owner_took_out(hub, run, capsys):
     done(push, run, REPO, "--keep-card")
     assert in_repo(hub)["README.md"].decode() == broken
     assert b'"clean_accuracy": 0.5' in in_repo(hub)["summary.json"]
+
+
+def other_network():
+    """One that was trained elsewhere, and never evaluated."""
+    model = trained()
+    with torch.no_grad():
+        model.unwrap().fc.bias += 1
+    return model
+
+
+def test_other_weights_do_not_keep_the_figures_of_those_before(hub, run, capsys):
+    done(push, run, REPO)
+    card = in_repo(hub)["README.md"].decode()
+    words = "<!-- Mine. -->\nWhat I want to say.\n\n"
+    theirs = {"task": {"type": "image-classification"}, "dataset": {"type": "other", "name": "Other"}}
+    theirs["metrics"] = [{"type": "accuracy", "value": 0.5}]
+    front = yaml.safe_load(card.split("---\n")[1])
+    front["model-index"].append({"name": "theirs", "results": [theirs]})
+    front |= {"datasets": ["uoft-cs/cifar10", "mine/too"], "license": "mit"}
+    body = card.split("---\n", 2)[2].replace("<!-- generated: limits -->", f"{words}<!-- generated: limits -->")
+    hub.seed(
+        REPO, {"README.md": f"---\n{yaml.safe_dump(front)}---\n{body}", "plots/mine.png": b"\x89", "notes": "mine"}
+    )
+    model = other_network()
+    tlr.push_to_hub(model, REPO)
+    held = in_repo(hub)
+    assert set(held) == {*CHECKPOINT, "README.md", "plots/mine.png", "notes"}
+    assert len(hub.repo(REPO).history()) == 4, "with one commit"
+    text, data = held["README.md"].decode(), ModelCard(held["README.md"].decode()).data
+    assert words in text
+    assert "neither its accuracy nor its robustness is known" in section(text, "about")
+    assert not [number for number in ("90.0 %", "30.0 %", "sha256", "evaluation.json") if number in text]
+    assert [result.dataset_type for result in data.eval_results] == ["other"]
+    assert (data.datasets, data.license, data.metrics) == (["mine/too"], "mit", ["accuracy"])
+    assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
+    capsys.readouterr()
+    done(pull, REPO)
+    assert "accuracy" not in capsys.readouterr().out
+    tlr.push_to_hub(model, REPO)
+    assert in_repo(hub) == held
+    done(push, run, REPO)
+    assert in_repo(hub).keys() == held.keys() | FILES
+    assert words in in_repo(hub)["README.md"].decode()
+    assert len(ModelCard.load(REPO).data.eval_results) == 4
+
+
+def test_the_same_weights_keep_their_figures(hub, run):
+    done(push, run, REPO)
+    before = in_repo(hub)
+    tlr.push_to_hub(run, REPO)
+    assert in_repo(hub) == before
+
+
+def test_a_card_that_cannot_be_told_apart_is_not_left_with_other_weights(hub, run):
+    done(push, run, REPO)
+    card = in_repo(hub)["README.md"].decode()
+    hub.seed(REPO, {"README.md": card.replace("<!-- end of generated: limits -->\n", "")})
+    before = in_repo(hub)
+    message = r"README.md of alice/tiny: the marks of the generated section 'limits' .* Put the missing one back"
+    with pytest.raises(CheckpointError, match=message):
+        tlr.push_to_hub(other_network(), REPO)
+    assert in_repo(hub) == before
+
+
+def test_a_branch_of_other_weights_loads_that_branch(hub, run):
+    done(push, run, REPO)
+    tlr.push_to_hub(other_network(), REPO, revision="dev")
+    assert f'create_model("hf-hub:{REPO}@dev"' in in_repo(hub, revision="dev")["README.md"].decode()
+    assert "**90.0 %" in in_repo(hub)["README.md"].decode()
+
+
+def test_a_kept_card_with_figures_of_other_weights_is_noted(hub, run, tmp_path, capsys):
+    done(push, run, REPO, "--keep-card")
+    assert "figures are of other weights" not in capsys.readouterr().out
+    tlr.save_pretrained(other_network(), run / "model")
+    (run / "evaluation.json").unlink()
+    done(push, run, REPO, "--keep-card")
+    assert "note: README.md of alice/tiny was kept, and its figures are of other weights" in capsys.readouterr().out
+    done(pull, REPO)
+    assert "accuracy" not in capsys.readouterr().out, "of the card"
 
 
 def test_a_branch_of_its_own(hub, run):

@@ -13,7 +13,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from .. import text
-from ..checkpoint.loading import read_info
+from ..checkpoint.loading import CheckpointInfo, read_info
 from ..evaluation.noise import STANDARD_DEVIATION
 from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
 from .paths import last_part, without_local_paths
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 HUB = "https://huggingface.co"
 OURS = "timm_lowrank"  # the name of the source of our results in model-index
 TAGS = ["image-classification", "timm", "transformers", OURS]
+LOWRANK_TAG = "low-rank"  # of networks that were trained with branches
+WEIGHTS = "sha256 of model.safetensors"  # the row of the training's table that says what the figures are of
 HUB_LICENSES = (  # of those of timm's weights, what the Hub knows; others have to be called "other" there, with a name
     "apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit",
 )  # fmt: skip
@@ -87,9 +89,13 @@ def short_card(folder: Path, repo_id: str, revision: str | None = None) -> str:
         repo_id: USER/NAME.
         revision: the branch that the card is for; None is the main one.
     """
-    metadata = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=TAGS)
-    place = Place.on_hub(repo_id, revision)
-    return _render(metadata=metadata.to_yaml(), place=place, network=read_info(folder), record=None)
+    network = read_info(folder)
+    metadata = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=_tags(network))
+    return _render(metadata=metadata.to_yaml(), place=Place.on_hub(repo_id, revision), network=network, record=None)
+
+
+def _tags(network: CheckpointInfo) -> list[str]:
+    return [*TAGS, *([LOWRANK_TAG] if network.branches else [])]
 
 
 def run_card(
@@ -119,7 +125,7 @@ def run_card(
         base_model=origin.base_model if origin else None,
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=[*TAGS, *(["low-rank"] if record.network.branches else [])],
+        tags=_tags(record.network),
         datasets=[data.kind] if data.on_hub else None,
         metrics=["accuracy"],
         model_name=place.name,
@@ -247,7 +253,7 @@ def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:
         "seed": summary.seed,
         "took": f"{summary.seconds} seconds on {summary.device}",
         "versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
-        "sha256 of model.safetensors": record.sha256,
+        WEIGHTS: record.sha256,
     }
     return {name: without_local_paths(value) for name, value in facts.items()}
 

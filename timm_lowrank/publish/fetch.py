@@ -21,6 +21,7 @@ from ..evaluation.results import Value
 from ..files import disk_errors, is_new, new_folder, sha256_of
 from ..text import listing, one_line
 from .card import OURS, share
+from .merging import weights_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Pulled:
         network = read_info(self.folder, branches=False)
         size = f", images of {' x '.join(map(str, network.input_size))}" if network.input_size else ""
         what = f"{self.repo_id}: {network.architecture}, {network.classes} classes{size}"
-        lines = [one_line(line) for line in (what, _branches(self.folder), _accuracy(self.folder)) if line]
+        lines = [one_line(line) for line in (what, _branches(self.folder), _accuracy(self.folder, self.sha256)) if line]
         lines += [
             f"{len(self.files)} files in {self.folder}",
             f"model.safetensors has the sha256 {self.sha256}"
@@ -181,14 +182,17 @@ def _branches(folder: Path) -> str:
     return f"trained with low-rank branches on {listing(ranks)}"
 
 
-def _accuracy(folder: Path) -> str:
-    """What its card claims, if it is one of ours and can be read."""
+def _accuracy(folder: Path, sha256: str) -> str:
+    """What its card claims, if it is one of ours, can be read, and speaks of the weights with this sum."""
     try:
-        data = cast(ModelCardData, ModelCard((folder / "README.md").read_text(encoding="utf-8")).data)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        if weights_of(card) != sha256:
+            return ""
+        data = cast(ModelCardData, ModelCard(card).data)
         results = (result for result in data.eval_results or () if result.source_name == OURS)
         clean = next(result for result in results if result.metric_name == "accuracy")
         images = (clean.metric_args or {})["images"]
         accuracy = Value.share(round(clean.metric_value * images), images)
         return f"clean accuracy {share(accuracy)} of {images:,} test images ({clean.dataset_name})"
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, StopIteration):
         return ""
