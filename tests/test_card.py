@@ -28,7 +28,7 @@ from timm_lowrank.evaluation.results import (
     write_evaluation,
 )
 from timm_lowrank.publish import push_to_hub
-from timm_lowrank.publish.card import Place, code, dataset_of, escaped, run_card, short_card
+from timm_lowrank.publish.card import Dataset, Place, code, dataset_of, escaped, run_card, short_card
 from timm_lowrank.publish.checkpoints import figures_of
 from timm_lowrank.publish.merging import license_of, merge, section
 from timm_lowrank.publish.paths import without_local_paths
@@ -345,8 +345,35 @@ def test_of_a_path_the_last_part_is_left(text, left):
     assert without_local_paths(left) == left, "once is enough"
 
 
-def test_the_name_of_a_data_set_is_no_name_of_an_owner():
-    assert [dataset_of(source).name for source in ("/home/me/photos/", "/home/me", "/")] == ["photos", "home", "images"]
+@pytest.mark.parametrize(
+    ("source", "origin", "kind", "name", "on_hub"),
+    [
+        ("uoft-cs/cifar10", "hub", "uoft-cs/cifar10", "uoft-cs/cifar10", True),
+        ("mnist", "hub", "mnist", "mnist", True),
+        ("data/photos", "folder", "photos", "photos", False),
+        ("data/photos", None, "photos", "photos", False),
+        ("/home/me/my photos/", "folder", "my-photos", "my photos", False),
+        ("/home/me", "folder", "home", "home", False),
+        ("/", "folder", "images", "images", False),
+        ("digits", "built-in", "digits", "scikit-learn digits", False),
+        ("digits", None, "digits", "scikit-learn digits", False),
+    ],
+)
+def test_a_data_set_is_on_the_hub_if_it_was_loaded_from_there(source, origin, kind, name, on_hub):
+    data = dataclasses.replace(summary().data, source=source, origin=origin)
+    assert dataset_of(data) == Dataset(kind, name, on_hub)
+    assert dataset_of(data, "me/d") == Dataset("me/d", "me/d", True)
+
+
+def test_a_folder_that_is_not_here_is_no_data_set_of_the_hub(run):
+    for origin in ("folder", None):  # a run of an earlier version does not say it
+        data = dataclasses.replace(summary().data, source="data/photos", origin=origin)
+        (run / "summary.json").write_text(json.dumps(dataclasses.replace(summary(), data=data).to_dict()))
+        edit(run, data=lambda data, origin=origin: dataclasses.replace(data, source="data/photos", origin=origin))
+        text = card(run)
+        assert ModelCard(text).data.datasets is None
+        assert {result.dataset_type for result in ModelCard(text).data.eval_results} == {"photos"}
+        assert "data/photos" not in text
 
 
 def test_keys_stay_different_and_names_of_classes_as_they_are():
@@ -396,8 +423,8 @@ def test_a_path_in_the_configuration_of_the_network_is_not_published(run):
 
 def test_paths_of_this_machine_are_not_published(run):
     data = json.loads((run / "summary.json").read_text())["data"]
-    change(run / "summary.json", data={**data, "source": "/home/me/data/cifar10"})
-    edit(run, data=lambda data: dataclasses.replace(data, source="/home/me/data/cifar10"))
+    change(run / "summary.json", data={**data, "source": "/home/me/data/cifar10", "origin": "folder"})
+    edit(run, data=lambda data: dataclasses.replace(data, source="/home/me/data/cifar10", origin="folder"))
     text = card(run)
     assert "/home/me" not in text
     assert ModelCard(text).data.datasets is None, "nobody has said that it is on the Hub"

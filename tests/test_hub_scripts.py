@@ -223,9 +223,8 @@ def test_other_weights_do_not_keep_the_figures_of_those_before(hub, run, capsys)
     front["model-index"].append({"name": "theirs", "results": [theirs]})
     front |= {"datasets": ["uoft-cs/cifar10", "mine/too"], "license": "mit"}
     body = card.split("---\n", 2)[2].replace("<!-- generated: limits -->", f"{words}<!-- generated: limits -->")
-    hub.seed(
-        REPO, {"README.md": f"---\n{yaml.safe_dump(front)}---\n{body}", "plots/mine.png": b"\x89", "notes": "mine"}
-    )
+    card = f"---\n{yaml.safe_dump(front)}---\n{body}"
+    hub.seed(REPO, {"README.md": card, "plots/mine.png": b"\x89", "notes": "mine"})
     model = other_network()
     tlr.push_to_hub(model, REPO)
     held = in_repo(hub)

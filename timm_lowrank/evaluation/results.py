@@ -419,6 +419,7 @@ class DataInfo:
     class_names: tuple[str, ...]
     train_images: int | None = None  # that PCA and linear classifiers were fitted on
     fingerprint: str | None = None
+    origin: Literal["hub", "folder", "built-in"] | None = None  # of `source`; None: not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from .. import text
 from ..checkpoint.loading import CheckpointInfo, read_info
 from ..evaluation.noise import STANDARD_DEVIATION
-from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
+from ..evaluation.results import SOUND, DataInfo, Difference, Figure, Kind, Protocol, Value, difference
 from .paths import last_part, without_local_paths
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
+    from ..training.run import DataSummary
     from .record import RunRecord  # which needs more than is installed with this package
 
 HUB = "https://huggingface.co"
@@ -117,7 +118,7 @@ def run_card(
     """
     origin = record.origin
     named = origin is not None and license == origin.license and license not in HUB_LICENSES
-    data = dataset_of(record.run.summary.data.source, dataset)
+    data = dataset_of(record.run.summary.data, dataset)
     results = _results(record, place.url, dataset)
     metadata = ModelCardData(
         license="other" if named else license,
@@ -138,7 +139,7 @@ def run_card(
         network=record.network,
         record=record,
         data=data,
-        tested=dataset_of(evaluation.data.source, dataset) if evaluation else None,
+        tested=dataset_of(evaluation.data, dataset) if evaluation else None,
         license=license,
         origin=origin,
         files=files,
@@ -147,20 +148,21 @@ def run_card(
     )
 
 
-def dataset_of(source: str, given: str | None = None) -> Dataset:
-    """The data set of a run.
+def dataset_of(data: DataSummary | DataInfo, given: str | None = None) -> Dataset:
+    """The data set of a run or an evaluation.
 
     Args:
-        source: as the run names it: "digits", USER/NAME, or a folder, of which only the last part is published.
-        given: the name on the Hub, if the source is a copy of that.
+        data: as it was loaded. What is not known to be of the Hub is taken for a folder, of whose path only the last
+            part is published.
+        given: the name on the Hub, if it was loaded from a copy of that.
     """
     if given:
         return Dataset(given, given, True)
-    if source == "digits":
+    if data.source == "digits":
         return Dataset("digits", "scikit-learn digits", False)
-    if re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", source) and not source.startswith(".") and not Path(source).exists():
-        return Dataset(source, source, True)
-    name = last_part(source, "images")
+    if data.origin == "hub":
+        return Dataset(data.source, data.source, True)
+    name = last_part(data.source, "images")
     return Dataset(re.sub(r"[^\w.-]+", "-", name), name, False)
 
 
@@ -170,7 +172,7 @@ def dataset_of(source: str, given: str | None = None) -> Dataset:
 def _results(record: RunRecord, source: str | None, dataset: str | None) -> list[EvalResult]:
     """Clean accuracy, PGD-20 and AutoAttack at 8/255, as far as they were measured."""
     trained = record.run.summary.data
-    clean = _result(dataset_of(trained.source, dataset), "test", "accuracy", record.clean, {}, source)
+    clean = _result(dataset_of(trained, dataset), "test", "accuracy", record.clean, {}, source)
     if record.evaluation is None:
         return [clean]
     data = record.evaluation.data
@@ -181,7 +183,7 @@ def _results(record: RunRecord, source: str | None, dataset: str | None) -> list
             continue
         label = "accuracy" if name == "clean" else f"accuracy under {_METRICS[name]}"
         about = figure.protocol.entries()
-        result = _result(dataset_of(data.source, dataset), data.split, label, value, about, source)
+        result = _result(dataset_of(data, dataset), data.split, label, value, about, source)
         if name == "clean" and (record.clean.of or 0) < (value.of or 0):
             clean = result  # on more images than the run itself was tested on
         elif name != "clean" or data.fingerprint != trained.fingerprint:

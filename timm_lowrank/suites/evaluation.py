@@ -252,7 +252,7 @@ def build_context(
         train_labels=data.train_labels[train],
         data=DataInfo(
             source=data.name, split="test", images=len(test), train_images=len(train), image_size=data.image_size,
-            class_names=data.class_names, fingerprint=data.fingerprint,
+            class_names=data.class_names, fingerprint=data.fingerprint, origin=data.origin,
         ),
         layers=tuple(layers),
         seed=seed,

@@ -193,6 +193,7 @@ def summarize(
             streamed=isinstance(data, StreamedData),
             image_size=tuple(data.image_size),
             classes=len(data.class_names),
+            origin=data.origin,
         ),
         versions=versions(PACKAGES),
         twin=twin,

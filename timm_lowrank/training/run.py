@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from ..checkpoint.files import remove_abandoned
 from ..core.views import FLATTEN, View
+from ..data.sources import DataOrigin
 from ..environment import together
 from ..errors import RecipeError, RunError
 from ..evaluation.results import Value
@@ -157,6 +158,7 @@ class DataSummary:
     streamed: bool = False
     image_size: tuple[int, ...]  # (channels, height, width)
     classes: int
+    origin: DataOrigin | None = None  # of `source`; None: a run of an earlier version, or data that a program made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
