@@ -30,7 +30,8 @@ from timm_lowrank.evaluation.results import (
 from timm_lowrank.publish import push_to_hub
 from timm_lowrank.publish.card import Dataset, Place, code, dataset_of, escaped, run_card, short_card
 from timm_lowrank.publish.checkpoints import figures_of
-from timm_lowrank.publish.merging import license_of, merge, section
+from timm_lowrank.publish.front_matter import license_of
+from timm_lowrank.publish.merging import merge, section
 from timm_lowrank.publish.paths import without_local_paths
 from timm_lowrank.publish.record import read_run
 from timm_lowrank.publish.run import files_of

@@ -168,6 +168,43 @@ def test_a_licence_that_is_not_known_is_asked_for(hub, run, license, options):
     assert ModelCard.load(REPO).data.license == "cc-by-4.0", "the card says it now"
 
 
+def set_recipe(run, **keys):
+    """Sets keys of the recipe of a run."""
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**recipe, **keys}))
+
+
+@pytest.mark.parametrize("inside", ["", "model", "model/model.safetensors"])
+def test_a_run_that_began_from_another_one_began_from_its_weights(hub, run, tmp_path, monkeypatch, inside):
+    plain = shutil.copytree(run, tmp_path / "plain")
+    set_recipe(run, init_from=str(plain / inside))
+    done(push, run, REPO)
+    assert ModelCard.load(REPO).data.license == "apache-2.0", "the other one was trained from scratch"
+    assert f"| `init_from` | `{(plain / inside).name}` |" in ModelCard.load(REPO).text
+    began_from(plain, "cc-by-nc-4.0", pretrained=True)
+    done(push, run, "alice/tuned")
+    data = ModelCard.load("alice/tuned").data
+    assert (data.license, data.to_dict()["base_model"]) == ("cc-by-nc-4.0", "timm/test_resnet.r160_in1k")
+    set_recipe(plain, model_args={"pretrained": False}, init_from=str(plain))
+    refused("began from the weights plain, whose licence is not known", push, run, "alice/third")
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_the_licence_of_weights_that_are_no_run_here_is_asked_for(hub, run, tmp_path, gone):
+    if not gone:
+        shutil.copytree(run / "model", tmp_path / "base")
+    set_recipe(run, init_from=str(tmp_path / "base"))
+    refused("began from the weights base, whose licence is not known .*with --license", push, run, REPO)
+    assert REPO not in hub.repos
+    done(push, run, REPO, "--license", "mit")
+    assert "began from `base`, whose licence the push could not find out" in ModelCard.load(REPO).text
+    if not gone:
+        (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nSomebody's.\n")
+        done(push, run, "alice/other")
+        assert ModelCard.load("alice/other").data.license == "cc-by-4.0", "of the card beside them"
+        assert "The training began from `base`, which is under cc-by-4.0." in ModelCard.load("alice/other").text
+
+
 def test_a_card_under_another_licence_than_the_pretrained_weights_is_noted(hub, run, capsys):
     done(push, run, REPO)
     assert ModelCard.load(REPO).data.license == "apache-2.0"

@@ -33,10 +33,10 @@ HUB_LICENSES = (  # of those of timm's weights, what the Hub knows; others have 
 )  # fmt: skip
 DIRECTIONS = (5, 10)
 RECIPE = (  # what the card quotes of it, where it is set
-    "model", "model_args", "data_args", "comparator", "comparator_args", "epochs", "pretrain_epochs", "ramp_epochs",
-    "cooldown_epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "nesterov", "schedule",
-    "milestones", "gamma", "warmup_epochs", "augment", "image_size", "crop_scale", "crop_pct", "precision", "compile",
-    "ema_decay", "gradient_accumulation", "clip_norm",
+    "model", "model_args", "data_args", "comparator", "comparator_args", "init_from", "epochs", "pretrain_epochs",
+    "ramp_epochs", "cooldown_epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay",
+    "nesterov", "schedule", "milestones", "gamma", "warmup_epochs", "augment", "image_size", "crop_scale", "crop_pct",
+    "precision", "compile", "ema_decay", "gradient_accumulation", "clip_norm",
 )  # fmt: skip
 MEANINGFUL: Mapping[str, Callable[[Recipe], bool]] = {  # keys that say something in some recipes alone
     "optimizer": lambda recipe: recipe.optimizer != "sgd",

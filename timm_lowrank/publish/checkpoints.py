@@ -29,8 +29,8 @@ from ..files import disk_errors, folder_aside, read_json, write_whole
 from ..records import encode
 from ..text import markdown_table, percent
 from .card import HUB, Place, code, escaped, run_card, share
+from .front_matter import CARD
 from .merging import replaced
-from .push import CARD
 from .record import RunRecord, read_run
 from .run import Outcome, described, files_of, publish_run
 

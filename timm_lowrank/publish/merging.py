@@ -20,9 +20,9 @@ from huggingface_hub.utils import yaml_dump
 
 from ..errors import CheckpointError
 from .card import LOWRANK_TAG, OURS, WEIGHTS
+from .front_matter import loaded, split_card
 
 _MARK = re.compile(r"^<!-- (generated|end of generated): ([\w-]+) -->[ \t]*$", re.MULTILINE)
-_FRONT = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 _TOP_LEVEL = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)
 _COMPLETED = ("tags", "datasets", "metrics")  # lists that the owner's entries and ours share
 
@@ -67,19 +67,6 @@ def replaced(text: str, name: str, body: str, where: str) -> str | None:
     return text.replace("\n", "\r\n") if crlf else text
 
 
-def license_of(card: str, where: str) -> str | None:
-    """The licence that the front matter of a card names, "other" by its own name, several with commas between them.
-
-    Raises:
-        CheckpointError: it is no YAML mapping.
-    """
-    front = _loaded(_split(card.removeprefix("\ufeff").replace("\r\n", "\n"))[0], where)
-    named = front.get("license")
-    if named == "other":
-        named = front.get("license_name") or named
-    return ", ".join(str(name) for name in (named if isinstance(named, list) else [named]) if name) or None
-
-
 def merge(
     card: str, new: str, where: str = "README.md", *, license: str | None = None, complete: bool = True
 ) -> Merged:
@@ -101,18 +88,12 @@ def merge(
         CheckpointError: front matter that is no YAML mapping, or marks that do not come in pairs.
     """
     crlf, bom = "\r\n" in card, card.startswith("\ufeff")
-    front, text = _split(card.removeprefix("\ufeff").replace("\r\n", "\n"))
-    new_front, new_text = _split(new)
-    merged = _merge_front(front, _loaded(new_front, "the new card"), license, where, complete)
+    front, text = split_card(card.removeprefix("\ufeff").replace("\r\n", "\n"))
+    new_front, new_text = split_card(new)
+    merged = _merge_front(front, loaded(new_front, "the new card"), license, where, complete)
     text, notes = _merge_sections(text, new_text, where, complete)
     whole = f"---\n{merged}---\n{text}" if front or merged else text
     return Merged(("\ufeff" if bom else "") + (whole.replace("\n", "\r\n") if crlf else whole), notes)
-
-
-def _split(card: str) -> tuple[str, str]:
-    """Front matter and the text behind it."""
-    front = _FRONT.match(card)
-    return (front[1], card[front.end() :]) if front else ("", card)
 
 
 # -------------------------------------------------------------------------------------------------------- sections
@@ -174,7 +155,7 @@ def _merge_sections(text: str, new: str, where: str, complete: bool) -> tuple[st
 
 def _merge_front(front: str, metadata: Mapping[str, Any], license: str | None, where: str, complete: bool) -> str:
     """The front matter with the metadata in it. Blocks of other keys stay as they were written, comments and all."""
-    before = _loaded(front, where)
+    before = loaded(front, where)
     after = dict(before) if "model-index" in metadata else _without_results(before, metadata, where)
     for key, value in metadata.items() if complete else ():
         if key == "model-index":
@@ -226,19 +207,6 @@ def _as_block(front: str) -> str:
     if not isinstance(node, yaml.MappingNode) or not node.flow_style:
         return front
     return "".join(f"{front[key.start_mark.index : value.end_mark.index]}\n" for key, value in node.value)
-
-
-def _loaded(front: str, where: str) -> dict[str, Any]:
-    try:
-        metadata = yaml.safe_load(front)
-    except yaml.YAMLError as error:
-        raise CheckpointError(
-            f"the front matter of {where} is not valid YAML ({' '.join(str(error).split())}): repair it first, or "
-            "leave the card alone with --keep-card"
-        ) from error
-    if not isinstance(metadata, dict | None):
-        raise CheckpointError(f"the front matter of {where} must be a mapping of keys to values: repair it first")
-    return metadata or {}
 
 
 def _spliced(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -35,10 +35,10 @@ from ..core.model import LowRankModel
 from ..errors import CheckpointError, CheckpointWriteError
 from ..files import is_new, new_folder, read_json, sha256_of
 from .card import short_card
+from .front_matter import CARD
 from .merging import merge, section, weights_of
 from .paths import without_local_paths
 
-CARD = "README.md"
 _GENERATED = re.compile(r"(recipe\.yaml|summary\.json|evaluation\.json|plots/[^/]+)")
 Source = str | os.PathLike[str] | bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -13,8 +14,9 @@ from ..checkpoint.files import NETWORK_CONFIG, NETWORK_WEIGHTS
 from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
 from ..evaluation.results import MOST_BYTES, Evaluation, Figure, Headline, Kind, Value, evaluation_from_json, headline
-from ..files import read_json, sha256_of, weights_sha256
-from ..training.run import Run
+from ..files import RUN_MODEL, read_json, sha256_of, weights_sha256
+from ..training.run import Run, RunPaths
+from .front_matter import CARD, license_of
 from .paths import last_part, without_paths_in_titles
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
@@ -32,9 +34,9 @@ class EffectiveRank:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Pretrained weights that a training began from."""
+    """Weights that a training began from."""
 
-    name: str  # of the network, the repository or the file
+    name: str  # of the network, the repository, the folder or the file
     base_model: str | None  # repository on the Hub
     license: str | None  # None if it is not known
 
@@ -68,24 +70,14 @@ class RunRecord:
 
     @property
     def origin(self) -> Origin | None:
-        """The pretrained weights that the recipe names; None for a network trained from scratch."""
-        name, options = self.run.recipe.model, self.run.recipe.model_args
-        if path := options.get("checkpoint_path"):
-            return Origin(last_part(str(path)), None, None)
-        if not options.get("pretrained"):
-            return None
-        cfg = read_json(self.run.model / NETWORK_CONFIG).get("pretrained_cfg", {})
-        license = str(cfg.get("license") or "unknown").lower()
-        remote = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@.*)?", name)
-        known = None if remote else get_pretrained_cfg(name)
-        base = remote[1] if remote else known.hf_hub_id if known else None
-        return Origin(base or name, base, None if license == "unknown" else license)
+        """The weights that the training began from; None for a network trained from scratch."""
+        return _origin_of(self.run)
 
     def license(self) -> str:
-        """The licence of the weights where their owner names none: that of the pretrained ones, or Apache-2.0.
+        """The licence of the weights where their owner names none: that of those they began from, or Apache-2.0.
 
         Raises:
-            CheckpointError: the licence of the pretrained weights is not known.
+            CheckpointError: the licence of those that they began from is not known.
         """
         if self.origin is None:
             return LICENSE
@@ -123,6 +115,48 @@ class RunRecord:
             return EffectiveRank(int(own.value), int(plain.value) if plain else None, own.of or images)
         theirs = summary.twin.branches.get(layer) if summary.twin else None
         return EffectiveRank(summary.branches[layer].effective_rank, theirs.effective_rank if theirs else None, images)
+
+
+def _origin_of(run: Run, followed: frozenset[Path] = frozenset()) -> Origin | None:
+    """What the recipe of a run names, or of the run that it began from.
+
+    Args:
+        followed: folders of runs that began from this one.
+    """
+    name, options = run.recipe.model, run.recipe.model_args
+    if run.recipe.init_from is not None:
+        return _origin_in(run.recipe.init_from, followed)
+    if path := options.get("checkpoint_path"):
+        return Origin(last_part(str(path)), None, None)
+    if not options.get("pretrained"):
+        return None
+    if name.startswith("local-dir:"):
+        return _origin_in(name.removeprefix("local-dir:"), followed)
+    cfg = read_json(run.model / NETWORK_CONFIG).get("pretrained_cfg", {})
+    license = str(cfg.get("license") or "unknown").lower()
+    remote = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@.*)?", name)
+    known = None if remote else get_pretrained_cfg(name)
+    base = remote[1] if remote else known.hf_hub_id if known else None
+    return Origin(base or name, base, None if license == "unknown" else license)
+
+
+def _origin_in(source: str, followed: frozenset[Path]) -> Origin | None:
+    """Weights on this machine: under the licence of their card; those of a run without one are what it began from."""
+    unknown = Origin(last_part(source), None, None)
+    place = Path(source).expanduser().resolve()
+    folder = place.parent if place.is_file() else place
+    if folder.name == RUN_MODEL and RunPaths(folder.parent).is_run():
+        folder = folder.parent
+    if (card := folder / CARD).is_file():
+        license = None
+        with contextlib.suppress(CheckpointError, OSError, UnicodeDecodeError):
+            license = license_of(card.read_text(encoding="utf-8"), str(card))
+        return dataclasses.replace(unknown, license=license)
+    try:
+        run = Run.open(folder)
+    except (OSError, RunError):  # a checkpoint or a file of which nothing is known, or it is not here any more
+        return unknown
+    return unknown if folder in followed else _origin_of(run, followed | {folder})
 
 
 def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:

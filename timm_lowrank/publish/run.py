@@ -20,9 +20,10 @@ from ..files import read_json
 from ..text import one_line
 from ..training.run import PUBLISHED_RECIPE
 from .card import Place, run_card
-from .merging import license_of, merge, weights_of
+from .front_matter import CARD, license_of
+from .merging import merge, weights_of
 from .paths import without_local_paths, without_paths_in_titles
-from .push import CARD, Published, held_card, push_to_hub, stale_files
+from .push import Published, held_card, push_to_hub, stale_files
 from .record import RunRecord, read_run
 
 TIMEOUT = 10.0  # seconds for the Hub to say what a repository holds
