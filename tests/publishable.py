@@ -115,8 +115,9 @@ def make_run(folder, name="test_resnet", evaluated=True, **options):
         "lowrank": {"branches": {LAYER: 4}}, "batch_size": 4, "learning_rate": 0.1, "schedule": "step",
         "milestones": [1, 2], "seed": 0, "spectrum_images": 500,
     }  # fmt: skip
-    for run in (folder, folder / "twin"):
-        (run / "config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    plain = {**recipe, "name": "tiny (plain)", "lowrank": {**recipe["lowrank"], "enabled": False}}
+    for run, own in ((folder, recipe), (folder / "twin", plain)):
+        (run / "config.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
     twin = summary("tiny (plain)", lowrank=False, accuracy=0.9105)
     write(folder / "twin" / "summary.json", twin.to_dict())
     write(folder / "summary.json", summary(twin=twin).to_dict())

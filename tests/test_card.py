@@ -38,7 +38,7 @@ from timm_lowrank.publish.run import files_of
 from timm_lowrank.report import text_table, write_report
 from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PGDSteps, PixelNoise
 from timm_lowrank.suites.measurements.base import Context, Results
-from timm_lowrank.suites.networks import load_network, load_networks
+from timm_lowrank.suites.networks import infos_of, load_network, load_networks
 from timm_lowrank.suites.plan import chosen_suites, measurements_of
 
 SECTIONS = ["about", "loading", "low-rank", "robustness", "limits", "training", "files", "citation"]
@@ -151,9 +151,72 @@ def test_the_accuracy_of_the_twin_is_that_on_as_many_images(run):
     headline = "**90.0 % (88.7 to 91.3)**"
     assert f"{headline}. In brackets" in card(run)  # the evaluation has the twin's 95.0 % of 200 images
     said = Value.share(1821, alone.data.test_images)
-    edit(run, networks=lambda networks: (networks[0], dataclasses.replace(networks[1], clean=said)))
+    edit(run, networks=beside(clean=said, twin=True))
     assert f"{headline}; of its plain twin, trained alike without branches: 91.0 % (89.7 to 92.2)" in card(run)
     assert figures_of(read_run(run)).clean.plain == said.value
+
+
+def beside(**fields):
+    """Says something else of the plain network in an evaluation."""
+    return lambda networks: (networks[0], dataclasses.replace(networks[1], **fields))
+
+
+@pytest.mark.parametrize("twin", [False, None])
+@pytest.mark.parametrize(("title", "name"), [("plain", "plain network"), ("a|b", r"plain network a\|b")])
+def test_a_plain_network_that_was_not_trained_alike_is_no_twin(run, twin, title, name):
+    alone = summary()
+    (run / "summary.json").write_text(json.dumps(alone.to_dict()))
+    (run / "evaluation.json").write_text((run / "evaluation.json").read_text().replace('"plain"', json.dumps(title)))
+    edit(run, networks=beside(clean=Value.share(1821, alone.data.test_images), twin=twin))
+    text = card(run)
+    assert "twin" not in text
+    assert f"**90.0 % (88.7 to 91.3)**; of the {name}: 91.0 % (89.7 to 92.2)" in text
+    assert f"of the images right, of the {name} 0.0 %" in section(text, "limits")
+    for part in ("low-rank", "robustness"):
+        assert f"| this network | {name} | difference |" in section(text, part)
+    figures = figures_of(read_run(run))
+    assert {figures.clean.plain, figures.pgd.plain, *(rank.plain for rank in figures.effective_rank.values())} == {None}
+
+
+def test_the_twin_stands_beside_a_run_before_other_plain_networks(run):
+    other = dataclasses.replace(read_evaluation(run / "evaluation.json").networks[1], title="c", weights="c" * 64)
+    edit(run, networks=lambda networks: (networks[0], dataclasses.replace(other, twin=False), networks[1]))
+    record = read_run(run)
+    assert (record.plain_title, record.plain_is_twin) == ("plain", True), "known by its weights in the folder"
+    edit(run, networks=lambda networks: networks[:2], figures=without(*(one.key for one in FIGURES)))
+    record = read_run(run)
+    assert (record.plain_title, record.plain_is_twin) == ("c", False)
+    assert (record.plain_clean_is_twin, record.plain_clean.value) == (True, 0.9105), "that of the run's own twin"
+    assert record.effective_rank("pre_logits").plain is None, "which is not the network of the column"
+
+
+@pytest.mark.parametrize(("keys", "alike"), [({}, True), ({"alike": True}, True), ({"folder": "runs/a"}, False)])
+def test_a_twin_in_a_folder_that_was_named_is_one_if_it_was_compared(run, keys, alike):
+    """Runs of earlier versions took any plain run."""
+    twin = json.loads((run / "summary.json").read_text())["twin"]
+    change(run / "summary.json", twin={**twin, "folder": "runs/a", **keys} if keys else twin)
+    (run / "evaluation.json").unlink()
+    about = section(card(run), "about")
+    assert ("of its plain twin, trained alike without branches: 91.0 %" in about) is alike
+    assert ("of the plain network tiny (plain): 91.0 %" in about) is not alike
+
+
+def test_an_evaluation_says_which_network_is_the_twin(run):
+    def said(*against):
+        return [info.twin for info in infos_of(load_networks(str(run), [str(one) for one in against]))]
+
+    twin = run / "twin"
+    assert said() == said(twin) == [None, True]
+    assert said(twin / "model") == [None, None], "nobody knows how it was trained"
+    recipe = yaml.safe_load((twin / "config.yaml").read_text())
+    (twin / "config.yaml").write_text(yaml.safe_dump({**recipe, "lowrank": {"enabled": False}, "save_every": 3}))
+    assert said() == [None, True], "what it would be measured at, and how it was saved"
+    (twin / "config.yaml").write_text(yaml.safe_dump({**recipe, "lowrank": {"enabled": False}, "epochs": 2}))
+    assert said() == [None, False]
+    (twin / "config.yaml").write_text(yaml.safe_dump({**recipe, "lowrank": {"enabled": False}}))
+    data = json.loads((twin / "summary.json").read_text())["data"]
+    change(twin / "summary.json", data={**data, "fingerprint": "0" * 64})
+    assert said() == [None, False]
 
 
 def test_a_failed_diagnosis_and_the_warnings_of_the_evaluation_are_told(run):

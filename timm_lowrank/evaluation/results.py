@@ -406,6 +406,7 @@ class NetworkInfo:
     comparator: str | None = None  # what was trained in the place of branches, such as "Bottle-LR"
     weights: str | None = None  # `timm_lowrank.files.weights_sha256` of its state dict
     clean: Value | None = None  # accuracy on all test images that its run wrote down, if it is of one
+    twin: bool | None = None  # whether it was trained as the first network was, but plainly; None: not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

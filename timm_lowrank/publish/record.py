@@ -20,6 +20,7 @@ from .front_matter import CARD, license_of
 from .paths import last_part, without_paths_in_titles
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
+PLAIN_TWIN = "plain twin"  # what a network is called that was trained alike without branches
 LICENSE = "apache-2.0"  # of weights trained from scratch
 
 
@@ -28,7 +29,7 @@ class EffectiveRank:
     """Directions that hold 99 % of the variance of a layer's activations on test images."""
 
     own: int
-    plain: int | None  # of the plain twin
+    plain: int | None  # of the plain network beside it
     images: int
 
 
@@ -50,7 +51,8 @@ class RunRecord:
     sha256: str  # of model.safetensors
     evaluation: Evaluation | None
     title: str | None  # of this network in it
-    plain_title: str | None  # of its plain twin there, if that was evaluated too
+    plain_title: str | None  # of a plain network there, its twin before others, if one was evaluated too
+    plain_is_twin: bool  # whether that is known to have been trained alike
     plots: tuple[str, ...]  # names in plots/, sorted
 
     @property
@@ -60,13 +62,36 @@ class RunRecord:
 
     @property
     def plain_clean(self) -> Value | None:
-        """The same of the plain twin, on as many images; None where that is not known."""
-        if self.run.summary.twin:
-            return self.run.summary.twin.clean
-        networks = self.evaluation.networks if self.evaluation else ()
+        """The same of a plain network, on as many images; None where that is not known."""
+        return self._clean_beside[1]
+
+    @property
+    def plain_clean_name(self) -> str:
+        """What that network is called: "plain twin", or by its title."""
+        return self._clean_beside[0]
+
+    @property
+    def plain_clean_is_twin(self) -> bool:
+        """Whether that network is known to have been trained alike without branches."""
+        return self.plain_clean_name == PLAIN_TWIN
+
+    @property
+    def _clean_beside(self) -> tuple[str, Value | None]:
+        summary, networks = self.run.summary, self.evaluation.networks if self.evaluation else ()
         said = next((network.clean for network in networks if network.title == self.plain_title), None)
         known = (said, self.plain(self.headline().clean))
-        return next((value for value in known if value and value.of == self.clean.of), None)
+        evaluated = next((value for value in known if value and value.of == self.clean.of), None)
+        if summary.twin and (summary.has_twin or evaluated is None):
+            return _plain_name(summary.twin.name, summary.has_twin), summary.twin.clean
+        return _plain_name(self.plain_title, self.plain_is_twin), evaluated
+
+    @property
+    def plain_name(self) -> str | None:
+        """What the plain network is called whose figures stand beside those of this one; None without any."""
+        if self.plain_title is not None:
+            return _plain_name(self.plain_title, self.plain_is_twin)
+        summary = self.run.summary
+        return _plain_name(summary.twin.name, summary.has_twin) if summary.twin else None
 
     @property
     def origin(self) -> Origin | None:
@@ -102,7 +127,7 @@ class RunRecord:
         return _known(figure, self.title)
 
     def plain(self, figure: Figure | None) -> Value | None:
-        """The value of the plain twin; None where it was not measured."""
+        """The value of the plain network `plain_title`; None where it was not measured."""
         return _known(figure, self.plain_title)
 
     def effective_rank(self, layer: str) -> EffectiveRank:
@@ -113,7 +138,8 @@ class RunRecord:
         if own := self.own(figure):  # on other images than the training: both from the evaluation, or both not
             plain = self.plain(figure)
             return EffectiveRank(int(own.value), int(plain.value) if plain else None, own.of or images)
-        theirs = summary.twin.branches.get(layer) if summary.twin else None
+        same = self.plain_title is None or (self.plain_is_twin and summary.has_twin)
+        theirs = summary.twin.branches.get(layer) if summary.twin and same else None
         return EffectiveRank(summary.branches[layer].effective_rank, theirs.effective_rank if theirs else None, images)
 
 
@@ -174,7 +200,7 @@ def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
     except RunError as error:
         raise CheckpointError(str(error)) from error
     verify(run.model, sha256=sha256)
-    evaluation, title, plain = _read_evaluation(run)
+    evaluation, title, plain, is_twin = _read_evaluation(run)
     return RunRecord(
         run=run,
         network=read_info(run.model, branches=run.summary.lowrank),
@@ -182,15 +208,16 @@ def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
         evaluation=evaluation,
         title=title,
         plain_title=plain,
+        plain_is_twin=is_twin,
         plots=tuple(sorted(p.name for p in run.plots.glob("*") if p.is_file() and p.suffix.lower() in PICTURES)),
     )
 
 
-def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | None]:
-    """evaluation.json, and the titles of this network and of its plain twin in it."""
+def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | None, bool]:
+    """evaluation.json, the titles of this network and of a plain one in it, and whether that is the twin."""
     path = run.evaluation_json
     if not path.is_file():
-        return None, None, None
+        return None, None, None, False
     try:
         evaluation = evaluation_from_json(
             without_paths_in_titles(read_json(path, EvaluationError, limit=MOST_BYTES))
@@ -204,9 +231,30 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
             f"{path} is not about the weights in {run.model}: the network was trained again since, or the file is "
             "another run's. Evaluate again with `timm-lowrank evaluate --overwrite`, or delete it to publish without"
         )
-    others = (network for network in evaluation.networks if network.title != own)
-    plain = (network.title for network in others if not network.branches and network.comparator is None)
-    return evaluation, own, next(plain, None)
+    others = [network for network in evaluation.networks if network.title != own]
+    plain = [network for network in others if not network.branches and network.comparator is None]
+    about_this = evaluation.titles[0] == own  # others are twins of the first one
+    twins = [network for network in plain if about_this and network.twin]
+    if not twins and any(network.twin is None for network in plain):  # it is of an earlier version
+        twins = [network for network in plain if network.weights == _weights_of_twin(run)]
+    chosen = next(iter([*twins, *plain]), None)
+    return evaluation, own, chosen.title if chosen else None, bool(twins)
+
+
+def _weights_of_twin(run: Run) -> str | None:
+    """What the plain twin in the folder of a run is known by in evaluations; None where there is none."""
+    if not run.summary.has_twin or not RunPaths(run.twin).is_finished():
+        return None
+    try:
+        return weights_sha256(load_folder(RunPaths(run.twin).model, lowrank=False).float().state_dict())
+    except CheckpointError:
+        return None
+
+
+def _plain_name(title: str | None, is_twin: bool) -> str:
+    if is_twin:
+        return PLAIN_TWIN
+    return "plain network" if title in (None, "plain") else f"plain network {title}"
 
 
 def _known(figure: Figure | None, title: str | None) -> Value | None:

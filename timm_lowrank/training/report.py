@@ -21,7 +21,7 @@ from ..environment import device_name, versions
 from ..errors import DivergedError
 from ..text import columns, percent
 from .loop import Tested
-from .run import BranchSummary, ComparatorSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
+from .run import TWIN, BranchSummary, ComparatorSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
 from .state import TrainingState
 
 DIRECTIONS = (1, 5, 10, 20, 50, 100, 500)
@@ -197,7 +197,8 @@ def summarize(
         ),
         versions=versions(PACKAGES),
         twin=twin,
-        twin_folder=None if twin is None else "twin" if recipe.twin is True else str(recipe.twin),
+        twin_folder=None if twin is None else TWIN if recipe.twin is True else str(recipe.twin),
+        twin_alike=twin is not None,
     )
 
 
