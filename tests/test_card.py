@@ -183,6 +183,8 @@ def test_the_twin_stands_beside_a_run_before_other_plain_networks(run):
     edit(run, networks=lambda networks: (networks[0], dataclasses.replace(other, twin=False), networks[1]))
     record = read_run(run)
     assert (record.plain_title, record.plain_is_twin) == ("plain", True), "known by its weights in the folder"
+    published = json.loads(files_of(record)["evaluation.json"])["networks"]
+    assert [network.get("twin") for network in published] == [None, False, True], "which is not published"
     edit(run, networks=lambda networks: networks[:2], figures=without(*(one.key for one in FIGURES)))
     record = read_run(run)
     assert (record.plain_title, record.plain_is_twin) == ("c", False)

@@ -49,7 +49,7 @@ class RunRecord:
     run: Run
     network: CheckpointInfo
     sha256: str  # of model.safetensors
-    evaluation: Evaluation | None
+    evaluation: Evaluation | None  # with the twin named, which those of earlier versions left to its folder
     title: str | None  # of this network in it
     plain_title: str | None  # of a plain network there, its twin before others, if one was evaluated too
     plain_is_twin: bool  # whether that is known to have been trained alike
@@ -235,8 +235,11 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
     plain = [network for network in others if not network.branches and network.comparator is None]
     about_this = evaluation.titles[0] == own  # others are twins of the first one
     twins = [network for network in plain if about_this and network.twin]
-    if not twins and any(network.twin is None for network in plain):  # it is of an earlier version
-        twins = [network for network in plain if network.weights == _weights_of_twin(run)]
+    if about_this and not twins and any(network.twin is None for network in plain):  # it is of an earlier version
+        weights = _weights_of_twin(run)
+        twins = [network for network in plain if network.weights == weights]
+        networks = (dataclasses.replace(one, twin=True) if one in twins else one for one in evaluation.networks)
+        evaluation = dataclasses.replace(evaluation, networks=tuple(networks))
     chosen = next(iter([*twins, *plain]), None)
     return evaluation, own, chosen.title if chosen else None, bool(twins)
 

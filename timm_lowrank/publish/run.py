@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,19 @@ def files_of(record: RunRecord, dataset: str | None = None) -> dict[str, Path | 
         "summary.json": _cleaned(run.summary_json, read_json),
     }
     if record.evaluation is not None:
-        files["evaluation.json"] = _cleaned(run.evaluation_json, read_json, without_paths_in_titles)
+        twins = {network.title for network in record.evaluation.networks if network.twin}
+        clean = functools.partial(_cleaned_evaluation, twins=twins)
+        files["evaluation.json"] = _cleaned(run.evaluation_json, read_json, clean)
     return files | {f"plots/{name}": run.plots / name for name in record.plots}
+
+
+def _cleaned_evaluation(evaluation: Mapping[str, Any], twins: Collection[str]) -> Any:
+    """evaluation.json without paths, and with the twin named, whose folder is not published."""
+    cleaned = without_paths_in_titles(evaluation)
+    for network in cleaned["networks"]:
+        if network["title"] in twins:
+            network["twin"] = True
+    return cleaned
 
 
 def _cleaned(
