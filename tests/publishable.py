@@ -71,7 +71,7 @@ def evaluation(model, plain, **changes):
         NetworkInfo(title="2-LR", weights=digests[0], branches={LAYER: 4}),
         NetworkInfo(title="plain", weights=digests[1]),
     )
-    data = dataclasses.replace(DATA, source=SOURCE, images=200, image_size=SIZE, fingerprint="f" * 64)
+    data = dataclasses.replace(DATA, source=SOURCE, images=200, image_size=SIZE, fingerprint="f" * 64, origin="hub")
     fields = {"figures": FIGURES, "data": data, "networks": networks, "warnings": (), "verdicts": {"2-LR": SOUND}}
     return make_evaluation(**fields | changes)
 
@@ -89,8 +89,9 @@ def summary(name="tiny", lowrank=True, accuracy=0.9005, twin=None):
         features=64, target_rank=4 if lowrank else None, effective_rank=7 if lowrank else 19, variance_ratio={10: 0.9}
     )
     data = DataSummary(
-        source=SOURCE, fingerprint="f" * 64, train_images=5000, test_images=2000, image_size=SIZE, classes=3
-    )
+        source=SOURCE, fingerprint="f" * 64, train_images=5000, test_images=2000, image_size=SIZE, classes=3,
+        origin="hub",
+    )  # fmt: skip
     return Summary(
         name=name, model="test_resnet", lowrank=lowrank, weights="last", clean_accuracy=accuracy, data=data,
         losses=Losses(train=0.1, test=0.2), train_accuracy=1.0, branches={LAYER: branch}, epochs=3, optimizer_steps=30,
@@ -114,8 +115,9 @@ def make_run(folder, name="test_resnet", evaluated=True, **options):
         "lowrank": {"branches": {LAYER: 4}}, "batch_size": 4, "learning_rate": 0.1, "schedule": "step",
         "milestones": [1, 2], "seed": 0, "spectrum_images": 500,
     }  # fmt: skip
-    for run in (folder, folder / "twin"):
-        (run / "config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    plain = {**recipe, "name": "tiny (plain)", "lowrank": {**recipe["lowrank"], "enabled": False}}
+    for run, own in ((folder, recipe), (folder / "twin", plain)):
+        (run / "config.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
     twin = summary("tiny (plain)", lowrank=False, accuracy=0.9105)
     write(folder / "twin" / "summary.json", twin.to_dict())
     write(folder / "summary.json", summary(twin=twin).to_dict())

@@ -28,16 +28,17 @@ from timm_lowrank.evaluation.results import (
     write_evaluation,
 )
 from timm_lowrank.publish import push_to_hub
-from timm_lowrank.publish.card import Place, code, escaped, run_card, short_card
+from timm_lowrank.publish.card import Dataset, Place, code, dataset_of, escaped, run_card, short_card
 from timm_lowrank.publish.checkpoints import figures_of
-from timm_lowrank.publish.merging import license_of, merge, section
+from timm_lowrank.publish.front_matter import license_of
+from timm_lowrank.publish.merging import merge, section
 from timm_lowrank.publish.paths import without_local_paths
 from timm_lowrank.publish.record import read_run
 from timm_lowrank.publish.run import files_of
 from timm_lowrank.report import text_table, write_report
 from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, PGDSteps, PixelNoise
 from timm_lowrank.suites.measurements.base import Context, Results
-from timm_lowrank.suites.networks import load_network, load_networks
+from timm_lowrank.suites.networks import infos_of, load_network, load_networks
 from timm_lowrank.suites.plan import chosen_suites, measurements_of
 
 SECTIONS = ["about", "loading", "low-rank", "robustness", "limits", "training", "files", "citation"]
@@ -150,9 +151,74 @@ def test_the_accuracy_of_the_twin_is_that_on_as_many_images(run):
     headline = "**90.0 % (88.7 to 91.3)**"
     assert f"{headline}. In brackets" in card(run)  # the evaluation has the twin's 95.0 % of 200 images
     said = Value.share(1821, alone.data.test_images)
-    edit(run, networks=lambda networks: (networks[0], dataclasses.replace(networks[1], clean=said)))
+    edit(run, networks=beside(clean=said, twin=True))
     assert f"{headline}; of its plain twin, trained alike without branches: 91.0 % (89.7 to 92.2)" in card(run)
     assert figures_of(read_run(run)).clean.plain == said.value
+
+
+def beside(**fields):
+    """Says something else of the plain network in an evaluation."""
+    return lambda networks: (networks[0], dataclasses.replace(networks[1], **fields))
+
+
+@pytest.mark.parametrize("twin", [False, None])
+@pytest.mark.parametrize(("title", "name"), [("plain", "plain network"), ("a|b", r"plain network a\|b")])
+def test_a_plain_network_that_was_not_trained_alike_is_no_twin(run, twin, title, name):
+    alone = summary()
+    (run / "summary.json").write_text(json.dumps(alone.to_dict()))
+    (run / "evaluation.json").write_text((run / "evaluation.json").read_text().replace('"plain"', json.dumps(title)))
+    edit(run, networks=beside(clean=Value.share(1821, alone.data.test_images), twin=twin))
+    text = card(run)
+    assert "twin" not in text
+    assert f"**90.0 % (88.7 to 91.3)**; of the {name}: 91.0 % (89.7 to 92.2)" in text
+    assert f"of the images right, of the {name} 0.0 %" in section(text, "limits")
+    for part in ("low-rank", "robustness"):
+        assert f"| this network | {name} | difference |" in section(text, part)
+    figures = figures_of(read_run(run))
+    assert {figures.clean.plain, figures.pgd.plain, *(rank.plain for rank in figures.effective_rank.values())} == {None}
+
+
+def test_the_twin_stands_beside_a_run_before_other_plain_networks(run):
+    other = dataclasses.replace(read_evaluation(run / "evaluation.json").networks[1], title="c", weights="c" * 64)
+    edit(run, networks=lambda networks: (networks[0], dataclasses.replace(other, twin=False), networks[1]))
+    record = read_run(run)
+    assert (record.plain_title, record.plain_is_twin) == ("plain", True), "known by its weights in the folder"
+    published = json.loads(files_of(record)["evaluation.json"])["networks"]
+    assert [network.get("twin") for network in published] == [None, False, True], "which is not published"
+    edit(run, networks=lambda networks: networks[:2], figures=without(*(one.key for one in FIGURES)))
+    record = read_run(run)
+    assert (record.plain_title, record.plain_is_twin) == ("c", False)
+    assert (record.plain_clean_is_twin, record.plain_clean.value) == (True, 0.9105), "that of the run's own twin"
+    assert record.effective_rank("pre_logits").plain is None, "which is not the network of the column"
+
+
+@pytest.mark.parametrize(("keys", "alike"), [({}, True), ({"alike": True}, True), ({"folder": "runs/a"}, False)])
+def test_a_twin_in_a_folder_that_was_named_is_one_if_it_was_compared(run, keys, alike):
+    """Runs of earlier versions took any plain run."""
+    twin = json.loads((run / "summary.json").read_text())["twin"]
+    change(run / "summary.json", twin={**twin, "folder": "runs/a", **keys} if keys else twin)
+    (run / "evaluation.json").unlink()
+    about = section(card(run), "about")
+    assert ("of its plain twin, trained alike without branches: 91.0 %" in about) is alike
+    assert ("of the plain network tiny (plain): 91.0 %" in about) is not alike
+
+
+def test_an_evaluation_says_which_network_is_the_twin(run):
+    def said(*against):
+        return [info.twin for info in infos_of(load_networks(str(run), [str(one) for one in against]))]
+
+    twin = run / "twin"
+    assert said() == said(twin) == [None, True]
+    assert said(twin / "model") == [None, None], "nobody knows how it was trained"
+    recipe = yaml.safe_load((twin / "config.yaml").read_text())
+    (twin / "config.yaml").write_text(yaml.safe_dump({**recipe, "lowrank": {"enabled": False}, "save_every": 3}))
+    assert said() == [None, True], "what it would be measured at, and how it was saved"
+    (twin / "config.yaml").write_text(yaml.safe_dump({**recipe, "lowrank": {"enabled": False}, "epochs": 2}))
+    assert said() == [None, False]
+    (twin / "config.yaml").write_text(yaml.safe_dump({**recipe, "lowrank": {"enabled": False}}))
+    data = json.loads((twin / "summary.json").read_text())["data"]
+    change(twin / "summary.json", data={**data, "fingerprint": "0" * 64})
+    assert said() == [None, False]
 
 
 def test_a_failed_diagnosis_and_the_warnings_of_the_evaluation_are_told(run):
@@ -172,7 +238,7 @@ def test_figures_are_told_apart_by_what_they_are_not_by_their_names(run):
     """PGD with other steps, radii, starts and norms, all of them called alike, and labels that name other attacks."""
     pgd = next(one.protocol.attack for one in FIGURES if one.key == "pgd")
     changes = ({"steps": 7}, {"eps": 4 / 255}, {"random_start": False}, {"norm": "l2"}, {"targeted": True})
-    changes += ({"name": "FGSM"}, {"restarts": 5})
+    changes += ({"name": "FGSM"}, {"restarts": 5}, {"radius_unit": "normalized"})
     others = [
         figure(f"a{n}", "PGD-20, 8/255", share(100), share(100), attack=dataclasses.replace(pgd, **one))
         for n, one in enumerate(changes)
@@ -203,6 +269,30 @@ def test_branches_whose_penalty_never_had_weight_are_not_said_to_have_pulled(run
     text = " ".join(card(run).split())
     assert ("pulled the activations at" in text) == (not said)
     assert ("before their penalty had any weight (`warmup_updates=100`)" in text) == said
+
+
+STEPS, CROPS = {"milestones": "[1, 2]", "gamma": "0.1"}, {"crop_scale": "0.08", "crop_pct": "0.875"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        ({}, STEPS),
+        ({"milestones": []}, {}),
+        ({"schedule": "cosine"}, {}),
+        ({"optimizer": "adamw", "gamma": 0.5}, {**STEPS, "optimizer": "adamw", "gamma": "0.5"}),
+        ({"cooldown_epochs": 1, "compile": True}, {**STEPS, "cooldown_epochs": "1", "compile": "True"}),
+        ({"image_size": 32}, {**STEPS, "image_size": "32", **CROPS}),
+        ({"image_size": 32, "augment": "none"}, {**STEPS, "image_size": "32", "crop_pct": "0.875"}),
+    ],
+)
+def test_the_table_of_the_training_shows_what_decided_it(run, keys, shown):
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}, sort_keys=False))
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*)` \|$", section(card(run), "training"), re.MULTILINE))
+    assert (rows["momentum"], rows["learning_rate"]) == ("0.9", "0.1")
+    depending = {*STEPS, *CROPS, "optimizer", "cooldown_epochs", "compile", "image_size"}
+    assert {key: value for key, value in rows.items() if key in depending} == shown
 
 
 def test_the_same_run_gives_the_same_card(run):
@@ -321,6 +411,37 @@ def test_of_a_path_the_last_part_is_left(text, left):
     assert without_local_paths(left) == left, "once is enough"
 
 
+@pytest.mark.parametrize(
+    ("source", "origin", "kind", "name", "on_hub"),
+    [
+        ("uoft-cs/cifar10", "hub", "uoft-cs/cifar10", "uoft-cs/cifar10", True),
+        ("mnist", "hub", "mnist", "mnist", True),
+        ("data/photos", "folder", "photos", "photos", False),
+        ("data/photos", None, "photos", "photos", False),
+        ("/home/me/my photos/", "folder", "my-photos", "my photos", False),
+        ("/home/me", "folder", "home", "home", False),
+        ("/", "folder", "images", "images", False),
+        ("digits", "built-in", "digits", "scikit-learn digits", False),
+        ("digits", None, "digits", "scikit-learn digits", False),
+    ],
+)
+def test_a_data_set_is_on_the_hub_if_it_was_loaded_from_there(source, origin, kind, name, on_hub):
+    data = dataclasses.replace(summary().data, source=source, origin=origin)
+    assert dataset_of(data) == Dataset(kind, name, on_hub)
+    assert dataset_of(data, "me/d") == Dataset("me/d", "me/d", True)
+
+
+def test_a_folder_that_is_not_here_is_no_data_set_of_the_hub(run):
+    for origin in ("folder", None):  # a run of an earlier version does not say it
+        data = dataclasses.replace(summary().data, source="data/photos", origin=origin)
+        (run / "summary.json").write_text(json.dumps(dataclasses.replace(summary(), data=data).to_dict()))
+        edit(run, data=lambda data, origin=origin: dataclasses.replace(data, source="data/photos", origin=origin))
+        text = card(run)
+        assert ModelCard(text).data.datasets is None
+        assert {result.dataset_type for result in ModelCard(text).data.eval_results} == {"photos"}
+        assert "data/photos" not in text
+
+
 def test_keys_stay_different_and_names_of_classes_as_they_are():
     assert without_local_paths({"/home/me/a": 1, "/home/you/a": 2, 3: "8/255"}) == {"a": 1, "a (2)": 2, 3: "8/255"}
     assert without_local_paths({"class_names": ["/m/01g317"]}) == {"class_names": ["/m/01g317"]}
@@ -368,8 +489,8 @@ def test_a_path_in_the_configuration_of_the_network_is_not_published(run):
 
 def test_paths_of_this_machine_are_not_published(run):
     data = json.loads((run / "summary.json").read_text())["data"]
-    change(run / "summary.json", data={**data, "source": "/home/me/data/cifar10"})
-    edit(run, data=lambda data: dataclasses.replace(data, source="/home/me/data/cifar10"))
+    change(run / "summary.json", data={**data, "source": "/home/me/data/cifar10", "origin": "folder"})
+    edit(run, data=lambda data: dataclasses.replace(data, source="/home/me/data/cifar10", origin="folder"))
     text = card(run)
     assert "/home/me" not in text
     assert ModelCard(text).data.datasets is None, "nobody has said that it is on the Hub"

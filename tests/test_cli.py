@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_lowrank import __version__
+import timm_lowrank
+from timm_lowrank import LowRankConfig, __version__
 from timm_lowrank.cli import COMMANDS, main
 from timm_lowrank.training.checkpoints import damage
 from timm_lowrank.training.recipe import Recipe, load_recipe, recipe_names
@@ -299,6 +300,14 @@ def test_ctrl_c_under_accelerate_launch_is_one_line_and_keeps_the_checkpoint(tmp
     assert not [line for line in said if line.startswith("  File") and "timm_lowrank" in line]
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     assert damage(newest) is None
+
+
+def test_the_layers_of_a_network_with_arguments_are_wrapped_with_them(capsys):
+    arguments = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 24, "global_pool": "avg"}
+    assert main(["layers", "vit_tiny_patch16_224", "--model-args", json.dumps(arguments)]) == 0
+    said = capsys.readouterr().out.split("\nnext:\n  ")[1]
+    model = eval(said, {"timm_lowrank": timm_lowrank, "LowRankConfig": LowRankConfig, "RANK": 4})
+    assert (list(model.branches), model.backbone.embed_dim) == (["pre_logits"], 24)
 
 
 def test_train_evaluate_compare_say_where_they_wrote_and_what_comes_next(

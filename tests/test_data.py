@@ -142,6 +142,8 @@ def test_a_name_on_the_hub_is_read_as_a_folder_is(folder, hub, streaming, monkey
     monkeypatch.undo()
     local = load_data(str(folder), streaming=streaming)
     assert data.fingerprint == local.fingerprint
+    assert (data.origin, local.origin, load_data("digits").origin) == ("hub", "folder", "built-in")
+    assert not streaming or data.subset(230, 55).origin == "hub"
     assert same_images(data.subset(230, 55), local.subset(230, 55)) if streaming else same_images(data, local)
 
 

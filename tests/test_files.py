@@ -1,10 +1,11 @@
 """Files that are there whole or not at all."""
 
 import multiprocessing
+import os
 
 import pytest
 
-from timm_lowrank.files import write_whole
+from timm_lowrank.files import is_new, new_folder, write_whole
 
 FORK = multiprocessing.get_context("fork")
 
@@ -35,3 +36,61 @@ def test_what_a_killed_one_left_is_written_over_and_an_error_leaves_the_old_file
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "\ud800")
     assert (path.read_text(), partial.exists()) == ("new", False)
+
+
+@pytest.fixture(params=["new", "empty", "current", "link", "dangling"])
+def place(request, tmp_path, monkeypatch):
+    """A folder that is new or empty, by some name, and where its content then is."""
+    folder = tmp_path / "parent" / "folder"
+    if request.param in ("empty", "current", "link"):
+        folder.mkdir(parents=True)
+    if request.param == "current":
+        monkeypatch.chdir(folder)
+        return type(folder)(), folder
+    if request.param in ("link", "dangling"):
+        (tmp_path / "link").symlink_to(folder)
+        return tmp_path / "link", folder
+    return folder, folder
+
+
+def filled(folder, fails=False):
+    with new_folder(folder, last=["a.json"]) as new:
+        assert not any(new.iterdir())
+        (new / "inner").mkdir()
+        for name in ("a.json", "b", "inner/c"):
+            (new / name).write_text(name)
+        if fails:
+            raise OSError("full")
+
+
+def test_a_new_or_empty_folder_gets_its_content_whatever_it_is(place):
+    name, folder = place
+    assert is_new(name)
+    before = folder.stat().st_ino if folder.exists() else None
+    filled(name)
+    held = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    assert held == ["a.json", "b", "inner", "inner/c"]
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"], "nothing temporary is left"
+    assert before in (None, folder.stat().st_ino)
+    assert not is_new(name)
+
+
+def test_after_an_error_a_folder_is_as_new_as_before(place, monkeypatch):
+    name, folder = place
+    there, replace = folder.exists(), os.replace
+    with pytest.raises(OSError, match="full"):
+        filled(name, fails=True)
+    moved = []
+
+    def failing(source, target):
+        if os.path.basename(source) in ("a.json", "new"):
+            moved.append([path.name for path in folder.iterdir()] if there else [])
+            raise OSError("full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="full"):
+        filled(name)
+    assert {"b", "inner"} <= set(moved[0]) if there else moved == [[]], "a.json comes last"
+    assert is_new(name)
+    assert folder.exists() == there

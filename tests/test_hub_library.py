@@ -162,9 +162,11 @@ def test_a_repository_without_branches_is_a_plain_network(hub, model):
 # The card
 
 
-def test_the_short_card(hub, model):
-    push_to_hub(model, REPO, data_config={"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)})
-    card = ModelCard.load(REPO)
+@pytest.mark.parametrize("revision", [None, "dev"])
+def test_the_short_card(hub, model, revision):
+    looks = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    push_to_hub(model, REPO, data_config=looks, revision=revision)
+    card = ModelCard(in_repo(hub, revision=revision or "main")["README.md"].decode())
     assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
     assert card.data.license is None, "its owner decides that"
     assert "`test_resnet` for 3 classes and images of 3 x 32 x 32" in card.text
@@ -182,13 +184,14 @@ def test_the_short_card(hub, model):
         assert same_network(network, model)
 
 
-def test_a_card_that_its_owner_edited_is_left_alone(hub, model):
+@pytest.mark.parametrize("words", ["my own words", "---\nlicense: mit   # mine\n---\nmy own words", ""])
+def test_a_card_that_its_owner_edited_is_left_alone(hub, model, words):
     push_to_hub(model, REPO)
-    hub.seed(REPO, {"README.md": "my own words"})
+    hub.seed(REPO, {"README.md": words})
     with torch.no_grad():
         model.fc.bias += 1
     done = push_to_hub(model, REPO)
-    assert in_repo(hub)["README.md"] == b"my own words"
+    assert in_repo(hub)["README.md"] == words.encode()
     assert "README.md" not in done.files
     assert same_network(loaded(), model)
 

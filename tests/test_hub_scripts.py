@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,25 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from publishable import BLOB, CHECKPOINT, COMMIT, FIGURES, REPO, change, edit, images, in_repo, make_run, share, weights
+from publishable import (
+    BLOB,
+    CHECKPOINT,
+    COMMIT,
+    FIGURES,
+    REPO,
+    change,
+    edit,
+    images,
+    in_repo,
+    make_run,
+    share,
+    trained,
+    weights,
+)
 from scripts import done, in_folder, refused, script
 
+import timm_lowrank as tlr
+from timm_lowrank import CheckpointError
 from timm_lowrank.publish import run as publishing
 from timm_lowrank.publish.merging import section
 
@@ -151,6 +168,43 @@ def test_a_licence_that_is_not_known_is_asked_for(hub, run, license, options):
     assert ModelCard.load(REPO).data.license == "cc-by-4.0", "the card says it now"
 
 
+def set_recipe(run, **keys):
+    """Sets keys of the recipe of a run."""
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**recipe, **keys}))
+
+
+@pytest.mark.parametrize("inside", ["", "model", "model/model.safetensors"])
+def test_a_run_that_began_from_another_one_began_from_its_weights(hub, run, tmp_path, monkeypatch, inside):
+    plain = shutil.copytree(run, tmp_path / "plain")
+    set_recipe(run, init_from=str(plain / inside))
+    done(push, run, REPO)
+    assert ModelCard.load(REPO).data.license == "apache-2.0", "the other one was trained from scratch"
+    assert f"| `init_from` | `{(plain / inside).name}` |" in ModelCard.load(REPO).text
+    began_from(plain, "cc-by-nc-4.0", pretrained=True)
+    done(push, run, "alice/tuned")
+    data = ModelCard.load("alice/tuned").data
+    assert (data.license, data.to_dict()["base_model"]) == ("cc-by-nc-4.0", "timm/test_resnet.r160_in1k")
+    set_recipe(plain, model_args={"pretrained": False}, init_from=str(plain))
+    refused("began from the weights plain, whose licence is not known", push, run, "alice/third")
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_the_licence_of_weights_that_are_no_run_here_is_asked_for(hub, run, tmp_path, gone):
+    if not gone:
+        shutil.copytree(run / "model", tmp_path / "base")
+    set_recipe(run, init_from=str(tmp_path / "base"))
+    refused("began from the weights base, whose licence is not known .*with --license", push, run, REPO)
+    assert REPO not in hub.repos
+    done(push, run, REPO, "--license", "mit")
+    assert "began from `base`, whose licence the push could not find out" in ModelCard.load(REPO).text
+    if not gone:
+        (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nSomebody's.\n")
+        done(push, run, "alice/other")
+        assert ModelCard.load("alice/other").data.license == "cc-by-4.0", "of the card beside them"
+        assert "The training began from `base`, which is under cc-by-4.0." in ModelCard.load("alice/other").text
+
+
 def test_a_card_under_another_licence_than_the_pretrained_weights_is_noted(hub, run, capsys):
     done(push, run, REPO)
     assert ModelCard.load(REPO).data.license == "apache-2.0"
@@ -188,6 +242,85 @@ def test_marks_that_the_owner_took_out(hub, run, capsys):
     assert b'"clean_accuracy": 0.5' in in_repo(hub)["summary.json"]
 
 
+def other_network():
+    """One that was trained elsewhere, and never evaluated."""
+    model = trained()
+    with torch.no_grad():
+        model.unwrap().fc.bias += 1
+    return model
+
+
+def test_other_weights_do_not_keep_the_figures_of_those_before(hub, run, capsys):
+    done(push, run, REPO)
+    card = in_repo(hub)["README.md"].decode()
+    words = "<!-- Mine. -->\nWhat I want to say.\n\n"
+    theirs = {"task": {"type": "image-classification"}, "dataset": {"type": "other", "name": "Other"}}
+    theirs["metrics"] = [{"type": "accuracy", "value": 0.5}]
+    front = yaml.safe_load(card.split("---\n")[1])
+    front["model-index"].append({"name": "theirs", "results": [theirs]})
+    front |= {"datasets": ["uoft-cs/cifar10", "mine/too"], "license": "mit"}
+    body = card.split("---\n", 2)[2].replace("<!-- generated: limits -->", f"{words}<!-- generated: limits -->")
+    card = f"---\n{yaml.safe_dump(front)}---\n{body}"
+    hub.seed(REPO, {"README.md": card, "plots/mine.png": b"\x89", "notes": "mine"})
+    model = other_network()
+    tlr.push_to_hub(model, REPO)
+    held = in_repo(hub)
+    assert set(held) == {*CHECKPOINT, "README.md", "plots/mine.png", "notes"}
+    assert len(hub.repo(REPO).history()) == 4, "with one commit"
+    text, data = held["README.md"].decode(), ModelCard(held["README.md"].decode()).data
+    assert words in text
+    assert "neither its accuracy nor its robustness is known" in section(text, "about")
+    assert not [number for number in ("90.0 %", "30.0 %", "sha256", "evaluation.json") if number in text]
+    assert [result.dataset_type for result in data.eval_results] == ["other"]
+    assert (data.datasets, data.license, data.metrics) == (["mine/too"], "mit", ["accuracy"])
+    assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
+    capsys.readouterr()
+    done(pull, REPO)
+    assert "accuracy" not in capsys.readouterr().out
+    tlr.push_to_hub(model, REPO)
+    assert in_repo(hub) == held
+    done(push, run, REPO)
+    assert in_repo(hub).keys() == held.keys() | FILES
+    assert words in in_repo(hub)["README.md"].decode()
+    assert len(ModelCard.load(REPO).data.eval_results) == 4
+
+
+def test_the_same_weights_keep_their_figures(hub, run):
+    done(push, run, REPO)
+    before = in_repo(hub)
+    tlr.push_to_hub(run, REPO)
+    assert in_repo(hub) == before
+
+
+def test_a_card_that_cannot_be_told_apart_is_not_left_with_other_weights(hub, run):
+    done(push, run, REPO)
+    card = in_repo(hub)["README.md"].decode()
+    hub.seed(REPO, {"README.md": card.replace("<!-- end of generated: limits -->\n", "")})
+    before = in_repo(hub)
+    message = r"README.md of alice/tiny: the marks of the generated section 'limits' .* Put the missing one back"
+    with pytest.raises(CheckpointError, match=message):
+        tlr.push_to_hub(other_network(), REPO)
+    assert in_repo(hub) == before
+
+
+def test_a_branch_of_other_weights_loads_that_branch(hub, run):
+    done(push, run, REPO)
+    tlr.push_to_hub(other_network(), REPO, revision="dev")
+    assert f'create_model("hf-hub:{REPO}@dev"' in in_repo(hub, revision="dev")["README.md"].decode()
+    assert "**90.0 %" in in_repo(hub)["README.md"].decode()
+
+
+def test_a_kept_card_with_figures_of_other_weights_is_noted(hub, run, tmp_path, capsys):
+    done(push, run, REPO, "--keep-card")
+    assert "figures are of other weights" not in capsys.readouterr().out
+    tlr.save_pretrained(other_network(), run / "model")
+    (run / "evaluation.json").unlink()
+    done(push, run, REPO, "--keep-card")
+    assert "note: README.md of alice/tiny was kept, and its figures are of other weights" in capsys.readouterr().out
+    done(pull, REPO)
+    assert "accuracy" not in capsys.readouterr().out, "of the card"
+
+
 def test_a_branch_of_its_own(hub, run):
     done(push, run, REPO)
     change(run / "summary.json", clean_accuracy=0.5)
@@ -195,6 +328,10 @@ def test_a_branch_of_its_own(hub, run):
     assert "**50.0 %" in in_repo(hub, revision="next")["README.md"].decode()
     assert "**90.0 %" in in_repo(hub)["README.md"].decode()
     assert f"{REPO}/tree/next" in in_repo(hub, revision="next")["README.md"].decode()
+    loading = section(in_repo(hub, revision="next")["README.md"].decode(), "loading")
+    assert f'timm.create_model("hf-hub:{REPO}@next", pretrained=True)' in loading
+    assert loading.count(f'from_pretrained("{REPO}", revision="next")') == 2
+    assert "next" not in section(in_repo(hub)["README.md"].decode(), "loading")
 
 
 def test_private(hub, run):
@@ -259,6 +396,25 @@ def test_somebody_else_writes_at_the_same_time(hub, run, monkeypatch):
     monkeypatch.setattr(publishing, "_ask", late)
     refused("has changed in the meantime: run it again", push, run, REPO)
     assert in_repo(hub)["README.md"] == b"written just now"
+
+
+def said_next(capsys):
+    """What a command says to do next."""
+    return capsys.readouterr().out.split("\nnext:\n  ")[1].rstrip()
+
+
+def test_what_is_said_to_come_next_keeps_the_options(hub, run, tmp_path, capsys):
+    options = ["--private", "--revision", "dev", "--license", "mit", "--dataset", "me/some data", "--keep-card"]
+    done(push, run, REPO, "--dry-run", tmp_path / "dry", *options, "--token", "hf_alice")
+    said = said_next(capsys)
+    assert shlex.split(said) == ["timm-lowrank", "push", str(run), REPO, *options]
+    assert "hf_alice" not in said
+    done(push, run, REPO, "--dry-run", tmp_path / "bare")
+    assert shlex.split(said_next(capsys)) == ["timm-lowrank", "push", str(run), REPO]
+    done(push, run, REPO, "--revision", "dev", "--token", "hf_alice")
+    assert said_next(capsys) == f"timm-lowrank pull {REPO} --revision dev"
+    done(push, run, REPO)
+    assert said_next(capsys) == f"timm-lowrank pull {REPO}"
 
 
 # Loading what was published
@@ -334,6 +490,24 @@ def test_pulled_and_verified(hub, run, tmp_path, capsys):
     commit = hub.repo(REPO).history()[0].sha
     assert f'timm.create_model("hf-hub:{REPO}@{commit}", pretrained=True)' in out
     assert f'from_pretrained("{REPO}", revision="{commit}")' in out
+
+
+def test_the_current_folder_and_a_link_to_an_empty_one_are_taken(hub, run, tmp_path, monkeypatch):
+    for name in ("dry", "pulled"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name} link").symlink_to(tmp_path / name)
+    done(push, run, REPO, "--dry-run", tmp_path / "dry link")
+    done(push, run, REPO)
+    done(pull, REPO, tmp_path / "pulled link")
+    assert in_folder(tmp_path / "dry") == in_repo(hub)
+    assert in_folder(tmp_path / "pulled") == hub.repo(REPO).files()
+    for name, command in (("here", (push, run, REPO, "--dry-run", ".")), ("there", (pull, REPO, "."))):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        done(*command)
+        assert in_repo(hub).items() <= in_folder(tmp_path / name).items()
+    refused("exists and is not empty: choose a new folder", pull, REPO, ".")
+    refused("must be new or empty", push, run, REPO, "--dry-run", ".")
 
 
 def test_damaged_on_the_way(hub, run, tmp_path):

@@ -29,6 +29,7 @@ from timm_lowrank.publish.merging import section
 from timm_lowrank.publish.record import read_run
 from timm_lowrank.suites.networks import load_network
 from timm_lowrank.training import load_recipe, train
+from timm_lowrank.training.run import unlike_twin
 
 checkpoints, push, pull = (script(name) for name in ("checkpoints", "push", "pull"))
 
@@ -118,6 +119,21 @@ def test_a_checkpoint_of_this_project_is_what_its_row_says(row):
     assert abs(counted.right - row.sample.right) <= 2
     clean = ModelCard((folder_of(row.name) / "README.md").read_text(encoding="utf-8")).data.eval_results[0]
     assert clean.metric_value == row.figures.clean.value
+
+
+def test_the_twin_of_a_checkpoint_of_this_project_was_trained_alike():
+    records = [read_run(folder_of(row.name)) for row in HERE]
+    weights = [{one.title: one.weights for one in record.evaluation.networks} for record in records]
+    own = {of[record.title]: record.run for record, of in zip(records, weights, strict=True)}
+    pairs = [
+        (record, of[record.plain_title]) for record, of in zip(records, weights, strict=True) if record.plain_title
+    ]
+    beside = [(record.run, own[plain]) for record, plain in pairs]
+    assert len(beside) == len(HERE) - 1, "all but the plain one"
+    assert all(record.plain_is_twin for record in records if record.plain_title)
+    for run, plain in beside:
+        assert unlike_twin(run.recipe, plain.recipe) == []
+        assert run.summary.data.fingerprint == plain.summary.data.fingerprint
 
 
 @pytest.mark.parametrize("row", [row for row in HERE if row.sample.source == SAMPLE], ids=lambda row: row.name)
@@ -342,8 +358,9 @@ def test_all_are_published_with_one_command_from_a_fresh_clone(hub, added, train
     fresh = tmp_path / "fresh"
     shutil.copytree(added, fresh)
     listed.CLONE = fresh  # the fixture puts it back
-    done(push, "--all", "--user", "alice", "--dry-run", tmp_path / "dry")
+    done(push, "--all", "--user", "alice", "--private", "--dry-run", tmp_path / "dry")
     assert not hub.repos
+    assert "\nnext:\n  timm-lowrank push --all --user alice --private\n" in capsys.readouterr().out
     done(push, "--all", "--user", "alice")
     assert "noted in hub/checkpoints.yaml and docs/hub.md: commit both" in capsys.readouterr().out
     assert in_folder(tmp_path / "dry" / "tiny") == in_repo(hub, "alice/tiny")

@@ -130,6 +130,22 @@ def test_the_headline_is_the_strongest_common_attack():
         assert chosen(other)[1] is None
 
 
+def test_the_headline_that_is_set_beside_others_is_of_the_reference_attacks_alone():
+    def chosen(*figures):
+        return tuple(one and one.key for one in headline(make_evaluation(figures=figures), reference=True))
+
+    by_key = {one.key: one for one in FIGURES}
+    pgd, auto = by_key["pgd-madry-20-8-255"], by_key["autoattack-linf-8-255"]
+    own = dataclasses.replace(pgd, values={"2-LR": pgd.values["2-LR"]})
+    assert chosen(by_key["pgd-madry-7-8-255"], own, auto) == (None, pgd.key, auto.key), "of whatever networks"
+    changes = [{"steps": 50}, {"eps": 4 / 255}, {"random_start": False}, {"restarts": 5}, {"radius_unit": "normalized"}]
+    for changed in changes:
+        assert chosen(figure("other", "PGD", 1, 1, attack=dataclasses.replace(PGD, **changed))) == (None,) * 3
+    for changed in ({"eps": 2 / 255}, {"version": "plus"}, {"norm": "l2"}):
+        attack = dataclasses.replace(auto.protocol.attack, **changed)
+        assert chosen(figure("other", "AutoAttack", 1, 1, attack=attack)) == (None,) * 3
+
+
 def test_figures_are_found_by_what_they_are():
     evaluation = make_evaluation(
         figures=[

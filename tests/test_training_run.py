@@ -38,7 +38,7 @@ from timm_lowrank.training.checkpoints import damage, seal
 from timm_lowrank.training.compare import compare_runs
 from timm_lowrank.training.loop import Means, TrainedEpoch, check_alive, check_not_at_chance
 from timm_lowrank.training.report import layer_spectra
-from timm_lowrank.training.run import RunFolder
+from timm_lowrank.training.run import RunFolder, unlike_twin
 from timm_lowrank.training.state import build, seeded
 
 CPU = torch.device("cpu")
@@ -232,13 +232,34 @@ def test_an_existing_plain_run_serves_as_twin(finished, tmp_path, capsys):
     heading = printed.index(["plain", "low", "rank"])
     assert printed[heading + 1] == ["test", "accuracy", shown[0], "%", shown[1], "%"]
     for twin, changed, message in [
-        (plain, {"data_args": {"train_limit": 400}}, "was trained on other data"),
+        (plain, {"epochs": 9}, r"was not trained alike, so it is no twin \(epochs was \d and is 9\): set twin=true"),
+        (plain, {"ema_decay": None, "seed": 1}, "no twin .ema_decay was 0.9 and is None; seed was 0 and is 1."),
+        (plain, {"data_args": {"train_limit": 400}}, "no twin .data_args was "),
         (str(output), {}, "is not a plain run"),
         (str(tmp_path), {}, "holds no finished run"),
     ]:
         with pytest.raises(RunError, match=message):
-            train(recipe(twin=twin, **changed), tmp_path / "other")
+            train(recipe(twin=twin, **{"ema_decay": 0.9, **changed}), tmp_path / "other")
+    with pytest.raises(RunError, match="was trained on other data"):
+        train(recipe(twin=plain, ema_decay=0.9), tmp_path / "other", data=load_data("digits", train_limit=400))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "differ"),
+    [
+        ({"name": "other", "save_every": 7, "workers": 0, "lowrank": {"branches": "1-LR"}, "pretrain_epochs": 1}, []),
+        ({"image_size": 16}, ["image_size was 32 and is 16"]),
+        ({"data_args": {"mode": "grey"}}, ["data_args was {} and is {'mode': 'grey'}"]),
+        ({"model_args": {"channels": [8]}}, ["model_args was {} and is {'channels': [8]}"]),
+        ({"comparator": "snip", "comparator_args": {"sparsity": 0.5}}, []),
+    ],
+)
+def test_a_twin_is_trained_by_the_same_recipe_without_branches(keys, differ):
+    made = {"model": "resnet18", "data": "a/b", "epochs": 4, "image_size": 32}
+    plain = Recipe.from_dict({**made, "data": "a copy", "lowrank": {"enabled": False}})
+    assert unlike_twin(Recipe.from_dict({**made, "twin": True, **keys}), plain) == differ
+    assert unlike_twin(Recipe.from_dict(made), Recipe.from_dict(made)) == ["lowrank.enabled was true and is false"]
 
 
 def test_the_same_images_in_the_same_order_give_the_same_weights(shards, tmp_path, monkeypatch):

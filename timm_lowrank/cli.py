@@ -201,6 +201,20 @@ def _say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
+def _command(*words: object, **options: object) -> str:
+    """A command line of this program.
+
+    Args:
+        words: the command and its positional arguments.
+        options: by the names that argparse gives them; None and False are left out, True is a flag.
+    """
+    given = [PROGRAM, *map(str, words)]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            given += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return shlex.join(given)
+
+
 def _next(*commands: str) -> None:
     """What one would do after this command."""
     _say("", "next:", *(f"  {command}" for command in commands))
@@ -272,7 +286,7 @@ def _train(given: argparse.Namespace) -> None:
     train(recipe, output, resume=given.resume is not None)
     if os.environ.get("RANK", "0") == "0":
         _say("", f"written to {output}: model/ (for timm.create_model), summary.json, plots/spectrum.png")
-        _next(f"{PROGRAM} evaluate {shlex.quote(str(output))}")
+        _next(_command("evaluate", output))
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluate
@@ -372,8 +386,8 @@ def _evaluate(given: argparse.Namespace) -> None:
         folder = options.folder
         print(text_table(evaluation))
         _say("", f"written to {folder}: report.html, evaluation.json, plots/", f"the page: {folder / 'report.html'}")
-        following = [f"{PROGRAM} push {shlex.quote(str(folder))} USER/NAME --dry-run preview"]
-        _next(*following if (folder / "model").is_dir() else [f"open {folder / 'report.html'}"])
+        following = _command("push", folder, "USER/NAME", dry_run="preview")
+        _next(following if (folder / "model").is_dir() else shlex.join(["open", str(folder / "report.html")]))
     if state.num_processes > 1:
         state.destroy_process_group()
 
@@ -490,7 +504,7 @@ def _reproduce(given: argparse.Namespace) -> None:
         reproduce(options)
     for page in given.fill:
         fill_page(page, options.output)
-    _next(f"open {options.output / 'README.md'}")
+    _next(shlex.join(["open", str(options.output / "README.md")]))
 
 
 # ------------------------------------------------------------------------------------------------------ push and pull
@@ -541,8 +555,13 @@ def _push(given: argparse.Namespace) -> None:
         license=given.license, dataset=given.dataset, keep_card=given.keep_card, dry_run=given.dry_run,
     )  # fmt: skip
     _say(*outcome.description())
-    target = f"{shlex.quote(str(given.run))} {given.repo_id}"
-    _next(f"{PROGRAM} pull {given.repo_id}" if given.dry_run is None else f"{PROGRAM} push {target}")
+    if given.dry_run is None:
+        _next(_command("pull", given.repo_id, revision=given.revision))
+    else:  # the same without a dry run, and without the token, which is nobody's to read
+        _next(_command(
+            "push", given.run, given.repo_id, private=given.private, revision=given.revision, license=given.license,
+            dataset=given.dataset, keep_card=given.keep_card,
+        ))  # fmt: skip
 
 
 def _push_all(given: argparse.Namespace) -> None:
@@ -557,6 +576,8 @@ def _push_all(given: argparse.Namespace) -> None:
         _say(*outcome.description())
     if given.dry_run is None:
         _say("", "noted in hub/checkpoints.yaml and docs/hub.md: commit both")
+    else:
+        _next(_command("push", all=True, user=given.user, private=given.private))
 
 
 def _declare_pull(parser: argparse.ArgumentParser) -> None:
@@ -616,7 +637,8 @@ def _layers(given: argparse.Namespace) -> None:
     rows += [(x.name, x.kind, " x ".join(map(str, x.shape)), x.view, f"{x.width:,}") for x in shown]
     print(columns(rows, right=[4]))
     if shown:
-        _next(f'timm_lowrank.wrap("{given.model}", LowRankConfig(branches={{"{shown[-1].name}": RANK}}))')
+        keywords = "".join(f", {name}={value!r}" for name, value in given.model_args.items())
+        _next(f'timm_lowrank.wrap("{given.model}", LowRankConfig(branches={{"{shown[-1].name}": RANK}}){keywords})')
 
 
 # name: (declares the arguments; its docstring is the help), (runs the command), what Ctrl-C leaves behind

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -194,6 +194,51 @@ def folder_aside(folder: Path) -> Iterator[Path]:
     for left in folder.parent.glob(f"{ASIDE}*"):
         if is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def is_new(folder: Path) -> bool:
+    """Whether there is nothing at `folder`, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, last: Collection[str] = ()) -> Iterator[Path]:
+    """An empty folder to write into, whose content is in `folder` when the block ends well.
+
+    Where there is nothing, `folder` appears whole, with one rename. An empty folder stays the one that it is, since the
+    current one, or one where a disk is mounted, cannot be replaced: the content moves into it, and after an error it is
+    empty again.
+
+    Args:
+        folder: `is_new`; a link is followed.
+        last: names of files that move last, without which nobody takes the others for the whole.
+    """
+    target = Path(os.path.realpath(folder))
+    inside = target.is_dir()
+    parent = target if inside else target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=ASIDE) as aside:
+        new = Path(aside) / "new"
+        new.mkdir()
+        yield new
+        if inside:
+            _move_into(new, target, last)
+        else:
+            os.replace(new, target)
+
+
+def _move_into(source: Path, target: Path, last: Collection[str]) -> None:
+    """Moves everything in one folder into another one; after an error nothing."""
+    names = sorted((entry.name for entry in source.iterdir()), key=lambda name: (name in last, name))
+    moved: list[str] = []
+    try:
+        for name in names:
+            os.replace(source / name, target / name)
+            moved.append(name)
+    except BaseException:
+        for name in reversed(moved):
+            os.replace(target / name, source / name)
+        raise
 
 
 def _exchanged(one: Path, two: Path) -> bool:

@@ -19,6 +19,7 @@ from ..files import ASIDE, disk_errors, is_abandoned, sha256_of, sync, taken
 
 NETWORK_CONFIG, NETWORK_WEIGHTS = "config.json", "model.safetensors"
 LOWRANK_CONFIG, LOWRANK_WEIGHTS = "lowrank.json", "lowrank.safetensors"
+DESCRIPTIONS = (NETWORK_CONFIG, LOWRANK_CONFIG)  # without which nobody loads the weights
 CHECKPOINT_FILES = (NETWORK_CONFIG, NETWORK_WEIGHTS, LOWRANK_CONFIG, LOWRANK_WEIGHTS)
 
 # Formats that run code when they are opened, or may.
@@ -162,10 +163,10 @@ def _unlinked(folder: Path, source: Path, names: Collection[str]) -> None:
 
 def _replace_one_by_one(folder: Path, new: Path, names: Collection[str]) -> None:
     """Without the description of the network, which comes last, nobody loads what is mixed."""
-    for name in (NETWORK_CONFIG, LOWRANK_CONFIG):
+    for name in DESCRIPTIONS:
         if name in names:
             (folder / name).unlink(missing_ok=True)
-    for name in sorted(names, key=lambda name: name in (NETWORK_CONFIG, LOWRANK_CONFIG)):
+    for name in sorted(names, key=lambda name: name in DESCRIPTIONS):
         if (new / name).exists():
             os.replace(new / name, folder / name)
         else:

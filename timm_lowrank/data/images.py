@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError
 from .decode import Decoder
-from .sources import Source, Split
+from .sources import DataOrigin, Source, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    origin: DataOrigin | None = None  # None: not known
 
     @property
     def image_size(self) -> tuple[int, int, int]:
@@ -88,7 +89,7 @@ def hold(
         source.name, *train, *test, source.class_names,
         mean=per_channel("mean", mean, decoder.shape[0]) or statistics[0],
         std=per_channel("std", std, decoder.shape[0]) or statistics[1],
-        fingerprint=fingerprint(source.class_names, pieces),
+        fingerprint=fingerprint(source.class_names, pieces), origin=source.origin,
     )  # fmt: skip
 
 

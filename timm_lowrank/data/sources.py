@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ IMAGE_COLUMNS = ("img", "image")
 TEST_SPLITS = ("test", "validation")  # where none is named: the first that there is
 IMAGE_FOLDER = "imagefolder"  # what `datasets` calls images that are files of their own
 METADATA = "metadata.parquet"  # of such images, not a shard
+DataOrigin = Literal["hub", "folder", "built-in"]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ROWS_AT_ONCE = 64  # taken out of a row group in one piece
 BUFFER_BYTES = 1 << 20  # read from a file in one piece
@@ -209,6 +210,7 @@ class Source:
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    origin: DataOrigin | None = None
 
     @property
     def remote(self) -> bool:
@@ -239,12 +241,15 @@ def open_source(
         DataError: it is not there, is damaged, or lacks a split, a column or images; a label is missing or wrong.
     """
     wanted = [(train_split,), TEST_SPLITS if test_split is None else (test_split,), *([("extra",)] if extra else [])]
+    origin: DataOrigin
     if name == "digits":
+        origin = "built-in"
         if extra:
             raise DataError("data='digits' has no extra images: set data_args.extra=false")
         splits = _digits()
     else:
         folder = local_folder(name)
+        origin = "hub" if folder is None else "folder"
         if folder is None:
             found = (None if download else _hub_files(name, config, wanted)) or _cached_files(name, config, wanted)
         elif _holds_images(root := _root(folder, config)):
@@ -259,7 +264,7 @@ def open_source(
         if not len(split):
             raise DataError(f"{split.name} is empty")
     train = Split(train.name, train.shards + tuple(shard for split in more for shard in split.shards))
-    return Source(name, train, test, _checked_classes(train, test))
+    return Source(name, train, test, _checked_classes(train, test), origin)
 
 
 def _checked_classes(train: Split, test: Split) -> tuple[str, ...]:

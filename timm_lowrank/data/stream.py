@@ -15,7 +15,7 @@ from ..errors import DataError
 from .decode import INTERPOLATION, Decoder
 from .images import ImageData, decoded, fingerprint, per_channel
 from .order import ReadPlan, mix
-from .sources import Encoded, Source, Split
+from .sources import DataOrigin, Encoded, Source, Split
 
 # Of ImageNet, over colours and over grey values: those of the data itself cannot be had without reading all of it.
 MEAN, STD = {3: (0.485, 0.456, 0.406), 1: (0.449,)}, {3: (0.229, 0.224, 0.225), 1: (0.226,)}
@@ -40,6 +40,7 @@ class StreamedData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    origin: DataOrigin | None = None  # None: not known
 
     @property
     def image_size(self) -> tuple[int, int, int]:
@@ -69,7 +70,7 @@ class StreamedData:
             progress: whether a slow decoding shows a progress bar.
 
         Returns:
-            Images with the mean, std and fingerprint of the whole.
+            Images with the mean, std, fingerprint and origin of the whole.
 
         Raises:
             DataError: a file cannot be read, an image cannot be decoded.
@@ -78,7 +79,9 @@ class StreamedData:
             decoded(split, min(limit, len(split)), len(self.class_names), self.decoder, progress)
             for split, limit in ((self.train, train), (self.test, test))
         ]
-        return ImageData(self.name, *splits[0], *splits[1], self.class_names, self.mean, self.std, self.fingerprint)
+        return ImageData(
+            self.name, *splits[0], *splits[1], self.class_names, self.mean, self.std, self.fingerprint, self.origin
+        )
 
 
 def stream(
@@ -100,7 +103,7 @@ def stream(
         source.name, source.train, source.test, source.class_names, decoder,
         mean=per_channel("mean", mean, channels) or MEAN[channels],
         std=per_channel("std", std, channels) or STD[channels],
-        fingerprint=FINGERPRINT + fingerprint(source.class_names, shards),
+        fingerprint=FINGERPRINT + fingerprint(source.class_names, shards), origin=source.origin,
     )  # fmt: skip
 
 

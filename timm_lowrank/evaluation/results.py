@@ -37,6 +37,7 @@ from ..records import decode_fields, encode
 
 FORMAT = 2
 MOST_BYTES = 256 << 20  # of evaluation.json, which holds pictures
+EPS = 8 / 255  # the radius in L_inf that the literature quotes for 32 x 32 images, of pixels in [0, 1]
 NORMS = {"linf": "L_inf", "l2": "L2", "l1": "L1"}
 
 Detail = str | int | float | bool
@@ -405,6 +406,7 @@ class NetworkInfo:
     comparator: str | None = None  # what was trained in the place of branches, such as "Bottle-LR"
     weights: str | None = None  # `timm_lowrank.files.weights_sha256` of its state dict
     clean: Value | None = None  # accuracy on all test images that its run wrote down, if it is of one
+    twin: bool | None = None  # whether it was trained as the first network was, but plainly; None: not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -418,6 +420,7 @@ class DataInfo:
     class_names: tuple[str, ...]
     train_images: int | None = None  # that PCA and linear classifiers were fitted on
     fingerprint: str | None = None
+    origin: Literal["hub", "folder", "built-in"] | None = None  # of `source`; None: not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -524,11 +527,15 @@ class Headline(NamedTuple):
     autoattack: Figure | None
 
 
-def headline(evaluation: Evaluation) -> Headline:
+def headline(evaluation: Evaluation, *, reference: bool = False) -> Headline:
     """Clean accuracy, PGD and AutoAttack, with radii in units of the pixel range alone.
 
     PGD is the untargeted white-box one in L_inf with most steps among those measured on most networks, 20 if there are
     20, at the largest radius up to 8/255. AutoAttack is the L_inf one at that radius, otherwise the nearest to it.
+
+    Args:
+        reference: only what can be set beside figures from elsewhere, as cards do: PGD-20 from one random start, and
+            standard AutoAttack, both at 8/255.
     """
     clean = next((figure for figure in evaluation.by_kind(Kind.CLEAN) if figure.values), None)
     in_linf = [
@@ -537,19 +544,27 @@ def headline(evaluation: Evaluation) -> Headline:
         if figure.values and (attack := figure.protocol.attack)
         if attack.eps is not None and attack.norm == "linf" and not attack.targeted and attack.radius_unit == "pixel"
     ]
-    limit = 8 / 255
+    if reference:
+        in_linf = [one for one in in_linf if abs(one[2] - EPS) < 1e-6 and _is_reference(one[1])]
 
     def order(candidate: tuple[Figure, AttackProtocol, float]) -> tuple[float, ...]:
         figure, attack, eps = candidate
         measured = sum(value.known for value in figure.values.values())
-        small = eps <= limit + 1e-6
+        small = eps <= EPS + 1e-6
         return (-measured, not small, -eps if small else eps, attack.steps != 20, -(attack.steps or 0))
 
     pgd = min((candidate for candidate in in_linf if candidate[1].name == "PGD"), key=order, default=None)
-    reference = pgd[2] if pgd else limit
+    radius = pgd[2] if pgd else EPS
     auto = [candidate for candidate in in_linf if candidate[1].name == "AutoAttack"]
-    nearest = min(auto, key=lambda candidate: abs(candidate[2] - reference), default=None)
+    nearest = min(auto, key=lambda candidate: abs(candidate[2] - radius), default=None)
     return Headline(clean, pgd and pgd[0], nearest and nearest[0])
+
+
+def _is_reference(attack: AttackProtocol) -> bool:
+    """Whether it is run as others run it."""
+    if attack.name == "PGD":
+        return attack.steps == 20 and attack.random_start is True and attack.restarts == 1
+    return attack.name == "AutoAttack" and attack.version == "standard"
 
 
 def value_text(value: Value, unit: Unit) -> str:

@@ -4,6 +4,7 @@ push           `push_to_hub`: a model or checkpoint as one commit, with a short 
 run            `publish_run`: a finished run with its evaluation and a full card
 record         a finished run and its evaluation, read and checked
 card           the card, from the template card.md.jinja
+front_matter   of a card, read
 merging        a card that is written anew while what its owner wrote in it stays
 fetch          `pull`: a published checkpoint, fetched and verified
 checkpoints    the list of published checkpoints

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +13,38 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from .. import text
-from ..checkpoint.loading import read_info
+from ..checkpoint.loading import CheckpointInfo, read_info
 from ..evaluation.noise import STANDARD_DEVIATION
-from ..evaluation.results import SOUND, Difference, Figure, Kind, Protocol, Value, difference
-from .paths import without_local_paths
+from ..evaluation.results import SOUND, DataInfo, Difference, Figure, Kind, Protocol, Value, difference
+from .paths import last_part, without_local_paths
 
 if TYPE_CHECKING:
+    from ..training.recipe import Recipe
+    from ..training.run import DataSummary
     from .record import RunRecord  # which needs more than is installed with this package
 
 HUB = "https://huggingface.co"
 OURS = "timm_lowrank"  # the name of the source of our results in model-index
 TAGS = ["image-classification", "timm", "transformers", OURS]
+LOWRANK_TAG = "low-rank"  # of networks that were trained with branches
+WEIGHTS = "sha256 of model.safetensors"  # the row of the training's table that says what the figures are of
 HUB_LICENSES = (  # of those of timm's weights, what the Hub knows; others have to be called "other" there, with a name
     "apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit",
 )  # fmt: skip
 DIRECTIONS = (5, 10)
 RECIPE = (  # what the card quotes of it, where it is set
-    "model", "model_args", "data_args", "comparator", "comparator_args", "epochs", "pretrain_epochs", "ramp_epochs",
-    "batch_size", "learning_rate", "momentum", "weight_decay", "nesterov", "schedule", "milestones", "warmup_epochs",
-    "augment", "precision", "ema_decay", "gradient_accumulation", "clip_norm",
+    "model", "model_args", "data_args", "comparator", "comparator_args", "init_from", "epochs", "pretrain_epochs",
+    "ramp_epochs", "cooldown_epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay",
+    "nesterov", "schedule", "milestones", "gamma", "warmup_epochs", "augment", "image_size", "crop_scale", "crop_pct",
+    "precision", "compile", "ema_decay", "gradient_accumulation", "clip_norm",
 )  # fmt: skip
+MEANINGFUL: Mapping[str, Callable[[Recipe], bool]] = {  # keys that say something in some recipes alone
+    "optimizer": lambda recipe: recipe.optimizer != "sgd",
+    "milestones": lambda recipe: recipe.schedule == "step",
+    "gamma": lambda recipe: recipe.schedule == "step" and bool(recipe.milestones),
+    "crop_scale": lambda recipe: recipe.image_size is not None and recipe.augment != "none",
+    "crop_pct": lambda recipe: recipe.image_size is not None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +65,15 @@ class Place:
     transformers: str
     own: str
     url: str | None  # None where nobody can follow it
+    revision: str | None = None  # beside `transformers` and `own`; None is the main branch
 
     @classmethod
     def on_hub(cls, repo_id: str, revision: str | None = None) -> Place:
         """A repository, and the branch of it that the card is for; None is the main one."""
+        revision = None if revision == "main" else revision
         url = f"{HUB}/{repo_id}/tree/{revision or 'main'}"
-        return cls(repo_id.split("/")[-1], f"hf-hub:{repo_id}", repo_id, repo_id, url)
+        source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+        return cls(repo_id.split("/")[-1], source, repo_id, repo_id, url, revision)
 
     @classmethod
     def in_clone(cls, name: str) -> Place:
@@ -67,16 +82,21 @@ class Place:
         return cls(name, f"local-dir:{folder}", folder, name, None)
 
 
-def short_card(folder: Path, repo_id: str) -> str:
+def short_card(folder: Path, repo_id: str, revision: str | None = None) -> str:
     """README.md for a checkpoint whose owner writes none: what it is, how to load it, and that nothing was evaluated.
 
     Args:
         folder: as `save_pretrained` writes it.
         repo_id: USER/NAME.
+        revision: the branch that the card is for; None is the main one.
     """
-    metadata = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=TAGS)
-    place = Place.on_hub(repo_id)
-    return _render(metadata=metadata.to_yaml(), place=place, network=read_info(folder), record=None)
+    network = read_info(folder)
+    metadata = ModelCardData(library_name="timm", pipeline_tag="image-classification", tags=_tags(network))
+    return _render(metadata=metadata.to_yaml(), place=Place.on_hub(repo_id, revision), network=network, record=None)
+
+
+def _tags(network: CheckpointInfo) -> list[str]:
+    return [*TAGS, *([LOWRANK_TAG] if network.branches else [])]
 
 
 def run_card(
@@ -98,7 +118,7 @@ def run_card(
     """
     origin = record.origin
     named = origin is not None and license == origin.license and license not in HUB_LICENSES
-    data = dataset_of(record.run.summary.data.source, dataset)
+    data = dataset_of(record.run.summary.data, dataset)
     results = _results(record, place.url, dataset)
     metadata = ModelCardData(
         license="other" if named else license,
@@ -106,7 +126,7 @@ def run_card(
         base_model=origin.base_model if origin else None,
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=[*TAGS, *(["low-rank"] if record.network.branches else [])],
+        tags=_tags(record.network),
         datasets=[data.kind] if data.on_hub else None,
         metrics=["accuracy"],
         model_name=place.name,
@@ -119,7 +139,7 @@ def run_card(
         network=record.network,
         record=record,
         data=data,
-        tested=dataset_of(evaluation.data.source, dataset) if evaluation else None,
+        tested=dataset_of(evaluation.data, dataset) if evaluation else None,
         license=license,
         origin=origin,
         files=files,
@@ -128,20 +148,21 @@ def run_card(
     )
 
 
-def dataset_of(source: str, given: str | None = None) -> Dataset:
-    """The data set of a run.
+def dataset_of(data: DataSummary | DataInfo, given: str | None = None) -> Dataset:
+    """The data set of a run or an evaluation.
 
     Args:
-        source: as the run names it: "digits", USER/NAME, or a folder, of which only the last part is published.
-        given: the name on the Hub, if the source is a copy of that.
+        data: as it was loaded. What is not known to be of the Hub is taken for a folder, of whose path only the last
+            part is published.
+        given: the name on the Hub, if it was loaded from a copy of that.
     """
     if given:
         return Dataset(given, given, True)
-    if source == "digits":
+    if data.source == "digits":
         return Dataset("digits", "scikit-learn digits", False)
-    if re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", source) and not source.startswith(".") and not Path(source).exists():
-        return Dataset(source, source, True)
-    name = re.split(r"[/\\]", source.rstrip("/\\"))[-1] or "images"
+    if data.origin == "hub":
+        return Dataset(data.source, data.source, True)
+    name = last_part(data.source, "images")
     return Dataset(re.sub(r"[^\w.-]+", "-", name), name, False)
 
 
@@ -151,7 +172,7 @@ def dataset_of(source: str, given: str | None = None) -> Dataset:
 def _results(record: RunRecord, source: str | None, dataset: str | None) -> list[EvalResult]:
     """Clean accuracy, PGD-20 and AutoAttack at 8/255, as far as they were measured."""
     trained = record.run.summary.data
-    clean = _result(dataset_of(trained.source, dataset), "test", "accuracy", record.clean, {}, source)
+    clean = _result(dataset_of(trained, dataset), "test", "accuracy", record.clean, {}, source)
     if record.evaluation is None:
         return [clean]
     data = record.evaluation.data
@@ -162,7 +183,7 @@ def _results(record: RunRecord, source: str | None, dataset: str | None) -> list
             continue
         label = "accuracy" if name == "clean" else f"accuracy under {_METRICS[name]}"
         about = figure.protocol.entries()
-        result = _result(dataset_of(data.source, dataset), data.split, label, value, about, source)
+        result = _result(dataset_of(data, dataset), data.split, label, value, about, source)
         if name == "clean" and (record.clean.of or 0) < (value.of or 0):
             clean = result  # on more images than the run itself was tested on
         elif name != "clean" or data.fingerprint != trained.fingerprint:
@@ -221,22 +242,28 @@ def _shows_robustness(figure: Figure) -> bool:
 
 def _training_facts(record: RunRecord, data: Dataset) -> dict[str, Any]:
     """What the table about the training holds, by name; what is not known is None."""
-    summary, recipe = record.run.summary, record.run.recipe.to_dict()
+    summary, recipe = record.run.summary, record.run.recipe
     branches = record.network.branches
     config = branches.config.to_dict() if branches else {}
     facts = {
         "data": f"{data.name}, {summary.data.train_images:,} training images",
         "data fingerprint": summary.data.fingerprint,
-        "recipe": recipe["name"],
-        **{key: recipe[key] for key in RECIPE if recipe.get(key) not in (None, (), [], {}, False, 0)},
+        "recipe": recipe.name,
+        **{key: getattr(recipe, key) for key in RECIPE if _is_quoted(key, recipe)},
         **{f"lowrank.{key}": value for key, value in config.items()},
         "weights": "of the last step" if summary.weights == "last" else "averaged over the training",
         "seed": summary.seed,
         "took": f"{summary.seconds} seconds on {summary.device}",
         "versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
-        "sha256 of model.safetensors": record.sha256,
+        WEIGHTS: record.sha256,
     }
     return {name: without_local_paths(value) for name, value in facts.items()}
+
+
+def _is_quoted(key: str, recipe: Recipe) -> bool:
+    """Whether a key of the recipe is set and says something about this training."""
+    unset: tuple[object, ...] = (None, (), [], {}, False, 0)
+    return getattr(recipe, key) not in unset and MEANINGFUL.get(key, lambda _: True)(recipe)
 
 
 # ------------------------------------------------------------------------------------------------------------ template

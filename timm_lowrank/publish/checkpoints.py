@@ -29,9 +29,9 @@ from ..files import disk_errors, folder_aside, read_json, write_whole
 from ..records import encode
 from ..text import markdown_table, percent
 from .card import HUB, Place, code, escaped, run_card, share
+from .front_matter import CARD
 from .merging import replaced
-from .push import CARD
-from .record import RunRecord, read_run
+from .record import PLAIN_TWIN, RunRecord, read_run
 from .run import Outcome, described, files_of, publish_run
 
 MOST_BYTES, MOST_BYTES_TOGETHER = 6_000_000, 30_000_000
@@ -263,14 +263,20 @@ def push_all(
 
 
 def figures_of(record: RunRecord) -> Figures:
-    """What the list says about a run: the figures of its model-index, and the effective rank of each layer."""
+    """What the list says about a run: the figures of its model-index, and the effective rank of each layer.
+
+    Those of a plain network stand beside them if that is the plain twin.
+    """
     headline = record.headline()
     ranks = {layer: record.effective_rank(layer) for layer in record.run.summary.branches}
+    is_twin = record.plain_name == PLAIN_TWIN
     return Figures(
-        clean=_accuracy(record.clean, record.plain_clean),
-        pgd=_accuracy(record.own(headline.pgd), record.plain(headline.pgd)),
-        autoattack=_accuracy(record.own(headline.autoattack), record.plain(headline.autoattack)),
-        effective_rank={layer: Rank(value=rank.own, plain=rank.plain) for layer, rank in ranks.items()},
+        clean=_accuracy(record.clean, record.plain_clean if record.plain_clean_is_twin else None),
+        pgd=_accuracy(record.own(headline.pgd), record.plain(headline.pgd) if is_twin else None),
+        autoattack=_accuracy(record.own(headline.autoattack), record.plain(headline.autoattack) if is_twin else None),
+        effective_rank={
+            layer: Rank(value=rank.own, plain=rank.plain if is_twin else None) for layer, rank in ranks.items()
+        },
     )
 
 

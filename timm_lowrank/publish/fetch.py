@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -14,15 +12,16 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils.sha import git_hash
 
 from ..checkpoint import download, read_description, verify
-from ..checkpoint.files import NETWORK_WEIGHTS
+from ..checkpoint.files import DESCRIPTIONS, NETWORK_WEIGHTS
 from ..checkpoint.listed import ListedCheckpoint, find_checkpoint, is_bare
 from ..checkpoint.loading import read_info
 from ..checkpoint.remote import hub_errors
 from ..errors import CheckpointDamagedError, CheckpointError, CheckpointWriteError
 from ..evaluation.results import Value
-from ..files import disk_errors, sha256_of
+from ..files import disk_errors, is_new, new_folder, sha256_of
 from ..text import listing, one_line
 from .card import OURS, share
+from .merging import weights_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Pulled:
         network = read_info(self.folder, branches=False)
         size = f", images of {' x '.join(map(str, network.input_size))}" if network.input_size else ""
         what = f"{self.repo_id}: {network.architecture}, {network.classes} classes{size}"
-        lines = [one_line(line) for line in (what, _branches(self.folder), _accuracy(self.folder)) if line]
+        lines = [one_line(line) for line in (what, _branches(self.folder), _accuracy(self.folder, self.sha256)) if line]
         lines += [
             f"{len(self.files)} files in {self.folder}",
             f"model.safetensors has the sha256 {self.sha256}"
@@ -91,7 +90,7 @@ def pull(
         CheckpointDamagedError: a file that is not what the Hub lists, also after it was fetched a second time.
         CheckpointWriteError: the disk is full or not writable.
     """
-    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder is not None and not is_new(folder):
         raise CheckpointError(f"{folder} exists and is not empty: choose a new folder")
     if is_bare(repo_id):
         one, here = find_checkpoint(repo_id)
@@ -159,17 +158,14 @@ def _sum_like(digest: str, path: Path) -> str:
 
 
 def _copy(fetched: Path, folder: Path, names: tuple[str, ...], sums: Mapping[str, str], sha256: str | None) -> None:
-    """Copies to a folder that is there whole or not at all."""
+    """Copies to a new or empty folder, where everything comes to lie once all of it is checked."""
     advice = "What was fetched is kept in the cache; free some space or choose another folder, and run it again"
-    with disk_errors(f"could not write {folder}", advice, CheckpointWriteError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pulling-") as parent:
-            staging = Path(parent) / "files"
-            for name in names:
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(fetched / name, staging / name)
-            _check(staging, sums, sha256)
-            os.replace(staging, folder)
+    errors = disk_errors(f"could not write {folder}", advice, CheckpointWriteError)
+    with errors, new_folder(folder, last=DESCRIPTIONS) as new:
+        for name in names:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(fetched / name, new / name)
+        _check(new, sums, sha256)
 
 
 # ------------------------------------------------------------------------------------------------------ what it is
@@ -186,14 +182,17 @@ def _branches(folder: Path) -> str:
     return f"trained with low-rank branches on {listing(ranks)}"
 
 
-def _accuracy(folder: Path) -> str:
-    """What its card claims, if it is one of ours and can be read."""
+def _accuracy(folder: Path, sha256: str) -> str:
+    """What its card claims, if it is one of ours, can be read, and speaks of the weights with this sum."""
     try:
-        data = cast(ModelCardData, ModelCard((folder / "README.md").read_text(encoding="utf-8")).data)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        if weights_of(card) != sha256:
+            return ""
+        data = cast(ModelCardData, ModelCard(card).data)
         results = (result for result in data.eval_results or () if result.source_name == OURS)
         clean = next(result for result in results if result.metric_name == "accuracy")
         images = (clean.metric_args or {})["images"]
         accuracy = Value.share(round(clean.metric_value * images), images)
         return f"clean accuracy {share(accuracy)} of {images:,} test images ({clean.dataset_name})"
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, StopIteration):
         return ""

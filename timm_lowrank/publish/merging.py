@@ -19,10 +19,10 @@ import yaml
 from huggingface_hub.utils import yaml_dump
 
 from ..errors import CheckpointError
-from .card import OURS
+from .card import LOWRANK_TAG, OURS, WEIGHTS
+from .front_matter import loaded, split_card
 
 _MARK = re.compile(r"^<!-- (generated|end of generated): ([\w-]+) -->[ \t]*$", re.MULTILINE)
-_FRONT = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 _TOP_LEVEL = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)
 _COMPLETED = ("tags", "datasets", "metrics")  # lists that the owner's entries and ours share
 
@@ -35,15 +35,25 @@ class Merged:
     notes: tuple[str, ...] = ()
 
 
-def section(card: str, name: str) -> str | None:
+def section(card: str, name: str, where: str = "the card") -> str | None:
     """What stands in a generated section of a card; None without its marks.
 
     Raises:
         CheckpointError: marks that do not come in pairs.
     """
     card = card.replace("\r\n", "\n")
-    span = _spans(card, "the card").get(name)
+    span = _spans(card, where).get(name)
     return card[slice(*span)] if span else None
+
+
+def weights_of(card: str, where: str = "the card") -> str | None:
+    """The sha256 of the weights that the figures of a card are of; None where no generated section says it.
+
+    Raises:
+        CheckpointError: marks that do not come in pairs.
+    """
+    said = re.search(rf"^\| `{WEIGHTS}` \| `([0-9a-f]{{64}})` \|", section(card, "training", where) or "", re.MULTILINE)
+    return said[1] if said else None
 
 
 def replaced(text: str, name: str, body: str, where: str) -> str | None:
@@ -57,48 +67,33 @@ def replaced(text: str, name: str, body: str, where: str) -> str | None:
     return text.replace("\n", "\r\n") if crlf else text
 
 
-def license_of(card: str, where: str) -> str | None:
-    """The licence that the front matter of a card names, "other" by its own name, several with commas between them.
-
-    Raises:
-        CheckpointError: it is no YAML mapping.
-    """
-    front = _loaded(_split(card.removeprefix("\ufeff").replace("\r\n", "\n"))[0], where)
-    named = front.get("license")
-    if named == "other":
-        named = front.get("license_name") or named
-    return ", ".join(str(name) for name in (named if isinstance(named, list) else [named]) if name) or None
-
-
-def merge(card: str, new: str, where: str = "README.md", *, license: str | None = None) -> Merged:
+def merge(
+    card: str, new: str, where: str = "README.md", *, license: str | None = None, complete: bool = True
+) -> Merged:
     """Writes the generated sections and the front matter of a new card into one that exists.
 
     Of the front matter, the results of this package are replaced, lists such as tags are completed, missing keys are
     added, and every other key stays as it was written. A section without marks is the owner's own by now and not
-    written again; a card without any marks gets all sections at its end.
+    written again; a card without any marks gets all sections at its end. A new card without results takes those of
+    this package out, and from the lists what they were about.
 
     Args:
         card: README.md as it is, with any line ends.
         new: what `run_card` gives.
         where: for messages.
         license: to be named even if the card names another one.
+        complete: whether keys, entries of lists and sections that the card does not have are added.
 
     Raises:
         CheckpointError: front matter that is no YAML mapping, or marks that do not come in pairs.
     """
     crlf, bom = "\r\n" in card, card.startswith("\ufeff")
-    front, text = _split(card.removeprefix("\ufeff").replace("\r\n", "\n"))
-    new_front, new_text = _split(new)
-    front = _merge_front(front, _loaded(new_front, "the new card"), license, where)
-    text, notes = _merge_sections(text, new_text, where)
-    whole = f"---\n{front}---\n{text}"
+    front, text = split_card(card.removeprefix("\ufeff").replace("\r\n", "\n"))
+    new_front, new_text = split_card(new)
+    merged = _merge_front(front, loaded(new_front, "the new card"), license, where, complete)
+    text, notes = _merge_sections(text, new_text, where, complete)
+    whole = f"---\n{merged}---\n{text}" if front or merged else text
     return Merged(("\ufeff" if bom else "") + (whole.replace("\n", "\r\n") if crlf else whole), notes)
-
-
-def _split(card: str) -> tuple[str, str]:
-    """Front matter and the text behind it."""
-    front = _FRONT.match(card)
-    return (front[1], card[front.end() :]) if front else ("", card)
 
 
 # -------------------------------------------------------------------------------------------------------- sections
@@ -130,8 +125,10 @@ def _broken(name: str, where: str) -> CheckpointError:
     )
 
 
-def _merge_sections(text: str, new: str, where: str) -> tuple[str, tuple[str, ...]]:
+def _merge_sections(text: str, new: str, where: str, complete: bool) -> tuple[str, tuple[str, ...]]:
     spans, new_spans = _spans(text, where), _spans(new, "the new card")
+    if not spans and not complete:
+        return text, ()
     if not spans:
         kept = f"{text.rstrip()}\n\n" if text.strip() else "\n"
         note = f"{where} had no generated sections: all of it was kept, and they follow below it"
@@ -156,11 +153,11 @@ def _merge_sections(text: str, new: str, where: str) -> tuple[str, tuple[str, ..
 # ---------------------------------------------------------------------------------------------------- front matter
 
 
-def _merge_front(front: str, metadata: Mapping[str, Any], license: str | None, where: str) -> str:
+def _merge_front(front: str, metadata: Mapping[str, Any], license: str | None, where: str, complete: bool) -> str:
     """The front matter with the metadata in it. Blocks of other keys stay as they were written, comments and all."""
-    before = _loaded(front, where)
-    after = dict(before)
-    for key, value in metadata.items():
+    before = loaded(front, where)
+    after = dict(before) if "model-index" in metadata else _without_results(before, metadata, where)
+    for key, value in metadata.items() if complete else ():
         if key == "model-index":
             after[key] = _merge_index(before.get(key), value, where)
         elif key in _COMPLETED:
@@ -173,11 +170,35 @@ def _merge_front(front: str, metadata: Mapping[str, Any], license: str | None, w
     for written in (front, _as_block(front)):
         spliced = _spliced(written, before, after)
         try:
-            if yaml.safe_load(spliced) == after:
+            if (yaml.safe_load(spliced) or {}) == after:
                 return spliced
         except yaml.YAMLError:
             continue
     return str(yaml_dump(after, sort_keys=False))
+
+
+def _without_results(before: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Front matter without the results of this package, the data sets and metrics that they alone name, and our tag."""
+    listed = _merge_index(before.get("model-index"), [], where)
+    ours, theirs = _named(before.get("model-index") or [], True), _named(listed, False)
+    gone = {key: ours[key] - theirs[key] for key in ours} | {"tags": {LOWRANK_TAG} if any(ours.values()) else set()}
+    after = {**before, "model-index": listed}
+    for key, names in gone.items():
+        if names and isinstance(held := before.get(key), list):
+            after[key] = [entry for entry in held if entry not in names or entry in metadata.get(key, ())]
+    return {key: value for key, value in after.items() if value or before.get(key) == value}
+
+
+def _named(index: Sequence[Mapping[str, Any]], ours: bool) -> dict[str, set[str]]:
+    """The data sets and metrics in the results of a model-index, in ours or in those from elsewhere."""
+    results = [result for entry in index for result in entry.get("results") or [] if _is_ours(result) is ours]
+    results = [result for result in results if isinstance(result, dict)]
+    metrics = [metric for result in results for metric in result.get("metrics") or [] if isinstance(metric, dict)]
+    data = [result["dataset"] for result in results if isinstance(result.get("dataset"), dict)]
+    return {
+        "datasets": {str(one.get("type")) for one in data},
+        "metrics": {str(metric.get("type")) for metric in metrics},
+    }
 
 
 def _as_block(front: str) -> str:
@@ -188,19 +209,6 @@ def _as_block(front: str) -> str:
     return "".join(f"{front[key.start_mark.index : value.end_mark.index]}\n" for key, value in node.value)
 
 
-def _loaded(front: str, where: str) -> dict[str, Any]:
-    try:
-        metadata = yaml.safe_load(front)
-    except yaml.YAMLError as error:
-        raise CheckpointError(
-            f"the front matter of {where} is not valid YAML ({' '.join(str(error).split())}): repair it first, or "
-            "leave the card alone with --keep-card"
-        ) from error
-    if not isinstance(metadata, dict | None):
-        raise CheckpointError(f"the front matter of {where} must be a mapping of keys to values: repair it first")
-    return metadata or {}
-
-
 def _spliced(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     blocks = []
     for block in _TOP_LEVEL.split(front):
@@ -209,7 +217,8 @@ def _spliced(front: str, before: Mapping[str, Any], after: Mapping[str, Any]) ->
             blocks.append(block)
         else:
             comments = re.search(r"(?:^[ \t]*(?:#.*)?\n)*\Z", block, re.MULTILINE)  # they belong to the next key
-            blocks.append(_dumped(key, after[key]) + (comments[0] if comments else ""))
+            dumped = _dumped(key, after[key]) if key in after else ""
+            blocks.append(dumped + (comments[0] if comments else ""))
     text = "".join(blocks)
     text += "\n" if text and not text.endswith("\n") else ""
     return text + "".join(_dumped(key, value) for key, value in after.items() if key not in before)

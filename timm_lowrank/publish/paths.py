@@ -44,6 +44,19 @@ def without_local_paths(value: Any, renamed: Mapping[str, str] | None = None) ->
     return _cleaned(value, renamed) if isinstance(value, str) else value
 
 
+def last_part(path: str, default: str = "folder") -> str:
+    """The last part of a path, with slashes of either kind: what may be published of it.
+
+    >>> last_part("data/photos/"), last_part(r"C:\\data\\photos"), last_part("/home/me"), last_part("/")
+    ('photos', 'photos', 'home', 'folder')
+
+    Args:
+        path: of a file or folder; of somebody's home folder "home" is left.
+        default: where nothing is left.
+    """
+    return "home" if _HOME.search(path) else re.split(r"[\\/]", path.rstrip("\\/"))[-1] or default
+
+
 def without_paths_in_titles(evaluation: Mapping[str, Any]) -> Any:
     """`without_local_paths` of evaluation.json, in which titles of networks that were paths stay different ones."""
     networks = evaluation.get("networks")
@@ -60,8 +73,8 @@ def _cleaned(text: str, renamed: Mapping[str, str] | None) -> str:
     if len(home) > 1:
         text = re.sub(rf"(?<![\w.~/\\]){re.escape(home)}(?![\w.-])", "~", text)
     if _WHOLE.fullmatch(text):
-        return _last(text)
-    text = _QUOTED.sub(lambda found: found[1] + _last(found[2]) + found[1], text)
+        return last_part(text)
+    text = _QUOTED.sub(lambda found: found[1] + last_part(found[2]) + found[1], text)
     return _IN_TEXT.sub(_cut, text)
 
 
@@ -69,8 +82,4 @@ def _cut(found: re.Match[str]) -> str:
     begin, rest = found.groups()
     single = not begin and not rest.startswith("\\\\") and len(re.findall(r"[\\/]+", rest)) < 2
     slash = not begin and rest.startswith("\\") and not rest.startswith("\\\\")
-    return found[0] if single or slash else _last(found[0])  # /255 and \alpha are no paths
-
-
-def _last(path: str) -> str:
-    return "home" if _HOME.search(path) else re.split(r"[\\/]", path.rstrip("\\/"))[-1] or "folder"
+    return found[0] if single or slash else last_part(found[0])  # /255 and \alpha are no paths

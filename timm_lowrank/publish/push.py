@@ -6,22 +6,25 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from ..checkpoint import save_pretrained
 from ..checkpoint.files import (
     CHECKPOINT_FILES,
+    DESCRIPTIONS,
     LOWRANK_CONFIG,
     LOWRANK_WEIGHTS,
     NETWORK_CONFIG,
+    NETWORK_WEIGHTS,
     PICKLES,
     checked_name,
     require_checkpoint,
@@ -30,11 +33,13 @@ from ..checkpoint.loading import load_folder, local_folder
 from ..checkpoint.remote import checked_repo_id, hub_errors
 from ..core.model import LowRankModel
 from ..errors import CheckpointError, CheckpointWriteError
-from ..files import read_json
+from ..files import is_new, new_folder, read_json, sha256_of
 from .card import short_card
+from .front_matter import CARD
+from .merging import merge, section, weights_of
 from .paths import without_local_paths
 
-CARD = "README.md"
+_GENERATED = re.compile(r"(recipe\.yaml|summary\.json|evaluation\.json|plots/[^/]+)")
 Source = str | os.PathLike[str] | bytes
 
 
@@ -79,8 +84,9 @@ def push_to_hub(
         private: for a new repository; None is the account's own default.
         token: None takes HF_TOKEN or the one that `hf auth login` stored.
         revision: the branch; it is made if there is none. None is the main branch.
-        card: README.md. None leaves the one that the repository has, and gives a new one a short card that says how
-            to load it.
+        card: README.md. None gives a new repository a short card that says how to load it, and leaves the one that a
+            repository has; but if that was generated for other weights, these sections and results are written anew,
+            without figures, and files that were published with them, such as evaluation.json, are deleted.
         files: name in the repository to a local file, a folder (all files in it) or bytes, such as
             {"evaluation.json": path, "plots": path}.
         delete: names of other files to delete in the same commit, where the repository has them.
@@ -108,16 +114,22 @@ def push_to_hub(
     with _staging(dry_run) as folder:
         _write_checkpoint(model, folder, label_names, data_config)
         _write_files(files or {}, folder)
-        (folder / CARD).write_text(short_card(folder, repo_id) if card is None else str(card), encoding="utf-8")
+        text = short_card(folder, repo_id, revision) if card is None else str(card)
+        (folder / CARD).write_text(text, encoding="utf-8")
         if dry_run is not None:
             return Published(repo_id, _names(folder), None, None, Path(dry_run))
         api = HfApi(token=token, library_name="timm_lowrank")
         with hub_errors("publish", repo_id, revision):
             if not create_pr:  # a pull request is for what is there
                 _prepare_repository(api, repo_id, private=private, revision=revision, exist_ok=exist_ok)
-            info = api.model_info(repo_id, revision=revision)
+            info = api.model_info(repo_id, revision=revision, files_metadata=True)
             held = {file.rfilename for file in info.siblings or ()}
-            kept = {CARD} & held if card is None else set()
+            before = held_card(api, repo_id, info) if card is None else None
+            renewed = None if before is None else _renewed(before, text, folder, info, f"{CARD} of {repo_id}")
+            if renewed is not None:
+                removed |= set(stale_files(before, held, ()))
+                (folder / CARD).write_bytes(renewed.encode())
+            kept = {CARD} if before is not None and renewed in (None, before) else set()
             names = tuple(name for name in _names(folder) if name not in kept)
             stale = ({LOWRANK_CONFIG, LOWRANK_WEIGHTS} | removed) & held - set(names)
             commit = api.create_commit(
@@ -132,27 +144,64 @@ def push_to_hub(
     return Published(repo_id, names, commit.oid, commit.pr_url or str(commit.commit_url), None)
 
 
+def held_card(api: HfApi, repo_id: str, info: ModelInfo) -> str | None:
+    """README.md of a repository at the commit of `info`; None if it has none.
+
+    Raises:
+        CheckpointError: it is not UTF-8 text.
+    """
+    if CARD not in {file.rfilename for file in info.siblings or ()}:
+        return None
+    data = Path(api.hf_hub_download(repo_id, CARD, revision=info.sha)).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{CARD} of {repo_id} is not UTF-8 text: repair it first") from error
+
+
+def stale_files(card: str | None, held: Collection[str], names: Collection[str]) -> list[str]:
+    """Files of an earlier push, as its card lists them, that are no more; the owner's own are not among them.
+
+    Args:
+        card: of the repository.
+        held: names of all files that it has.
+        names: of those that are pushed now.
+    """
+    try:
+        listed = section(card, "files") if card else None
+    except CheckpointError:  # a card with damaged marks, which is to be left alone
+        listed = None
+    earlier = {"evaluation.json", *re.findall(r"^\| `([^`]+)`", listed or "", re.MULTILINE)}
+    return sorted(name for name in earlier & set(held) if _GENERATED.fullmatch(name) and name not in names)
+
+
+def _renewed(card: str, new: str, folder: Path, info: ModelInfo, where: str) -> str | None:
+    """The card of a repository without what it says of other weights than those in `folder`; None if it is of these."""
+    there = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs}
+    if (weights_of(card, where) or there.get(NETWORK_WEIGHTS)) == sha256_of(folder / NETWORK_WEIGHTS):
+        return None
+    return merge(card, new, where, complete=False).text
+
+
 @contextlib.contextmanager
 def _staging(dry_run: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """A folder to write into; for a dry run it becomes the named one when it is whole."""
-    target = None if dry_run is None else Path(dry_run)
+    """A folder to write into; what a dry run writes is in the named one when it is whole."""
     try:
-        if target is not None:
-            if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-                raise CheckpointError(f"the folder of a dry run must be new or empty: {target} is not")
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target and target.parent, prefix=".publishing-") as parent:
-            folder = Path(parent) / "files"
-            folder.mkdir()
-            yield folder
-            if target is not None:
-                os.replace(folder, target)
+        if dry_run is None:
+            with tempfile.TemporaryDirectory(prefix=".publishing-") as folder:
+                yield Path(folder)
+            return
+        if not is_new(Path(dry_run)):
+            raise CheckpointError(f"the folder of a dry run must be new or empty: {os.fspath(dry_run)} is not")
+        with new_folder(Path(dry_run), last=DESCRIPTIONS) as new:
+            yield new
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
+        where = "set TMPDIR to a folder with more" if dry_run is None else "choose another folder"
         raise CheckpointWriteError(
             f"could not write {error.filename or 'a file'} before publishing: {error.strerror or error}. Nothing was "
-            "published; free some space, or set TMPDIR to a folder with more"
+            f"published; free some space, or {where}"
         ) from error
 
 

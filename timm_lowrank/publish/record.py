@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -12,14 +13,15 @@ from ..checkpoint import verify
 from ..checkpoint.files import NETWORK_CONFIG, NETWORK_WEIGHTS
 from ..checkpoint.loading import CheckpointInfo, load_folder, read_info
 from ..errors import CheckpointError, EvaluationError, RunError
-from ..evaluation.results import MOST_BYTES, Evaluation, Figure, Headline, Kind, Value, evaluation_from_json
-from ..files import read_json, sha256_of, weights_sha256
-from ..training.run import Run
-from .paths import without_paths_in_titles
+from ..evaluation.results import MOST_BYTES, Evaluation, Figure, Headline, Kind, Value, evaluation_from_json, headline
+from ..files import RUN_MODEL, read_json, sha256_of, weights_sha256
+from ..training.run import Run, RunPaths
+from .front_matter import CARD, license_of
+from .paths import last_part, without_paths_in_titles
 
 PICTURES = (".png", ".svg", ".jpg", ".webp")
+PLAIN_TWIN = "plain twin"  # what a network is called that was trained alike without branches
 LICENSE = "apache-2.0"  # of weights trained from scratch
-EPS = 8 / 255  # radius of the attacks that a card and the list of checkpoints name first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,15 @@ class EffectiveRank:
     """Directions that hold 99 % of the variance of a layer's activations on test images."""
 
     own: int
-    plain: int | None  # of the plain twin
+    plain: int | None  # of the plain network beside it
     images: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Pretrained weights that a training began from."""
+    """Weights that a training began from."""
 
-    name: str  # of the network, the repository or the file
+    name: str  # of the network, the repository, the folder or the file
     base_model: str | None  # repository on the Hub
     license: str | None  # None if it is not known
 
@@ -47,9 +49,10 @@ class RunRecord:
     run: Run
     network: CheckpointInfo
     sha256: str  # of model.safetensors
-    evaluation: Evaluation | None
+    evaluation: Evaluation | None  # with the twin named, which those of earlier versions left to its folder
     title: str | None  # of this network in it
-    plain_title: str | None  # of its plain twin there, if that was evaluated too
+    plain_title: str | None  # of a plain network there, its twin before others, if one was evaluated too
+    plain_is_twin: bool  # whether that is known to have been trained alike
     plots: tuple[str, ...]  # names in plots/, sorted
 
     @property
@@ -59,34 +62,47 @@ class RunRecord:
 
     @property
     def plain_clean(self) -> Value | None:
-        """The same of the plain twin, on as many images; None where that is not known."""
-        if self.run.summary.twin:
-            return self.run.summary.twin.clean
-        networks = self.evaluation.networks if self.evaluation else ()
+        """The same of a plain network, on as many images; None where that is not known."""
+        return self._clean_beside[1]
+
+    @property
+    def plain_clean_name(self) -> str:
+        """What that network is called: "plain twin", or by its title."""
+        return self._clean_beside[0]
+
+    @property
+    def plain_clean_is_twin(self) -> bool:
+        """Whether that network is known to have been trained alike without branches."""
+        return self.plain_clean_name == PLAIN_TWIN
+
+    @property
+    def _clean_beside(self) -> tuple[str, Value | None]:
+        summary, networks = self.run.summary, self.evaluation.networks if self.evaluation else ()
         said = next((network.clean for network in networks if network.title == self.plain_title), None)
         known = (said, self.plain(self.headline().clean))
-        return next((value for value in known if value and value.of == self.clean.of), None)
+        evaluated = next((value for value in known if value and value.of == self.clean.of), None)
+        if summary.twin and (summary.has_twin or evaluated is None):
+            return _plain_name(summary.twin.name, summary.has_twin), summary.twin.clean
+        return _plain_name(self.plain_title, self.plain_is_twin), evaluated
+
+    @property
+    def plain_name(self) -> str | None:
+        """What the plain network is called whose figures stand beside those of this one; None without any."""
+        if self.plain_title is not None:
+            return _plain_name(self.plain_title, self.plain_is_twin)
+        summary = self.run.summary
+        return _plain_name(summary.twin.name, summary.has_twin) if summary.twin else None
 
     @property
     def origin(self) -> Origin | None:
-        """The pretrained weights that the recipe names; None for a network trained from scratch."""
-        name, options = self.run.recipe.model, self.run.recipe.model_args
-        if path := options.get("checkpoint_path"):
-            return Origin(re.split(r"[/\\]", str(path))[-1], None, None)
-        if not options.get("pretrained"):
-            return None
-        cfg = read_json(self.run.model / NETWORK_CONFIG).get("pretrained_cfg", {})
-        license = str(cfg.get("license") or "unknown").lower()
-        remote = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@.*)?", name)
-        known = None if remote else get_pretrained_cfg(name)
-        base = remote[1] if remote else known.hf_hub_id if known else None
-        return Origin(base or name, base, None if license == "unknown" else license)
+        """The weights that the training began from; None for a network trained from scratch."""
+        return _origin_of(self.run)
 
     def license(self) -> str:
-        """The licence of the weights where their owner names none: that of the pretrained ones, or Apache-2.0.
+        """The licence of the weights where their owner names none: that of those they began from, or Apache-2.0.
 
         Raises:
-            CheckpointError: the licence of the pretrained weights is not known.
+            CheckpointError: the licence of those that they began from is not known.
         """
         if self.origin is None:
             return LICENSE
@@ -103,27 +119,15 @@ class RunRecord:
         return figures[0] if figures else None
 
     def headline(self) -> Headline:
-        """Clean accuracy, PGD-20 from a random start and standard AutoAttack, both in L_inf at 8/255, if measured."""
-        pgd = self._reference(name="PGD", steps=20, random_start=True, restarts=1)
-        return Headline(self.figure(Kind.CLEAN), pgd, self._reference(name="AutoAttack", version="standard"))
-
-    def _reference(self, **wanted: str | int | bool) -> Figure | None:
-        """The figure of an untargeted attack in L_inf at EPS with these fields."""
-        wanted = {"norm": "linf", "targeted": False, **wanted}
-        for figure in self.evaluation.by_kind(Kind.ATTACK) if self.evaluation else ():
-            attack = figure.protocol.attack
-            if attack is None or attack.eps is None or abs(attack.eps - EPS) > 1e-6:
-                continue
-            if all(getattr(attack, name) == value for name, value in wanted.items()):
-                return figure
-        return None
+        """Clean accuracy, PGD-20 and AutoAttack at 8/255 by the protocol that others use, as far as measured."""
+        return headline(self.evaluation, reference=True) if self.evaluation else Headline(None, None, None)
 
     def own(self, figure: Figure | None) -> Value | None:
         """The value of this network; None where it was not measured."""
         return _known(figure, self.title)
 
     def plain(self, figure: Figure | None) -> Value | None:
-        """The value of the plain twin; None where it was not measured."""
+        """The value of the plain network `plain_title`; None where it was not measured."""
         return _known(figure, self.plain_title)
 
     def effective_rank(self, layer: str) -> EffectiveRank:
@@ -134,8 +138,51 @@ class RunRecord:
         if own := self.own(figure):  # on other images than the training: both from the evaluation, or both not
             plain = self.plain(figure)
             return EffectiveRank(int(own.value), int(plain.value) if plain else None, own.of or images)
-        theirs = summary.twin.branches.get(layer) if summary.twin else None
+        same = self.plain_title is None or (self.plain_is_twin and summary.has_twin)
+        theirs = summary.twin.branches.get(layer) if summary.twin and same else None
         return EffectiveRank(summary.branches[layer].effective_rank, theirs.effective_rank if theirs else None, images)
+
+
+def _origin_of(run: Run, followed: frozenset[Path] = frozenset()) -> Origin | None:
+    """What the recipe of a run names, or of the run that it began from.
+
+    Args:
+        followed: folders of runs that began from this one.
+    """
+    name, options = run.recipe.model, run.recipe.model_args
+    if run.recipe.init_from is not None:
+        return _origin_in(run.recipe.init_from, followed)
+    if path := options.get("checkpoint_path"):
+        return Origin(last_part(str(path)), None, None)
+    if not options.get("pretrained"):
+        return None
+    if name.startswith("local-dir:"):
+        return _origin_in(name.removeprefix("local-dir:"), followed)
+    cfg = read_json(run.model / NETWORK_CONFIG).get("pretrained_cfg", {})
+    license = str(cfg.get("license") or "unknown").lower()
+    remote = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@.*)?", name)
+    known = None if remote else get_pretrained_cfg(name)
+    base = remote[1] if remote else known.hf_hub_id if known else None
+    return Origin(base or name, base, None if license == "unknown" else license)
+
+
+def _origin_in(source: str, followed: frozenset[Path]) -> Origin | None:
+    """Weights on this machine: under the licence of their card; those of a run without one are what it began from."""
+    unknown = Origin(last_part(source), None, None)
+    place = Path(source).expanduser().resolve()
+    folder = place.parent if place.is_file() else place
+    if folder.name == RUN_MODEL and RunPaths(folder.parent).is_run():
+        folder = folder.parent
+    if (card := folder / CARD).is_file():
+        license = None
+        with contextlib.suppress(CheckpointError, OSError, UnicodeDecodeError):
+            license = license_of(card.read_text(encoding="utf-8"), str(card))
+        return dataclasses.replace(unknown, license=license)
+    try:
+        run = Run.open(folder)
+    except (OSError, RunError):  # a checkpoint or a file of which nothing is known, or it is not here any more
+        return unknown
+    return unknown if folder in followed else _origin_of(run, followed | {folder})
 
 
 def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
@@ -153,7 +200,7 @@ def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
     except RunError as error:
         raise CheckpointError(str(error)) from error
     verify(run.model, sha256=sha256)
-    evaluation, title, plain = _read_evaluation(run)
+    evaluation, title, plain, is_twin = _read_evaluation(run)
     return RunRecord(
         run=run,
         network=read_info(run.model, branches=run.summary.lowrank),
@@ -161,15 +208,16 @@ def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
         evaluation=evaluation,
         title=title,
         plain_title=plain,
+        plain_is_twin=is_twin,
         plots=tuple(sorted(p.name for p in run.plots.glob("*") if p.is_file() and p.suffix.lower() in PICTURES)),
     )
 
 
-def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | None]:
-    """evaluation.json, and the titles of this network and of its plain twin in it."""
+def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | None, bool]:
+    """evaluation.json, the titles of this network and of a plain one in it, and whether that is the twin."""
     path = run.evaluation_json
     if not path.is_file():
-        return None, None, None
+        return None, None, None, False
     try:
         evaluation = evaluation_from_json(
             without_paths_in_titles(read_json(path, EvaluationError, limit=MOST_BYTES))
@@ -183,9 +231,33 @@ def _read_evaluation(run: Run) -> tuple[Evaluation | None, str | None, str | Non
             f"{path} is not about the weights in {run.model}: the network was trained again since, or the file is "
             "another run's. Evaluate again with `timm-lowrank evaluate --overwrite`, or delete it to publish without"
         )
-    others = (network for network in evaluation.networks if network.title != own)
-    plain = (network.title for network in others if not network.branches and network.comparator is None)
-    return evaluation, own, next(plain, None)
+    others = [network for network in evaluation.networks if network.title != own]
+    plain = [network for network in others if not network.branches and network.comparator is None]
+    about_this = evaluation.titles[0] == own  # others are twins of the first one
+    twins = [network for network in plain if about_this and network.twin]
+    if about_this and not twins and any(network.twin is None for network in plain):  # it is of an earlier version
+        weights = _weights_of_twin(run)
+        twins = [network for network in plain if network.weights == weights]
+        networks = (dataclasses.replace(one, twin=True) if one in twins else one for one in evaluation.networks)
+        evaluation = dataclasses.replace(evaluation, networks=tuple(networks))
+    chosen = next(iter([*twins, *plain]), None)
+    return evaluation, own, chosen.title if chosen else None, bool(twins)
+
+
+def _weights_of_twin(run: Run) -> str | None:
+    """What the plain twin in the folder of a run is known by in evaluations; None where there is none."""
+    if not run.summary.has_twin or not RunPaths(run.twin).is_finished():
+        return None
+    try:
+        return weights_sha256(load_folder(RunPaths(run.twin).model, lowrank=False).float().state_dict())
+    except CheckpointError:
+        return None
+
+
+def _plain_name(title: str | None, is_twin: bool) -> str:
+    if is_twin:
+        return PLAIN_TWIN
+    return "plain network" if title in (None, "plain") else f"plain network {title}"
 
 
 def _known(figure: Figure | None, title: str | None) -> Value | None:

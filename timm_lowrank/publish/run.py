@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from ..files import read_json
 from ..text import one_line
 from ..training.run import PUBLISHED_RECIPE
 from .card import Place, run_card
-from .merging import license_of, merge, section
+from .front_matter import CARD, license_of
+from .merging import merge, weights_of
 from .paths import without_local_paths, without_paths_in_titles
-from .push import CARD, Published, push_to_hub
+from .push import Published, held_card, push_to_hub, stale_files
 from .record import RunRecord, read_run
 
 TIMEOUT = 10.0  # seconds for the Hub to say what a repository holds
@@ -35,7 +37,6 @@ FILE_DESCRIPTIONS = {
     "summary.json": "what the training ended with",
     "evaluation.json": "every figure of its evaluation",
 }
-_GENERATED = re.compile(r"(recipe\.yaml|summary\.json|evaluation\.json|plots/[^/]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +108,8 @@ def publish_run(
             "first, or choose another name. Nothing was published"
         )
     files = files_of(record, dataset)
-    card, notes = held.card, held.notes
+    card, notes, where = held.card, held.notes, f"{CARD} of {repo_id}"
     if card is None or not keep_card:
-        where = f"{CARD} of {repo_id}"
         named = license or (record.license() if card is None else license_of(card, where))
         origin = record.origin
         if origin and origin.license and named != origin.license:
@@ -125,7 +125,11 @@ def publish_run(
             ModelCard(card)
         except ValueError as error:
             raise CheckpointError(f"{where} cannot be read as a model card: {error}") from error
-    stale = _stale(held, files)
+    else:
+        with contextlib.suppress(CheckpointError):  # a card with damaged marks, which is to be left alone
+            if weights_of(card) not in (None, record.sha256):
+                notes = (*notes, f"{where} was kept, and its figures are of other weights than these")
+    stale = stale_files(held.card, held.files, files)
     published = push_to_hub(
         record.run.model, repo_id, token=token, private=private, revision=revision, card=card, files=files,
         delete=stale, parent_commit=held.commit, dry_run=dry_run,
@@ -160,24 +164,7 @@ def _ask(api: HfApi, repo_id: str, revision: str | None) -> RepositoryState:
     except RepositoryNotFoundError:  # or no access, which the push will tell
         return RepositoryState()
     files = frozenset(file.rfilename for file in info.siblings or ())
-    card = None
-    if CARD in files:
-        data = Path(api.hf_hub_download(repo_id, CARD, revision=info.sha)).read_bytes()
-        try:
-            card = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{CARD} of {repo_id} is not UTF-8 text: repair it first") from error
-    return RepositoryState(info.sha, files, card, public=info.private is False)
-
-
-def _stale(held: RepositoryState, files: Collection[str]) -> list[str]:
-    """Files of an earlier push, as its card lists them, that are no more; the owner's own are not among them."""
-    try:
-        listed = section(held.card, "files") if held.card else None
-    except CheckpointError:  # a card with damaged marks, which is to be left alone
-        listed = None
-    earlier = {"evaluation.json", *re.findall(r"^\| `([^`]+)`", listed or "", re.MULTILINE)}
-    return sorted(name for name in earlier & held.files if _GENERATED.fullmatch(name) and name not in files)
+    return RepositoryState(info.sha, files, held_card(api, repo_id, info), public=info.private is False)
 
 
 # ----------------------------------------------------------------------------------------------------- what is sent
@@ -207,8 +194,19 @@ def files_of(record: RunRecord, dataset: str | None = None) -> dict[str, Path | 
         "summary.json": _cleaned(run.summary_json, read_json),
     }
     if record.evaluation is not None:
-        files["evaluation.json"] = _cleaned(run.evaluation_json, read_json, without_paths_in_titles)
+        twins = {network.title for network in record.evaluation.networks if network.twin}
+        clean = functools.partial(_cleaned_evaluation, twins=twins)
+        files["evaluation.json"] = _cleaned(run.evaluation_json, read_json, clean)
     return files | {f"plots/{name}": run.plots / name for name in record.plots}
+
+
+def _cleaned_evaluation(evaluation: Mapping[str, Any], twins: Collection[str]) -> Any:
+    """evaluation.json without paths, and with the twin named, whose folder is not published."""
+    cleaned = without_paths_in_titles(evaluation)
+    for network in cleaned["networks"]:
+        if network["title"] in twins:
+            network["twin"] = True
+    return cleaned
 
 
 def _cleaned(

@@ -26,7 +26,7 @@ from ..report import write_plots, write_report
 from .foreign import Resizing
 from .measurements.base import Context, Measurement, SpectrumImages
 from .measurements.classifiers import OtherLabels
-from .networks import NO_TWIN, EvaluatedNetwork, load_network, load_networks
+from .networks import NO_TWIN, EvaluatedNetwork, infos_of, load_network, load_networks
 from .plan import chosen_suites, measurements_of
 from .runner import ADVICE, PartialResults, run, settings_of
 
@@ -171,7 +171,7 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         versions=versions(PACKAGES),
         seconds=round(time.monotonic() - began, 1),
         data=context.data,
-        networks=tuple(network.info for network in networks),
+        networks=infos_of(networks),
         figures=tuple(results.figures),
         curves=tuple(results.curves),
         strips=tuple(results.strips),
@@ -252,7 +252,7 @@ def build_context(
         train_labels=data.train_labels[train],
         data=DataInfo(
             source=data.name, split="test", images=len(test), train_images=len(train), image_size=data.image_size,
-            class_names=data.class_names, fingerprint=data.fingerprint,
+            class_names=data.class_names, fingerprint=data.fingerprint, origin=data.origin,
         ),
         layers=tuple(layers),
         seed=seed,

@@ -23,7 +23,7 @@ from ..files import read_json, weights_sha256
 from ..layers import create_backbone
 from ..text import numbered, one_line
 from ..training import Recipe, Run
-from ..training.run import RunPaths
+from ..training.run import RunPaths, unlike_twin
 from .foreign import ForeignNetwork, Resizing, load_foreign
 
 NO_TWIN = "none"
@@ -93,6 +93,23 @@ def load_networks(network: str, against: Sequence[str] = ()) -> list[EvaluatedNe
         if len(set(titles)) == len(titles):
             break
     return [dataclasses.replace(network, title=title) for network, title in zip(networks, titles, strict=True)]
+
+
+def infos_of(networks: Sequence[EvaluatedNetwork]) -> tuple[NetworkInfo, ...]:
+    """What evaluation.json says of networks side by side, whether the others are twins of the first among it."""
+    return tuple(
+        dataclasses.replace(network.info, twin=_is_twin(networks[0], network) if number else None)
+        for number, network in enumerate(networks)
+    )
+
+
+def _is_twin(network: EvaluatedNetwork, other: EvaluatedNetwork) -> bool | None:
+    """Whether `other` was trained as `network` was, but plainly; None where their recipes are not known."""
+    if network.recipe is None or other.recipe is None:
+        return None
+    same_data = network.data_fingerprint == other.data_fingerprint
+    plain = not other.branches and other.comparator is None
+    return plain and same_data and not unlike_twin(network.recipe, other.recipe)
 
 
 def _folder_name(path: str) -> str:

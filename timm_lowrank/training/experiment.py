@@ -19,7 +19,7 @@ from .checkpoints import Progress
 from .loop import Tested, TrainedEpoch, check_alive, evaluate, train_epoch
 from .recipe import Recipe, read_recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
-from .run import GO_ON, ComparatorSummary, EpochMetrics, Run, RunFolder, RunPaths, Spectrum, Summary
+from .run import GO_ON, ComparatorSummary, EpochMetrics, Run, RunFolder, RunPaths, Spectrum, Summary, unlike_twin
 from .state import TrainingState, build, seeded
 
 BRANCH_PARTS = ("reconstruction", "norm", "head", "outside", "activation_norm", "gradient_share")
@@ -57,7 +57,7 @@ def _train(recipe: Recipe, output: str | Path, resume: bool, data: Data | None) 
     recipe = _with_precision(recipe, Path(output), resume)
     folder = RunFolder(output, recipe, resume)
     twin_folder = RunFolder(folder.twin, recipe.plain(), resume) if recipe.twin is True else None
-    twin = _plain_run(recipe.twin) if isinstance(recipe.twin, str) else None
+    twin = _plain_run(recipe, recipe.twin) if isinstance(recipe.twin, str) else None
     if data is None:
         data = load_data(recipe.data, **recipe.data_options(), progress=True)
     if twin is not None and twin[0].data.fingerprint != data.fingerprint:
@@ -100,14 +100,19 @@ def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
     return dataclasses.replace(recipe, precision=taken[0] or "no")
 
 
-def _plain_run(folder: str) -> Finished:
-    """Summary and spectrum of a finished plain run. Raises a RunError if it is none."""
+def _plain_run(recipe: Recipe, folder: str) -> Finished:
+    """Summary and spectrum of a finished plain run. Raises a RunError if it is none, or was not trained alike."""
     try:
         run = Run.open(folder)
     except RunError as error:
         raise RunError(f"twin={folder!r} holds no finished run: {error}; or set twin=true") from error
     if run.summary.kind != "plain":
         raise RunError(f"twin={folder!r} is not a plain run: train one with --set lowrank.enabled=false")
+    if changes := unlike_twin(recipe, run.recipe):
+        raise RunError(
+            f"twin={folder!r} was not trained alike, so it is no twin ({'; '.join(changes)}): set twin=true, which "
+            "trains one, or twin=false and evaluate beside it with --against, which takes any network"
+        )
     return run.summary, run.spectrum()
 
 

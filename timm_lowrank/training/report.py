@@ -21,7 +21,7 @@ from ..environment import device_name, versions
 from ..errors import DivergedError
 from ..text import columns, percent
 from .loop import Tested
-from .run import BranchSummary, ComparatorSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
+from .run import TWIN, BranchSummary, ComparatorSummary, DataSummary, EpochMetrics, Losses, Spectrum, Summary
 from .state import TrainingState
 
 DIRECTIONS = (1, 5, 10, 20, 50, 100, 500)
@@ -193,10 +193,12 @@ def summarize(
             streamed=isinstance(data, StreamedData),
             image_size=tuple(data.image_size),
             classes=len(data.class_names),
+            origin=data.origin,
         ),
         versions=versions(PACKAGES),
         twin=twin,
-        twin_folder=None if twin is None else "twin" if recipe.twin is True else str(recipe.twin),
+        twin_folder=None if twin is None else TWIN if recipe.twin is True else str(recipe.twin),
+        twin_alike=twin is not None,
     )
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from ..checkpoint.files import remove_abandoned
 from ..core.views import FLATTEN, View
+from ..data.sources import DataOrigin
 from ..environment import together
 from ..errors import RecipeError, RunError
 from ..evaluation.results import Value
@@ -37,10 +38,37 @@ if TYPE_CHECKING:
 
 # What decides how images reach the network, not which: their fingerprint is compared instead.
 FREE = ("data", "streaming", "workers")
+# What a plain network does not have, and what decides nothing about its weights or the figures beside it.
+OF_BRANCHES = ("lowrank", "pretrain_epochs", "ramp_epochs", "cooldown_epochs")
+ASIDE_OF_TRAINING = (
+    "name", "twin", "trackers", "save_every", "save_every_steps", "keep_checkpoints", "eval_batch_size",
+)  # fmt: skip
 PUBLISHED_RECIPE = "recipe.yaml"
+TWIN = "twin"
 GO_ON = "continue with the same command and --resume auto"
 
 Spectrum = dict[str, list[float]]  # for each layer the largest shares of its variance, descending
+
+
+def unlike_twin(recipe: Recipe, plain: Recipe) -> list[str]:
+    """What keeps a plain run from being the twin of a run, which is the same training without branches.
+
+    Args:
+        recipe: of the run.
+        plain: of the other one.
+
+    Returns:
+        Of each key that differs what it was there and is here; nothing for a twin.
+    """
+    enabled = ["lowrank.enabled was true and is false"] if plain.lowrank_enabled else []
+    aside = (*FREE, *OF_BRANCHES, *ASIDE_OF_TRAINING)
+    return [*enabled, *_changes(plain.to_dict(), recipe.plain().to_dict(), aside)]
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], aside: Collection[str]) -> list[str]:
+    """What each key of a recipe was and is, of those that differ and are not `aside`."""
+    differ = [key for key in now if key not in aside and before[key] != now[key]]
+    return [f"{key} was {before[key]!r} and is {now[key]!r}" for key in differ]
 
 
 class RunPaths:
@@ -59,7 +87,7 @@ class RunPaths:
         )  # what `save_pretrained` writes, and `from_pretrained` and timm read
         self.checkpoint_folder = folder / "checkpoints"  # accelerate's, to resume from
         self.plots = folder / "plots"
-        self.twin = folder / "twin"  # the run of the plain twin
+        self.twin = folder / TWIN  # the run of the plain twin
 
     def is_run(self) -> bool:
         """Whether a run was begun here."""
@@ -157,6 +185,7 @@ class DataSummary:
     streamed: bool = False
     image_size: tuple[int, ...]  # (channels, height, width)
     classes: int
+    origin: DataOrigin | None = None  # of `source`; None: a run of an earlier version, or data that a program made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,19 +213,26 @@ class Summary:
     versions: dict[str, str]
     twin: Summary | None = None
     twin_folder: str | None = None  # relative to that of this run, or what the recipe says
+    twin_alike: bool = False  # whether its recipe was compared; earlier versions took any plain run that was named
 
     def to_dict(self) -> dict[str, Any]:
         """As summary.json has it; `Run.open` reads it."""
         content = dataclasses.asdict(dataclasses.replace(self, twin=None))
-        del content["twin"], content["twin_folder"]
+        del content["twin"], content["twin_folder"], content["twin_alike"]
         if self.comparator is None:
             del content["comparator"]
         content["data"]["image_size"] = list(self.data.image_size)
         for branch in content["branches"].values():
             branch["variance_ratio"] = {str(count): ratio for count, ratio in branch["variance_ratio"].items()}
         if self.twin is not None:
-            content["twin"] = {"folder": self.twin_folder, **self.twin.to_dict()}
+            alike = {"alike": True} if self.twin_alike else {}
+            content["twin"] = {"folder": self.twin_folder, **alike, **self.twin.to_dict()}
         return content
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether `twin` is known to have been trained alike: with this run, or by a recipe that was compared."""
+        return self.twin is not None and (self.twin_alike or self.twin_folder == TWIN)
 
     @property
     def clean(self) -> Value:
@@ -236,7 +272,7 @@ class Run(RunPaths):
             raise RunError(f"the recipe of the run in {folder} cannot be read: {error}") from error
         content = read_json(paths.summary_json, RunError)
         if isinstance(twin := content.get("twin"), dict):
-            content["twin_folder"] = twin.get("folder")
+            content |= {"twin_folder": twin.get("folder"), "twin_alike": twin.get("alike", False)}
         return cls(paths.folder, recipe, _decoded(Summary, content, paths.summary_json))
 
     def spectrum(self) -> Spectrum:
@@ -352,11 +388,9 @@ class RunFolder(RunPaths):
                 f"{self.folder} cannot be resumed, since its recipe cannot be read: {error}. Put the recipe that it "
                 f"was started with at {self.config}, or choose another folder with --output"
             ) from error
-        keys = [key for key in now if key not in FREE and before[key] != now[key]]
-        if keys:
-            changes = "; ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in keys)
+        if changes := _changes(before, now, FREE):
             raise RunError(
-                f"{self.folder} was started with another recipe ({changes}). Resume it with its own "
+                f"{self.folder} was started with another recipe ({'; '.join(changes)}). Resume it with its own "
                 f"(--config {self.config}), or choose another folder with --output."
             )
 
