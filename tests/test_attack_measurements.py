@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from timm_lowrank.core.capture import Tap, recording
 from timm_lowrank.errors import EvaluationError, EvaluationWarning
 from timm_lowrank.evaluation import attacks, classified_right, rho
 from timm_lowrank.evaluation.attacks import until_fooled
@@ -19,6 +20,7 @@ from timm_lowrank.evaluation.robustness import (
     step_accuracies,
     trajectory,
 )
+from timm_lowrank.suites.measurements.perturbations import _Aim
 
 
 class Threshold(nn.Module):
@@ -97,6 +99,49 @@ def test_another_network_may_be_the_judge(small_net, digits):
     classes = trajectory(source, images, labels, partial(attack, steps=2), judge=judge)
     with torch.no_grad():
         assert torch.equal(classes[:, 2], judge.eval()(attack(source, images, labels, steps=2)).argmax(1))
+
+
+def test_a_judge_may_read_layers_of_the_attacked_network(digits):
+    """In front of a BatchNorm, which is folded into them while the attack goes on."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
+    )
+    images, labels = digits[0][:12], digits[1][:12]
+    network.train()(images)
+    network.eval()
+
+    class Judge(nn.Module):
+        def forward(self, pixels):
+            with recording(network, [Tap("0", "0")]) as record:
+                network(pixels)
+            return record.values["0"].flatten(1)
+
+    points = []
+    attack = partial(attacks.iterative_fgsm, eps=0.2, step_size=0.1, steps=4)
+    attack(network, images, labels, on_step=lambda step, here, logits: points.append(here.clone()))
+    classes = trajectory(network, images, labels, attack, judge=Judge())
+    with torch.no_grad():
+        expected = [Judge()(here).argmax(dim=1) for here in points]
+    assert torch.equal(classes, torch.stack(expected, dim=1))
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_what_the_least_likely_class_was_in_the_last_step(trained, digits, stop):
+    images, labels = digits[0][1500:1530], digits[1][1500:1530]
+    attack = partial(attacks.iterative_least_likely, trained, images, labels, eps=0.3, step_size=0.05)
+    aim = _Aim()
+    attack(steps=5, on_step=aim, stop_at_success=stop)
+    expected = None
+    going = torch.ones(30, dtype=torch.bool)
+    for steps in range(5):
+        points = attack(steps=steps) if steps else images
+        with torch.no_grad():
+            logits = trained(points)
+        going &= logits.argmax(dim=1).eq(labels) if stop else True
+        least = logits.argmin(dim=1)
+        expected = least if expected is None else torch.where(going, least, expected)
+    assert torch.equal(aim.targets, expected)
 
 
 # The smallest perturbation

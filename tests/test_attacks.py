@@ -192,6 +192,15 @@ def test_deepfool_on_a_linear_network_is_the_distance_to_the_boundary():
     torch.testing.assert_close(adversarial.flatten(), expected)
 
 
+def test_deepfool_steps_away_from_a_label_that_another_class_is_level_with():
+    """Whichever of them comes first."""
+    weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [-3.0, -3.0]])
+    images, labels = torch.full((2, 1, 1, 2), 0.5), torch.tensor([0, 0])
+    adversarial = deepfool(Linear(weight), images, labels)
+    assert ((adversarial - images).flatten(1).norm(dim=1) < 1e-3).all()
+    assert (adversarial.flatten(1) @ weight.T).argmax(dim=1).tolist() == [1, 1]
+
+
 # ---- the ball and the box, to the last bit ----
 
 

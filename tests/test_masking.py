@@ -529,6 +529,14 @@ def test_figures_that_are_none_are_one_error(call, message):
         call()
 
 
+def test_figures_on_few_images_are_judged_as_such():
+    """Three points between two numbers of steps: of 10,000 images beyond chance, of 1,000 not."""
+    cells = [{"eps": 8 / 255, "steps": steps, "white_box": share} for steps, share in ((7, 0.31), (20, 0.28))]
+    assert diagnose_published(PGDAccuracy(**cell) for cell in cells).verdict == SUSPECT
+    assert diagnose_published((PGDAccuracy(**cell) for cell in cells), images=1000).verdict == SOUND
+    assert diagnose_published(PGDAccuracy(**cell, images=1000) for cell in cells).verdict == SOUND
+
+
 def test_the_figures_of_an_evaluation_are_read_by_unit_and_step():
     def figures(kind, unit, setting, share, **changes):
         for eps, steps in ((8 / 255, 7), (8 / 255, 20)):
@@ -546,7 +554,7 @@ def test_the_figures_of_an_evaluation_are_read_by_unit_and_step():
     )  # fmt: skip
     evaluation = make_evaluation(figures=made)
     assert accuracies_of(evaluation, "2-LR") == [
-        PGDAccuracy(eps=8 / 255, steps=steps, white_box=(180 + steps) / 360, black_box=(144 + steps) / 360)
+        PGDAccuracy(eps=8 / 255, steps=steps, white_box=(180 + steps) / 360, black_box=(144 + steps) / 360, images=360)
         for steps in (7, 20)
     ]
     assert [one.white_box for one in accuracies_of(evaluation, "2-LR", radius_unit="normalized")] == [

@@ -294,6 +294,7 @@ def test_the_evidence_is_told_in_words(page):
     cells = page.row("AutoAttack close to PGD")
     assert "✕| failed|AutoAttack leaves 1.1 % where PGD-20 leaves 41.1 %.|Value|0.4|Limit|0.1|" in cells
     assert f"{DASH}| not checked|" in page.row("Smooth loss")
+    assert f"{DASH}| undecided|" in page.row("Single step")
     assert "✓| passed|" in page.row("Gradients are there")
 
 

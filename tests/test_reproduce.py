@@ -193,6 +193,9 @@ def test_gains_are_paired_by_seed():
     assert gain_text(cell) == "+15.0 ± 7.1 (paper +25.0)"
     alone = Cell.of("x", "share", {3: 0.7}).over(twin)
     assert (alone.gain, gain_text(alone)) == (None, "-")
+    bounded = dataclasses.replace(Cell.of("x", "number", {0: 0.05, 1: math.nan}), beyond=32 / 255)
+    others = Cell.of("x", "number", {0: 0.06, 1: 0.04})
+    assert (bounded.over(others).gain, others.over(bounded).gain) == (None, None), "the seed beyond has the largest"
     fewer = Cell.of("x", "share", {0: 0.7}, how={"images": 200})
     assert fewer.over(Cell.of("x", "share", {0: 0.5}, how={"images": 1000})).gain is None
     assert fewer.over(Cell.of("x", "share", {0: 0.5}, how={"images": 200})).gain == pytest.approx(0.2)

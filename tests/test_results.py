@@ -175,6 +175,9 @@ def test_values_are_shares_means_and_medians():
     assert middle.value == 50
     assert (middle.low, middle.high) == (40, 61)
     assert Value.median([math.nan, 2.0]).of == 1
+    few, enough = (Value.median([float(number) for number in range(count)]) for count in (5, 6))
+    assert (few.value, few.interval) == (2.0, None), "5 values lie on one side of the true median too often"
+    assert enough.interval == (0.0, 5.0)
     assert Value.mean([math.nan, 2.0, 4.0]) == Value(3.0, of=2)
     assert not Value.median([]).known
     assert not Value.mean([]).known

@@ -58,7 +58,7 @@ from timm_lowrank.suites import Options, evaluate, join_processes, plan
 from timm_lowrank.suites import evaluation as evaluation_module
 from timm_lowrank.suites.measurements import accuracy, perturbations
 from timm_lowrank.suites.measurements import passes as test_passes
-from timm_lowrank.suites.measurements.accuracy import PGD, Clean, Diagnosis, PGDSteps
+from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, Diagnosis, PGDSteps
 from timm_lowrank.suites.measurements.base import Context, Results
 from timm_lowrank.suites.measurements.classifiers import UNTIL_FOOLED, Compression, FooledHybrid, LeadingFeatures
 from timm_lowrank.suites.measurements.perturbations import AccuracyByNoise, AdversarialStrip, DeepFool
@@ -73,7 +73,7 @@ from timm_lowrank.suites.measurements.representations import (
 )
 from timm_lowrank.suites.networks import load_network, random_twin
 from timm_lowrank.suites.runner import PartialResults, Unit, plan_units
-from timm_lowrank.text import phrases
+from timm_lowrank.text import percent, phrases
 from timm_lowrank.training import Recipe, train
 
 RECIPE = {
@@ -907,6 +907,19 @@ def test_a_diagnosis_in_each_unit(trained, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count(", radii in normalised units") >= 2
     assert "radii in normalised units" in text_table(evaluation)
+
+
+def test_a_diagnosis_takes_in_autoattack_of_its_radius(trained, tmp_path):
+    """Whichever is measured first, and of another radius or unit not."""
+    measurements = (Diagnosis(8 / 255, "quick"), Diagnosis(8 / 255, "quick", "normalized"), AutoAttack("linf", 8 / 255))
+    evaluation = evaluated_in(trained, tmp_path, measurements=measurements, limit=20)
+    for title, verdict in evaluation.verdicts.items():
+        (check,) = [one for one in verdict.checks if one.name == "AutoAttack"]
+        left = evaluation.figure("autoattack-linf-8-255").values[title]
+        assert percent(left.value) in check.says
+        assert check.value is not None
+        (other,) = [one for one in evaluation.normalized_verdicts[title].checks if one.name == "AutoAttack"]
+        assert "was not run" in other.says
 
 
 def test_units_cover_every_image_once():

@@ -90,7 +90,8 @@ def max_margin_classifiers(
     rows = _checked(train, labels, dimensions)
     mean = rows.mean(dim=0)
     scale = rows.std(dim=0, correction=0)
-    scale = torch.where(scale > 1e-12 * mean.abs(), scale, 1.0)  # round-off: the feature is constant
+    rounding = 4 * torch.finfo(train.dtype).eps if train.is_floating_point() else 0.0
+    scale = torch.where(scale > rounding * mean.abs(), scale, 1.0)  # the feature is constant
     scaled = (rows - mean) / scale
     # Without a projection, SGD never leaves the span of the images: more features than these change nothing but time.
     few = min(scaled.shape)

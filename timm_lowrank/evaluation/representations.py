@@ -17,6 +17,7 @@ from ..core.model import LowRankModel
 from ..core.spectrum import variance_ratio
 from ..core.views import FLATTEN, View
 from ..errors import CaptureError, EvaluationError, EvaluationWarning
+from ..layers import rows_of_images
 from ..wrapping import find_taps
 from .arguments import check_count, check_images
 from .pixels import PixelModel, bare
@@ -82,11 +83,17 @@ def taps_of(model: nn.Module, images: Tensor, layers: Sequence[str]) -> list[Tap
     network = network_of(model)
     weight = next(network.parameters(), images)
     try:
-        config = LowRankConfig(branches=dict.fromkeys(layers, 1))
-        taps, *_ = find_taps(network, config, images[:1].to(weight.device, weight.dtype))
-        return [dataclasses.replace(tap, view=FLATTEN) for tap in taps]
+        example = images[:1].to(weight.device, weight.dtype)
+        taps, *_ = find_taps(network, LowRankConfig(branches=dict.fromkeys(layers, 1), head_weight=0.0), example)
+        fits = rows_of_images(network, taps, example)
     except (ValueError, CaptureError) as error:
         raise EvaluationError(str(error)) from error
+    if others := [layer for layer, whether in fits.items() if not whether]:
+        raise EvaluationError(
+            f"the first dimension of what {', '.join(map(repr, others))} gives is not the batch (was it made with "
+            "batch_first=False?): its rows are not those of images; choose another layer"
+        )
+    return [dataclasses.replace(tap, view=FLATTEN) for tap in taps]
 
 
 def captured(model: nn.Module, taps: Sequence[Tap], images: Tensor) -> dict[str, Tensor]:

@@ -135,11 +135,16 @@ class Value:
 
     @classmethod
     def median(cls, values: Iterable[float], confidence: float = 0.95) -> Value:
-        """A median of those that are not NaN, with the interval of order statistics, which assumes no distribution."""
+        """A median of those that are not NaN, with the interval of order statistics, which assumes no distribution.
+
+        Without an interval where even the smallest and the largest value do not enclose it with such confidence.
+        """
         ordered = sorted(value for value in values if not math.isnan(value))
         if not ordered:
             return cls(math.nan, of=0)
         count = len(ordered)
+        if 2 * 0.5**count > 1 - confidence:  # the probability that all lie on one side of the true median
+            return cls(statistics.median(ordered), of=count)
         # The number of values below the true median is binomial(n, 1/2): its quantiles, by the normal approximation.
         reach = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(count) / 2
         low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))

@@ -194,15 +194,16 @@ def trajectory(
         EvaluationError: no images, and what the attack raises.
     """
     check_images(images)
-    columns: list[Tensor] = []
+    seen: list[Tensor] = []
 
     def note(step: int, here: Tensor, logits: Tensor) -> None:
-        columns.append((logits.argmax(dim=1) if judge is None else predictions(judge, here)).clone())
+        seen.append(logits.argmax(dim=1) if judge is None else here.clone())
 
     attack(model, images, labels, on_step=note)
-    if not columns:
+    if not seen:
         raise EvaluationError("the attack never called on_step, so there is nothing to follow: take one with steps")
-    return torch.stack(columns, dim=1)
+    # Not in between: the judge may read layers of the very network, whose BatchNorms are folded meanwhile.
+    return torch.stack(seen if judge is None else [predictions(judge, here) for here in seen], dim=1)
 
 
 def step_accuracies(

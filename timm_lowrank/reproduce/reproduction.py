@@ -102,11 +102,15 @@ class Cell:
         return {name: self.images.get(seed, self.how).get(name) for name in IMAGES}
 
     def over(self, twin: Cell) -> Cell:
-        """This cell with its gain over that of the plain twin, of the seeds of which both are on as many images."""
+        """This cell with its gain over that of the plain twin, of the seeds of which both are on as many images.
+
+        No gain where one of them is beyond what was tried for a seed: that of the others would be another one.
+        """
+        bounded = self.beyond is not None or twin.beyond is not None
         gains = [
             value - twin.values[seed]
             for seed, value in self.values.items()
-            if seed in twin.values and self.images_of(seed) == twin.images_of(seed)
+            if not bounded and seed in twin.values and self.images_of(seed) == twin.images_of(seed)
         ]
         printed = None if self.printed is None or twin.printed is None else self.printed - twin.printed
         return dataclasses.replace(

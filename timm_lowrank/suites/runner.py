@@ -132,13 +132,12 @@ def _joined(
 ) -> Results:
     """Joins the chunks of every measurement and has it report; what could not be measured becomes a warning."""
     results = Results()
+    for unit in units:
+        joined = results.observed.setdefault(unit.measurement, {}).setdefault(unit.title, {})
+        for name, values in done[unit].items():
+            joined.setdefault(name, []).extend(values)
     for measurement in measurements:
-        observed: dict[str, Columns] = {}
-        for unit in units:
-            if unit.measurement == measurement.key:
-                joined = observed.setdefault(unit.title, {})
-                for name, values in done[unit].items():
-                    joined.setdefault(name, []).extend(values)
+        observed = dict(results.observed.get(measurement.key, {}))
         for title in context.networks:
             reason = measurement.unavailable(context, title)
             if failed := observed.get(title, {}).get(FAILED):

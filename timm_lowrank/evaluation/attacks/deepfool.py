@@ -54,8 +54,10 @@ def deepfool(
             here = adversarial[going].requires_grad_()
             logits = logits_of(here)
             if number == 0:
-                ranking = check_logits(logits, len(images)).detach().argsort(dim=1).flip(1)[:, :candidates]
-                check_labels(labels, logits.shape[1])
+                check_labels(labels, check_logits(logits, len(images)).shape[1])
+                # The label comes before what is level with it.
+                first = logits.detach().scatter(1, labels[:, None], torch.inf)
+                ranking = first.argsort(dim=1).flip(1)[:, :candidates]
             standing = logits.argmax(dim=1) == labels[going]
             if not standing.any():
                 break

@@ -104,7 +104,8 @@ def pgd(
         keep: "last", the last iterate whatever it does, or "first_hit": an image stops at the first iterate
             that fools, the start included. It then leaves the batch, which saves time.
         generator: of the random starts; it moves on by one number. Without one a seed of 0 is taken.
-        on_step: called as (step, images, logits) with the start as step 0 and each iterate after, without restarts.
+        on_step: called as (step, images, logits) with the start as step 0 and each iterate after, without restarts. The
+            network is not as it was in between (see `attackable`): read its layers when the attack is over.
 
     Raises:
         EvaluationError: arguments out of their range, pixels outside [0, 1], labels that are no classes, targets

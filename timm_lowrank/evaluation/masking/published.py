@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from ...errors import EvaluationError
 from ...text import counted, percent
@@ -34,12 +35,15 @@ class PGDAccuracy:
     steps: int
     white_box: float | None = None  # attacked itself
     black_box: float | None = None  # attacked with images crafted on another network
+    images: int | None = None  # that they were measured on, where that is known
 
     def __post_init__(self) -> None:
         check_number(self.eps, "eps")
         check_count(self.steps, "steps")
         for name in ("white_box", "black_box"):
             _check_share(getattr(self, name), name)
+        if self.images is not None:
+            check_count(self.images, "images")
 
     @property
     def where(self) -> str:
@@ -72,7 +76,7 @@ def diagnose_published(
     Args:
         accuracies: cells of the table; of those without a figure to compare with nothing is said.
         clean: accuracy without an attack, where it is known.
-        images: that they were measured on.
+        images: that those were measured on that do not say it.
 
     Raises:
         EvaluationError: there is no accuracy under attack, or two of one radius and number of steps.
@@ -83,6 +87,7 @@ def diagnose_published(
         raise EvaluationError("give accuracies under white-box attacks, one for each radius and number of steps")
     _check_share(clean, "clean")
     check_count(images, "images")
+    images = min((one.images for one in cells if one.images is not None), default=images)
     checks = (
         _black_box(cells, images), _attack_helps(cells, clean, images), _more_steps(cells, images),
         _larger_radius(cells, images), _double_radius(cells, clean, images),
@@ -109,7 +114,7 @@ def accuracies_of(
     Raises:
         EvaluationError: there are none.
     """
-    found: dict[tuple[float, int], dict[str, float]] = {}
+    found: dict[tuple[float, int], dict[str, Any]] = {}
     for kind, name in ((Kind.ATTACK, "white_box"), (Kind.TRANSFER, "black_box")):
         for figure in evaluation.by_kind(kind):
             attack, value = figure.protocol.attack, figure.values.get(title)
@@ -117,7 +122,7 @@ def accuracies_of(
                 continue
             alike = (attack.name, attack.norm, attack.targeted, attack.restarts) == ("PGD", "linf", False, 1)
             if alike and (attack.setting, attack.radius_unit) == (setting, radius_unit):
-                found.setdefault((attack.eps, attack.steps), {})[name] = value.value
+                found.setdefault((attack.eps, attack.steps), {"images": value.of})[name] = value.value
     if not found:
         raise EvaluationError(
             f"{title} was not attacked with PGD in the setting {setting!r} and radii in {radius_unit} units: "

@@ -354,6 +354,8 @@ class AccuracyByRadius(AttackMeasurement):
 class Diagnosis(Measurement):
     """Whether the network only looks robust; see `timm_lowrank.evaluation.masking`.
 
+    AutoAttack in the same radius is taken in where it was measured, too.
+
     Args:
         eps: L_inf radius of the attacks that are compared.
         budget: "quick" or "full".
@@ -379,10 +381,14 @@ class Diagnosis(Measurement):
         return {name: column(values) for name, values in observations.items()}
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
-        verdicts = results.verdicts if self.radius_unit == "pixel" else results.normalized_verdicts
+        in_pixels = self.radius_unit == "pixel"
+        verdicts = results.verdicts if in_pixels else results.normalized_verdicts
+        autoattack = results.observed.get(AutoAttack("linf", self.eps).key, {}) if in_pixels else {}
         for title, columns in observed.items():
             try:
                 observations = {name: torch.tensor(values) for name, values in columns.items()}
+                if "withstood" in autoattack.get(title, {}):
+                    observations["autoattack"] = observations["clean"] & torch.tensor(autoattack[title]["withstood"])
                 verdicts[title] = masking.judge(observations)
             except EvaluationError as error:  # too few images, or none that is right: what was measured still counts
                 results.warnings.append(f"{title}: {self.key} gives no verdict on gradient masking: {error}")

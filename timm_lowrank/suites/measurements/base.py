@@ -212,6 +212,8 @@ class Results:
     strips: list[Strip] = dataclasses.field(default_factory=list)
     verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
     normalized_verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+    observed: dict[str, dict[str, Columns]] = dataclasses.field(default_factory=dict)
+    """What all measurements observed, by their keys and the titles of networks: for a report that takes in another."""
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 

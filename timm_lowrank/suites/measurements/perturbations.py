@@ -53,6 +53,22 @@ class IteratedAttackMeasurement(AttackMeasurement):
         )  # fmt: skip
 
 
+class _Aim:
+    """What Iter-LL-FGSM aimed at in the last step of each image: the class that was least likely before it (Eq. 6)."""
+
+    def __init__(self) -> None:
+        self.targets = self._logits = torch.empty(0)
+
+    def __call__(self, step: int, images: Tensor, logits: Tensor) -> None:
+        """As `on_step` of an attack, which gives images that have stopped the logits that they stopped with."""
+        if not step:
+            self.targets = logits.argmin(dim=1)
+        else:
+            moved = (logits != self._logits).any(dim=1)
+            self.targets = torch.where(moved, self._logits.argmin(dim=1), self.targets)
+        self._logits = logits.clone()
+
+
 @dataclasses.dataclass(frozen=True)
 class IteratedFGSM(IteratedAttackMeasurement):
     """Accuracy under Iter-FGSM or Iter-LL-FGSM, with a step of 1/255 and a fixed number of steps.
@@ -75,13 +91,15 @@ class IteratedFGSM(IteratedAttackMeasurement):
     def observe(self, context: Context, title: str, rows: range) -> Columns:
         images, labels = context.chunk_of(rows)
         source = self.attacked(context, title)
+        aim = _Aim()
         adversarial = self.attack(
-            source, images, labels, eps=self.eps, steps=self.steps, stop_at_success=self.stop_at_success
-        )
+            source, images, labels, eps=self.eps, steps=self.steps, stop_at_success=self.stop_at_success,
+            on_step=aim if self.least_likely else None,
+        )  # fmt: skip
         classes = predictions(context.networks[title].model, adversarial)
         columns = {"withstood": column(classes == labels), "rho": column(rho(images, adversarial))}
         if self.least_likely:
-            columns["hit"] = column(classes == attacks.least_likely(source, images))
+            columns["hit"] = column(classes == aim.targets)
         return columns
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
