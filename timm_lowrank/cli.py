@@ -389,8 +389,9 @@ def _declare_compare(parser: argparse.ArgumentParser) -> None:
 
     Reads the evaluation.json of each run, which `evaluate` makes, and prints clean and robust accuracy, accuracy under
     noise, and for each layer the effective rank, the share of the test variance in its leading directions and the test
-    accuracy of a max-margin classifier that sees only these. Runs whose names differ in a trailing "-seedN" alone are
-    averaged, with the standard deviation over seeds; networks that were evaluated beside them, such as twins, too.
+    accuracy of a max-margin classifier that sees only these. Runs in one folder whose names differ in a trailing
+    "-seedN" alone are averaged, with the standard deviation over seeds; networks that were evaluated beside them, such
+    as twins, too.
     """
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs that were evaluated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures of each run to this file")
