@@ -588,11 +588,15 @@ def test_large_images_are_cut_and_resized(random_stream):
     assert Decoder("L", (24, 24), resize=True)(png(pixels[..., 0]), "here").shape == (1, 24, 24)
 
 
-def jpeg(pixels, orientation):
+def written(image, kind, orientation=1, **options):
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(buffer, format="jpeg", quality=100, exif=exif.tobytes())
+    image.save(buffer, format=kind, exif=exif.tobytes(), **options)
     return buffer.getvalue()
+
+
+def jpeg(pixels, orientation):
+    return written(Image.fromarray(pixels), "jpeg", orientation, quality=100)
 
 
 HALVES = np.repeat(np.array([255, 0], dtype=np.uint8), 32).reshape(8, 8)  # white above black
@@ -602,6 +606,9 @@ DECODED = {
     "upright": (jpeg(HALVES, 1), HALVES),
     "turned": (jpeg(HALVES, 6), np.rot90(HALVES, -1)),
     "upside down": (jpeg(HALVES, 3), HALVES[::-1]),
+    "16 bit greymap": (b"P5 8 8 65535\n" + DEEP.astype(">u2").tobytes(), DEEP >> 8),
+    "transparency": (written(Image.fromarray(HALVES).convert("LA"), "png"), HALVES),
+    "palette of greys": (written(Image.fromarray(HALVES).convert("P"), "png"), HALVES),
 }
 
 
@@ -615,6 +622,32 @@ def test_depth_and_orientation_are_read_as_they_were_meant(own, streaming, image
     pixels = (data.subset(10, 10) if streaming else data).train_images[0]
     assert pixels.shape == (1, 8, 8)
     assert np.abs(pixels[0].numpy().astype(int) - expected).max() <= 8
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff"])
+def test_sizes_are_those_of_upright_images(own, streaming, kind):
+    image = written(Image.fromarray(np.repeat(HALVES, 2, axis=0)), kind, 6)
+    for split in ("train-00000-of-00003", "train-00001-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        write(own / f"{split}.parquet", range(10), image=[image] * 10)
+    assert load_data(str(own), streaming=streaming).image_size == (1, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pixels"),
+    [
+        ("tiff", DEEP.astype(np.int32) % 256),
+        ("tiff", DEEP.astype(np.int32) - 500),
+        ("tiff", DEEP.astype(np.int32) * 9),
+        ("tiff", DEEP.astype(np.float32)),
+        ("ppm", DEEP.astype(np.float32)),
+    ],
+    ids=["small", "negative", "large", "fractions", "fractions in a pixmap"],
+)
+def test_values_of_32_bits_are_refused_whatever_they_are(kind, pixels):
+    image = written(Image.fromarray(pixels), kind)
+    with pytest.raises(DataError, match="here: the image has values of 32 bits, whose range is not known: store 8 or"):
+        Decoder("L", (8, 8), declared=True)(image, "here")
 
 
 @BOTH
