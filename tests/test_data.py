@@ -222,6 +222,39 @@ def test_images_with_their_labels_in_a_table(tmp_path, image_cache):
     assert sorted(data.train_labels.tolist()) == [0] * 6 + [1] * 6
     with pytest.raises(DataError, match="have no 'label': a class is a folder of its own"):
         load_images(str(root))
+    for split in ("train", "test"):
+        table = root / split / "metadata.csv"
+        table.write_text(table.read_text().replace(",1", ",yes").replace(",0", ",no"))
+    with pytest.raises(DataError, match=r"'odd' of metadata.csv in .*images holds \w*string, and labels must be"):
+        load_images(str(root), label_column="odd")
+
+
+LINKED = {
+    "classes": [f"{split}/{name}" for split in ("train", "test") for name in CLASSES],
+    "one class": ["train/0"],
+    "splits": ["train", "test"],
+    "everything": ["."],
+}
+
+
+@BOTH
+@pytest.mark.parametrize("linked", LINKED.values(), ids=LINKED)
+def test_links_to_folders_of_images_are_followed(tmp_path, image_cache, streaming, linked):
+    root = write_images(tmp_path / "images")
+    for number, place in enumerate(linked):
+        shutil.move(root / place, tmp_path / f"elsewhere {number}")
+        (root / place).symlink_to(tmp_path / f"elsewhere {number}", target_is_directory=True)
+    (root / "train" / "circle").symlink_to(root, target_is_directory=True)
+    data = load_data(str(root), streaming=streaming)
+    assert (data.counts, data.class_names) == ((12, 12), CLASSES)
+    images = (data.subset(12, 12) if streaming else data).train_images
+    assert sorted(map(bytes, images.numpy())) == sorted(map(bytes, BY_CLASS))
+
+
+def test_a_folder_above_the_classes_is_none(tmp_path, image_cache):
+    write_images(tmp_path / "own" / "train", ("animals",))
+    write_images(tmp_path / "own" / "test", ("animals",))
+    assert load_images(str(tmp_path / "own")).class_names == CLASSES
 
 
 def test_a_copy_of_streamed_images_is_the_same_data_and_a_change_is_seen(tmp_path, image_cache):
@@ -261,6 +294,16 @@ WRONG_FOLDERS = {
         lambda root: [
             (root / s / c / "1.png", png(DIGITS[0])) for s in ("train", "test") for c in ("a", "b/c", "d")
         ], "all on the same level",
+    ),
+    "folders in classes": (
+        lambda root: [
+            (root / s / c / day / "1.png", png(DIGITS[0])) for s in ("train", "test") for c in "ab" for day in "12"
+        ],
+        r"^t\w+/a/1 and t\w+/b/1 in \S*own would be one class, 1: a class is a folder of its own",
+    ),
+    "a single class": (
+        lambda root: [(root / s / "a" / "1.png", png(DIGITS[0])) for s in ("train", "test")],
+        "own are of a single class, a: there is nothing to learn",
     ),
     "two splits": (
         lambda root: [(root / "all" / "test-train" / c / "1.png", png(DIGITS[0])) for c in "ab"],
@@ -400,6 +443,11 @@ def test_cifar10():
 GREY = encoded(DIGITS[:20])
 SIZE = "the image is 8 x 9 pixels and the first one is 8 x 8: set image_size, so that they are brought to one size"
 GAPS = "labels must be integers without gaps"
+MISSING = {
+    "inside": ([0, 2], "no label 1 below the largest, 2, and " + GAPS),
+    "from 1": ([1, 2], "no label 0 below the largest, 2, and " + GAPS),
+    "many": ([0, 99], r"no label 1, 2, 3, 4, 5, ... 98 in all below the largest, 99, and " + GAPS),
+}
 WRONG_FILES = {
     "no image column": (
         {"image": None, "picture": GREY}, "no column 'img' or 'image'. It has label, picture. Set data_args.image_col",
@@ -432,6 +480,20 @@ def test_wrong_files_are_one_error_before_training(own, streaming, statistics, c
     write(own / "test-00000-of-00001.parquet", range(20), statistics=statistics, **columns)
     with pytest.raises(DataError, match=message):
         load_data(str(own), streaming=streaming)
+
+
+@BOTH
+@pytest.mark.parametrize(("labels", "message"), MISSING.values(), ids=MISSING)
+def test_a_label_that_no_training_image_has_needs_a_name(tmp_path, streaming, labels, message):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", range(100), label=labels * 50)
+    with pytest.raises(DataError, match=message):
+        load_data(str(tmp_path), streaming=streaming)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=100)})
+    for split in ("train", "test"):
+        columns = {"img": encoded(DIGITS[:100]), "label": labels * 50}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    assert len(load_data(str(tmp_path), streaming=streaming).class_names) == 100
 
 
 @BOTH
@@ -523,6 +585,35 @@ def test_folders_names_and_numbers_that_are_not_there(tmp_path, own, streaming):
             load_data(wrong, streaming=streaming)
     with pytest.raises(DataError, match="has no extra images"):
         load_images(extra=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": "x"}, "has no config 'x': drop data_args.config"),
+        ({"label_column": "coarse"}, "has no label_column 'coarse'"),
+        ({"image_column": "img"}, "has no image_column 'img'"),
+        ({"train_split": "all"}, "has no split 'all'; it has train, test"),
+        ({"test_split": "validation"}, "has no split 'validation'; it has train, test"),
+    ],
+)
+def test_the_digits_are_what_they_are(options, message):
+    with pytest.raises(DataError, match=message):
+        load_images(**options)
+
+
+def test_a_configuration_that_is_no_subfolder(tmp_path, own, image_cache):
+    assert load_data(str(own), config="default").fingerprint == load_data(str(own), config="none").fingerprint
+    with pytest.raises(DataError, match=r"has no subfolder 'none', it holds shards in own: change data_args.config"):
+        load_data(str(tmp_path), config="none")
+    assert load_data(str(tmp_path), config="default").counts == (230, 55)
+    with pytest.raises(DataError, match="images has no subfolder 'none', it holds images"):
+        load_data(str(write_images(tmp_path / "images")), config="none")
+
+
+def test_test_images_are_never_those_of_the_training_by_default(own):
+    with pytest.raises(DataError, match=r"no validation split .* It holds test-00000"):
+        load_data(str(own), train_split="test")
 
 
 @pytest.mark.parametrize("streaming", [True, False, "auto"])

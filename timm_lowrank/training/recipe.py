@@ -444,6 +444,11 @@ def _inner(recipe: Recipe) -> Iterable[str]:
     for key in recipe.data_args:
         if key not in known:
             yield f"there is no key data_args.{key}. {nearest(key, known)}"
+    train, test, extra = (recipe.data_args.get(key) for key in ("train_split", "test_split", "extra"))
+    if test is not None and test in (train or "train", "extra" if extra else None):
+        yield f"data_args.test_split={test!r} is a split of the training images: name another one"
+    if extra and train == "extra":
+        yield "data_args.extra=true adds the split 'extra', which data_args.train_split names already: drop one"
     for key in ("num_classes", "model_name", "pretrained_cfg_overlay"):
         if key in recipe.model_args:
             yield f"model_args.{key} cannot be set: it follows from {'model' if key == 'model_name' else 'the data'}"
