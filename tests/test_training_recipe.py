@@ -148,6 +148,7 @@ def test_overrides_reach_inside(tmp_path):
         ({"crop_scale": 0.0}, r"crop_scale=0.0 must be > 0 and <= 1"),
         ({"workers": -1}, r"workers=-1 must be >= 0"),
         ({"save_every_steps": 0}, r"save_every_steps=0 must be > 0"),
+        ({"spectrum_images": 1}, r"spectrum_images=1 must be >= 2: one has no variance"),
         ({"shuffle_buffer": 0}, r"shuffle_buffer=0 must be > 0"),
         ({"schedule": "linear"}, r"schedule='linear' is not one of step, cosine"),
         ({"augment": "mixup"}, r"augment='mixup' is not one of"),

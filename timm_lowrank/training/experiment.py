@@ -14,10 +14,10 @@ from ..checkpoint import save_pretrained
 from ..data import Data, StreamedData, load_data
 from ..data.batches import TestBatches, evaluation_batches
 from ..environment import fast_precision, require, together
-from ..errors import RecipeError, RunError
+from ..errors import DataError, RecipeError, RunError
 from .checkpoints import Progress
 from .loop import Tested, TrainedEpoch, check_alive, evaluate, train_epoch
-from .recipe import Recipe, read_recipe
+from .recipe import LEAST_TESTED, Recipe, read_recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
 from .run import GO_ON, ComparatorSummary, EpochMetrics, Run, RunFolder, RunPaths, Spectrum, Summary
 from .state import TrainingState, build, seeded
@@ -64,6 +64,11 @@ def _train(recipe: Recipe, output: str | Path, resume: bool, data: Data | None) 
         raise RunError(f"twin={recipe.twin!r} was trained on other data (its fingerprint differs): use twin=true")
     if not folder.is_finished():
         _require_weight(recipe, data.counts[0] // recipe.batch_size)
+        if data.counts[1] < LEAST_TESTED:
+            raise DataError(
+                f"the test split of {data.name} has a single image, of which no spectrum can be measured: "
+                f"give at least {LEAST_TESTED}"
+            )
     if twin_folder is not None:
         twin = _run(recipe.plain(), data, twin_folder, within=folder)
     return _run(recipe, data, folder, twin=twin)[0]
@@ -103,7 +108,7 @@ def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
 def _plain_run(folder: str) -> Finished:
     """Summary and spectrum of a finished plain run. Raises a RunError if it is none."""
     try:
-        run = Run.open(folder)
+        run = Run.open(Path(folder).expanduser())
     except RunError as error:
         raise RunError(f"twin={folder!r} holds no finished run: {error}; or set twin=true") from error
     if run.summary.kind != "plain":
@@ -119,8 +124,9 @@ def _run(
         print(f"{folder.folder} is complete", flush=True)
         run = Run.open(folder.folder)
         return run.summary, run.spectrum()
+    resumed = recipe.init_from is not None and folder.has_whole_checkpoint()
     with seeded(recipe.seed), contextlib.ExitStack() as ours:
-        state = build(recipe, data, folder.folder)
+        state = build(recipe, data, folder.folder, resumed=resumed)
         accelerator = state.accelerator
         if accelerator.is_main_process:
             for new in (within, folder):
@@ -128,6 +134,8 @@ def _run(
                     ours.enter_context(new.exclusive())
         accelerator.wait_for_everyone()
         began = folder.load_newest(accelerator)
+        if resumed and not state.progress.step:
+            raise RunError(f"the checkpoints in {folder.checkpoint_folder} went away: use the same command again")
         accelerator.print(_introduction(recipe, data, folder, state.progress), flush=True)
         if recipe.trackers:
             accelerator.init_trackers("timm_lowrank", config={k: str(v) for k, v in recipe.to_dict().items()})
@@ -220,13 +228,13 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
     test = evaluate(accelerator, state.lowrank, state.test_batches)
     finished: list[Any] = [None]
     if accelerator.is_main_process:
+        model = state.lowrank if recipe.lowrank_enabled else state.lowrank.backbone  # a plain run has no branches
+        with folder.writing(folder.model):  # before anything is measured, which may fail
+            save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
         # From the first images, whatever share of them this process tested.
         spectra = layer_spectra(state.lowrank, _test_batches(state, data), recipe.spectrum_images)
         summary = summarize(state, data, spectra, test, folder.last_metrics(), comparator, twin[0] if twin else None)
         spectrum = {layer: measured.shares for layer, measured in spectra.items()}
-        model = state.lowrank if recipe.lowrank_enabled else state.lowrank.backbone  # a plain run has no branches
-        with folder.writing(folder.model):
-            save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
         picture = folder.plots / "spectrum.png"
         with folder.writing(picture):
             plot_spectrum(picture, {**({"plain": twin[1]} if twin else {}), summary.kind: spectrum}, summary.branches)

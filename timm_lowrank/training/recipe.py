@@ -269,6 +269,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), **replace: An
     return Recipe.from_dict(values)
 
 
+LEAST_TESTED = 2  # test images, of which spectra are measured
 MOST_BYTES, MOST_WORKERS = 1 << 20, 512
 
 
@@ -376,6 +377,8 @@ def _numbers(recipe: Recipe) -> Iterable[str]:
             continue
         if not math.isfinite(value) or value < 0 or (name in POSITIVE and value == 0):
             yield f"{name}={value!r} must be {'> 0' if name in POSITIVE else '>= 0'}"
+    if recipe.spectrum_images is not None and 0 < recipe.spectrum_images < LEAST_TESTED:
+        yield f"spectrum_images={recipe.spectrum_images!r} must be >= {LEAST_TESTED}: one has no variance"
     if recipe.workers > MOST_WORKERS:
         yield f"workers={recipe.workers!r} must be <= {MOST_WORKERS}: each is a process"
     if recipe.seed >= 2**63:

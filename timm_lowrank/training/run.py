@@ -19,6 +19,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
@@ -457,11 +458,7 @@ class RunFolder(RunPaths):
         damaged: list[tuple[Path, str]] = []
         chosen: list[Any] = [None]
         if accelerator.is_main_process:
-            for epoch, path in reversed(self.checkpoints()):
-                if (wrong := damage(path)) is None:
-                    chosen[0] = (epoch, path)
-                    break
-                damaged.append((path, wrong))
+            chosen[0], damaged = self._newest()
             if damaged and chosen[0] is None:
                 reasons = "; ".join(f"{path.name}: {wrong}" for path, wrong in damaged)
                 chosen[0] = RunError(
@@ -481,6 +478,21 @@ class RunFolder(RunPaths):
             self._remove_oldest()  # a kill may have come between a new checkpoint and this
             self._restore_metrics(None if newest is None else newest[1])
         return 0 if newest is None else newest[0]
+
+    def has_whole_checkpoint(self) -> bool:
+        """Whether there is something to resume from; all processes ask together, and get the same answer."""
+        found = [PartialState().is_main_process and self._newest()[0] is not None]
+        broadcast_object_list(found)
+        return found[0]
+
+    def _newest(self) -> tuple[tuple[int, Path] | None, list[tuple[Path, str]]]:
+        """(epochs completed, folder) of the newest checkpoint that is whole, and what is wrong with the newer ones."""
+        damaged: list[tuple[Path, str]] = []
+        for epoch, path in reversed(self.checkpoints()):
+            if (wrong := damage(path)) is None:
+                return (epoch, path), damaged
+            damaged.append((path, wrong))
+        return None, damaged
 
     @staticmethod
     def _load(accelerator: Accelerator, checkpoint: Path) -> None:
