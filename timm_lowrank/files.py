@@ -78,14 +78,18 @@ def _own(path: Path) -> Iterator[BinaryIO]:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder where these can be asked, would outlast a loss of power."""
+    folder = path.is_dir()
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
+        # Windows waits for no file that is open for reading alone.
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:  # Windows opens none
+            return
+        handle = os.open(path, os.O_RDONLY)  # a copy of a file that nobody may write to
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():
+        if not folder:
             raise
     finally:
         os.close(handle)
