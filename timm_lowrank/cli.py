@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 after an error, 2 for arguments that do not exist or cannot be, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal or a log cannot show is no reason to end; Python escapes it on stderr already.
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = argparse.Namespace(arguments=arguments, command=PROGRAM, interrupted="nothing was written")
     try:
