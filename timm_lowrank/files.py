@@ -264,15 +264,25 @@ def read_json(path: Path, error: type[Exception] = CheckpointError, limit: int =
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML in which 5e-4 is a number (YAML 1.1, and with it PyYAML, takes it for a string).
+    """YAML in which 5e-4 is a number (YAML 1.1, and with it PyYAML, takes it for a string), and a key stands once.
 
     Raises:
-        yaml.YAMLError: it is not valid YAML; in one line.
+        yaml.YAMLError: it is not valid YAML, or a key is given twice (PyYAML takes the last one); in one line.
     """
     import yaml  # not at the top: reading weights does not need it
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in seen:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                        )
+                    seen.add((key.tag, key.value))
+            return node
 
     number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

@@ -99,8 +99,7 @@ class Spectrum(Measurement):
         most = {title: columns[f"{layer} samples"][0] - 1 for title, columns in observed.items()}
         bounds = {title: most[title] if most[title] < width else None for title, width in widths.items()}
         ranks = {
-            title: Value(float(rank_of_ratios(held)), of=of, at_most=bounds[title])
-            for title, held in cumulated.items()
+            title: Value(float(rank_of_ratios(held)), of=of, at_most=bounds[title]) for title, held in cumulated.items()
         }
         classes = {
             title: dataclasses.replace(Value.median(columns[f"{layer} classes"], context.confidence), of=of)
