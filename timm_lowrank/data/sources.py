@@ -27,6 +27,7 @@ from ..errors import DataError
 IMAGE_COLUMNS = ("img", "image")
 TEST_SPLITS = ("test", "validation")  # where none is named: the first that there is
 IMAGE_FOLDER = "imagefolder"  # what `datasets` calls images that are files of their own
+LAYOUT = "a class is a folder of its own, all on the same level (train/CLASS/NAME.png, test/CLASS/NAME.png)"
 METADATA = "metadata.parquet"  # of such images, not a shard
 DEFAULT_CONFIG = "default"  # what the Hub calls a configuration of a data set that has one
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -536,9 +537,6 @@ def _image_folder(root: Path, wanted: Sequence[Sequence[str]], label_column: str
     return found
 
 
-LAYOUT = "a class is a folder of its own, all on the same level (train/CLASS/NAME.png, test/CLASS/NAME.png)"
-
-
 def _check_labels(root: Path, part: Any, split: str, label_column: str, places: dict[str, list[str]]) -> None:
     """Of one split of a folder of images.
 
@@ -554,8 +552,10 @@ def _check_labels(root: Path, part: Any, split: str, label_column: str, places: 
     """
     table, top = part.data.table, root.resolve()
     if label_column not in table.column_names or table[label_column].null_count:
-        names = {os.path.basename(place) for of_split in places.values() for place in of_split}
-        if len(names) == 1 and all(Path(place).parent != top for of_split in places.values() for place in of_split):
+        there = [Path(place) for of_split in places.values() for place in of_split]
+        names = {place.name for place in there}
+        table_given = len(table.column_names) > 1
+        if len(names) == 1 and not table_given and all(place.parent != top for place in there):
             raise DataError(f"the images in {root} are of a single class, {names.pop()}: there is nothing to learn")
         raise DataError(
             f"the images in {root} have no {label_column!r}: {LAYOUT}, or a column of metadata.csv, which is named "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -142,7 +143,8 @@ def _plain_experiment(run: str) -> str | None:
         recipe = Recipe.from_dict(read_recipe(RunPaths(run).config))
     except RecipeError:
         return None
-    return repr({key: value for key, value in recipe.plain().to_dict().items() if key not in NOT_OF_PLAIN})
+    plain = {key: value for key, value in recipe.plain().to_dict().items() if key not in NOT_OF_PLAIN}
+    return json.dumps(plain, sort_keys=True, default=str)
 
 
 def _shortest(places: Sequence[Parts]) -> list[str]:
