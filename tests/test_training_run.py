@@ -424,6 +424,16 @@ def test_resuming_needs_no_initial_weights_any_more(finished, tmp_path, monkeypa
             train(made, tmp_path / name / "new", resume=True)
 
 
+def test_a_checkpoint_that_was_counted_on_and_goes_away_is_an_error(finished, tmp_path):
+    made, output = recipe(twin=True, ema_decay=0.9), copy(finished, tmp_path)
+    folder = RunFolder(output, made, resume=True)
+    state = build(made, load_images(**SMALL["data_args"]), output)
+    assert folder.has_whole_checkpoint()
+    shutil.rmtree(folder.checkpoint_folder)
+    with pytest.raises(RunError, match=r"the checkpoints in .* went away"):
+        folder.load_newest(state.accelerator)
+
+
 def test_what_cannot_be_measured_is_exported_all_the_same(tmp_path, monkeypatch):
     def unmeasurable(*arguments):
         raise DivergedError("no variance")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from ..checkpoint import save_pretrained
 from ..data import Data, StreamedData, load_data
@@ -98,9 +98,10 @@ def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
         with contextlib.suppress(RecipeError):  # a damaged one is reported by whoever needs it
             taken = [read_recipe(config).get("precision", "no")]
     else:
-        taken = [fast_precision(PartialState().device)]
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not look at by itself
+        taken = [fast_precision(state.device)]
         broadcast_object_list(taken)  # processes on different machines must agree
-        if PartialState().is_main_process:
+        if state.is_main_process:
             print(f"precision=auto: {'bf16' if taken[0] == 'bf16' else 'float32'} is the faster one here", flush=True)
     return dataclasses.replace(recipe, precision=taken[0] or "no")
 
@@ -124,9 +125,8 @@ def _run(
         print(f"{folder.folder} is complete", flush=True)
         run = Run.open(folder.folder)
         return run.summary, run.spectrum()
-    resumed = recipe.init_from is not None and folder.has_whole_checkpoint()
     with seeded(recipe.seed), contextlib.ExitStack() as ours:
-        state = build(recipe, data, folder.folder, resumed=resumed)
+        state = build(recipe, data, folder.folder, resumed=folder.has_whole_checkpoint)
         accelerator = state.accelerator
         if accelerator.is_main_process:
             for new in (within, folder):
@@ -134,8 +134,6 @@ def _run(
                     ours.enter_context(new.exclusive())
         accelerator.wait_for_everyone()
         began = folder.load_newest(accelerator)
-        if resumed and not state.progress.step:
-            raise RunError(f"the checkpoints in {folder.checkpoint_folder} went away: use the same command again")
         accelerator.print(_introduction(recipe, data, folder, state.progress), flush=True)
         if recipe.trackers:
             accelerator.init_trackers("timm_lowrank", config={k: str(v) for k, v in recipe.to_dict().items()})

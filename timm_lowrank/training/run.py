@@ -314,6 +314,7 @@ class RunFolder(RunPaths):
         super().__init__(folder)
         self.recipe = recipe
         self._resume = resume
+        self._counted_on = False  # whether a checkpoint was, in the place of initial weights
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"the output {self.folder} is a file: choose a folder with --output")
         self._check()
@@ -459,6 +460,8 @@ class RunFolder(RunPaths):
         chosen: list[Any] = [None]
         if accelerator.is_main_process:
             chosen[0], damaged = self._newest()
+            if chosen[0] is None and not damaged and self._counted_on:
+                chosen[0] = RunError(f"the checkpoints in {self.checkpoint_folder} went away: use the command again")
             if damaged and chosen[0] is None:
                 reasons = "; ".join(f"{path.name}: {wrong}" for path, wrong in damaged)
                 chosen[0] = RunError(
@@ -483,6 +486,7 @@ class RunFolder(RunPaths):
         """Whether there is something to resume from; all processes ask together, and get the same answer."""
         found = [PartialState().is_main_process and self._newest()[0] is not None]
         broadcast_object_list(found)
+        self._counted_on = found[0]
         return found[0]
 
     def _newest(self) -> tuple[tuple[int, Path] | None, list[tuple[Path, str]]]:

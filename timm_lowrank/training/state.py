@@ -8,7 +8,7 @@ import itertools
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,15 @@ class TrainingState:
     classes: int
 
 
-def build(recipe: Recipe, data: Data, output: Path, *, resumed: bool = False) -> TrainingState:
+def build(recipe: Recipe, data: Data, output: Path, *, resumed: Callable[[], bool] = lambda: False) -> TrainingState:
     """Everything a run needs, on its device. Nothing is written.
 
     Args:
         recipe: of the run.
         data: what it trains on.
         output: its folder.
-        resumed: whether a checkpoint brings the weights, so that those of `init_from` are not needed.
+        resumed: whether a checkpoint brings the weights, so that those of `init_from` are not needed; all processes,
+            which have joined by then, ask together.
 
     Raises:
         RecipeError: if the network cannot be built, a layer is not there, or the batch cannot be divided.
@@ -84,7 +85,7 @@ def build(recipe: Recipe, data: Data, output: Path, *, resumed: bool = False) ->
         lambda value: accelerator.reduce(value, "mean"),
     )
     comparator = recipe.compared()
-    initial = None if resumed else recipe.init_from
+    initial = None if recipe.init_from is None or resumed() else recipe.init_from
     lowrank = _wrapped(recipe, comparator, data, start, initial).to(accelerator.device)
     if recipe.channels_last:
         lowrank = lowrank.to(memory_format=torch.channels_last)
