@@ -108,10 +108,10 @@ MUTATIONS = (
         "tests/test_capture.py tests/test_model.py",
     ),
     Mutation(
-        "effective rank one too small", "timm_lowrank/suites/measurements/representations.py",
-        "Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of",
-        "Value(float(sum(share < 0.99 - 1e-12 for share in held)), of=of",
-        "tests/test_suites.py",
+        "effective rank one too small", "timm_lowrank/core/spectrum.py",
+        "return 1 + sum(ratio < share - _SHARE_TOLERANCE for ratio in ratios)",
+        "return sum(ratio < share - _SHARE_TOLERANCE for ratio in ratios)",
+        "tests/test_spectrum.py",
     ),
     # ------------------------------------------------------------------------------------------------------- processes
     Mutation(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -204,6 +205,19 @@ def test_memory_that_is_not_there_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setitem(COMMANDS, "layers", (COMMANDS["layers"][0], greedy, ""))
     assert fails(capsys, "layers", "resnet18") == "error: layers needs more memory than there is\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_a_terminal_cannot_show_is_replaced(encoding, stream, monkeypatch):
+    shown = "10.0 ± 1.0, 10⁻³, 图像, \udcff"
+    written = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, stream, written)
+    command = (COMMANDS["layers"][0], lambda given: print(shown, file=getattr(sys, stream)), "")
+    monkeypatch.setitem(COMMANDS, "layers", command)
+    assert main(["layers", "resnet18"]) == 0
+    written.flush()
+    assert written.buffer.getvalue().decode(encoding).strip() == shown.encode(encoding, "replace").decode(encoding)
 
 
 def test_ctrl_c_is_one_line(capsys, monkeypatch):

@@ -224,6 +224,39 @@ def test_images_with_their_labels_in_a_table(tmp_path, image_cache):
     assert sorted(data.train_labels.tolist()) == [0] * 6 + [1] * 6
     with pytest.raises(DataError, match="have no 'label': a class is a folder of its own"):
         load_images(str(root))
+    for split in ("train", "test"):
+        table = root / split / "metadata.csv"
+        table.write_text(table.read_text().replace(",1", ",yes").replace(",0", ",no"))
+    with pytest.raises(DataError, match=r"'odd' of metadata.csv in .*images holds \w*string, and labels must be"):
+        load_images(str(root), label_column="odd")
+
+
+LINKED = {
+    "classes": [f"{split}/{name}" for split in ("train", "test") for name in CLASSES],
+    "one class": ["train/0"],
+    "splits": ["train", "test"],
+    "everything": ["."],
+}
+
+
+@BOTH
+@pytest.mark.parametrize("linked", LINKED.values(), ids=LINKED)
+def test_links_to_folders_of_images_are_followed(tmp_path, image_cache, streaming, linked):
+    root = write_images(tmp_path / "images")
+    for number, place in enumerate(linked):
+        shutil.move(root / place, tmp_path / f"elsewhere {number}")
+        (root / place).symlink_to(tmp_path / f"elsewhere {number}", target_is_directory=True)
+    (root / "train" / "circle").symlink_to(root, target_is_directory=True)
+    data = load_data(str(root), streaming=streaming)
+    assert (data.counts, data.class_names) == ((12, 12), CLASSES)
+    images = (data.subset(12, 12) if streaming else data).train_images
+    assert sorted(map(bytes, images.numpy())) == sorted(map(bytes, BY_CLASS))
+
+
+def test_a_folder_above_the_classes_is_none(tmp_path, image_cache):
+    write_images(tmp_path / "own" / "train", ("animals",))
+    write_images(tmp_path / "own" / "test", ("animals",))
+    assert load_images(str(tmp_path / "own")).class_names == CLASSES
 
 
 def test_a_copy_of_streamed_images_is_the_same_data_and_a_change_is_seen(tmp_path, image_cache):
@@ -263,6 +296,16 @@ WRONG_FOLDERS = {
         lambda root: [
             (root / s / c / "1.png", png(DIGITS[0])) for s in ("train", "test") for c in ("a", "b/c", "d")
         ], "all on the same level",
+    ),
+    "folders in classes": (
+        lambda root: [
+            (root / s / c / day / "1.png", png(DIGITS[0])) for s in ("train", "test") for c in "ab" for day in "12"
+        ],
+        r"^t\w+/a/1 and t\w+/b/1 in \S*own would be one class, 1: a class is a folder of its own",
+    ),
+    "a single class": (
+        lambda root: [(root / s / "a" / "1.png", png(DIGITS[0])) for s in ("train", "test")],
+        "own are of a single class, a: there is nothing to learn",
     ),
     "two splits": (
         lambda root: [(root / "all" / "test-train" / c / "1.png", png(DIGITS[0])) for c in "ab"],
@@ -402,6 +445,11 @@ def test_cifar10():
 GREY = encoded(DIGITS[:20])
 SIZE = "the image is 8 x 9 pixels and the first one is 8 x 8: set image_size, so that they are brought to one size"
 GAPS = "labels must be integers without gaps"
+MISSING = {
+    "inside": ([0, 2], "no label 1 below the largest, 2, and " + GAPS),
+    "from 1": ([1, 2], "no label 0 below the largest, 2, and " + GAPS),
+    "many": ([0, 99], r"no label 1, 2, 3, 4, 5, ... 98 in all below the largest, 99, and " + GAPS),
+}
 WRONG_FILES = {
     "no image column": (
         {"image": None, "picture": GREY}, "no column 'img' or 'image'. It has label, picture. Set data_args.image_col",
@@ -434,6 +482,20 @@ def test_wrong_files_are_one_error_before_training(own, streaming, statistics, c
     write(own / "test-00000-of-00001.parquet", range(20), statistics=statistics, **columns)
     with pytest.raises(DataError, match=message):
         load_data(str(own), streaming=streaming)
+
+
+@BOTH
+@pytest.mark.parametrize(("labels", "message"), MISSING.values(), ids=MISSING)
+def test_a_label_that_no_training_image_has_needs_a_name(tmp_path, streaming, labels, message):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", range(100), label=labels * 50)
+    with pytest.raises(DataError, match=message):
+        load_data(str(tmp_path), streaming=streaming)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=100)})
+    for split in ("train", "test"):
+        columns = {"img": encoded(DIGITS[:100]), "label": labels * 50}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    assert len(load_data(str(tmp_path), streaming=streaming).class_names) == 100
 
 
 @BOTH
@@ -527,6 +589,35 @@ def test_folders_names_and_numbers_that_are_not_there(tmp_path, own, streaming):
         load_images(extra=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": "x"}, "has no config 'x': drop data_args.config"),
+        ({"label_column": "coarse"}, "has no label_column 'coarse'"),
+        ({"image_column": "img"}, "has no image_column 'img'"),
+        ({"train_split": "all"}, "has no split 'all'; it has train, test"),
+        ({"test_split": "validation"}, "has no split 'validation'; it has train, test"),
+    ],
+)
+def test_the_digits_are_what_they_are(options, message):
+    with pytest.raises(DataError, match=message):
+        load_images(**options)
+
+
+def test_a_configuration_that_is_no_subfolder(tmp_path, own, image_cache):
+    assert load_data(str(own), config="default").fingerprint == load_data(str(own), config="none").fingerprint
+    with pytest.raises(DataError, match=r"has no subfolder 'none', it holds shards in own: change data_args.config"):
+        load_data(str(tmp_path), config="none")
+    assert load_data(str(tmp_path), config="default").counts == (230, 55)
+    with pytest.raises(DataError, match="images has no subfolder 'none', it holds images"):
+        load_data(str(write_images(tmp_path / "images")), config="none")
+
+
+def test_test_images_are_never_those_of_the_training_by_default(own):
+    with pytest.raises(DataError, match=r"no validation split .* It holds test-00000"):
+        load_data(str(own), train_split="test")
+
+
 @pytest.mark.parametrize("streaming", [True, False, "auto"])
 def test_a_hub_name_without_network(monkeypatch, streaming):
     constants = pytest.importorskip("huggingface_hub.constants")
@@ -590,11 +681,15 @@ def test_large_images_are_cut_and_resized(random_stream):
     assert Decoder("L", (24, 24), resize=True)(png(pixels[..., 0]), "here").shape == (1, 24, 24)
 
 
-def jpeg(pixels, orientation):
+def written(image, kind, orientation=1, **options):
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(buffer, format="jpeg", quality=100, exif=exif.tobytes())
+    image.save(buffer, format=kind, exif=exif.tobytes(), **options)
     return buffer.getvalue()
+
+
+def jpeg(pixels, orientation):
+    return written(Image.fromarray(pixels), "jpeg", orientation, quality=100)
 
 
 HALVES = np.repeat(np.array([255, 0], dtype=np.uint8), 32).reshape(8, 8)  # white above black
@@ -604,6 +699,9 @@ DECODED = {
     "upright": (jpeg(HALVES, 1), HALVES),
     "turned": (jpeg(HALVES, 6), np.rot90(HALVES, -1)),
     "upside down": (jpeg(HALVES, 3), HALVES[::-1]),
+    "16 bit greymap": (b"P5 8 8 65535\n" + DEEP.astype(">u2").tobytes(), DEEP >> 8),
+    "transparency": (written(Image.fromarray(HALVES).convert("LA"), "png"), HALVES),
+    "palette of greys": (written(Image.fromarray(HALVES).convert("P"), "png"), HALVES),
 }
 
 
@@ -617,6 +715,32 @@ def test_depth_and_orientation_are_read_as_they_were_meant(own, streaming, image
     pixels = (data.subset(10, 10) if streaming else data).train_images[0]
     assert pixels.shape == (1, 8, 8)
     assert np.abs(pixels[0].numpy().astype(int) - expected).max() <= 8
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff"])
+def test_sizes_are_those_of_upright_images(own, streaming, kind):
+    image = written(Image.fromarray(np.repeat(HALVES, 2, axis=0)), kind, 6)
+    for split in ("train-00000-of-00003", "train-00001-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        write(own / f"{split}.parquet", range(10), image=[image] * 10)
+    assert load_data(str(own), streaming=streaming).image_size == (1, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pixels"),
+    [
+        ("tiff", DEEP.astype(np.int32) % 256),
+        ("tiff", DEEP.astype(np.int32) - 500),
+        ("tiff", DEEP.astype(np.int32) * 9),
+        ("tiff", DEEP.astype(np.float32)),
+        ("ppm", DEEP.astype(np.float32)),
+    ],
+    ids=["small", "negative", "large", "fractions", "fractions in a pixmap"],
+)
+def test_values_of_32_bits_are_refused_whatever_they_are(kind, pixels):
+    image = written(Image.fromarray(pixels), kind)
+    with pytest.raises(DataError, match="here: the image has values of 32 bits, whose range is not known: store 8 or"):
+        Decoder("L", (8, 8), declared=True)(image, "here")
 
 
 @BOTH

@@ -1,11 +1,14 @@
 """Files that are there whole or not at all."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 
 import pytest
 
-from timm_lowrank.files import is_new, new_folder, write_whole
+from timm_lowrank.files import folder_aside, is_new, new_folder, sync, write_whole
+from timm_lowrank.training.checkpoints import damage, seal
 
 FORK = multiprocessing.get_context("fork")
 
@@ -94,3 +97,38 @@ def test_after_an_error_a_folder_is_as_new_as_before(place, monkeypatch):
     assert {"b", "inner"} <= set(moved[0]) if there else moved == [[]], "a.json comes last"
     assert is_new(name)
     assert folder.exists() == there
+
+
+@pytest.fixture
+def as_on_windows(monkeypatch):
+    """os.fsync refuses what is open for reading alone."""
+
+    def fsync(handle, wait=os.fsync):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        wait(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_what_is_waited_for_is_open_for_writing(tmp_path, as_on_windows):
+    with folder_aside(tmp_path / "checkpoint") as new:
+        write_whole(new / "file", "content")
+    seal(tmp_path / "checkpoint")
+    assert damage(tmp_path / "checkpoint") is None
+    sync(tmp_path)
+
+
+def test_a_file_that_nobody_may_write_to_is_waited_for(tmp_path, monkeypatch):
+    waited = []
+
+    def refused(path, flags, *rest, opened=os.open):
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, flags, *rest)
+
+    (tmp_path / "file").write_text("content")
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "fsync", waited.append)
+    sync(tmp_path / "file")
+    assert len(waited) == 1

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 
 from timm_lowrank.cli import main
 from timm_lowrank.errors import EvaluationError, RunError
@@ -34,8 +35,9 @@ def figure(key, kind, values, **options):
     )
 
 
-def evaluated(folder, weights, rank, images=200, title="2-LR", twin="t", **hits):
-    """A folder with the evaluation of a network beside its plain twin: accuracies in per cent."""
+def evaluated(folder, weights, rank=7.0, images=200, title="2-LR", twin="t", recipe=None, **hits):
+    """A run with the evaluation of a network beside its plain twin: accuracies in per cent, 90 unless given."""
+    hits = {"clean": 90, "linear": 60, **hits}
     values = {name: {title: share / 100, "plain": 0.5} for name, share in hits.items()}
     figures = [
         figure("clean", Kind.CLEAN, values["clean"]),
@@ -54,7 +56,9 @@ def evaluated(folder, weights, rank, images=200, title="2-LR", twin="t", **hits)
         data=results.DataInfo(source="digits", split="test", images=images, image_size=(1, 8, 8), class_names=("a",)),
         networks=(results.NetworkInfo(title=title, weights=weights), results.NetworkInfo(title="plain", weights=twin)),
     )  # fmt: skip
-    folder.mkdir()
+    folder.mkdir(parents=True)
+    values = {"model": "resnet10_cifar", "epochs": 3, **(recipe or {})}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
     results.write_evaluation(evaluation, folder / "evaluation.json")
     return folder
 
@@ -81,6 +85,36 @@ def test_runs_are_averaged_over_seeds_and_every_network_counts_once(runs):
     assert (linear.cell("low"), linear.cell("N-LR")) == ("60.5 ± 0.7", "50.0")
     assert (rank.cell("low"), rank.cell("N-LR")) == ("8.0 ± 1.4", "30")
     assert (pgd.cell("low"), pgd.cell("N-LR")) == ("20.0", "-")  # a number on one of two, and measured on none
+
+
+OTHER = {"model_args": {"channels": [8, 8, 8, 8]}}
+LOWER = {"lowrank": {"branches": {"layer3": 5}}, "pretrain_epochs": 1}
+GROUPS = {
+    "other folders": (
+        {"x/2-LR-seed0": {}, "y/2-LR-seed0": OTHER},
+        ["x/2-LR", "y/2-LR", "x/2-LR/plain", "y/2-LR/plain"],
+    ),
+    "seeds": ({"x/2-LR-seed0": {}, "x/2-LR-seed1": {"seed": 1}}, ["2-LR 2", "plain 2"]),
+    "branches": ({"x/2-LR-seed0": {}, "x/1-LR-seed0": LOWER}, ["2-LR", "1-LR", "plain 2"]),
+    "other twins": ({"c": {}, "b": OTHER}, ["c", "b", "c/plain", "b/plain"]),
+    "no other name": ({"-seed1": {}}, ["-seed1", "plain"]),
+    "no recipes": ({"a-seed0": None, "a-seed1": None, "b": None}, ["a 2", "b", "a/plain 2", "b/plain"]),
+}
+
+
+@pytest.mark.parametrize(("recipes", "expected"), GROUPS.values(), ids=GROUPS)
+def test_only_what_differs_in_its_seed_alone_is_averaged(recipes, expected, tmp_path):
+    for number, (name, recipe) in enumerate(recipes.items()):
+        evaluated(tmp_path / name, f"own {number}", twin=f"twin {number}", recipe=recipe)
+        if recipe is None:
+            (tmp_path / name / "config.yaml").unlink()
+    groups = compare_runs([tmp_path / name for name in recipes]).groups
+    assert [name + (f" {len(runs)}" if len(runs) > 1 else "") for name, runs in groups.items()] == expected
+
+
+def test_the_folder_one_stands_in_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(evaluated(tmp_path / "run-seed3", "a"))
+    assert list(compare_runs(["."]).groups) == ["run", "plain"]
 
 
 def test_both_units_of_a_radius_are_named(runs, tmp_path):

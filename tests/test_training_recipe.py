@@ -11,7 +11,7 @@ import torch
 import timm_lowrank  # noqa: F401 - registers the CIFAR networks
 from timm_lowrank.errors import RecipeError
 from timm_lowrank.training import Recipe, load_recipe, recipe_names
-from timm_lowrank.training.recipe import learning_rate, penalty_weight, recipe_path, require_trackers
+from timm_lowrank.training.recipe import learning_rate, penalty_weight, read_recipe, recipe_path, require_trackers
 from timm_lowrank.wrapping import find_taps
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +141,14 @@ def test_overrides_reach_inside(tmp_path):
         ({"optimizer": "adam"}, r"optimizer='adam' is not one of sgd, adamw"),
         ({"optimizer": "adamw", "nesterov": True}, r"nesterov=true belongs to optimizer=sgd"),
         ({"optimizer": "adamw", "momentum": 1.0}, r"momentum=1.0 is the first beta of AdamW"),
+        ({"momentum": 1.0}, r"momentum=1.0 of SGD must be < 1"),
+        ({"momentum": -0.1}, r"momentum=-0.1 must be >= 0"),
+        ({"warmup_epochs": 4}, r"warmup_epochs=4 never ends in epochs=3"),
+        ({"milestones": [1, 3]}, r"milestones=\[1, 3\] must be epochs before the end, epochs=3"),
+        ({"milestones": [1], "schedule": "cosine"}, r"milestones and gamma belong to schedule=step.*schedule=cosine"),
+        ({"gamma": 0.2, "schedule": "cosine"}, r"milestones and gamma belong to schedule=step"),
+        ({"ramp_epochs": 2, "cooldown_epochs": 2}, r"ramp_epochs=2 and cooldown_epochs=2 are more than the 3 epochs"),
+        ({"ramp_epochs": 3, "pretrain_epochs": 1}, r"ramp_epochs=3 and .* are more than the 2 epochs with branches"),
         ({"streaming": "yes"}, r"streaming='yes' is not one of auto, true, false"),
         ({"streaming": False, "data": "x/y", "image_size": 8}, r"image_size=8 needs streaming"),
         ({"streaming": True}, r"data='digits' is built in and always held in memory"),
@@ -148,6 +156,7 @@ def test_overrides_reach_inside(tmp_path):
         ({"crop_scale": 0.0}, r"crop_scale=0.0 must be > 0 and <= 1"),
         ({"workers": -1}, r"workers=-1 must be >= 0"),
         ({"save_every_steps": 0}, r"save_every_steps=0 must be > 0"),
+        ({"spectrum_images": 1}, r"spectrum_images=1 must be >= 2: one has no variance"),
         ({"shuffle_buffer": 0}, r"shuffle_buffer=0 must be > 0"),
         ({"schedule": "linear"}, r"schedule='linear' is not one of step, cosine"),
         ({"augment": "mixup"}, r"augment='mixup' is not one of"),
@@ -178,6 +187,10 @@ def test_overrides_reach_inside(tmp_path):
         ({"lowrank": {"reconstruction_wieght": 1}}, r"reconstruction_wieght.*reconstruction_weight"),
         ({"lowrank": {"branches": {"layer3": 0}}}, r"layer3.*0.*must be an integer >= 1"),
         ({"data_args": {"train_limt": 5}}, r"data_args.train_limt.*train_limit"),
+        ({"data_args": {"test_split": "train"}}, r"data_args.test_split='train' is a split of the training images"),
+        ({"data_args": {"train_split": "all", "test_split": "all"}}, r"test_split='all' is a split of the training"),
+        ({"data_args": {"extra": True, "test_split": "extra"}}, r"test_split='extra' is a split of the training"),
+        ({"data_args": {"extra": True, "train_split": "extra"}}, r"which data_args.train_split names already"),
         ({"model_args": {"num_classes": 5}}, r"model_args.num_classes cannot be set"),
         ({"epoch": 3, "learning_rat": 0.1}, r"(?s)'epoch'.*: epochs.*'learning_rat'.*: learning_rate"),
         ({"learning_rate": -1, "schedule": "never"}, r"(?s)learning_rate=-1.*schedule='never'"),
@@ -198,6 +211,9 @@ def test_a_wrong_value_names_its_key(values, message):
         (GOOD, ["milestones=[1"], "not valid YAML"),
         ("model: [", [], r"one\.yaml is not valid YAML"),
         ("- a list", [], "must hold a mapping"),
+        (GOOD + "epochs: 4\n", [], r"one\.yaml is not valid YAML: the key 'epochs' is given twice, line 3, column 1"),
+        (GOOD + "lowrank: {scale: paper, scale: x}\n", [], r"the key 'scale' is given twice, line 3, column 25"),
+        (GOOD, ["lowrank={scale: paper, scale: x}"], "the key 'scale' is given twice"),
         ("{}", [], "it lacks model, epochs"),
     ],
 )
@@ -207,6 +223,12 @@ def test_mistakes_in_the_file_or_the_override(tmp_path, content, overrides, mess
         load_recipe(tmp_path / "one.yaml", overrides)
     with pytest.raises(RecipeError, match=r"cannot read the recipe .*oone.yaml.* Recipes there: one"):
         load_recipe(tmp_path / "oone.yaml")
+
+
+def test_a_key_that_is_merged_may_be_given_again(tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_text("model: &inner {a: 1, b: 2}\nlowrank: {<<: *inner, a: 3}\n")
+    assert read_recipe(path)["lowrank"] == {"a": 3, "b": 2}
 
 
 def test_the_twin_differs_in_the_branch_alone():

@@ -32,7 +32,7 @@ from timm_lowrank.environment import fast_precision
 from timm_lowrank.errors import DataError, DivergedError, ProcessLostError, RecipeError, RunError, TrainingError
 from timm_lowrank.files import exclusive
 from timm_lowrank.suites.networks import load_network
-from timm_lowrank.training import Recipe, Run, load_recipe, loop, report, train
+from timm_lowrank.training import Recipe, Run, experiment, load_recipe, loop, report, train
 from timm_lowrank.training import state as state_module
 from timm_lowrank.training.checkpoints import damage, seal
 from timm_lowrank.training.compare import compare_runs
@@ -262,6 +262,11 @@ def test_a_twin_is_trained_by_the_same_recipe_without_branches(keys, differ):
     assert unlike_twin(Recipe.from_dict(made), Recipe.from_dict(made)) == ["lowrank.enabled was true and is false"]
 
 
+def test_the_home_of_a_twin_is_found(finished, monkeypatch):
+    monkeypatch.setenv("HOME", str(finished[0]))
+    assert experiment._plain_run("~/twin")[0] == finished[1].twin
+
+
 def test_the_same_images_in_the_same_order_give_the_same_weights(shards, tmp_path, monkeypatch):
     made = streamed(shards, augment="none", workers=1)
     data = load_data(made.data, **made.data_options())
@@ -420,6 +425,49 @@ def test_resuming_inside_an_epoch(shards, tmp_path, values, kept, capsys):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     epoch, step = int(kept[6:10]), int(kept[-8:])
     assert f"resumed after epoch {epoch}, step {step} of the next" in capsys.readouterr().out
+
+
+def test_resuming_needs_no_initial_weights_any_more(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(finished[0] / "twin" / "model", tmp_path / "begun" / "model")
+    for source, name in (("~/begun/model", "folder"), ("~/begun/model/model.safetensors", "file")):
+        made = recipe(init_from=source, epochs=2, pretrain_epochs=0)
+        train(made, tmp_path / name / "whole")
+        shutil.copytree(tmp_path / name / "whole", tmp_path / name / "run")
+        (tmp_path / name / "run" / "summary.json").unlink()
+        shutil.rmtree(tmp_path / name / "run" / "checkpoints" / "epoch_0002")
+    shutil.rmtree(tmp_path / "begun")
+    for source, name in (("~/begun/model", "folder"), ("~/begun/model/model.safetensors", "file")):
+        made = recipe(init_from=source, epochs=2, pretrain_epochs=0)
+        train(made, tmp_path / name / "run", resume=True)
+        assert_same_run(tmp_path / name / "run", tmp_path / name / "whole")
+        with pytest.raises(RecipeError, match="init_from='~/begun"):
+            train(made, tmp_path / name / "new", resume=True)
+
+
+def test_a_checkpoint_that_was_counted_on_and_goes_away_is_an_error(finished, tmp_path):
+    made, output = recipe(twin=True, ema_decay=0.9), copy(finished, tmp_path)
+    folder = RunFolder(output, made, resume=True)
+    state = build(made, load_images(**SMALL["data_args"]), output)
+    assert folder.has_whole_checkpoint()
+    shutil.rmtree(folder.checkpoint_folder)
+    with pytest.raises(RunError, match=r"the checkpoints in .* went away"):
+        folder.load_newest(state.accelerator)
+
+
+def test_what_cannot_be_measured_is_exported_all_the_same(tmp_path, monkeypatch):
+    def unmeasurable(*arguments):
+        raise DivergedError("no variance")
+
+    made = recipe(epochs=1, pretrain_epochs=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "layer_spectra", unmeasurable)
+        with pytest.raises(DivergedError, match="no variance"):
+            train(made, tmp_path / "run")
+    assert timm_lowrank.from_pretrained(tmp_path / "run" / "model").branches
+    train(made, tmp_path / "run", resume=True)
+    train(made, tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_finished_run_is_not_trained_again(finished, tmp_path):
@@ -661,6 +709,7 @@ def test_old_checkpoints_go_and_the_global_generators_are_left_alone(tmp_path):
             r"warmup_updates=20 is too long for the 21",
         ),
         ({"data_args": {"train_limit": 2000}}, r"cannot take limit=2000 of the 1437 images"),
+        ({"data_args": {"test_limit": 1}}, r"the test split of digits has a single image, of which no spectrum"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(values, message, tmp_path):
@@ -803,6 +852,18 @@ def test_adamw_decays_weights_but_neither_biases_norms_nor_positions(tmp_path):
     assert decayed
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
     assert "pos_embed" in {names[id(parameter)] for parameter in groups[0.0]["params"]}
+
+
+def test_the_recipe_decides_whatever_accelerate_was_launched_with(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.warns(UserWarning, match="accelerate was launched with") as warned:
+        state = build(recipe(gradient_accumulation=2), load_images(**SMALL["data_args"]), tmp_path)
+    assert (state.accelerator.gradient_accumulation_steps, state.accelerator.mixed_precision) == (2, "no")
+    said = [str(one.message) for one in warned if "accelerate was launched" in str(one.message)]
+    assert [message.partition("; ")[0].partition("with ")[2] for message in said] == [
+        "mixed precision bf16", "gradient accumulation steps 4",
+    ]  # fmt: skip
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch, tmp_path):

@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 after an error, 2 for arguments that do not exist or cannot be, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal or a log cannot show is no reason to end; Python escapes it on stderr already.
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = argparse.Namespace(arguments=arguments, command=PROGRAM, interrupted="nothing was written")
     try:
@@ -403,8 +407,9 @@ def _declare_compare(parser: argparse.ArgumentParser) -> None:
 
     Reads the evaluation.json of each run, which `evaluate` makes, and prints clean and robust accuracy, accuracy under
     noise, and for each layer the effective rank, the share of the test variance in its leading directions and the test
-    accuracy of a max-margin classifier that sees only these. Runs whose names differ in a trailing "-seedN" alone are
-    averaged, with the standard deviation over seeds; networks that were evaluated beside them, such as twins, too.
+    accuracy of a max-margin classifier that sees only these. Runs in one folder whose names differ in a trailing
+    "-seedN" alone are averaged, with the standard deviation over seeds; networks that were evaluated beside them, such
+    as twins, too.
     """
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs that were evaluated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures of each run to this file")

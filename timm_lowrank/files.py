@@ -78,14 +78,18 @@ def _own(path: Path) -> Iterator[BinaryIO]:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder where these can be asked, would outlast a loss of power."""
+    folder = path.is_dir()
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
+        # Windows waits for no file that is open for reading alone.
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:  # Windows opens none
+            return
+        handle = os.open(path, os.O_RDONLY)  # a copy of a file that nobody may write to
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():
+        if not folder:
             raise
     finally:
         os.close(handle)
@@ -305,15 +309,25 @@ def read_json(path: Path, error: type[Exception] = CheckpointError, limit: int =
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML in which 5e-4 is a number (YAML 1.1, and with it PyYAML, takes it for a string).
+    """YAML in which 5e-4 is a number (YAML 1.1, and with it PyYAML, takes it for a string), and a key stands once.
 
     Raises:
-        yaml.YAMLError: it is not valid YAML; in one line.
+        yaml.YAMLError: it is not valid YAML, or a key is given twice (PyYAML takes the last one); in one line.
     """
     import yaml  # not at the top: reading weights does not need it
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in seen:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                        )
+                    seen.add((key.tag, key.value))
+            return node
 
     number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

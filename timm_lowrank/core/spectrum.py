@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Sketch", "effective_rank", "singular_energies", "variance_ratio"]
+__all__ = ["Sketch", "effective_rank", "rank_of_ratios", "singular_energies", "variance_ratio"]
 
 Activations = Tensor | Iterable[Tensor]
 
@@ -111,7 +111,12 @@ def effective_rank(
     if not isinstance(activations, Tensor):
         return Sketch.of(activations, sketch_size).effective_rank(share)[1]
     held = singular_energies(activations).cumsum(0)
-    return 1 + int((held / held[-1] < share - _SHARE_TOLERANCE).sum())
+    return rank_of_ratios((held / held[-1]).tolist(), share)
+
+
+def rank_of_ratios(ratios: Iterable[float], share: float = 0.99) -> int:
+    """The smallest r whose variance ratio reaches `share`, to within 1e-12, of the `ratios` for r = 1, 2, ..."""
+    return 1 + sum(ratio < share - _SHARE_TOLERANCE for ratio in ratios)
 
 
 class Sketch:

@@ -60,10 +60,11 @@ def load_data(
             Hub, of either kind.
         config: the configuration of a Hub data set, or the subfolder of a folder that holds several.
         image_column: the column of encoded images; None takes "img" or "image".
-        label_column: the column of integer labels.
+        label_column: the column of labels, integers from 0; without class names in the files, none may be left out.
         train_split: what the source calls the split of training images.
         test_split: the same of the test images, such as "validation"; None takes "test", or "validation" where there
-            is no "test". The folder of images of the split "validation" may also be called val, valid or dev.
+            is no "test" or it is trained on. The folder of images of the split "validation" may also be called val,
+            valid or dev.
         extra: whether a split "extra" joins the training images (SVHN); it comes after them.
         train_limit: the first so many training images, those of `extra` among them, the same number from every class;
             None takes all.

@@ -20,7 +20,8 @@ LONGEST = 8  # times the side that is cut out of an image: what is resized of it
 PROBED = 32  # images whose headers are looked at, at either end of a split
 MODES = {"rgb": "RGB", "grey": "L"}  # what may be declared, and what pillow calls it
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of pillow for grey values of 16 bits
-GREY = ("1", "L", *DEEP)
+DEEP_AS_I = ("PNG", "PPM")  # formats whose 16 bits pillow may open as "I"; of all others that mode is signed or 32 bits
+GREY = ("1", "L", "LA", *DEEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +125,8 @@ def find_decoder(
         raise DataError(f"data_args.mode={mode!r} is not one of {', '.join(MODES)}, or null")
     train, test = source.train, source.test
     rows = np.arange(min(PROBED, len(train)))
-    images = [_opened(item.image, item.where) for item in islice(train.read(rows), PROBED)]
-    pillow = MODES.get(mode or "", "L" if all(image.mode in GREY for image in images) else "RGB")
+    images = [_opened(item.image, item.where, upright=image_size is None) for item in islice(train.read(rows), PROBED)]
+    pillow = MODES.get(mode or "", "L" if all(map(_is_grey, images)) else "RGB")
     sizes = {(image.height, image.width) for image in images}
     if image_size is not None:
         decoder = Decoder(pillow, (image_size, image_size), True, crop_pct, augment, crop_scale)
@@ -160,13 +161,28 @@ def _coloured(split: Split, remote: bool) -> str | None:
     for item in split.read(rows):
         if (item.image[:8] == b"\x89PNG\r\n\x1a\n" and item.image[25:26] == b"\0") or item.image[:2] == b"P5":
             continue
-        if _opened(item.image, item.where).mode not in GREY:
+        if not _is_grey(_opened(item.image, item.where)):
             return item.where
     return None
 
 
-def _opened(encoded: bytes, where: str, mode: str | None = None, declared: bool = False) -> Any:
-    """A pillow image, upright as its EXIF orientation says; converted to `mode`, or without one as it is.
+def _is_grey(image: Any) -> bool:
+    """Whether a pillow image has one channel, transparency apart, or a palette of greys."""
+    if image.mode == "P":
+        palette = np.reshape(image.getpalette("RGB") or (), (-1, 3))
+        return bool((palette == palette[:, :1]).all())
+    return image.mode in GREY
+
+
+def _opened(
+    encoded: bytes, where: str, mode: str | None = None, declared: bool = False, *, upright: bool = False
+) -> Any:
+    """A pillow image, converted to `mode` and upright as its EXIF orientation says; without a mode as it is.
+
+    Args:
+        encoded, where, declared: as of `Decoder`.
+        mode: "L" or "RGB".
+        upright: whether it is turned without a mode, too; of other formats than JPEG that decodes the image.
 
     Raises:
         DataError: it cannot be decoded, is of 32 bits, or is coloured where "L" is wanted but was not `declared`.
@@ -174,16 +190,16 @@ def _opened(encoded: bytes, where: str, mode: str | None = None, declared: bool 
     image_module, operations = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
     try:
         image = image_module.open(io.BytesIO(encoded))
-        if mode is not None or image.format == "JPEG":  # of others, reading the orientation decodes the image
-            image = operations.exif_transpose(image)
         if mode is None:
-            return image
-        if mode == "L" and image.mode not in GREY and not declared:
+            return operations.exif_transpose(image) if upright else image
+        kind = image.format
+        image = operations.exif_transpose(image)
+        if mode == "L" and not declared and not _is_grey(image):
             raise DataError(
                 f"{where}: the image is coloured, and those that were looked at before training are grey: declare what "
                 "all are made with data_args.mode=rgb or data_args.mode=grey"
             )
-        if image.mode == "F" or (image.mode in DEEP and image.getextrema()[1] > 65535):
+        if image.mode == "F" or (image.mode == "I" and kind not in DEEP_AS_I):
             raise DataError(f"{where}: the image has values of 32 bits, whose range is not known: store 8 or 16 bits")
         if image.mode in DEEP:  # convert() would cut at 255
             image = image_module.fromarray((np.asarray(image) >> 8).astype(np.uint8))

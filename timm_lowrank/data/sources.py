@@ -27,7 +27,9 @@ from ..errors import DataError
 IMAGE_COLUMNS = ("img", "image")
 TEST_SPLITS = ("test", "validation")  # where none is named: the first that there is
 IMAGE_FOLDER = "imagefolder"  # what `datasets` calls images that are files of their own
+LAYOUT = "a class is a folder of its own, all on the same level (train/CLASS/NAME.png, test/CLASS/NAME.png)"
 METADATA = "metadata.parquet"  # of such images, not a shard
+DEFAULT_CONFIG = "default"  # what the Hub calls a configuration of a data set that has one
 DataOrigin = Literal["hub", "folder", "built-in"]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ROWS_AT_ONCE = 64  # taken out of a row group in one piece
@@ -238,15 +240,24 @@ def open_source(
             is not stored there as parquet files or the Hub cannot be reached.
 
     Raises:
-        DataError: it is not there, is damaged, or lacks a split, a column or images; a label is missing or wrong.
+        DataError: it is not there, is damaged, or lacks a split, a column or images; a label is missing or wrong; an
+            argument has no meaning for it.
     """
-    wanted = [(train_split,), TEST_SPLITS if test_split is None else (test_split,), *([("extra",)] if extra else [])]
+    trained = {train_split, *(["extra"] if extra else [])}
+    tested = [split for split in TEST_SPLITS if split not in trained] if test_split is None else [test_split]
+    wanted = [(train_split,), tested, *([("extra",)] if extra else [])]
     origin: DataOrigin
     if name == "digits":
         origin = "built-in"
         if extra:
             raise DataError("data='digits' has no extra images: set data_args.extra=false")
-        splits = _digits()
+        for key, value, there in (
+            ("config", config, None), ("image_column", image_column, "image"), ("label_column", label_column, "label"),
+        ):  # fmt: skip
+            if value not in (None, there):
+                raise DataError(f"data='digits' is built in and has no {key} {value!r}: drop data_args.{key}")
+        digits = _digits()
+        splits = [digits[_named("data='digits'", digits, choices)] for choices in wanted]
     else:
         folder = local_folder(name)
         origin = "hub" if folder is None else "folder"
@@ -284,6 +295,8 @@ def _checked_classes(train: Split, test: Split) -> tuple[str, ...]:
             f"{train.name} has the label {highest} among {len(train)} images, and labels must be integers without "
             "gaps: number the classes from 0, or name another column with data_args.label_column"
         )
+    if not named:
+        _check_gaps(train)
     names = (named[0].class_names if named else None) or tuple(str(label) for label in range(highest + 1))
     for shard in (*train.shards, *test.shards):
         if shard.label_range is None or 0 <= shard.label_range[0] <= shard.label_range[1] < len(names):
@@ -298,6 +311,18 @@ def _checked_classes(train: Split, test: Split) -> tuple[str, ...]:
     if lowest == highest:
         raise DataError(f"{train.name} holds a single class, {names[lowest]}: there is nothing to learn")
     return names
+
+
+def _check_gaps(train: Split) -> None:
+    """Raises DataError unless every label from 0 to the largest one is that of a training image."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        there = np.unique(np.concatenate(list(pool.map(lambda shard: np.unique(shard.labels()), train.shards))))
+    missing = np.setdiff1d(np.arange(there.max() + 1), there)
+    if len(missing):
+        raise DataError(
+            f"{train.name} has no label {_some(tuple(map(str, missing)))} below the largest, {there.max()}, and labels "
+            "must be integers without gaps: number the classes from 0, or write their names into the files"
+        )
 
 
 def _some(names: tuple[str, ...] | None) -> str:
@@ -334,7 +359,20 @@ class Files(NamedTuple):
 
 
 def _root(folder: Path, config: str | None) -> Path:
-    return folder / config if config and (folder / config).is_dir() else folder
+    """The subfolder of a configuration, or the folder itself if that is all there is.
+
+    Raises:
+        DataError: there are other subfolders of shards or images, but none for `config`.
+    """
+    if not config or (folder / config).is_dir():
+        return folder / (config or "")
+    others = sorted({parts[0] for path in _parquet_in(folder) if len(parts := path.relative_to(folder).parts) > 1})
+    if config != DEFAULT_CONFIG and (others or _holds_images(folder)):
+        holds = f"shards in {', '.join(others[:8])}" if others else "images"
+        raise DataError(
+            f"the folder {folder} has no subfolder {config!r}, it holds {holds}: change data_args.config, or drop it"
+        )
+    return folder
 
 
 def _parquet_files(folder: Path, config: str | None, choices: Sequence[str]) -> Files:
@@ -347,7 +385,22 @@ def _parquet_files(folder: Path, config: str | None, choices: Sequence[str]) -> 
 def _shards_called(name: str, root: Path) -> list[Path]:
     """Of a split: the name itself, or with the number of a shard as the Hub writes it; train_unlabeled is another."""
     shard = re.compile(re.escape(name) + r"([-._ ]*\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{16})?)?\.parquet")
-    return sorted(path for path in root.rglob("*.parquet") if shard.fullmatch(path.name))
+    return [path for path in _parquet_in(root) if shard.fullmatch(path.name)]
+
+
+def _parquet_in(root: Path) -> list[Path]:
+    """All parquet files, in the order of their names."""
+    return sorted(Path(where, name) for where, _, names in _walk(root) for name in names if name.endswith(".parquet"))
+
+
+def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As os.walk: through symbolic links, but neither in circles nor into hidden folders."""
+    above |= {folder.resolve()}
+    _, folders, names = next(os.walk(folder), (folder, [], []))
+    folders = [n for n in folders if not n.startswith((".", "__")) and (folder / n).resolve() not in above]
+    yield folder, folders, names
+    for name in folders:
+        yield from _walk(folder / name, above)
 
 
 def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
@@ -359,7 +412,7 @@ def files_of(folder: Path, config: str | None, name: str) -> list[Path]:
     root = _root(folder, config)
     files = _shards_called(name, root)
     if not files:
-        there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
+        there = [str(path.relative_to(folder)) for path in _parquet_in(folder)]
         holds = f"It holds {', '.join(there[:8])}." if there else "It holds neither parquet files nor images."
         raise DataError(
             f"the folder {folder} has no {name} split ({name}.parquet, {name}-00000-of-00001.parquet). {holds}"
@@ -412,8 +465,7 @@ def _arrow_files(source: str, loaded: Any, wanted: Sequence[Sequence[str]]) -> l
     for name, part in parts.items():
         if not apart[name]:
             continue
-        column = next(column for column, kind in part.features.items() if type(kind).__name__ == "Image")
-        for path in part.data.table[column].combine_chunks().field("path").drop_null().to_pylist():
+        for path in _paths_of(part):
             if seen.setdefault(path, name) != name:
                 raise DataError(
                     f"{path} stands in two splits of {source}, {seen[path]} and {name}: the names of its folders speak "
@@ -424,6 +476,13 @@ def _arrow_files(source: str, loaded: Any, wanted: Sequence[Sequence[str]]) -> l
         Files(name, [file["filename"] for file in parts[name].cache_files], apart[name])
         for name in (_named(source, loaded, choices) for choices in wanted)
     ]
+
+
+def _paths_of(part: Any) -> list[str]:
+    """Of the images of a `datasets.Dataset` that are files of their own."""
+    column = next(column for column, kind in part.features.items() if type(kind).__name__ == "Image")
+    paths: list[str] = part.data.table[column].combine_chunks().field("path").drop_null().to_pylist()
+    return paths
 
 
 def _named(source: str, splits: Iterable[Any], choices: Sequence[str]) -> str:
@@ -439,8 +498,7 @@ def _holds_images(root: Path) -> bool:
     """Whether a folder holds images as files of their own, and no parquet shards."""
     found = False
     endings = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-    for _, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+    for _, _, names in _walk(root):
         if any(name.endswith(".parquet") and name != METADATA for name in names):
             return False
         found = found or any(name.lower().endswith(endings) for name in names)
@@ -458,11 +516,19 @@ def _image_folder(root: Path, wanted: Sequence[Sequence[str]], label_column: str
     """
     datasets = require("datasets", "datasets")
     tops = {entry.name.lower(): entry.name for entry in sorted(root.iterdir()) if entry.is_dir()}
-    folders = {}
+    below = sorted(where / name for where, folders, _ in _walk(root) for name in folders)
+    linked = [folder for folder in below if folder.is_symlink()]
+    folders: dict[str, list[str]] = {}
     for split in {name for choices in wanted for name in choices}:
         called = [split, *datasets.data_files.SPLIT_KEYWORDS.get(split, ())]
         if top := next((tops[name] for name in called if name in tops), None):
-            folders[split] = f"{glob.escape(top)}/**"
+            inside = [link for link in linked if (root / top) in link.parents]  # a pattern does not follow them
+            folders[split] = [f"{glob.escape(str(each.relative_to(root)))}/**" for each in (root / top, *inside)]
+    if linked and not folders:
+        raise DataError(
+            f"{linked[0]} is a symbolic link, which is followed inside of folders with the names of the splits: put "
+            f"them at the top of {root}, as in train/CLASS/NAME.png"
+        )
     try:
         loaded = datasets.load_dataset(
             IMAGE_FOLDER, data_dir=glob.escape(str(root.resolve())), data_files=folders or None, keep_in_memory=False
@@ -470,15 +536,52 @@ def _image_folder(root: Path, wanted: Sequence[Sequence[str]], label_column: str
     except Exception as error:  # whatever a file of its builder raises
         raise DataError(f"the images in {root} cannot be read: {type(error).__name__}: {error}") from error
     found = _arrow_files(f"the folder {root}", loaded, wanted)
-    for name in loaded:
-        labels = loaded[name].data.table
-        if label_column not in labels.column_names or labels[label_column].null_count:
-            raise DataError(
-                f"the images in {root} have no {label_column!r}: a class is a folder of its own, all on the same level "
-                "(train/CLASS/NAME.png, test/CLASS/NAME.png), or a column of metadata.csv, which is named with "
-                "data_args.label_column"
-            )
+    places = {name: sorted({os.path.dirname(path) for path in _paths_of(part)}) for name, part in loaded.items()}
+    for name, part in loaded.items():
+        _check_labels(root, part, name, label_column, places)
     return found
+
+
+def _check_labels(root: Path, part: Any, split: str, label_column: str, places: dict[str, list[str]]) -> None:
+    """Of one split of a folder of images.
+
+    Args:
+        root: the folder.
+        part: the split, a `datasets.Dataset`.
+        split: its name.
+        label_column: of its labels.
+        places: of all splits, the folders of the images.
+
+    Raises:
+        DataError: there are no labels, they are no integers, or folders of one name that are two classes are one.
+    """
+    table, top = part.data.table, root.resolve()
+    if label_column not in table.column_names or table[label_column].null_count:
+        there = [Path(place) for of_split in places.values() for place in of_split]
+        names = {place.name for place in there}
+        table_given = len(table.column_names) > 1
+        if len(names) == 1 and not table_given and all(place.parent != top for place in there):
+            raise DataError(f"the images in {root} are of a single class, {names.pop()}: there is nothing to learn")
+        raise DataError(
+            f"the images in {root} have no {label_column!r}: {LAYOUT}, or a column of metadata.csv, which is named "
+            "with data_args.label_column"
+        )
+    kind = table.schema.field(label_column).type
+    if not require("pyarrow", "pyarrow").types.is_integer(kind):
+        raise DataError(
+            f"the column {label_column!r} of metadata.csv in {root} holds {kind}, and labels must be integers without "
+            "gaps: number the classes from 0"
+        )
+    if type(part.features[label_column]).__name__ != "ClassLabel":
+        return  # of metadata.csv
+    classes: dict[str, str] = {}
+    for place in places[split]:
+        if (other := classes.setdefault(os.path.basename(place), place)) != place:
+            one, two = (os.path.relpath(folder, top) for folder in (other, place))
+            raise DataError(
+                f"{one} and {two} in {root} would be one class, {os.path.basename(place)}: {LAYOUT}, with its images "
+                "in that folder and not in others inside of it"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- looking at one file
@@ -616,7 +719,7 @@ def _damage(path: str, part: str = "") -> Iterator[None]:
         raise DataError(f"{part}{path} is truncated, damaged or not parquet: fetch it again ({error})") from error
 
 
-def _digits() -> list[Split]:
+def _digits() -> dict[str, Split]:
     """1,797 real handwritten digits of 8 x 8 pixels; 360 of them, in equal shares of the classes, are the test set."""
     datasets = require("sklearn.datasets", "scikit-learn")
     selection = require("sklearn.model_selection", "scikit-learn")
@@ -624,9 +727,9 @@ def _digits() -> list[Split]:
     digits = datasets.load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     splits = selection.train_test_split(np.arange(len(pixels)), test_size=360, stratify=digits.target, random_state=0)
-    listed = []
+    found = {}
     for name, rows in zip(("train", "test"), splits, strict=True):
         images = [b"P5 8 8 255\n" + image.tobytes() for image in pixels[rows]]  # portable greymaps
         table = pyarrow.table({"image": images, "label": digits.target[rows]})
-        listed.append(Split(name, (_arrow_shard(f"digits {name}", 0, table, None, "label"),)))
-    return listed
+        found[name] = Split(name, (_arrow_shard(f"digits {name}", 0, table, None, "label"),))
+    return found

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RecipeError, RunError
 from ..evaluation.results import Evaluation, Figure, Kind, headline, read_evaluation
-from ..text import columns, one_line, percent
-from .run import Run, RunPaths
+from ..text import columns, numbered, one_line, percent
+from .recipe import Recipe, read_recipe
+from .run import FREE, Run, RunPaths
 
 RADII = {
     "pixel": "Radii are parts of the pixel range.",
     "normalized": "Those called normalised are parts of the standard deviation of each channel.",
 }
 KINDS = (Kind.NOISE, Kind.VARIANCE, Kind.COMPRESSION, Kind.EFFECTIVE_RANK)  # beside the headline
+# What may differ between the recipes of two runs whose plain networks are the same experiment.
+NOT_OF_PLAIN = (*FREE, "name", "seed", "lowrank", "pretrain_epochs", "ramp_epochs", "cooldown_epochs")
+Parts = tuple[str, ...]  # of a path
+Member = tuple[str, Evaluation, str]  # the folder of a run or a title, the evaluation and the title there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,28 +94,67 @@ class Comparison:
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     """Compares runs by their evaluation.json: nothing is measured again.
 
-    Runs whose names differ in a trailing "-seedN" alone are one group and are averaged. Networks that were evaluated
-    beside a run, such as its plain twin, have groups of their own, named by their titles there; each network counts
-    once. The figures are clean accuracy, PGD (where it was measured, in both units of its radius), AutoAttack, noise,
-    and for each layer its effective rank, the variance in its leading directions and the accuracy of max-margin
-    classifiers on these.
+    Runs in one folder whose names differ in a trailing "-seedN" alone are one group and are averaged. Networks that
+    were evaluated beside a run, such as its plain twin, have groups of their own, named by their titles there: one for
+    those beside the runs of a group, and of all groups whose recipes differ in seed and branches alone. Each network
+    counts once. A name that several groups have is preceded by the folder. The figures are clean accuracy, PGD (where
+    it was measured, in both units of its radius), AutoAttack, noise, and for each layer its effective rank, the
+    variance in its leading directions and the accuracy of max-margin classifiers on these.
 
     Raises:
         RunError: a folder is no finished run, was not evaluated, or was evaluated on other images than the others.
         EvaluationError: an evaluation.json is damaged.
     """
     evaluations = _read([RunPaths(folder) for folder in folders])
-    groups: dict[str, list[tuple[str, Evaluation, str]]] = {}  # name of a run, its evaluation and its title there
+    # By what tells a group from the others, the path of its runs or experiment and title: its place and its networks.
+    found: dict[Any, tuple[Parts, list[Member]]] = {}
+    experiments: dict[Parts, Any] = {}  # of the plain twins of a group
     seen: set[str] = set()
-    own = [(name, evaluation, evaluation.titles[0]) for name, evaluation in evaluations.items()]
-    beside = [(title, evaluation, title) for _, evaluation, _ in own for title in evaluation.titles[1:]]
-    for name, evaluation, title in [*own, *beside]:
+    own = [(run, run, evaluation, evaluation.titles[0]) for run, evaluation in evaluations.items()]
+    beside = [(run, title, evaluation, title) for run, _, evaluation, _ in own for title in evaluation.titles[1:]]
+    for number, (run, name, evaluation, title) in enumerate([*own, *beside]):
         weights = evaluation.networks[evaluation.titles.index(title)].weights
         if weights is None or weights not in seen:
-            groups.setdefault(re.sub(r"-seed\d+$", "", Path(name).name), []).append((name, evaluation, title))
+            place = key = _parts(run)
+            if number >= len(own):
+                experiment = experiments.setdefault(place, _plain_experiment(run) or place)
+                place, key = (*place, _without_seed(title)), (experiment, _without_seed(title))
+            found.setdefault(key, (place, []))[1].append((name, evaluation, title))
         seen |= {weights} if weights else set()
-    named = {group: tuple(name for name, _, _ in runs) for group, runs in groups.items()}
+    names = _shortest([place for place, _ in found.values()])
+    groups = {name: members for name, (_, members) in zip(names, found.values(), strict=True)}
+    named = {group: tuple(name for name, _, _ in members) for group, members in groups.items()}
     return Comparison(named, tuple(_compared(groups)))
+
+
+def _without_seed(name: str) -> str:
+    return re.sub(r"(?<=.)-seed\d+$", "", name)
+
+
+def _parts(run: str) -> Parts:
+    """The path of a run without its seed."""
+    folder = Path(os.path.abspath(run))
+    return (*folder.parent.resolve().parts, _without_seed(folder.name))
+
+
+def _plain_experiment(run: str) -> str | None:
+    """What the plain twin of a run is trained with, apart from the seed; None if there is no recipe to read."""
+    try:
+        recipe = Recipe.from_dict(read_recipe(RunPaths(run).config))
+    except RecipeError:
+        return None
+    plain = {key: value for key, value in recipe.plain().to_dict().items() if key not in NOT_OF_PLAIN}
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
+def _shortest(places: Sequence[Parts]) -> list[str]:
+    """Of each path the last part, or as many as tell it from the others."""
+    names = []
+    for place in places:
+        lengths = range(1, len(place) + 1)
+        apart = (n for n in lengths if sum(other[-n:] == place[-n:] for other in places) == 1)
+        names.append("/".join(place[-next(apart, len(place)) :]))
+    return numbered(names)
 
 
 def _read(runs: Sequence[RunPaths]) -> dict[str, Evaluation]:
@@ -133,7 +179,7 @@ def _read(runs: Sequence[RunPaths]) -> dict[str, Evaluation]:
     return evaluations
 
 
-def _compared(groups: dict[str, list[tuple[str, Evaluation, str]]]) -> list[ComparedFigure]:
+def _compared(groups: dict[str, list[Member]]) -> list[ComparedFigure]:
     """The figures in the order of the first evaluation that has them."""
     figures: dict[str, Figure] = {}
     for runs in groups.values():

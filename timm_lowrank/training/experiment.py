@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from ..checkpoint import save_pretrained
 from ..data import Data, StreamedData, load_data
 from ..data.batches import TestBatches, evaluation_batches
 from ..environment import fast_precision, require, together
-from ..errors import RecipeError, RunError
+from ..errors import DataError, RecipeError, RunError
 from .checkpoints import Progress
 from .loop import Tested, TrainedEpoch, check_alive, evaluate, train_epoch
-from .recipe import Recipe, read_recipe
+from .recipe import LEAST_TESTED, Recipe, read_recipe
 from .report import layer_spectra, plot_spectrum, summarize, table
 from .run import GO_ON, ComparatorSummary, EpochMetrics, Run, RunFolder, RunPaths, Spectrum, Summary, unlike_twin
 from .state import TrainingState, build, seeded
@@ -64,6 +64,11 @@ def _train(recipe: Recipe, output: str | Path, resume: bool, data: Data | None) 
         raise RunError(f"twin={recipe.twin!r} was trained on other data (its fingerprint differs): use twin=true")
     if not folder.is_finished():
         _require_weight(recipe, data.counts[0] // recipe.batch_size)
+        if data.counts[1] < LEAST_TESTED:
+            raise DataError(
+                f"the test split of {data.name} has a single image, of which no spectrum can be measured: "
+                f"give at least {LEAST_TESTED}"
+            )
     if twin_folder is not None:
         twin = _run(recipe.plain(), data, twin_folder, within=folder)
     return _run(recipe, data, folder, twin=twin)[0]
@@ -93,9 +98,10 @@ def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
         with contextlib.suppress(RecipeError):  # a damaged one is reported by whoever needs it
             taken = [read_recipe(config).get("precision", "no")]
     else:
-        taken = [fast_precision(PartialState().device)]
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not look at by itself
+        taken = [fast_precision(state.device)]
         broadcast_object_list(taken)  # processes on different machines must agree
-        if PartialState().is_main_process:
+        if state.is_main_process:
             print(f"precision=auto: {'bf16' if taken[0] == 'bf16' else 'float32'} is the faster one here", flush=True)
     return dataclasses.replace(recipe, precision=taken[0] or "no")
 
@@ -103,7 +109,7 @@ def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
 def _plain_run(recipe: Recipe, folder: str) -> Finished:
     """Summary and spectrum of a finished plain run. Raises a RunError if it is none, or was not trained alike."""
     try:
-        run = Run.open(folder)
+        run = Run.open(Path(folder).expanduser())
     except RunError as error:
         raise RunError(f"twin={folder!r} holds no finished run: {error}; or set twin=true") from error
     if run.summary.kind != "plain":
@@ -125,7 +131,7 @@ def _run(
         run = Run.open(folder.folder)
         return run.summary, run.spectrum()
     with seeded(recipe.seed), contextlib.ExitStack() as ours:
-        state = build(recipe, data, folder.folder)
+        state = build(recipe, data, folder.folder, resumed=folder.has_whole_checkpoint)
         accelerator = state.accelerator
         if accelerator.is_main_process:
             for new in (within, folder):
@@ -225,13 +231,13 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
     test = evaluate(accelerator, state.lowrank, state.test_batches)
     finished: list[Any] = [None]
     if accelerator.is_main_process:
+        model = state.lowrank if recipe.lowrank_enabled else state.lowrank.backbone  # a plain run has no branches
+        with folder.writing(folder.model):  # before anything is measured, which may fail
+            save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
         # From the first images, whatever share of them this process tested.
         spectra = layer_spectra(state.lowrank, _test_batches(state, data), recipe.spectrum_images)
         summary = summarize(state, data, spectra, test, folder.last_metrics(), comparator, twin[0] if twin else None)
         spectrum = {layer: measured.shares for layer, measured in spectra.items()}
-        model = state.lowrank if recipe.lowrank_enabled else state.lowrank.backbone  # a plain run has no branches
-        with folder.writing(folder.model):
-            save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
         picture = folder.plots / "spectrum.png"
         with folder.writing(picture):
             plot_spectrum(picture, {**({"plain": twin[1]} if twin else {}), summary.kind: spectrum}, summary.branches)

@@ -269,6 +269,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), **replace: An
     return Recipe.from_dict(values)
 
 
+LEAST_TESTED = 2  # test images, of which spectra are measured
 MOST_BYTES, MOST_WORKERS = 1 << 20, 512
 
 
@@ -376,6 +377,8 @@ def _numbers(recipe: Recipe) -> Iterable[str]:
             continue
         if not math.isfinite(value) or value < 0 or (name in POSITIVE and value == 0):
             yield f"{name}={value!r} must be {'> 0' if name in POSITIVE else '>= 0'}"
+    if recipe.spectrum_images is not None and 0 < recipe.spectrum_images < LEAST_TESTED:
+        yield f"spectrum_images={recipe.spectrum_images!r} must be >= {LEAST_TESTED}: one has no variance"
     if recipe.workers > MOST_WORKERS:
         yield f"workers={recipe.workers!r} must be <= {MOST_WORKERS}: each is a process"
     if recipe.seed >= 2**63:
@@ -408,6 +411,8 @@ def _together(recipe: Recipe) -> Iterable[str]:
         yield "nesterov=true belongs to optimizer=sgd"
     if recipe.optimizer == "adamw" and recipe.momentum >= 1:
         yield f"momentum={recipe.momentum!r} is the first beta of AdamW and must be < 1"
+    if recipe.optimizer == "sgd" and recipe.momentum >= 1:
+        yield f"momentum={recipe.momentum!r} of SGD must be < 1: older gradients would never fade"
     if recipe.image_size is not None and recipe.streaming is False:
         yield f"image_size={recipe.image_size} needs streaming: set streaming=auto, or image_size=null"
     if recipe.data == "digits" and (recipe.image_size is not None or recipe.streaming is True):
@@ -419,12 +424,31 @@ def _together(recipe: Recipe) -> Iterable[str]:
             f"pretrain_epochs={recipe.pretrain_epochs} leaves none of epochs={recipe.epochs} for the low-rank branch: "
             "lower it, or set lowrank.enabled=false for a plain network"
         )
+    yield from _schedule(recipe)
     if recipe.comparator is not None and recipe.lowrank.get("enabled") is True:
         yield f"comparator={recipe.comparator!r} takes the place of the branches: drop lowrank.enabled=true"
     if recipe.comparator is None and recipe.comparator_args:
         yield "comparator_args belong to a comparator: name it, or drop them"
     if recipe.twin and not recipe.lowrank_enabled and recipe.comparator is None:
         yield "twin compares with a plain network, and lowrank.enabled=false makes this run one: set twin=false"
+
+
+def _schedule(recipe: Recipe) -> Iterable[str]:
+    if recipe.warmup_epochs > recipe.epochs:
+        yield f"warmup_epochs={recipe.warmup_epochs} never ends in epochs={recipe.epochs}: lower it, or raise epochs"
+    if recipe.schedule != "step" and (recipe.milestones or recipe.gamma != Recipe.gamma):
+        yield f"milestones and gamma belong to schedule=step: drop them from a recipe with schedule={recipe.schedule}"
+    elif any(milestone >= recipe.epochs for milestone in recipe.milestones):
+        yield (
+            f"milestones={list(recipe.milestones)} must be epochs before the end, epochs={recipe.epochs}: the learning "
+            "rate is multiplied after so many"
+        )
+    trained = recipe.epochs - recipe.pretrain_epochs
+    if recipe.lowrank_enabled and 0 < trained < recipe.ramp_epochs + recipe.cooldown_epochs:
+        yield (
+            f"ramp_epochs={recipe.ramp_epochs} and cooldown_epochs={recipe.cooldown_epochs} are more than the "
+            f"{trained} epochs with branches: the penalty would never have its whole weight"
+        )
 
 
 def _inner(recipe: Recipe) -> Iterable[str]:
@@ -444,6 +468,11 @@ def _inner(recipe: Recipe) -> Iterable[str]:
     for key in recipe.data_args:
         if key not in known:
             yield f"there is no key data_args.{key}. {nearest(key, known)}"
+    train, test, extra = (recipe.data_args.get(key) for key in ("train_split", "test_split", "extra"))
+    if test is not None and test in (train or "train", "extra" if extra else None):
+        yield f"data_args.test_split={test!r} is a split of the training images: name another one"
+    if extra and train == "extra":
+        yield "data_args.extra=true adds the split 'extra', which data_args.train_split names already: drop one"
     for key in ("num_classes", "model_name", "pretrained_cfg_overlay"):
         if key in recipe.model_args:
             yield f"model_args.{key} cannot be set: it follows from {'model' if key == 'model_name' else 'the data'}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.capture import evaluating
 from ..core.model import LowRankModel
-from ..core.spectrum import Sketch, singular_energies
+from ..core.spectrum import Sketch, rank_of_ratios, singular_energies
 from ..data import Data, StreamedData
 from ..data.batches import TestBatches
 from ..drawing import INK, LOWRANK, PLAIN, dress, new_figure, share_tick, write_png
@@ -127,7 +127,7 @@ def _spectrum(kept: list[Tensor] | Sketch) -> LayerSpectrum | None:
         total = float(energies.sum())
         reached = energies.cumsum(0) / total
         ratios = {count: float(reached[min(count, len(reached)) - 1]) for count in DIRECTIONS}
-        rank = 1 + int((reached < EFFECTIVE_SHARE - 1e-12).sum())
+        rank = rank_of_ratios(reached.tolist(), EFFECTIVE_SHARE)
     shares = [float(f"{share:.6g}") for share in (energies[:KEPT_SHARES] / total).tolist()]
     return LayerSpectrum(shares, ratios, rank)
 

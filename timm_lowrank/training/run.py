@@ -19,6 +19,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
@@ -349,6 +350,7 @@ class RunFolder(RunPaths):
         super().__init__(folder)
         self.recipe = recipe
         self._resume = resume
+        self._counted_on = False  # whether a checkpoint was, in the place of initial weights
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"the output {self.folder} is a file: choose a folder with --output")
         self._check()
@@ -491,11 +493,9 @@ class RunFolder(RunPaths):
         damaged: list[tuple[Path, str]] = []
         chosen: list[Any] = [None]
         if accelerator.is_main_process:
-            for epoch, path in reversed(self.checkpoints()):
-                if (wrong := damage(path)) is None:
-                    chosen[0] = (epoch, path)
-                    break
-                damaged.append((path, wrong))
+            chosen[0], damaged = self._newest()
+            if chosen[0] is None and not damaged and self._counted_on:
+                chosen[0] = RunError(f"the checkpoints in {self.checkpoint_folder} went away: use the command again")
             if damaged and chosen[0] is None:
                 reasons = "; ".join(f"{path.name}: {wrong}" for path, wrong in damaged)
                 chosen[0] = RunError(
@@ -515,6 +515,22 @@ class RunFolder(RunPaths):
             self._remove_oldest()  # a kill may have come between a new checkpoint and this
             self._restore_metrics(None if newest is None else newest[1])
         return 0 if newest is None else newest[0]
+
+    def has_whole_checkpoint(self) -> bool:
+        """Whether there is something to resume from; all processes ask together, and get the same answer."""
+        found = [PartialState().is_main_process and self._newest()[0] is not None]
+        broadcast_object_list(found)
+        self._counted_on = found[0]
+        return found[0]
+
+    def _newest(self) -> tuple[tuple[int, Path] | None, list[tuple[Path, str]]]:
+        """(epochs completed, folder) of the newest checkpoint that is whole, and what is wrong with the newer ones."""
+        damaged: list[tuple[Path, str]] = []
+        for epoch, path in reversed(self.checkpoints()):
+            if (wrong := damage(path)) is None:
+                return (epoch, path), damaged
+            damaged.append((path, wrong))
+        return None, damaged
 
     @staticmethod
     def _load(accelerator: Accelerator, checkpoint: Path) -> None:

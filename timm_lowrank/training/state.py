@@ -8,14 +8,14 @@ import itertools
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
@@ -51,8 +51,15 @@ class TrainingState:
     classes: int
 
 
-def build(recipe: Recipe, data: Data, output: Path) -> TrainingState:
+def build(recipe: Recipe, data: Data, output: Path, *, resumed: Callable[[], bool] = lambda: False) -> TrainingState:
     """Everything a run needs, on its device. Nothing is written.
+
+    Args:
+        recipe: of the run.
+        data: what it trains on.
+        output: its folder.
+        resumed: whether a checkpoint brings the weights, so that those of `init_from` are not needed; all processes,
+            which have joined by then, ask together.
 
     Raises:
         RecipeError: if the network cannot be built, a layer is not there, or the batch cannot be divided.
@@ -78,7 +85,8 @@ def build(recipe: Recipe, data: Data, output: Path) -> TrainingState:
         lambda value: accelerator.reduce(value, "mean"),
     )
     comparator = recipe.compared()
-    lowrank = _wrapped(recipe, comparator, data, start).to(accelerator.device)
+    initial = None if recipe.init_from is None or resumed() else recipe.init_from
+    lowrank = _wrapped(recipe, comparator, data, start, initial).to(accelerator.device)
     if recipe.channels_last:
         lowrank = lowrank.to(memory_format=torch.channels_last)
     optimizer = _optimizer(recipe, lowrank.backbone)
@@ -126,17 +134,22 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _accelerator(recipe: Recipe, output: Path) -> Accelerator:
     require_trackers(recipe)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", recipe.precision):
-        warnings.warn(
-            f"accelerate was launched with mixed precision {launched}; the recipe's precision={recipe.precision} "
-            f"is used. Set precision={launched} to change it.",
-            stacklevel=2,
-        )
+    for variable, passive, what, key in (
+        ("ACCELERATE_MIXED_PRECISION", "no", "mixed precision", "precision"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "gradient accumulation steps", "gradient_accumulation"),
+    ):
+        launched, ours = os.environ.get(variable, passive), getattr(recipe, key)
+        if launched not in (passive, str(ours)):
+            warnings.warn(
+                f"accelerate was launched with {what} {launched}; the recipe's {key}={ours} is used. "
+                f"Set {key}={launched} to change it.",
+                stacklevel=2,
+            )
     try:
         accelerator = Accelerator(
             mixed_precision=recipe.precision,
-            gradient_accumulation_steps=recipe.gradient_accumulation,
+            # A bare number would give way to what accelerate was launched with.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation),
             log_with=list(recipe.trackers) or None,
             project_dir=output,
         )
@@ -162,7 +175,7 @@ def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=rate, momentum=recipe.momentum, weight_decay=decay, nesterov=recipe.nesterov)
 
 
-def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start) -> LowRankModel:
+def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start, initial: str | None) -> LowRankModel:
     channels = data.image_size[0]
     if recipe.model_args.get("in_chans", channels) != channels:
         raise RecipeError(
@@ -176,8 +189,8 @@ def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start) -
             pretrained_cfg_overlay=data.data_config,
             **{**recipe.model_args, "in_chans": channels},
         )
-        if recipe.init_from is not None:
-            _load_initial(network, recipe.init_from)
+        if initial is not None:
+            _load_initial(network, initial)
         comparator.attach(network, start)
         return wrap(network, recipe.lowrank_config(), example_input=start.example_input)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -197,10 +210,11 @@ def _load_initial(network: nn.Module, source: str) -> None:
         RecipeError: there are none, or they are those of another network.
     """
     try:
-        folder = local_folder(Path(source)) if not Path(source).is_file() else None
+        path = Path(source).expanduser()
+        folder = None if path.is_file() else local_folder(path)
         if folder is not None:
             require_checkpoint(folder)
-        path = Path(source) if folder is None else folder / NETWORK_WEIGHTS
+            path = folder / NETWORK_WEIGHTS
         check_safetensors(path)
     except CheckpointError as error:
         raise RecipeError(f"init_from={source!r}: {error}") from error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...core.spectrum import singular_energies
+from ...core.spectrum import rank_of_ratios, singular_energies
 from ...errors import EvaluationError
 from ...evaluation.cushion import histograms, layer_cushion
 from ...evaluation.representations import (
@@ -99,8 +99,7 @@ class Spectrum(Measurement):
         most = {title: columns[f"{layer} samples"][0] - 1 for title, columns in observed.items()}
         bounds = {title: most[title] if most[title] < width else None for title, width in widths.items()}
         ranks = {
-            title: Value(float(1 + sum(share < 0.99 - 1e-12 for share in held)), of=of, at_most=bounds[title])
-            for title, held in cumulated.items()
+            title: Value(float(rank_of_ratios(held)), of=of, at_most=bounds[title]) for title, held in cumulated.items()
         }
         classes = {
             title: dataclasses.replace(Value.median(columns[f"{layer} classes"], context.confidence), of=of)
