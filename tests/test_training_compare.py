@@ -117,6 +117,17 @@ def test_the_folder_one_stands_in_has_its_name(tmp_path, monkeypatch):
     assert list(compare_runs(["."]).groups) == ["run", "plain"]
 
 
+def test_a_figure_of_some_of_the_runs_says_of_how_many(tmp_path):
+    folders = [
+        evaluated(tmp_path / "2-LR-seed0", "a", pgd=20),
+        evaluated(tmp_path / "2-LR-seed1", "b", pgd=40),
+        evaluated(tmp_path / "2-LR-seed2", "c"),
+    ]
+    lines = {line.split("  ")[0]: line for line in compare_runs(folders).table().splitlines()}
+    assert "30.0 ± 14.1 [2 of 3]" in lines["pgd-20"]
+    assert "[" not in lines["clean"]
+
+
 def test_both_units_of_a_radius_are_named(runs, tmp_path):
     assert compare_runs(runs).table().endswith("\n\nRadii are parts of the pixel range.")
     both = evaluated(tmp_path / "both", "d", rank=7.0, clean=90, linear=60, pgd=3, normalized=40)

@@ -264,7 +264,7 @@ def test_a_twin_is_trained_by_the_same_recipe_without_branches(keys, differ):
 
 def test_the_home_of_a_twin_is_found(finished, monkeypatch):
     monkeypatch.setenv("HOME", str(finished[0]))
-    assert experiment._plain_run("~/twin")[0] == finished[1].twin
+    assert experiment._plain_run(recipe(twin="~/twin", ema_decay=0.9), "~/twin")[0] == finished[1].twin
 
 
 def test_the_same_images_in_the_same_order_give_the_same_weights(shards, tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_the_same_images_in_the_same_order_give_the_same_weights(shards, tmp_pat
     summary = train(made, tmp_path / "streamed")
     assert summary.to_dict()["data"] == {
         "source": str(shards), "fingerprint": data.fingerprint, "train_images": 230, "test_images": 55,
-        "streamed": True, "image_size": [1, 8, 8], "classes": 10,
+        "streamed": True, "image_size": [1, 8, 8], "classes": 10, "origin": "folder",
     }  # fmt: skip
     # In memory, with nothing changed but the order.
     transform = Transform([0.0], [1.0], "none", torch.device("cpu"))

@@ -71,11 +71,18 @@ class Comparison:
         names = {group: one_line(group) for group in self.groups}
         counts = {group: f" ({len(runs)})" if len(runs) > 1 else "" for group, runs in self.groups.items()}
         heading = ["", *(names[group] + counts[group] for group in self.groups)]
-        rows = [[one_line(figure.label), *map(figure.cell, self.groups)] for figure in self.figures]
+        rows = [
+            [one_line(figure.label), *(self._cell(figure, group) for group in self.groups)] for figure in self.figures
+        ]
         table = columns([heading, *rows], right=range(1, len(heading)))
         units = {figure.radius_unit for figure in self.figures}
         notes = [RADII[unit] for unit in RADII if unit in units]
         return "\n\n".join([table, " ".join(notes)]) if notes else table
+
+    def _cell(self, figure: ComparedFigure, group: str) -> str:
+        """With the number of runs that the figure is of, where it is not of all."""
+        measured, runs = len(figure.values.get(group, ())), len(self.groups[group])
+        return figure.cell(group) + (f" [{measured} of {runs}]" if 0 < measured < runs else "")
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and for each figure and group the values of the runs, their mean and deviation."""
