@@ -131,6 +131,17 @@ def test_a_loop_that_never_updates_is_warned_once(batches, monkeypatch, attached
     assert len(warned) == 1
 
 
+def test_a_step_at_learning_rate_0_counts_where_a_batch_waits_for_it(batches):
+    """As the first ones of a warm-up are."""
+    task = make_task()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.0)
+    task.attach(optimizer)
+    train(task, optimizer, batches[:2])
+    assert (task.updates, task.lowrank.branches["layer3"].updates) == (2, 2)
+    optimizer.step()
+    assert task.updates == 2, "as torch.distributed.checkpoint makes one to load an optimizer"
+
+
 def test_a_loop_that_never_updates_hears_it_from_the_task_alone(batches, monkeypatch):
     monkeypatch.setattr("timm_lowrank.core.model.STEPS_BEFORE_WARNING", 3)
     monkeypatch.setattr(timm_task, "STEPS_BEFORE_WARNING", 3)

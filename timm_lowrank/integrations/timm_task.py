@@ -160,7 +160,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
             TypeError: `optimizer` is no torch optimizer and does not hold exactly one.
             LowRankError: it belongs to DeepSpeed.
         """
-        after_steps(optimizer, self._after_step)
+        after_steps(optimizer, self._after_step, waiting=lambda: self._forwards > 0)
         self._attached = True
         return self
 
