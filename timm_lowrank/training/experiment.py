@@ -139,7 +139,8 @@ def _run(
                     ours.enter_context(new.exclusive())
         accelerator.wait_for_everyone()
         began = folder.load_newest(accelerator)
-        accelerator.print(_introduction(recipe, data, folder, state.progress), flush=True)
+        notes = [f"note: {text}" for text in recipe.without_effect()]
+        accelerator.print("\n".join([_introduction(recipe, data, folder, state.progress), *notes]), flush=True)
         if recipe.trackers:
             accelerator.init_trackers("timm_lowrank", config={k: str(v) for k, v in recipe.to_dict().items()})
         for epoch in range(began, recipe.epochs):

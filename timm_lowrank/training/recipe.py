@@ -172,6 +172,23 @@ class Recipe:
         off = {"lowrank": {**self.lowrank, "enabled": False}, "comparator": None, "comparator_args": {}}
         return dataclasses.replace(self, name=f"{self.name} (plain)", twin=False, **off)  # type: ignore[arg-type]
 
+    def without_effect(self) -> list[str]:
+        """Keys of the schedule that do not what they say, a sentence each: no error, as a recipe may be cut short."""
+        found = []
+        if self.warmup_epochs > self.epochs:
+            found.append(f"warmup_epochs={self.warmup_epochs} does not end in epochs={self.epochs}")
+        if self.schedule != "step" and (self.milestones or self.gamma != type(self).gamma):
+            found.append(f"milestones and gamma belong to schedule=step and have no effect in schedule={self.schedule}")
+        elif late := [milestone for milestone in self.milestones if milestone >= self.epochs]:
+            found.append(f"milestones {', '.join(map(str, late))} have no effect in epochs={self.epochs}")
+        trained = self.epochs - self.pretrain_epochs
+        if self.lowrank_enabled and 0 < trained < self.ramp_epochs + self.cooldown_epochs:
+            found.append(
+                f"ramp_epochs={self.ramp_epochs} and cooldown_epochs={self.cooldown_epochs} are more than the "
+                f"{trained} epochs with branches: the penalty never has its whole weight"
+            )
+        return found
+
     def data_options(self) -> dict[str, Any]:
         """The keywords of `timm_lowrank.data.load_data` that this recipe means."""
         own = ("streaming", "image_size", "crop_pct", "crop_scale", "augment")
@@ -424,31 +441,12 @@ def _together(recipe: Recipe) -> Iterable[str]:
             f"pretrain_epochs={recipe.pretrain_epochs} leaves none of epochs={recipe.epochs} for the low-rank branch: "
             "lower it, or set lowrank.enabled=false for a plain network"
         )
-    yield from _schedule(recipe)
     if recipe.comparator is not None and recipe.lowrank.get("enabled") is True:
         yield f"comparator={recipe.comparator!r} takes the place of the branches: drop lowrank.enabled=true"
     if recipe.comparator is None and recipe.comparator_args:
         yield "comparator_args belong to a comparator: name it, or drop them"
     if recipe.twin and not recipe.lowrank_enabled and recipe.comparator is None:
         yield "twin compares with a plain network, and lowrank.enabled=false makes this run one: set twin=false"
-
-
-def _schedule(recipe: Recipe) -> Iterable[str]:
-    if recipe.warmup_epochs > recipe.epochs:
-        yield f"warmup_epochs={recipe.warmup_epochs} never ends in epochs={recipe.epochs}: lower it, or raise epochs"
-    if recipe.schedule != "step" and (recipe.milestones or recipe.gamma != Recipe.gamma):
-        yield f"milestones and gamma belong to schedule=step: drop them from a recipe with schedule={recipe.schedule}"
-    elif any(milestone >= recipe.epochs for milestone in recipe.milestones):
-        yield (
-            f"milestones={list(recipe.milestones)} must be epochs before the end, epochs={recipe.epochs}: the learning "
-            "rate is multiplied after so many"
-        )
-    trained = recipe.epochs - recipe.pretrain_epochs
-    if recipe.lowrank_enabled and 0 < trained < recipe.ramp_epochs + recipe.cooldown_epochs:
-        yield (
-            f"ramp_epochs={recipe.ramp_epochs} and cooldown_epochs={recipe.cooldown_epochs} are more than the "
-            f"{trained} epochs with branches: the penalty would never have its whole weight"
-        )
 
 
 def _inner(recipe: Recipe) -> Iterable[str]:
