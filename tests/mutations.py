@@ -73,7 +73,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sequences taken for batches", "timm_lowrank/layers.py",
-        "len(double) == 2 * len(single) and (", "len(double) == len(single) or (",
+        "len(double) == 2 * len(single) and in_order", "in_order",
         "tests/test_views.py",
     ),
     Mutation(

@@ -262,6 +262,11 @@ def test_a_twin_is_trained_by_the_same_recipe_without_branches(keys, differ):
     assert unlike_twin(Recipe.from_dict(made), Recipe.from_dict(made)) == ["lowrank.enabled was true and is false"]
 
 
+def test_what_of_a_schedule_has_no_effect_is_said(tmp_path, capsys):
+    train(recipe(epochs=1, pretrain_epochs=0, milestones=[1], schedule="step"), tmp_path / "run")
+    assert "note: milestones 1 have no effect in epochs=1" in capsys.readouterr().out
+
+
 def test_the_home_of_a_twin_is_found(finished, monkeypatch):
     monkeypatch.setenv("HOME", str(finished[0]))
     assert experiment._plain_run(recipe(twin="~/twin", ema_decay=0.9), "~/twin")[0] == finished[1].twin

@@ -7,8 +7,9 @@ from torch import nn
 
 import timm_lowrank as tlr
 from timm_lowrank import CaptureError, LowRankBranch, LowRankConfig, list_layers
+from timm_lowrank.core.capture import Tap
 from timm_lowrank.core.views import VIEWS, View
-from timm_lowrank.layers import natural_view
+from timm_lowrank.layers import natural_view, rows_of_images
 
 SMALL_SWIN = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 1, 1)}
 
@@ -96,6 +97,25 @@ def test_a_head_wants_the_rows_image_by_image(images):
         tlr.wrap(Sequences(False), config("encoder"), example_input=tokens)
     model = tlr.wrap(Sequences(False), config("encoder", "token", head_weight=0.0), example_input=tokens)
     assert model.branches["encoder"].num_features == 8
+
+
+class Noisy(nn.Module):
+    def forward(self, values):
+        return values + torch.randn_like(values)
+
+
+class ByTheBatch(nn.Module):
+    """Normalises over the whole batch, in eval mode too."""
+
+    def forward(self, values):
+        return (values - values.mean(dim=(0, 1))) / values.std(dim=(0, 1))
+
+
+@pytest.mark.parametrize("part", [Noisy(), ByTheBatch()], ids=["noise", "the batch"])
+def test_rows_that_are_not_a_matter_of_their_image_alone_come_image_by_image_all_the_same(part):
+    network = nn.Sequential(nn.Linear(8, 8), part, nn.Flatten(), nn.Linear(40, 3))
+    assert rows_of_images(network, [Tap("1", "1")], torch.rand(3, 5, 8)) == {"1": True}
+    tlr.wrap(network, config("1"), example_input=torch.rand(3, 5, 8))
 
 
 class Formatted(nn.Module):
