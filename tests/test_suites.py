@@ -916,7 +916,7 @@ def test_a_diagnosis_takes_in_autoattack_of_its_radius(trained, tmp_path):
     for title, verdict in evaluation.verdicts.items():
         (check,) = [one for one in verdict.checks if one.name == "AutoAttack"]
         left = evaluation.figure("autoattack-linf-8-255").values[title]
-        assert percent(left.value) in check.says
+        assert f"AutoAttack {percent(left.value)} %" in check.says
         assert check.value is not None
         (other,) = [one for one in evaluation.normalized_verdicts[title].checks if one.name == "AutoAttack"]
         assert "was not run" in other.says

@@ -16,7 +16,7 @@ from ..errors import RecipeError, RunError
 from ..evaluation.results import Evaluation, Figure, Kind, headline, read_evaluation
 from ..text import columns, numbered, one_line, percent
 from .recipe import Recipe, read_recipe
-from .run import FREE, Run, RunPaths
+from .run import ASIDE_OF_TRAINING, FREE, OF_BRANCHES, Run, RunPaths
 
 RADII = {
     "pixel": "Radii are parts of the pixel range.",
@@ -24,7 +24,7 @@ RADII = {
 }
 KINDS = (Kind.NOISE, Kind.VARIANCE, Kind.COMPRESSION, Kind.EFFECTIVE_RANK)  # beside the headline
 # What may differ between the recipes of two runs whose plain networks are the same experiment.
-NOT_OF_PLAIN = (*FREE, "name", "seed", "lowrank", "pretrain_epochs", "ramp_epochs", "cooldown_epochs")
+NOT_OF_PLAIN = (*FREE, *OF_BRANCHES, *ASIDE_OF_TRAINING, "seed")
 Parts = tuple[str, ...]  # of a path
 Member = tuple[str, Evaluation, str]  # the folder of a run or a title, the evaluation and the title there
 
