@@ -52,8 +52,8 @@ MUTATIONS = (
     ),
     Mutation(
         "wrong sign in L_c", "timm_lowrank/core/branch.py",
-        "total = seen.reconstruction()\n",
-        "total = -seen.reconstruction()\n",
+        "total = squared * seen.errors.mean()",
+        "total = -squared * seen.errors.mean()",
         "tests/test_branch.py",
     ),
     Mutation(

@@ -68,9 +68,9 @@ def train(model, optimizer, batches, update=True):
     return losses
 
 
-def scaled_step(model, optimizer, scaler, images, labels):
+def scaled_step(model, optimizer, scaler, images, labels, factor=1):
     """A training step with a gradient scaler, of a model that is attached to the optimizer."""
-    loss = nn.functional.cross_entropy(model(images), labels) + model.penalty()
+    loss = factor * (nn.functional.cross_entropy(model(images), labels) + model.penalty())
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -628,7 +628,7 @@ def test_gradients_that_overflow_leave_the_rows_for_the_next_update(wrapped, dat
     attach(optimizer, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
     for images, labels in data(2):
-        scaled_step(model, optimizer, scaler, images, labels)
+        scaled_step(model, optimizer, scaler, images, labels, factor=4)  # 4 * 2**127 is infinite
         twin(images)
         twin.penalty()
     twin.update()

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from .config import LowRankConfig
 from .dense import DenseWeight
 from .device import full_precision, moved, multiplies_in_bfloat16
 from .distributed import Processes, fingerprint, pack, unpack_into
-from .factored import FactoredWeight, centred_norms
+from .factored import Descent, FactoredWeight, Reconstruction, Slopes, centred_norms
 from .head import SubspaceHead
-from .scaling import SCALINGS
+from .scaling import CONSTANT, SCALINGS
 from .views import FLATTEN, VIEWS, View
 
 # Spread of a layer over its reference norm. In front of a normalisation a layer may shrink tenfold and be sound; below
@@ -80,6 +79,10 @@ class _Seen:
         """L_n: as printed, or in the unit that L_c is in."""
         return (1 - (self.factors * self.norms if self.sizes is None else self.sizes)).abs().mean()
 
+    def norm_slopes(self) -> Tensor:
+        """n times the gradient of L_n in the norms, (n,), for factors that do not depend on these."""
+        return (self.factors * self.norms - 1).sign() * self.factors
+
     def outside(self) -> Tensor:
         """See `BranchReport`."""
         return self.errors.sum() / self.norms.square().sum().clamp_min(torch.finfo(self.norms.dtype).tiny)
@@ -90,15 +93,8 @@ class _Seen:
         own |= {"outside": self.outside(), "activation_norm": self.norms.square().mean().sqrt()}
         return {name: value for name, value in own.items() if value is not None}
 
-    def detached(self) -> _Seen:
-        return self._each(Tensor.detach)
-
     def to(self, device: torch.device) -> _Seen:
-        return self._each(lambda value: moved(value, device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> _Seen:
-        values = vars(self).items()
-        return _Seen(**{name: change(value) for name, value in values if value is not None})
+        return _Seen(**{name: moved(value, device) for name, value in vars(self).items() if value is not None})
 
 
 class LowRankBranch(nn.Module):
@@ -200,40 +196,70 @@ class LowRankBranch(nn.Module):
         if labels is not None and not isinstance(labels, Tensor):  # of numpy, or a list
             labels = torch.as_tensor(labels, device=self.bias.device)
         remember = self.training and torch.is_grad_enabled()
-        with full_precision(activations.device):
+        values, learns = activations.detach(), torch.is_grad_enabled() and activations.requires_grad
+        with full_precision(activations.device), torch.no_grad():
             if remember and not (self.processes.alone or self.processes.agreed):
                 self.processes.agree(self.name, self._common)  # before one of them waits below for the others
             if remember and not (self._initialized or self._provisional):
-                self._initialize_provisionally(activations.detach())
-            entering = self._buffer.add(activations.detach(), alone=self.processes.alone) if remember else ()
-            sums = self._moments.of(activations.detach())
-            classifies = self.head is not None and self.head.ready and labels is not None
-            half = self._may_be_half(activations)
-            images = self.weight.reconstruction(
-                activations, self.bias, sums[:-2], half, entering, coordinates=classifies
-            )
-            norms = images.norms
-            factors = SCALINGS[self.config.scale](norms, self._reference(norms))
+                self._initialize_provisionally(values)
+            entering = self._buffer.add(values, alone=self.processes.alone) if remember else ()
+            sums = self._moments.of(values)
+            half = self._may_be_half(values)
+            images: Reconstruction = self.weight.reconstruction(values, self.bias, half, entering)
+            seen = _Seen(images.errors, images.norms, self._factors(images.norms))
             if remember:
-                self._moments.add(sums, norms.detach())
-                self._buffer.complete(factors.detach(), images.products)
-            seen = _Seen(images.errors, norms, factors)
-            if self.config.scale != "paper":
-                seen.offset = self._offset(images.mean)
-            else:
-                seen.sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1)
+                self._moments.add(sums, seen.norms)
+                self._buffer.complete(seen.factors, images.products)
             warmth = self._warmup_factor()
-            total = seen.reconstruction()
-            if seen.offset is not None:
-                total = total + seen.offset
-            total = total * (self.loss_weights.reconstruction * warmth)
-            if self.loss_weights.norm:  # else a NaN gradient of L_n would not be multiplied away
-                total = total.add(seen.norm(), alpha=self.loss_weights.norm * warmth)
+            total, slopes = self._descend_rows(seen, warmth)
+            if self.config.scale != "paper":
+                weight = self.loss_weights.reconstruction * warmth
+                seen.offset, direction = self._offset(sums[:-2], len(values))
+                total = total.add(seen.offset, alpha=weight)
+                slopes = slopes._replace(shift=direction * (-2 * weight / len(values)))
             if self.head is not None and labels is not None:
-                seen.head = self.head.loss(images.coordinates, labels, len(norms), remember=remember)  # L_s
-                total = total.add(seen.head, alpha=self.loss_weights.head * warmth)
-        self._seen, self._total = seen.detached(), total.detach()
+                weight = self.loss_weights.head * warmth
+                seen.head, turned = self.head.loss(images.coordinates, labels, remember=remember)  # L_s
+                total = total.add(seen.head, alpha=weight)
+                slopes = slopes._replace(coordinates=None if turned is None else turned * weight)
+            if learns:
+                prepared = self.weight.prepared(self.bias, images, slopes)
+        if learns:
+            total = Descent.apply(activations, total, self.bias, self.weight, half, *prepared)
+        if self.config.scale == "paper":  # L_n is of the rows before b is added, which W never sees
+            with full_precision(activations.device):
+                sizes = torch.linalg.vector_norm(activations.to(self.bias.dtype), dim=1)
+                seen.sizes = sizes.detach()
+                if self.loss_weights.norm:
+                    total = total.add((1 - sizes).abs().mean(), alpha=self.loss_weights.norm * warmth)
+        self._seen, self._total = seen, total.detach()
         return total
+
+    def _descend_rows(self, seen: _Seen, warmth: float) -> tuple[Tensor, Slopes]:
+        """lambda_1 L_c + lambda_2 L_n, a scalar without a graph, and its slopes in the errors and the norms; as printed
+        without L_n, which is not of these norms."""
+        own, count = self.loss_weights, len(seen.norms)
+        if self.config.scale in CONSTANT:
+            squared = seen.factors.square() * (own.reconstruction * warmth)
+            total = squared * seen.errors.mean()
+            slopes = Slopes(squared / count)
+            if own.norm and self.config.scale != "paper":
+                total = total.add(seen.norm(), alpha=own.norm * warmth)
+                slopes = slopes._replace(norms=seen.norm_slopes() * (own.norm * warmth / count))
+            return total, slopes
+        with torch.enable_grad():
+            errors, norms = (values.detach().requires_grad_() for values in (seen.errors, seen.norms))
+            seen = _Seen(errors, norms, self._factors(norms))
+            total = seen.reconstruction() * (own.reconstruction * warmth)
+            if own.norm:  # else a NaN gradient of L_n would not be multiplied away
+                total = total.add(seen.norm(), alpha=own.norm * warmth)
+        return total.detach(), Slopes(*torch.autograd.grad(total, (errors, norms)))
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        """By which the scale of the loss multiplies the rows, (n,) or a scalar."""
+        if self.config.scale == "reference" and (self._initialized or self._provisional):
+            return self._unit
+        return SCALINGS[self.config.scale](norms, self._reference(norms))
 
     def _expand_offset_loss(self) -> None:
         """L_o to the first order about the mean that b knows, for the penalties until the next update.
@@ -248,19 +274,19 @@ class LowRankBranch(nn.Module):
         Mean and spread are those of the last update, so that the penalty stays a mean over rows, however an update is
         cut into batches and processes.
         """
-        unit = SCALINGS["reference"](self.bias, self.reference_norm)
+        self._unit = SCALINGS["reference"](self.bias, self.reference_norm)
         length, (bound, spread) = torch.linalg.vector_norm(self.bias), self.offset
-        excess = torch.addcmul(length, bound, spread, value=-1).clamp_min_(0) * unit
-        along = excess * unit / length.clamp_min(torch.finfo(length.dtype).tiny)
-        self._offset_loss = excess.square(), self.bias * (-2 * along)  # L_o and its gradient in the mean, (m,)
+        excess = torch.addcmul(length, bound, spread, value=-1).clamp_min_(0)
+        steep = excess * self._unit.square()
+        # At the mean -b L_o is steep * excess and its gradient 2 steep mean / length. So at the mean zero it would be:
+        constant = torch.sub(excess, length, alpha=2) * steep
+        self._offset_loss = constant, self.bias * (steep / length.clamp_min(torch.finfo(length.dtype).tiny))
 
-    def _offset(
-        self,
-        mean: Tensor,  # of the batch, (m,), with a graph
-    ) -> Tensor:
-        """L_o, a scalar; see `_expand_offset_loss`."""
-        value, gradient = self._offset_loss
-        return value + gradient @ (mean + self.bias)
+    def _offset(self, total: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """L_o of a batch of `count` rows a, whose sum is `total` (m,), and minus half its gradient in their mean, (m,);
+        see `_expand_offset_loss`."""
+        constant, direction = self._offset_loss
+        return constant.add(direction @ total, alpha=-2 / count), direction
 
     def _reference(self, norms: Tensor) -> Tensor:
         """The reference norm; before there is one, for a penalty that is only looked at, the spread of its batch."""
@@ -519,8 +545,8 @@ class LowRankBranch(nn.Module):
         self._moments.to(device)
         for name in _KEPT:
             setattr(self, name, moved(getattr(self, name), device))
-        value, gradient = self._offset_loss
-        self._offset_loss = moved(value, device), moved(gradient, device)
+        constant, direction = self._offset_loss
+        self._offset_loss, self._unit = (moved(constant, device), moved(direction, device)), moved(self._unit, device)
         self._seen = None if self._seen is None else self._seen.to(device)
         return super()._apply(fn, recurse)
 

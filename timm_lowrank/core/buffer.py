@@ -202,8 +202,12 @@ class Moments:
 
     def __init__(self, bias: Tensor) -> None:
         self._bias = bias
-        self._sums = bias.new_zeros(len(bias) + 2)  # of a, of ||a + b||^2, and of ones; in one tensor: three small ones
-        # would be three times the operations
+        self._added: Tensor | None = None  # None while nothing was: most updates are of one batch
+
+    @property
+    def _sums(self) -> Tensor:
+        """Of a, of ||a + b||^2, and of ones, (m + 2,): three small tensors would be three times the operations."""
+        return self._bias.new_zeros(len(self._bias) + 2) if self._added is None else self._added
 
     @property
     def total(self) -> Tensor:
@@ -222,7 +226,7 @@ class Moments:
 
     def of(self, values: Tensor) -> Tensor:
         """What `add` takes of a batch a (n, m): (m + 2,), the sum of a, and room for two more."""
-        own = self._sums.new_full(self._sums.shape, float(len(values)))
+        own = self._bias.new_full((len(self._bias) + 2,), float(len(values)))
         for some in pieces(values.shape[1], len(values), values.device):
             torch.sum(values[:, some], dim=0, dtype=own.dtype, out=own[:-2][some])
         return own
@@ -232,11 +236,14 @@ class Moments:
         it."""
         torch.dot(norms, norms, out=own[-2])
         finite = torch.linalg.vector_norm(own[:-2], math.inf) < torch.inf
-        self._sums = torch.where(finite, own + self._sums, self._sums)
+        if self._added is None:
+            self._added = torch.where(finite, own, 0)
+        else:
+            self._added = torch.where(finite, own + self._added, self._added)
 
     def sum_over(self, processes: Processes) -> None:
         """From here on the moments of all processes' batches; each must have had the same b."""
-        (self._sums,) = processes.sum(self._sums)
+        (self._added,) = processes.sum(self._sums)
 
     def empty(self) -> bool:
         """Whether no finite row was added. Waits for the device."""
@@ -261,7 +268,8 @@ class Moments:
         return (share - (self.mean() + self._bias).square().sum()).clamp_min(0)
 
     def to(self, device: torch.device) -> None:
-        self._bias, self._sums = moved(self._bias, device), moved(self._sums, device)
+        self._bias = moved(self._bias, device)
+        self._added = None if self._added is None else moved(self._added, device)
 
 
 class Streak:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import projection
 from .config import LowRankConfig
 from .device import moved
-from .factored import Reconstruction
+from .factored import Reconstruction, Slopes
 from .head import Rotation
 
 
@@ -23,6 +23,7 @@ class DenseWeight:
         self.start = torch.zeros(num_features, 0, device=device, dtype=dtype)
         self._rows = torch.zeros(0, num_features, device=device, dtype=dtype)
         self._seen = self._rows  # since the last projection
+        self.generation = 0
 
     @property
     def pending(self) -> int:
@@ -39,16 +40,32 @@ class DenseWeight:
         self,
         activations: Tensor,
         bias: Tensor,
-        total: Tensor,
         half: bool = False,
         entering: Sequence[int] | None = None,
-        coordinates: bool = True,
     ) -> Reconstruction:
         """What W makes of a batch (Algorithm 2, line 6); in its own dtype always."""
         rows = activations.to(bias.dtype) + bias
         errors = (rows @ self.matrix - rows).square().sum(dim=1)
-        mean = activations.to(bias.dtype).mean(dim=0)
-        return Reconstruction(errors, torch.linalg.vector_norm(rows, dim=1), mean, rows @ self.start, None)
+        return Reconstruction(errors, torch.linalg.vector_norm(rows, dim=1), rows @ self.start)
+
+    def prepared(self, bias: Tensor, seen: Reconstruction, slopes: Slopes) -> Slopes:
+        """What `gradient` takes."""
+        return slopes
+
+    def gradient(self, activations: Tensor, bias: Tensor, factor: Tensor, *slopes: Tensor | None, half: bool) -> Tensor:
+        """The gradient (n, m) in the activations of `factor` times the scalar whose gradient is `slopes`."""
+        with torch.enable_grad():
+            rows = activations.to(bias.dtype).requires_grad_()
+            seen, of = self.reconstruction(rows, bias), Slopes(*slopes)  # type: ignore[arg-type]
+            scalar = (seen.errors * of.errors).sum()
+            if of.norms is not None:
+                scalar = scalar + (seen.norms * of.norms).sum()
+            if of.shift is not None:
+                scalar = scalar + (rows * of.shift).sum()
+            if of.coordinates is not None:
+                scalar = scalar + (seen.coordinates * of.coordinates).sum()
+            (gradient,) = torch.autograd.grad(scalar * factor, rows)
+        return gradient.to(activations.dtype)
 
     def room(self, count: int) -> tuple[Tensor, Tensor]:
         """Where `append` takes rows from, (count, m); of their products it needs none."""
@@ -70,6 +87,7 @@ class DenseWeight:
             loss = (self._rows @ symmetric - self._rows).square().sum()
             (gradient,) = torch.autograd.grad(loss, parameter)
         self.matrix = self.matrix - scale * gradient
+        self.generation += 1
         self._seen = torch.cat([self._seen, self._rows])
         self._rows = self._rows[:0]
 
@@ -81,6 +99,7 @@ class DenseWeight:
     def project(self, generator: torch.Generator) -> Rotation:
         """W <- the rank-r approximation of W that `config.projection` asks for (Algorithm 2, line 13)."""
         config, rank = self.config, self.rank
+        self.generation += 1
         if config.projection == "exact":
             self.matrix = projection.exact(self.matrix, rank)
         elif config.projection == "nystrom":
@@ -134,6 +153,7 @@ class DenseWeight:
         if not torch.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-3 * float(matrix.abs().max())):
             raise ValueError("W is not symmetric: the file was damaged or changed")
         self.matrix, self.start = matrix, state["start"][:, 1:].to(self.start, copy=True)
+        self.generation += 1
         self._rows, self._seen = self._rows[:0], state["seen"][1:].to(self._seen, copy=True)
 
     def to(self, device: torch.device) -> None:

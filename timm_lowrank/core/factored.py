@@ -33,7 +33,7 @@ that the activations have.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,67 +89,56 @@ def _joined(norms: list[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
-class _Reconstruction(torch.autograd.Function):
-    """What W makes of the rows x_i = a_i + b, for fixed W and b: ||W x_i - x_i||^2 and ||x_i||, both (n,), the mean of
-    the a_i (m,), the coordinates (n, kept) in the range of W where they are wanted, and P (k, n), without a graph.
+class Reconstruction(NamedTuple):
+    """What W makes of the n rows x = a + b of a batch, without a graph."""
 
-    With the gradient in a alone (the formulas of this module). Neither the rows nor their gradient in `dtype` is ever
-    there as a whole: of what has the size of the batch nothing is added to memory but the gradient that is asked for.
+    errors: Tensor  # ||W x_i - x_i||^2, (n,)
+    norms: Tensor  # ||x_i||, (n,)
+    coordinates: Tensor  # (n, kept) in the orthonormal rows that span the range of W since its projection
+    products: Tensor | None = None  # P = B X^T (k, n), where W is kept factored
+    coefficients: Tensor | None = None  # C = M (G Y - P) - Y (k, n): half the gradient of the errors is X + B^T C
+
+
+class Slopes(NamedTuple):
+    """The gradient of a scalar in what W makes of the n rows of a batch; None is zero."""
+
+    errors: Tensor  # (n,), or a scalar: the same in all of them
+    norms: Tensor | None = None  # (n,)
+    shift: Tensor | None = None  # (m,): the same in the activations of all rows, of what reads their mean alone
+    coordinates: Tensor | None = None  # (n, kept)
+
+
+class Descent(torch.autograd.Function):
+    """A scalar whose gradient in the activations is known, from W as it is now.
+
+    One node of the graph, where autograd would take a dozen small operations, each of which costs a GPU's host more
+    than the device. Neither the rows nor their gradient in the dtype of W is ever there as a whole: of what has the
+    size of the batch nothing is added to memory but the gradient that is asked for.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        activations: Tensor,
+        activations: Tensor,  # (n, m)
+        value: Tensor,  # the scalar
         bias: Tensor,
-        total: Tensor,
-        weight: FactoredWeight,
+        weight: Any,  # that gave `prepared`
         half: bool,
-        entering: Sequence[int] | None,
-        coordinates: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        norms, products = weight.products(activations, bias, entering if half else None)
-        core, gram = weight.core, weight.gram
-        images = core @ products  # y
-        excess = torch.addmm(products, gram, images, beta=-1)  # G y - P
-        coefficients = torch.addmm(images, core, excess, beta=-1)  # M (G y - P) - y
+        *prepared: Tensor | None,
+    ) -> Tensor:
         ctx.weight, ctx.generation, ctx.half = weight, weight.generation, half  # type: ignore[attr-defined]
-        ctx.save_for_backward(activations, bias, norms, coefficients)
-        ctx.mark_non_differentiable(products)
-        ctx.set_materialize_grads(False)
-        # y . (G y - 2 P) = P . (M (G y - P) - y), as y = M P.
-        # Of rows that lie in the span of B, rounding may leave less than nothing.
-        errors = torch.addcmul((products * coefficients).sum(dim=0), norms, norms).clamp_min_(0)
-        mean = total / len(activations)
-        return errors, norms, mean, products[: weight.kept].T.clone() if coordinates else None, products
+        ctx.save_for_backward(activations, bias, *prepared)  # type: ignore[arg-type]
+        return value.view_as(value)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_errors, grad_norms, grad_mean, grad_coordinates, _):  # type: ignore[no-untyped-def, override]
-        activations, bias, norms, coefficients = ctx.saved_tensors
-        weight = ctx.weight
-        if ctx.generation != weight.generation:
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        activations, bias, *prepared = ctx.saved_tensors
+        if ctx.generation != ctx.weight.generation:
             raise RuntimeError("W was updated between penalty() and backward(); call update() after the optimizer step")
         with full_precision(activations.device):  # backward() may be called inside an autocast block
-            scale = torch.zeros_like(norms) if grad_errors is None else 2 * grad_errors
-            coefficients = coefficients * scale
-            if grad_coordinates is not None:
-                coefficients[: weight.kept].add_(grad_coordinates.T)
-            if grad_norms is not None:
-                scale = scale + torch.where(norms > 0, grad_norms / norms, 0)
-            shift = None if grad_mean is None else grad_mean / len(activations)
-            return weight.gradient(activations, bias, scale, coefficients, shift, ctx.half), *(None,) * 6
-
-
-class Reconstruction(NamedTuple):
-    """What W makes of the n rows x = a + b of a batch."""
-
-    errors: Tensor  # ||W x_i - x_i||^2, (n,), with a graph
-    norms: Tensor  # ||x_i||, (n,), with a graph
-    mean: Tensor  # of a, (m,), with a graph
-    # (n, kept) in the orthonormal rows that span the range of W since its projection, with a graph; None: not wanted
-    coordinates: Tensor | None
-    products: Tensor | None  # P = B X^T (k, n), where W is kept factored
+            gradient = ctx.weight.gradient(activations, bias, grad, *prepared, half=ctx.half)
+        return gradient, *(None,) * (4 + len(prepared))
 
 
 class FactoredWeight:
@@ -228,15 +217,20 @@ class FactoredWeight:
 
     def reconstruction(
         self,
-        activations: Tensor,  # (n, m) with or without a graph, any float dtype
+        activations: Tensor,  # (n, m), any float dtype
         bias: Tensor,  # b (m,), `dtype`
-        total: Tensor,  # the sum of the rows a (m,), `dtype`
         half: bool = False,  # whether the large products may be taken in bfloat16
         entering: Sequence[int] | None = None,  # the rows that may enter W; None means all of them
-        coordinates: bool = True,  # whether they are wanted
     ) -> Reconstruction:
-        """What W makes of a batch (Algorithm 2, line 6)."""
-        return Reconstruction(*_Reconstruction.apply(activations, bias, total, self, half, entering, coordinates))
+        """What W makes of a batch (Algorithm 2, line 6), by the formulas of this module."""
+        norms, products = self.products(activations, bias, entering if half else None)
+        images = self.core @ products  # y
+        excess = torch.addmm(products, self.gram, images, beta=-1)  # G y - P
+        coefficients = torch.addmm(images, self.core, excess, beta=-1)  # M (G y - P) - y
+        # y . (G y - 2 P) = P . (M (G y - P) - y), as y = M P.
+        # Of rows that lie in the span of B, rounding may leave less than nothing.
+        errors = torch.addcmul((products * coefficients).sum(dim=0), norms, norms).clamp_min_(0)
+        return Reconstruction(errors, norms, products[: self.kept].T, products, coefficients)
 
     def products(
         self,
@@ -266,26 +260,49 @@ class FactoredWeight:
         together[:, index], together[:, others] = products, rest
         return _joined(norms), together
 
+    def prepared(self, bias: Tensor, seen: Reconstruction, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `gradient` takes: (n,) or a scalar, (k, n), and (m,) or None; of the size of the batch is none."""
+        assert seen.coefficients is not None
+        scale, shift = 2 * slopes.errors, slopes.shift
+        coefficients = seen.coefficients * scale
+        if slopes.coordinates is not None:
+            coefficients[: self.kept] += slopes.coordinates.T
+        if slopes.norms is not None:
+            scale = scale + torch.where(seen.norms > 0, slopes.norms / seen.norms, 0)
+        if scale.dim() == 0:  # all rows alike: b goes with what they have in common
+            shift = bias * scale if shift is None else torch.addcmul(shift, bias, scale)
+        return scale, coefficients, shift
+
     def gradient(
         self,
         activations: Tensor,  # (n, m)
         bias: Tensor,  # (m,)
-        scale: Tensor,  # (n,)
+        factor: Tensor,  # a scalar
+        scale: Tensor,  # s (n,) or a scalar
         coefficients: Tensor,  # C (k, n)
         shift: Tensor | None,  # v (m,)
+        *,
         half: bool,
     ) -> Tensor:
-        """scale_i x_i + B^T C_i + v of each row x = a + b, (n, m) of the dtype of the activations."""
+        """factor times s_i x_i + B^T C_i + v of each row x = a + b, (n, m) of the dtype of the activations.
+
+        Where s is a scalar, s_i a_i in the place of s_i x_i: v has s b.
+        """
         gradient = torch.empty_like(activations)
         coefficients = coefficients.T.bfloat16() if half else coefficients.T
         for columns in self._pieces(len(activations)):
-            rows = centred(activations[:, columns], bias[columns]).mul_(scale[:, None])
+            if scale.dim() == 0:
+                assert shift is not None
+                rows = torch.addcmul(shift[columns], activations[:, columns], scale)
+            else:
+                rows = centred(activations[:, columns], bias[columns]).mul_(scale[:, None])
+                if shift is not None:
+                    rows += shift[columns]
             if half:
                 rows += coefficients @ self.half_basis[:, columns]
             else:
                 rows.addmm_(coefficients, self.basis[:, columns])
-            if shift is not None:
-                rows += shift[columns]
+            rows *= factor
             if rows.shape == activations.shape:
                 return rows.to(activations.dtype)
             gradient[:, columns] = rows

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from ..errors import LowRankWarning
@@ -50,20 +49,6 @@ class Rotation(NamedTuple):
 
     kept: Tensor  # U_new U_old^T (kept_new, kept_old)
     rows: Tensor  # U_new X^T (kept_new, p) of the p rows X that entered W since the projection before
-
-
-class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient in a tensor is known: autograd would take ten small operations more to find it."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.view_as(value)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        return ctx.saved_tensors[0] * grad, None, None
 
 
 class SubspaceHead:
@@ -98,7 +83,8 @@ class SubspaceHead:
         width = len(self._sizes) * self.classes
         # x^T [t - p | x], summed over the batches, x = (z, 1): minus dL_s/dH of each size as if it read all directions,
         # and E[x x^T], both times the number of rows, which is the last number of all.
-        self._sums = self.weight.new_zeros(len(self.weight), width + len(self.weight))
+        self._shape = len(self.weight), width + len(self.weight)
+        self._sums: Tensor | None = None  # of no batch yet
         self.images = 0  # that have entered them
 
     @property
@@ -106,15 +92,15 @@ class SubspaceHead:
         """Whether a projection has given it directions."""
         return self.directions.shape[0] > 0
 
+    @torch.no_grad()
     def loss(
         self,
-        coordinates: Tensor | None,  # U (a_i + b) of each row, (n, kept), with a graph; not needed before it is `ready`
+        coordinates: Tensor,  # U (a_i + b) of each row, (n, kept)
         labels: Tensor,  # see `rows_of_labels`
-        rows: int,  # n
         *,
         remember: bool,
-    ) -> Tensor:
-        """L_s of one batch, a scalar; zero before the first projection.
+    ) -> tuple[Tensor, Tensor | None]:
+        """L_s of one batch, a scalar, and its gradient in the coordinates; zero and None before the first projection.
 
         Args:
             remember: whether the batch counts for the next `update`.
@@ -122,34 +108,34 @@ class SubspaceHead:
         Raises:
             ValueError: the labels do not fit.
         """
-        if not self.ready or coordinates is None:
-            _check_labels(labels, rows, self.classes)
-            return self.weight.new_zeros(())
-        targets = rows_of_labels(labels, rows, self.classes).to(coordinates)[:, None]
+        if not self.ready:
+            _check_labels(labels, len(coordinates), self.classes)
+            return self.weight.new_zeros(()), None
+        targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)[:, None]
         shape = len(self._sizes), self.classes
-        with torch.no_grad():
-            valid = targets.sum(dim=2)
-            weight = (self._masks[:, :, None] * self.weight[:, None]).flatten(1)  # (q + 1, sizes x classes)
-            both = coordinates.new_ones(len(coordinates), sum(self._sums.shape) - len(self.weight))
-            missing, inputs = both.tensor_split([weight.shape[1]], dim=1)
-            missing = missing.unflatten(1, shape)
-            torch.mm(coordinates, self.directions.T, out=inputs[:, :-1])  # x = (z, 1)
-            logarithms = (inputs @ weight).unflatten(1, shape).log_softmax(dim=2)  # (n, sizes, classes)
-            torch.exp(logarithms, out=missing)
-            both.mul_(valid)
-            torch.sub(targets, missing, out=missing)  # minus the gradient in the logits
-            if remember:
-                self._add(inputs.T @ both)
-                self.images += len(labels)
-            count = valid.sum().clamp_min(1) * -len(self._sizes)
-            loss = (targets * logarithms).sum() / count
-            gradient = missing.flatten(1) @ weight[:-1].T @ self.directions / count
-        return _WithGradient.apply(coordinates, loss, gradient)
+        valid = targets.sum(dim=2)
+        weight = (self._masks[:, :, None] * self.weight[:, None]).flatten(1)  # (q + 1, sizes x classes)
+        both = coordinates.new_ones(len(coordinates), self._shape[1])
+        missing, inputs = both.tensor_split([weight.shape[1]], dim=1)
+        missing = missing.unflatten(1, shape)
+        torch.mm(coordinates, self.directions.T, out=inputs[:, :-1])  # x = (z, 1)
+        logarithms = (inputs @ weight).unflatten(1, shape).log_softmax(dim=2)  # (n, sizes, classes)
+        torch.exp(logarithms, out=missing)
+        both.mul_(valid)
+        torch.sub(targets, missing, out=missing)  # minus the gradient in the logits
+        if remember:
+            self._add(inputs.T @ both)
+            self.images += len(labels)
+        count = valid.sum().clamp_min(1) * -len(self._sizes)
+        return (targets * logarithms).sum() / count, missing.flatten(1) @ weight[:-1].T @ self.directions / count
 
     def _add(self, sums: Tensor) -> None:
         """The part of a batch; one that is not finite is left out: a gradient scaler will skip it."""
         finite = torch.linalg.vector_norm(sums, math.inf) < torch.inf
-        self._sums = torch.where(finite, self._sums + sums, self._sums)
+        if self._sums is None:
+            self._sums = torch.where(finite, sums, 0)
+        else:
+            self._sums = torch.where(finite, self._sums + sums, self._sums)
 
     def update(self, processes: Processes, images: int | None = None) -> None:
         """One step on H from all batches since the last one, the same to the bit on every process.
@@ -158,7 +144,7 @@ class SubspaceHead:
             images: of the batches of all processes; None means that there is this one alone.
         """
         if self.ready:
-            (sums,) = processes.sum(self._sums)
+            (sums,) = processes.sum(self.weight.new_zeros(self._shape) if self._sums is None else self._sums)
             width, share = len(self._sizes) * self.classes, len(self.directions) / max(1, images or self.images)
             rows = sums[-1, -1].clamp_min(1)
             self._counted = sums[-1, -1] if images or self.images else None
@@ -227,8 +213,9 @@ class SubspaceHead:
 
     def to(self, device: torch.device) -> None:
         on_meta = self.weight.is_meta
-        for name in ("directions", "weight", "moment", "_masks", "_read", "_sums"):
+        for name in ("directions", "weight", "moment", "_masks", "_read"):
             setattr(self, name, moved(getattr(self, name), device))
+        self._sums = None if self._sums is None else moved(self._sums, device)
         if on_meta:
             self._begin()
 

@@ -44,7 +44,8 @@ def batch(norms: Tensor, reference: Tensor) -> Tensor:
 
 def paper(norms: Tensor, reference: Tensor) -> Tensor:
     """As printed: not scaled."""
-    return torch.ones_like(norms)
+    return torch.ones_like(reference)
 
 
 SCALINGS: dict[str, Scaling] = {"unit": unit, "reference": reference, "batch": batch, "paper": paper}
+CONSTANT = ("reference", "paper")  # those whose factors do not depend on the norms
