@@ -173,6 +173,79 @@ def test_gradient_to_the_activations(scale, storage):
     assert torch.autograd.gradcheck(branch.penalty, rows.requires_grad_())
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_float32_gradient_is_exact_where_the_mean_is_a_thousand_times_the_spread(scale):
+    """s a + s b in the place of s (a + b) would be rounded at the size of b, in all rows alike."""
+    branch, exact = build(scale=scale, dtype=torch.float32), build(scale=scale)
+    *before, rows = ((300 + rows).float() for rows in batches(7))
+    train_all(branch, before)
+    exact.load_state_dict(branch.state_dict())
+    (loss, gradient), (expected_loss, expected) = (train(one, rows.to(one.bias)) for one in (branch, exact))
+    assert 500 < exact.bias.norm() / exact.reference_norm < 2000
+    assert difference(loss, expected_loss) < 2e-5
+    assert difference(gradient, expected) < 2e-5
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_activations_of_any_dtype_have_gradients_of_it(dtype, scale, storage):
+    """A network in double precision, too: the branch stays as it is."""
+    branch = build(scale=scale, storage=storage, dtype=torch.float32, norm_weight=0.1)
+    train_all(branch, (rows.float() for rows in batches(6)))
+    twin = copy.deepcopy(branch)
+    (rows,) = batches(1, seed=5)
+    rows = rows.to(dtype)
+    (loss, gradient), (expected_loss, expected) = train(branch, rows), train(twin, rows.float())
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert difference(loss, expected_loss) < 1e-6
+    assert difference(gradient.float(), expected) < max(1e-5, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_hooks_on_the_activations_run_once(storage):
+    branch, calls = trained(storage=storage), []
+    (rows,) = batches(1, seed=5)
+    alone = rows.clone().requires_grad_()
+    branch.eval().penalty(alone).backward()
+    rows.requires_grad_().register_hook(lambda grad: calls.append(grad) or 2 * grad)
+    branch.penalty(rows).backward()
+    assert len(calls) == 1
+    assert torch.equal(rows.grad, 2 * alone.grad)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_penalty_may_be_changed_in_place(scale):
+    """As `loss = model.penalty(); loss += task` does, and dividing it by accumulated parts; the report is of before."""
+    branch = trained(scale=scale, norm_weight=0.1).eval()
+    (rows,) = batches(1, seed=5)
+    alone, again = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    expected = branch.penalty(alone)
+    (expected / 2 + 3).backward()
+    penalty = branch.penalty(again)
+    penalty /= 2
+    penalty += 3
+    penalty.backward()
+    assert torch.allclose(again.grad, alone.grad, atol=1e-12)
+    assert branch.report().penalty == pytest.approx(float(expected.detach()))
+    with torch.no_grad():
+        looked = branch.penalty(rows)
+        looked += 1
+    assert branch.report().penalty == pytest.approx(float(expected.detach()))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_in_inference_mode_it_can_be_looked_at(scale, storage):
+    for branch in (build(scale=scale, storage=storage), trained(scale=scale, storage=storage)):
+        (rows,) = batches(1, seed=5)
+        with torch.no_grad():
+            expected = branch.penalty(rows)
+        with torch.inference_mode():
+            assert torch.equal(branch.penalty(rows), expected)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_loss_and_its_parts_by_hand(scale, storage):

@@ -211,7 +211,7 @@ class LowRankBranch(nn.Module):
                 self._moments.add(sums, seen.norms)
                 self._buffer.complete(seen.factors, images.products)
             warmth = self._warmup_factor()
-            total, slopes = self._descend_rows(seen, warmth)
+            total, slopes = self._descend_rows(seen, warmth, learns)
             if self.config.scale != "paper":
                 weight = self.loss_weights.reconstruction * warmth
                 seen.offset, direction = self._offset(sums[:-2], len(values))
@@ -232,12 +232,12 @@ class LowRankBranch(nn.Module):
                 seen.sizes = sizes.detach()
                 if self.loss_weights.norm:
                     total = total.add((1 - sizes).abs().mean(), alpha=self.loss_weights.norm * warmth)
-        self._seen, self._total = seen, total.detach()
+        self._seen, self._total = seen, total.detach().clone()  # which a loop may go on with in place
         return total
 
-    def _descend_rows(self, seen: _Seen, warmth: float) -> tuple[Tensor, Slopes]:
+    def _descend_rows(self, seen: _Seen, warmth: float, learns: bool) -> tuple[Tensor, Slopes]:
         """lambda_1 L_c + lambda_2 L_n, a scalar without a graph, and its slopes in the errors and the norms; as printed
-        without L_n, which is not of these norms."""
+        without L_n, which is not of these norms. The slopes say nothing where nobody `learns` from them."""
         own, count = self.loss_weights, len(seen.norms)
         if self.config.scale in CONSTANT:
             squared = seen.factors.square() * (own.reconstruction * warmth)
@@ -247,12 +247,14 @@ class LowRankBranch(nn.Module):
                 total = total.add(seen.norm(), alpha=own.norm * warmth)
                 slopes = slopes._replace(norms=seen.norm_slopes() * (own.norm * warmth / count))
             return total, slopes
-        with torch.enable_grad():
-            errors, norms = (values.detach().requires_grad_() for values in (seen.errors, seen.norms))
+        with torch.set_grad_enabled(learns):
+            errors, norms = (values.detach().requires_grad_(learns) for values in (seen.errors, seen.norms))
             seen = _Seen(errors, norms, self._factors(norms))
             total = seen.reconstruction() * (own.reconstruction * warmth)
             if own.norm:  # else a NaN gradient of L_n would not be multiplied away
                 total = total.add(seen.norm(), alpha=own.norm * warmth)
+        if not learns:
+            return total, Slopes(errors)
         return total.detach(), Slopes(*torch.autograd.grad(total, (errors, norms)))
 
     def _factors(self, norms: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ class LowRankBranch(nn.Module):
         excess = torch.addcmul(length, bound, spread, value=-1).clamp_min_(0)
         steep = excess * self._unit.square()
         # At the mean -b L_o is steep * excess and its gradient 2 steep mean / length. So at the mean zero it would be:
-        constant = torch.sub(excess, length, alpha=2) * steep
+        constant = torch.addcmul(excess * steep, length, steep, value=-2)
         self._offset_loss = constant, self.bias * (steep / length.clamp_min(torch.finfo(length.dtype).tiny))
 
     def _offset(self, total: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""W as a plain m x m matrix: Algorithm 2 as printed, by autograd. The slow twin of `factored.py`."""
+"""W as a plain m x m matrix: Algorithm 2 as printed, its gradients by autograd. The slow twin of `factored.py`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class DenseWeight:
     def gradient(self, activations: Tensor, bias: Tensor, factor: Tensor, *slopes: Tensor | None, half: bool) -> Tensor:
         """The gradient (n, m) in the activations of `factor` times the scalar whose gradient is `slopes`."""
         with torch.enable_grad():
-            rows = activations.to(bias.dtype).requires_grad_()
+            rows = activations.detach().to(bias.dtype).requires_grad_()
             seen, of = self.reconstruction(rows, bias), Slopes(*slopes)  # type: ignore[arg-type]
             scalar = (seen.errors * of.errors).sum()
             if of.norms is not None:

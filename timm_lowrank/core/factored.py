@@ -128,7 +128,7 @@ class Descent(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.generation, ctx.half = weight, weight.generation, half  # type: ignore[attr-defined]
         ctx.save_for_backward(activations, bias, *prepared)  # type: ignore[arg-type]
-        return value.view_as(value)
+        return value.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -269,8 +269,6 @@ class FactoredWeight:
             coefficients[: self.kept] += slopes.coordinates.T
         if slopes.norms is not None:
             scale = scale + torch.where(seen.norms > 0, slopes.norms / seen.norms, 0)
-        if scale.dim() == 0:  # all rows alike: b goes with what they have in common
-            shift = bias * scale if shift is None else torch.addcmul(shift, bias, scale)
         return scale, coefficients, shift
 
     def gradient(
@@ -291,11 +289,11 @@ class FactoredWeight:
         gradient = torch.empty_like(activations)
         coefficients = coefficients.T.bfloat16() if half else coefficients.T
         for columns in self._pieces(len(activations)):
-            if scale.dim() == 0:
-                assert shift is not None
-                rows = torch.addcmul(shift[columns], activations[:, columns], scale)
+            rows = centred(activations[:, columns], bias[columns])
+            if scale.dim() == 0 and shift is not None:
+                rows = torch.addcmul(shift[columns], rows, scale)
             else:
-                rows = centred(activations[:, columns], bias[columns]).mul_(scale[:, None])
+                rows.mul_(scale[:, None] if scale.dim() else scale)
                 if shift is not None:
                     rows += shift[columns]
             if half:
