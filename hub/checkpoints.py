@@ -32,6 +32,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add.add_argument("--recipe", metavar="FILE", help="from the root of the project (default: the run's own by name)")
     add.add_argument("--sample", metavar="FOLDER", help=f'"digits" or a folder of parquet files (default: {SAMPLE})')
     add.add_argument("--dataset", metavar="NAME", help="the data set's name on the Hub, if the run had a copy of it")
+    add.add_argument(
+        "--license", metavar="ID",
+        help="of the weights, as the Hub names it (default: that of the weights that the training began from, else "
+        "apache-2.0)",
+    )  # fmt: skip
     table = commands.add_parser("table", help="print the table of all checkpoints, in Markdown")
     table.add_argument("--list", type=Path, default=ROOT / "hub" / "checkpoints.yaml", metavar="FILE")
     table.add_argument("--write", type=Path, metavar="FILE", help="put it into this file instead")
@@ -44,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if given.command == "add":
             options = {"recipe": given.recipe, "sample": given.sample, "dataset": given.dataset}
-            print("\n".join(add_checkpoint(given.run, given.name, **options)))
+            print("\n".join(add_checkpoint(given.run, given.name, license=given.license, **options)))
         elif given.write:
             write_table(read_checkpoints(given.list), given.write)
         else:

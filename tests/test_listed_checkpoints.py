@@ -160,6 +160,18 @@ def test_the_sample_is_20_images_of_each_class():
 # Adding
 
 
+def test_the_licence_of_an_added_run_can_be_named(clone, trained, tmp_path):
+    """It has to be, where that of the weights that it began from is not known."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    began = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**began, "init_from": "w.pth"}))
+    refused("w.pth, whose licence is not known .*with --license", checkpoints, "add", run, "tiny", "--sample", "digits")
+    assert not folder_of("tiny").exists()
+    done(checkpoints, "add", run, "tiny", "--sample", "digits", "--license", "cc-by-4.0")
+    assert ModelCard.load(folder_of("tiny") / "README.md").data.license == "cc-by-4.0"
+
+
 def test_an_added_run_is_a_folder_a_row_and_a_line_of_the_page(added, trained, capsys):
     folder = folder_of("tiny")
     assert set(in_folder(folder)) == FILES

@@ -450,6 +450,26 @@ def test_resuming_needs_no_initial_weights_any_more(finished, tmp_path, monkeypa
             train(made, tmp_path / name / "new", resume=True)
 
 
+def test_resuming_needs_no_pretrained_weights_any_more(tmp_path):
+    """They may be a download of gigabytes, and the machine may be offline by then. The first convolution of these has
+    three channels, which timm sums up for images of one."""
+    weights = tmp_path / "pretrained.pth"
+    torch.save(timm.create_model(SMALL["model"], **{**SMALL["model_args"], "in_chans": 3}).state_dict(), weights)
+    origin = {"file": str(weights), "num_classes": 1000, "first_conv": "conv1", "classifier": "fc"}
+    arguments = {**SMALL["model_args"], "pretrained": True, "pretrained_cfg": origin}
+    made = recipe(model_args=arguments, epochs=2, pretrain_epochs=0)
+    train(made, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch_0002")
+    weights.unlink()
+    train(made, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert (tmp_path / "run/model/config.json").read_bytes() == (tmp_path / "whole/model/config.json").read_bytes()
+    with pytest.raises(RecipeError, match=r"pretrained\.pth"):
+        train(made, tmp_path / "new", resume=True)
+
+
 def test_a_checkpoint_that_was_counted_on_and_goes_away_is_an_error(finished, tmp_path):
     made, output = recipe(twin=True, ema_decay=0.9), copy(finished, tmp_path)
     folder = RunFolder(output, made, resume=True)

@@ -62,7 +62,13 @@ def clone_list() -> Path:
 
 
 def add_checkpoint(
-    run: Path, name: str, *, recipe: str | None = None, sample: str | None = None, dataset: str | None = None
+    run: Path,
+    name: str,
+    *,
+    recipe: str | None = None,
+    sample: str | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
 ) -> list[str]:
     """Puts a run into the clone as hub/checkpoints/NAME and into the list; replaces an older one of this name.
 
@@ -78,13 +84,16 @@ def add_checkpoint(
         sample: images on which the right answers are counted, "digits" or a folder from the root of the clone; None
             is the sample of CIFAR-10.
         dataset: the name on the Hub of the data set, if the run had a copy of it; None is what the list said before.
+        license: of the weights, an identifier of the Hub; None is that of the weights that the training began from, or
+            Apache-2.0.
 
     Returns:
         What was done, in lines for a terminal.
 
     Raises:
         CheckpointError: no finished or evaluated run, too large, other classes than the sample, or fewer right answers
-            on the sample than its accuracy on all test images allows.
+            on the sample than its accuracy on all test images allows; weights that the training began from of which
+            no licence is known.
     """
     path = clone_list()
     before = {one.name: one for one in read_checkpoints(path)}
@@ -110,7 +119,7 @@ def add_checkpoint(
     folder = folder_of(name)
     with disk_errors(f"could not write {folder}", "What was there is unchanged", CheckpointWriteError):
         with folder_aside(folder) as new:
-            _write(record, new, name, dataset)
+            _write(record, new, name, dataset, license)
             row = dataclasses.replace(row, sample=count_right(new, sample or SAMPLE, row.figures.clean))
             texts = _texts(path, [*({**before, name: row}).values()])
         for file, text in texts.items():
@@ -123,7 +132,7 @@ def add_checkpoint(
     ]
 
 
-def _write(record: RunRecord, folder: Path, name: str, dataset: str | None) -> None:
+def _write(record: RunRecord, folder: Path, name: str, dataset: str | None, license: str | None) -> None:
     """All files of the checkpoint."""
     for file in CHECKPOINT_FILES:
         if (record.run.model / file).is_file():
@@ -134,11 +143,11 @@ def _write(record: RunRecord, folder: Path, name: str, dataset: str | None) -> N
     for file, source in files.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
-    _write_card(folder, name, dataset)
+    _write_card(folder, name, dataset, license)
     for shrink in (_project, leave_out_state):
         if _size(folder) > MOST_BYTES and (folder / LOWRANK_WEIGHTS).is_file():
             shrink(folder)
-            _write_card(folder, name, dataset)
+            _write_card(folder, name, dataset, license)
     verify(folder, sha256=record.sha256)
     others = sum(
         _size(other) for other in folder_of("").glob("*") if not other.name.startswith(".") and other.name != name
@@ -164,10 +173,10 @@ def _project(folder: Path) -> None:
         write_into(folder, model, belong_to=[NETWORK_WEIGHTS])
 
 
-def _write_card(folder: Path, name: str, dataset: str | None) -> None:
+def _write_card(folder: Path, name: str, dataset: str | None, license: str | None) -> None:
     record = read_run(folder)
     about = described(folder, [file for file in files_of(record) if (folder / file).is_file()])
-    text = run_card(record, Place.in_clone(name), about, license=record.license(), dataset=dataset)
+    text = run_card(record, Place.in_clone(name), about, license=license or record.license(), dataset=dataset)
     (folder / CARD).write_text(text, encoding="utf-8")
 
 

@@ -8,11 +8,12 @@ import itertools
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object
@@ -58,8 +59,8 @@ def build(recipe: Recipe, data: Data, output: Path, *, resumed: Callable[[], boo
         recipe: of the run.
         data: what it trains on.
         output: its folder.
-        resumed: whether a checkpoint brings the weights, so that those of `init_from` are not needed; all processes,
-            which have joined by then, ask together.
+        resumed: whether a checkpoint brings the weights, so that neither those of `init_from` nor pretrained ones are
+            needed; all processes, which have joined by then, ask together.
 
     Raises:
         RecipeError: if the network cannot be built, a layer is not there, or the batch cannot be divided.
@@ -85,8 +86,9 @@ def build(recipe: Recipe, data: Data, output: Path, *, resumed: Callable[[], boo
         lambda value: accelerator.reduce(value, "mean"),
     )
     comparator = recipe.compared()
-    initial = None if recipe.init_from is None or resumed() else recipe.init_from
-    lowrank = _wrapped(recipe, comparator, data, start, initial).to(accelerator.device)
+    takes_weights = recipe.init_from is not None or bool(recipe.model_args.get("pretrained"))
+    built = _without_initial_weights(recipe) if takes_weights and resumed() else recipe
+    lowrank = _wrapped(built, comparator, data, start).to(accelerator.device)
     if recipe.channels_last:
         lowrank = lowrank.to(memory_format=torch.channels_last)
     optimizer = _optimizer(recipe, lowrank.backbone)
@@ -175,7 +177,13 @@ def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=rate, momentum=recipe.momentum, weight_decay=decay, nesterov=recipe.nesterov)
 
 
-def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start, initial: str | None) -> LowRankModel:
+def _without_initial_weights(recipe: Recipe) -> Recipe:
+    """The same network, for which nothing is read or downloaded: a checkpoint brings its weights."""
+    arguments = {key: value for key, value in recipe.model_args.items() if key != "pretrained"}
+    return dataclasses.replace(recipe, init_from=None, model_args=arguments)
+
+
+def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start) -> LowRankModel:
     channels = data.image_size[0]
     if recipe.model_args.get("in_chans", channels) != channels:
         raise RecipeError(
@@ -185,22 +193,32 @@ def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start, i
         network = create_backbone(
             recipe.model,
             num_classes=len(data.class_names),
-            # What the network is fed is written into its configuration, and with it into the exported model.
-            pretrained_cfg_overlay=data.data_config,
+            pretrained_cfg_overlay=data.data_config | {"input_size": (_weight_channels(recipe), *data.image_size[1:])},
             **{**recipe.model_args, "in_chans": channels},
         )
-        if initial is not None:
-            _load_initial(network, initial)
+        # What the network is fed is written into its configuration, and with it into the exported model.
+        network.pretrained_cfg = {**network.pretrained_cfg, **data.data_config}  # type: ignore[assignment, dict-item]
+        if recipe.init_from is not None:
+            _load_initial(network, recipe.init_from)
         comparator.attach(network, start)
         return wrap(network, recipe.lowrank_config(), example_input=start.example_input)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:  # the last of weights that cannot be read
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(
             f"cannot build model={recipe.model!r} with model_args={recipe.model_args}"
             f"{'' if recipe.comparator is None else f' and comparator={recipe.comparator!r}'} "
-            f"for images of {data.image_size}: {error}"
+            f"for images of {data.image_size}: {str(error) or type(error).__name__}"
         ) from error
+
+
+def _weight_channels(recipe: Recipe) -> int:
+    """For how many channels pretrained weights were made, which timm sums up for fewer: 3 where nothing says so."""
+    given = recipe.model_args.get("pretrained_cfg")
+    size = given.get("input_size") if isinstance(given, Mapping) else None
+    if size is None and ":" not in recipe.model and (config := timm.get_pretrained_cfg(recipe.model)):
+        size = config.input_size
+    return int(size[0]) if size else 3
 
 
 def _load_initial(network: nn.Module, source: str) -> None:
