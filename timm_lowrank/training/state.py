@@ -10,7 +10,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -197,7 +197,7 @@ def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start) -
             **{**recipe.model_args, "in_chans": channels},
         )
         # What the network is fed is written into its configuration, and with it into the exported model.
-        network.pretrained_cfg = {**network.pretrained_cfg, **data.data_config}  # type: ignore[assignment, dict-item]
+        cast("dict[str, Any]", network.pretrained_cfg).update(data.data_config)  # in place: it has a second name
         if recipe.init_from is not None:
             _load_initial(network, recipe.init_from)
         comparator.attach(network, start)
