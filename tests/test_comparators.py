@@ -63,8 +63,12 @@ def slow_spectral(weight):
 
 
 def slow_stable_rank(weight, stable_rank):
-    left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-    leading = torch.outer(left[:, 0], right[0]).detach()
+    left, values, right = (one.detach() for one in torch.linalg.svd(weight.flatten(1), full_matrices=False))
+    leading = torch.outer(left[:, 0], right[0])
+    if stable_rank == 1:  # nothing else is left to learn by
+        turned = (weight.flatten(1) @ right[0], weight.flatten(1).T @ left[:, 0])
+        return torch.outer(*(one / one.norm() for one in turned)).view(weight.shape)
+    values = torch.linalg.svdvals(weight.flatten(1))
     rest = weight.flatten(1) / values[0] - leading
     if rest.norm() ** 2 > stable_rank - 1:
         rest = rest * (stable_rank - 1) ** 0.5 / rest.norm()
@@ -86,6 +90,22 @@ def test_a_normalised_weight_and_its_gradient(shape, stable_rank):
         before = torch.linalg.svdvals(weight.detach().flatten(1))
         stable = float(before.square().sum() / before[0].square())
         assert values.square().sum() == pytest.approx(min(stable, stable_rank))
+
+
+def test_a_classifier_of_two_classes_learns_under_stable_rank_normalisation():
+    """A share of its two rows is less than one: its weight is of rank one, and turns."""
+    torch.manual_seed(0)
+    linear = comparators.stable_rank_normalize(nn.Sequential(nn.Linear(8, 2)))[0]
+    rows = torch.randn(64, 8)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    for _ in range(200):
+        loss = nn.functional.cross_entropy(linear(rows), (rows[:, 0] > 0).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    _, values, right = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
+    assert values.tolist() == pytest.approx([1, 0], abs=1e-3)
+    assert abs(right[0, 0]) > 0.9, "it reads the feature that tells the classes"
 
 
 def test_normalisation_is_of_the_precision_of_the_weight_under_autocast():

@@ -32,7 +32,7 @@ from timm_lowrank.reproduce.kept import Kept
 from timm_lowrank.reproduce.reproduction import Cell, Line, Panel, Reproduction, TrainedRun, write_reproduction
 from timm_lowrank.reproduce.runs import Runs, Seen
 from timm_lowrank.reproduce.setups import C10_R18, C10_R50, CONDITIONS, SCALES, Base
-from timm_lowrank.reproduce.write import fill, gain_text, markdown, own_text, paper_text, table
+from timm_lowrank.reproduce.write import fill, gain_text, index, markdown, own_text, paper_text, table
 from timm_lowrank.suites.plan import SUITES, measurements_of
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -178,7 +178,7 @@ def test_cells_hold_mean_spread_and_difference():
     assert own_text(nothing) == "not measured"
     assert paper_text(nothing) == "0.0180"
     larger = dataclasses.replace(Cell.of("x", "number", {0: 0.01, 1: math.nan}), beyond=32 / 255)
-    assert own_text(larger) == "> 32/255"
+    assert (own_text(larger), larger.shown) == ("> 32/255", None), "of one of two seeds: pictures show none, either"
     bounded = dataclasses.replace(Cell.of("x", "count", {0: 900.0}), at_most=999.0)
     assert own_text(bounded) == "900 (of 999 possible)"
     qualified = Cell.of("x", "count", {0: 1200.0}, 1000, "more than 1,000")
@@ -214,6 +214,29 @@ def test_a_table_says_which_figures_are_of_other_images():
     ]  # fmt: skip
 
 
+def test_the_index_counts_what_is_larger_than_all_that_was_tried():
+    made = read_reproduction(Path(__file__).parents[1] / "results" / "table-10.json")
+    cells = [cell for panel in made.panels for line in panel.lines for cell in line.cells if line.recipe]
+    shown = sum(own_text(cell) != "not measured" for cell in cells)
+    assert sum(cell.beyond is not None for cell in cells) == 2
+    assert f"{shown} of {len(cells)} figures" in index([made])
+
+
+def test_the_command_names_what_it_was_given(tmp_path):
+    """But for seeds where it trains none, and recipes that are all that it shows."""
+    small = "smoke-cifar10-resnet18"
+    for number, options, expected in (
+        (5, {"existing": True}, " --existing"),
+        (5, {"images": 7, "seeds": (3,), "existing": True}, " --images 7 --existing"),
+        (5, {}, ""), (5, {"seeds": (0, 1)}, " --seeds 0 1"),
+        (5, {"recipes": (small,)}, f" --recipes {small}"), (10, {"recipes": (small,)}, ""),
+    ):  # fmt: skip
+        name = f"table-{number}"
+        runs = Options(names=(name,), scale="smoke", runs=tmp_path, **options).folder()
+        expected = f"timm-lowrank reproduce --table {number} --scale smoke{expected}"
+        assert build(ENTRIES[name], runs).command == expected
+
+
 def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
     def line(condition, recipe, values, printed=0.5, gain=None, **options):
         cells = (dataclasses.replace(Cell.of("acc", "share", values, printed), gain=gain),)
@@ -223,7 +246,7 @@ def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
     lines = (
         line("N-LR", "a", {0: 0.25}, printed_masking="suspect"),
         line("N-LR", "b", {0: 0.5, 1: 0.6}, masking={0: "suspect", 1: "suspect"}), line("N-LR", "c", {}),
-        dataclasses.replace(line("N-LR", "d", {0: 0.5}), seeds=(0, 1)),
+        dataclasses.replace(line("N-LR", "d", {0: 0.5}, masking={0: "suspect"}), seeds=(0, 1)),
         line("2-LR", None, {}), line("1-LR", "a", {0: 0.3}, printed=None, gain=0.05), line("SN", "a", {}, printed=None),
     )  # fmt: skip
     rows = [row.strip("| ").split(" | ") for row in table(Panel(title="t", columns=("acc",), lines=lines)).splitlines()]
@@ -231,7 +254,7 @@ def test_a_table_shows_every_network_of_ours_beside_the_papers_row():
         ["R18, N-LR", "paper", "", "50.0", "suspect"],
         ["ours: resnet10 (`a`)", "0", "25.0 (-25.0)", "not measured"],
         ["ours: resnet10 (`b`)", "0, 1", "55.0 ± 7.1 (+5.0)", "suspect"],
-        ["ours: resnet10 (`d`)", "0, 1", "50.0 (+0.0) [1 of 2 seeds]", "not measured"],
+        ["ours: resnet10 (`d`)", "0, 1", "50.0 (+0.0) [1 of 2 seeds]", "suspect [1 of 2 seeds]"],
         ["R18, 2-LR", "paper", "", "50.0"],
         ["ours", "", "not measured"],
         ["R18, 1-LR", "ours: resnet10 (`a`)", "0", "30.0", "not measured"],

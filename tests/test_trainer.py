@@ -267,6 +267,26 @@ def test_a_loss_that_ignores_the_number_of_items_is_averaged(build):
     assert parts.state.log_history[0]["loss"] < 1.5 * whole.state.log_history[0]["loss"]
 
 
+def test_the_loss_that_is_looked_at_is_that_of_the_next_class(build):
+    """ViT's own loss ignores the number of items, and would note in the model's configuration what labels it saw."""
+
+    class Summed(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+            return (loss, outputs) if return_outputs else loss
+
+    class Mine(LowRankMixin, Summed):
+        pass
+
+    whole = run(build("vit", trainer=Mine))
+    parts = run(build("vit", trainer=Mine, per_device_train_batch_size=8, gradient_accumulation_steps=2))
+    assert relative_difference(parts, whole) < 5e-6
+    assert relative_difference(whole, run(build("vit"))) < 5e-6
+    assert whole.model.config.problem_type is None
+
+
 def test_before_switch_on_it_is_the_plain_trainer(build):
     plain = build("vit", trainer=transformers.Trainer)
     plain.train()

@@ -167,6 +167,8 @@ def bottleneck(
 ) -> nn.Module:
     """Puts Bottle-LR layers where branches would sit, as children `bottlenecks.LAYER` of the network ("/" for dots).
 
+    One before the classifier goes with it: give `num_classes` to `create_model`, and call no `reset_classifier` behind.
+
     Args:
         network: of timm's, then `save_pretrained` saves it as a `bottlenecked` one; or any other.
         branches: "1-LR", "2-LR" or layer to rank, as `LowRankConfig.branches`.
@@ -300,6 +302,8 @@ class StableRankNormalized(SpectralNormalized):
     With u, v the leading singular vectors, u v^T is kept and the rest scaled down to a norm of sqrt(r - 1) if it has
     more: the nearest matrix of spectral norm 1 and that stable rank which keeps its leading direction.
 
+    u and v are constants for the gradient. Where r is 1 nothing else is left, and they are W v and W^T u, normalised.
+
     Args:
         weight: W, of any shape; its matrix has a row for each output.
         stable_rank: r >= 1.
@@ -313,7 +317,10 @@ class StableRankNormalized(SpectralNormalized):
     def forward(self, weight: Tensor) -> Tensor:
         normalized = super().forward(weight)
         with torch.autocast(weight.device.type, enabled=False):
-            leading = torch.outer(self._u, self._v).view(weight.shape)
+            left, right, matrix = self._u, self._v, weight.flatten(1)
+            if not self.rest_norm:  # else the weight would never get a gradient
+                left, right = (functional.normalize(one, dim=0) for one in (matrix @ right, matrix.T @ left))
+            leading = torch.outer(left, right).view(weight.shape)
             rest = normalized - leading
             norm = rest.square().sum().clamp_min(torch.finfo(rest.dtype).tiny).sqrt()
             return leading + rest * (self.rest_norm / norm).clamp_max(1)

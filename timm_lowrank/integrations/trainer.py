@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import json
 import os
 import shutil
@@ -300,14 +299,11 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
     def _check_loss(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> None:
         """Finds out, once, whether the loss heeds the number of items that the Trainer knows of."""
         known = num_items_in_batch is not None and self.model_accepts_loss_kwargs and "labels" in inputs
-        if self._loss_checked or not known or self.compute_loss_func is not None:
+        said = getattr(self, "loss_is_scaled_for_ga", None) is not None or self.compute_loss_func is not None
+        if self._loss_checked or not known or said:
             return
         self._loss_checked = True
-        if self.label_smoother is not None:  # which in the first versions of transformers 5 is a plain mean
-            heeds = "num_items_in_batch" in inspect.signature(self.label_smoother).parameters
-        else:
-            heeds = self._model_heeds_items(inputs)
-        if heeds:
+        if self._loss_heeds_items(inputs, num_items_in_batch):
             return
         self.model_accepts_loss_kwargs = False
         if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
@@ -321,13 +317,16 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
                 stacklevel=2,
             )
 
-    def _model_heeds_items(self, inputs: Mapping[str, Any]) -> bool:
-        """If its loss is the same for any number of items, it is a plain mean. Two images are enough to see it."""
+    def _loss_heeds_items(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> bool:
+        """If the loss of the next class, which may not be the model's, is the same for any number of items, it is a
+        plain mean. Two images are enough to see it."""
         few = {key: value[:2] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        losses = []
         with evaluating(self.model):
-            outputs = [self.model(**few, num_items_in_batch=count) for count in (1, 2)]
-        key: Any = "loss" if isinstance(outputs[0], dict) else 0  # it may be a tuple
-        return not torch.equal(outputs[0][key], outputs[1][key])
+            for count in (num_items_in_batch, 2 * num_items_in_batch):
+                with torch.random.fork_rng(devices=[]):  # what it draws must not make the difference
+                    losses.append(super().compute_loss(self.model, dict(few), num_items_in_batch=count))
+        return not torch.equal(*losses)
 
     # ---------------------------------------------------------------------------------------------------- logging
 

@@ -67,7 +67,13 @@ def _command(entry: Entry, runs: Runs) -> str:
     given += [f"--images {scale.images}"] if scale.images != usual.images else []
     given += [f"--train-images {scale.train_images}"] if scale.train_images != usual.train_images else []
     given += [f"--spectrum-limit {scale.spectrum_limit}"] if scale.spectrum_limit else []
+    bases, of_scale = (
+        dict.fromkeys(base.name for row in entry.rows for base in one.bases.get(row.setup, ()))
+        for one in (scale, usual)
+    )
+    given += [f"--recipes {' '.join(bases)}"] if bases and bases != of_scale else []
     given += ["--existing"] if runs.existing else []
+    given += [f"--seeds {' '.join(map(str, runs.seeds))}"] if runs.seeds != usual.seeds and not runs.existing else []
     return " ".join(["timm-lowrank reproduce", *given])
 
 

@@ -91,7 +91,8 @@ def _blocks(panel: Panel) -> list[_Block]:
         units = [cell.unit for cell in lines[0].cells]
         for unit in dict.fromkeys(units):
             columns = tuple(index for index, one in enumerate(units) if one == unit)
-            if any(line.cells[index].mean is not None for line in lines for index in columns):
+            shown = [line.cells[index] for line in lines for index in columns]
+            if any(cell.shown is not None for cell in shown):
                 blocks.append(_Block(f"{panel.title}\n{row}: {recipe}", columns, panel, lines))
     return blocks
 
@@ -104,7 +105,7 @@ def _draw_block(axes: Any, block: _Block, colours: Mapping[str, str]) -> None:
     for number, line in enumerate(block.lines):
         shift = 0.0 if positions else 0.1 * (number - (len(block.lines) - 1) / 2)
         cells = [(x + shift, line.cells[index]) for x, index in zip(xs, block.columns, strict=True)]
-        own = [(x, cell.mean, cell.deviation or 0.0) for x, cell in cells if cell.mean is not None]
+        own = [(x, cell.shown, cell.deviation or 0.0) for x, cell in cells if cell.shown is not None]
         printed = [(x, cell.printed) for x, cell in cells if cell.printed is not None]
         colour = colours[line.condition]
         if own:

@@ -70,6 +70,11 @@ class Cell:
     images: Mapping[int, Mapping[str, Detail]] = dataclasses.field(default_factory=dict)
     figure: str | None = None
 
+    @property
+    def shown(self) -> float | None:
+        """The mean, where it is one of all seeds: without those that are beyond all that was tried it is too small."""
+        return None if self.beyond is not None else self.mean
+
     @classmethod
     def of(
         cls,

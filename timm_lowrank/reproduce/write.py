@@ -123,7 +123,9 @@ def _count(value: Detail) -> str:
 def _masking(line: Line) -> str:
     verdicts = list(line.masking.values())
     named = dict.fromkeys(verdicts)
-    return "; ".join(f"{text} ({verdicts.count(text)})" if len(named) > 1 else text for text in named) or NOT_MEASURED
+    text = "; ".join(f"{text} ({verdicts.count(text)})" if len(named) > 1 else text for text in named)
+    fewer = 0 < len(verdicts) < len(line.seeds)
+    return f"{text} [{len(verdicts)} of {len(line.seeds)} seeds]" if fewer else text or NOT_MEASURED
 
 
 def paper_text(cell: Cell) -> str:
@@ -135,9 +137,9 @@ def paper_text(cell: Cell) -> str:
 
 def own_text(cell: Cell) -> str:
     """What was measured: 31.2 ± 0.4 (+4.5)."""
-    if cell.mean is None or cell.beyond is not None:  # a mean of some seeds would be too small
+    if cell.shown is None:
         return NOT_MEASURED if cell.beyond is None else f"> {radius_text(cell.beyond)}"
-    text = _quantity(cell.mean, cell.unit)
+    text = _quantity(cell.shown, cell.unit)
     if cell.at_most is not None:
         text += f" (of {number(cell.at_most)} possible)"
     if cell.deviation is not None:
@@ -249,7 +251,7 @@ def index(reproductions: Sequence[Reproduction]) -> str:
     rows = []
     for one in reproductions:
         cells = [cell for panel in one.panels for line in panel.lines for cell in line.cells if line.recipe]
-        known = sum(cell.mean is not None for cell in cells)
+        known = sum(cell.mean is not None or cell.beyond is not None for cell in cells)
         what = [f"{known} of {counted(len(cells), 'figure')}"] if cells else []
         what += [counted(len(one.curves), "curve")] if one.curves else []
         what += [counted(len(one.strips), "strip")] if one.strips else []
