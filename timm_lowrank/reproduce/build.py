@@ -73,7 +73,8 @@ def _command(entry: Entry, runs: Runs) -> str:
     )
     given += [f"--recipes {' '.join(bases)}"] if bases and bases != of_scale else []
     given += ["--existing"] if runs.existing else []
-    given += [f"--seeds {' '.join(map(str, runs.seeds))}"] if runs.seeds != usual.seeds and not runs.existing else []
+    others = runs.seeds != usual.seeds and not runs.existing
+    given += [f"--seeds {' '.join(map(str, runs.seeds))}"] if runs.seeds and others else []
     return " ".join(["timm-lowrank reproduce", *given])
 
 
