@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse_arguments(arguments)
     try:
         if given.command == "add":
-            options = {"recipe": given.recipe, "sample": given.sample, "dataset": given.dataset}
-            print("\n".join(add_checkpoint(given.run, given.name, license=given.license, **options)))
+            options = {name: getattr(given, name) for name in ("recipe", "sample", "dataset", "license")}
+            print("\n".join(add_checkpoint(given.run, given.name, **options)))
         elif given.write:
             write_table(read_checkpoints(given.list), given.write)
         else:

@@ -57,6 +57,11 @@ MUTATIONS = (
         "tests/test_branch.py",
     ),
     Mutation(
+        "wrong sign in the gradient of L_c", "timm_lowrank/core/branch.py",
+        "slopes = Slopes(squared / count)", "slopes = Slopes(-squared / count)",
+        "tests/test_branch.py -k activations",
+    ),
+    Mutation(
         "the mean of a layer not held", "timm_lowrank/core/branch.py",
         "value=-1).clamp_min_(0)", "value=-1).clamp_max_(0)",
         "tests/test_branch.py",

@@ -264,7 +264,8 @@ class LowRankBranch(nn.Module):
         return SCALINGS[self.config.scale](norms, self._reference(norms))
 
     def _expand_offset_loss(self) -> None:
-        """L_o to the first order about the mean that b knows, for the penalties until the next update.
+        """L_o to the first order about the mean that b knows, and the factor of the scale "reference", for the
+        penalties until the next update.
 
             L_o = (||mean|| - bound * spread)+^2 / reference^2
 
@@ -285,8 +286,8 @@ class LowRankBranch(nn.Module):
         self._offset_loss = constant, self.bias * (steep / length.clamp_min(torch.finfo(length.dtype).tiny))
 
     def _offset(self, total: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """L_o of a batch of `count` rows a, whose sum is `total` (m,), and minus half its gradient in their mean, (m,);
-        see `_expand_offset_loss`."""
+        """L_o, a scalar, of a batch of `count` rows a whose sum is `total` (m,), and minus half its gradient in their
+        mean, (m,); see `_expand_offset_loss`."""
         constant, direction = self._offset_loss
         return constant.add(direction @ total, alpha=-2 / count), direction
 

@@ -49,7 +49,7 @@ class DenseWeight:
         return Reconstruction(errors, torch.linalg.vector_norm(rows, dim=1), rows @ self.start)
 
     def prepared(self, bias: Tensor, seen: Reconstruction, slopes: Slopes) -> Slopes:
-        """What `gradient` takes."""
+        """What `gradient` takes: the slopes themselves, of the shapes that they have."""
         return slopes
 
     def gradient(self, activations: Tensor, bias: Tensor, factor: Tensor, *slopes: Tensor | None, half: bool) -> Tensor:
