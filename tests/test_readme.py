@@ -113,14 +113,19 @@ def test_the_table_of_the_readme_is_what_was_measured():
 
 def test_resnet_18_in_the_table_of_the_readme_is_what_was_measured():
     conditions, measured = ("N-LR", "2-LR"), set()
+
+    def over_seeds(values):
+        return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
     for name in ("table-5", "figure-2"):
         made = read_reproduction(ROOT / "results" / f"{name}.json")
-        runs = {run.condition: run.clean_accuracy for run in made.runs if run.recipe == "cifar10-resnet18-fast"}
-        measured.add(tuple(f"{100 * runs[condition]:.1f}" for condition in conditions))
+        runs = [run for run in made.runs if run.recipe == "cifar10-resnet18-fast"]
+        clean = [[run.clean_accuracy for run in runs if run.condition == condition] for condition in conditions]
+        measured.add(tuple(map(over_seeds, clean)))
         for panel in made.panels:
             lines = {line.condition: line.cells for line in panel.lines if line.recipe == "cifar10-resnet18-fast"}
             cells = zip(*(lines[condition] for condition in conditions if condition in lines), strict=True)
-            measured |= {tuple(f"{100 * cell.mean:.1f}" for cell in both if cell.mean is not None) for both in cells}
+            measured |= {tuple(over_seeds(cell.values.values()) for cell in both if cell.values) for both in cells}
     assert cells_of("README.md", TWO_NETWORKS, slice(2, 4), 6) <= measured
 
 
@@ -144,6 +149,21 @@ def test_the_tables_of_the_objective_are_what_was_measured(name, monkeypatch, ca
     table = capsys.readouterr().out.strip()
     assert table.startswith("|")
     assert table in (ROOT / "docs" / "objective.md").read_text()
+
+
+def test_autoattack_leaves_nothing_of_resnet_18_as_the_readme_says():
+    made = read_evaluation(ROOT / "docs" / "autoattack-resnet18.json")
+    runs = read_reproduction(ROOT / "results" / "table-5.json").runs
+    clean = {r.condition: r.clean_accuracy for r in runs if (r.recipe, r.seed) == ("cifar10-resnet18-fast", 0)}
+    assert {network.title.replace("plain", "N-LR"): network.clean.value for network in made.networks} == clean
+    for key in ("autoattack-linf-8-255", "autoattack-l2-0.5"):
+        figure = made.figure(key)
+        assert {title: value.value for title, value in figure.values.items()} == {
+            "2-LR": 0.0,
+            "1-LR": 0.0,
+            "plain": 0.0,
+        }
+        assert (figure.protocol.images, figure.protocol.seed) == (1000, 0)
 
 
 def test_autoattack_leaves_nothing_of_the_checkpoints_as_the_readme_says():

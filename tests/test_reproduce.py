@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from test_training_compare import figure
 
@@ -649,6 +650,30 @@ def test_a_run_at_hand_is_read_anew_and_other_trainings_are_not_averaged(made, t
     (table, *_) = reproduce(options, lambda text: None)
     assert [line.condition for line in table.panels[1].lines if line.seeds] == ["N-LR"]
     assert f"{BASE}/2-LR-seed0 was trained differently and is not at hand: left out" in table.missing
+
+
+def test_runs_that_the_recipe_would_train_otherwise_are_named_and_not_averaged_with_others(made, tmp_path):
+    _, (table_5, *_), _ = made
+    assert all(run.settings["epochs"] == run.epochs and not run.unlike for run in table_5.runs)
+    assert "Trained otherwise" not in markdown(table_5)
+    options = moved(made, tmp_path, **{"2_LR": "2-LR-seed0"})
+    path = options.runs / BASE / "2-LR-seed0" / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"learning_rate": 0.2, "workers": 3}))
+    (table, *_) = reproduce(options, lambda text: None)
+    (run,) = table.runs
+    assert run.unlike == ("learning_rate was 0.2 and is 0.1",)
+    assert run.settings["learning_rate"] == 0.2
+    assert (
+        f"Trained otherwise than the recipe of this version would: `{BASE}/2-LR-seed0` (learning_rate was"
+        in (options.output / "table-5.md").read_text()
+    )
+    assert [line.condition for line in table.panels[1].lines if line.seeds] == ["2-LR"]  # its twin has another rate
+    assert f"{BASE}/N-LR-seed0 was trained differently and is not at hand: left out" in table.missing
+    # What an earlier version wrote does not say how its runs were trained: they stay.
+    unknown = [dataclasses.replace(run, settings={}) for run in table_5.runs]
+    write_reproduction(dataclasses.replace(table_5, runs=tuple(unknown)), options.output / "table-5.json")
+    (table, *_) = reproduce(options, lambda text: None)
+    assert {line.condition for line in table.panels[1].lines if line.seeds} >= {"N-LR", "2-LR"}
 
 
 def test_figures_that_are_larger_than_all_that_was_tried_are_kept(made, tmp_path):

@@ -38,7 +38,7 @@ from timm_lowrank.training.checkpoints import damage, seal
 from timm_lowrank.training.compare import compare_runs
 from timm_lowrank.training.loop import Means, TrainedEpoch, check_alive, check_not_at_chance
 from timm_lowrank.training.report import layer_spectra
-from timm_lowrank.training.run import RunFolder, unlike_twin
+from timm_lowrank.training.run import RunFolder, changed_settings, settings, unlike_twin
 from timm_lowrank.training.state import build, seeded
 
 CPU = torch.device("cpu")
@@ -260,6 +260,20 @@ def test_a_twin_is_trained_by_the_same_recipe_without_branches(keys, differ):
     plain = Recipe.from_dict({**made, "data": "a copy", "lowrank": {"enabled": False}})
     assert unlike_twin(Recipe.from_dict({**made, "twin": True, **keys}), plain) == differ
     assert unlike_twin(Recipe.from_dict(made), Recipe.from_dict(made)) == ["lowrank.enabled was true and is false"]
+
+
+def test_settings_are_what_decides_a_training_and_is_not_at_its_default():
+    made = {"model": "resnet10_cifar", "epochs": 3, "lowrank": {"branches": {"layer3": 8}}}
+    aside = {"name": "mine", "data": "there", "seed": 4, "workers": 2, "compile": True, "save_every": 2}
+    recipe = Recipe.from_dict({**made, **aside, "milestones": [2], "weight_decay": 5e-4})
+    assert settings(recipe) == {**made, "milestones": [2]}
+    assert changed_settings(recipe, Recipe.from_dict({**made, "milestones": [2], "momentum": 0.8})) == [
+        "momentum was 0.9 and is 0.8"
+    ]
+    on = Recipe.from_dict({**made, "lowrank": {**made["lowrank"], "enabled": True}, "pretrain_epochs": 1})
+    assert changed_settings(on, Recipe.from_dict(made)) == ["pretrain_epochs was 1 and is 0"]
+    assert changed_settings(on.plain(), Recipe.from_dict(made).plain()) == []  # no plain network has them
+    assert changed_settings(on.plain(), on) != []
 
 
 def test_what_of_a_schedule_has_no_effect_is_said(tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..environment import versions
 from ..evaluation.results import Curve, Detail, Figure, Series, Strip, Value
 from ..suites.measurements.base import Measurement
-from ..training.run import Summary
+from ..training.run import Summary, changed_settings, settings
 from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row, quickened
 from .kept import Kept
 from .published import Printed
@@ -363,7 +363,8 @@ def _data(base: Base, source: str) -> str:
 def _trained(entry: Entry, runs: Runs) -> Iterable[TrainedRun]:
     for base, condition in needed(entry, runs):
         for run in runs.finished(base, condition):
-            summary = runs.describe(run).summary
+            described = runs.describe(run)
+            summary = described.summary
             yield TrainedRun(
                 folder=str(run.folder.relative_to(runs.folder)),
                 recipe=base.name,
@@ -377,4 +378,6 @@ def _trained(entry: Entry, runs: Runs) -> Iterable[TrainedRun]:
                 seconds=summary.seconds,
                 device=summary.device,
                 versions=summary.versions,
+                settings=settings(described.recipe),
+                unlike=tuple(changed_settings(described.recipe, base.make_recipe(condition, run.seed))),
             )

@@ -589,7 +589,7 @@ def _tables() -> list[Entry]:
                     "(a) before the classifier",
                     _embedded("last", (None, 10, 5)),
                     (
-                        *_rows(C100_R50, published.EMBEDDED_LAST, "2-LR", "Bottle-LR"),
+                        *_rows(C100_R50, published.EMBEDDED_LAST, "1-LR-head", "2-LR", "Bottle-LR"),
                         *(Row(C10_R18, one) for one in (PLAIN, "1-LR", "2-LR", "2-LR-light", "2-LR-strong")),
                     ),
                 ),

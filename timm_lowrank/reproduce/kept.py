@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..evaluation.results import Curve, Series, Strip
+from ..training.run import OF_BRANCHES
 from .reproduction import RANDOM, Line, Reproduction, TrainedRun
 from .setups import CONDITIONS
 
@@ -17,9 +19,20 @@ def _key(run: TrainedRun) -> _Key:
     return run.recipe, run.condition, run.seed
 
 
-def _design(run: TrainedRun) -> tuple[str, int, int]:
-    """Runs of one recipe that differ in these are of different recipes of this name: they are not averaged."""
-    return run.model, run.train_images, run.epochs
+def _alike(run: TrainedRun, other: TrainedRun) -> bool:
+    """Whether two runs of one recipe are plain twins but for the seed and what is compared.
+
+    Runs that are not are of different recipes of this name: they are not averaged.
+    """
+    if (run.model, run.train_images, run.epochs) != (other.model, other.train_images, other.epochs):
+        return False
+    known = run.settings and other.settings  # files of earlier versions do not say
+    return not known or _of_training(run) == _of_training(other)
+
+
+def _of_training(run: TrainedRun) -> dict[str, Any]:
+    compared = (*OF_BRANCHES, "comparator", "comparator_args")
+    return {key: value for key, value in run.settings.items() if key not in compared}
 
 
 class Kept:
@@ -40,8 +53,10 @@ class Kept:
         self._before = before
         known = {_key(run) for run in at_hand}
         gone = [run for run in before.runs if _key(run) not in known] if before else []
-        designs = {run.recipe: _design(run) for run in at_hand}
-        self.dropped = [run for run in gone if designs.get(run.recipe, _design(run)) != _design(run)]
+        beside = {run.recipe: [other for other in at_hand if other.recipe == run.recipe] for run in gone}
+        self.dropped = [
+            run for run in gone if beside[run.recipe] and not any(_alike(run, other) for other in beside[run.recipe])
+        ]
         stamp = before.created if before else None
         self.runs = tuple(dataclasses.replace(run, as_of=run.as_of or stamp) for run in gone if run not in self.dropped)
         self._keys = {_key(run) for run in self.runs}

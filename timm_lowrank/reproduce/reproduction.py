@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import EvaluationError
 from ..evaluation.results import Curve, Detail, Strip, Unit
@@ -168,6 +169,8 @@ class TrainedRun:
     """A run that figures come from.
 
     Attributes:
+        settings: the keys of its recipe that decide the training and are not at their default; empty: not known.
+        unlike: of each of them that the recipe of this making has differently, what it was and is.
         as_of: if it was no longer at hand, when its figures were taken; None: they are of this making.
     """
 
@@ -183,6 +186,8 @@ class TrainedRun:
     seconds: float
     device: str
     versions: Mapping[str, str]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unlike: tuple[str, ...] = ()
     as_of: str | None = None  # ISO 8601
 
 

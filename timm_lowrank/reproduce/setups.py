@@ -50,6 +50,21 @@ def _last_alone(values: Values) -> Any:
     return {LAST: branches[LAST]} if isinstance(branches, Mapping) and LAST in branches else "1-LR"
 
 
+def _with_head(values: Values) -> Values:
+    """1-LR with the subspace head that the presets have inside the network alone."""
+    last = _spelled(_last_alone(values))[LAST]
+    one = dict(last) if isinstance(last, Mapping) else {"rank": last}
+    return _branches(values, {LAST: {**one, "head_weight": 1.0}})
+
+
+PRESETS = {"1-LR": {LAST: 100}, "2-LR": {"layer3": 500, LAST: 100}}  # of the recipes that name one
+
+
+def _spelled(branches: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Layer -> its rank, or a mapping with it; of presets, too."""
+    return PRESETS[branches] if isinstance(branches, str) else branches
+
+
 def _plain(values: Values) -> Values:
     """Layers stay, so that the same are measured."""
     return _branches(values, values["lowrank"]["branches"], enabled=False)
@@ -60,16 +75,13 @@ def _strength(name: str) -> Callable[[Values], Values]:
 
 
 def _ranks(factor: float) -> Callable[[Values], Values]:
-    presets = {"1-LR": {LAST: 100}, "2-LR": {"layer3": 500, LAST: 100}}
-
     def scaled(one: Any) -> Any:
         rank = one["rank"] if isinstance(one, Mapping) else one
         rank = max(1, round(rank * factor))
         return {**one, "rank": rank} if isinstance(one, Mapping) else rank
 
     def change(values: Values) -> Values:
-        branches = values["lowrank"]["branches"]
-        branches = presets.get(branches, branches) if isinstance(branches, str) else branches
+        branches = _spelled(values["lowrank"]["branches"])
         return _branches(values, {layer: scaled(one) for layer, one in branches.items()})
 
     return change
@@ -89,6 +101,7 @@ CONDITIONS = {
     for condition in (
         Condition(PLAIN, _plain, "plain"),
         Condition("1-LR", lambda values: _branches(values, _last_alone(values)), "a branch before the classifier"),
+        Condition("1-LR-head", _with_head, "1-LR with a subspace head of weight 1"),
         Condition("2-LR", lambda values: values, "another branch before the last stage"),
         Condition("2-LR-light", _strength("light"), "2-LR of strength light"),
         Condition("2-LR-strong", _strength("strong"), "2-LR of strength strong"),

@@ -11,7 +11,7 @@ from ..evaluation.results import Detail, Unit, radius_text
 from ..files import disk_errors, write_whole
 from ..text import counted, duration, listing, markdown_table, number, percent, phrases
 from .pictures import draw
-from .reproduction import IMAGES, Cell, Line, Panel, Reproduction, read_reproduction, write_reproduction
+from .reproduction import IMAGES, Cell, Line, Panel, Reproduction, TrainedRun, read_reproduction, write_reproduction
 
 CODE = ("timm_lowrank", "commit", "torch")  # what a run says of the code that trained it
 NOT_MEASURED, NOTHING = "not measured", "-"
@@ -218,7 +218,19 @@ def _runs(reproduction: Reproduction) -> str:
     said = [
         f"Not at hand in this making, as the one of {making} had them: {', '.join(kept[making])}." for making in kept
     ]
-    return "\n\n".join([table, *said])
+    return "\n\n".join([table, *_unlike(reproduction.runs), *said])
+
+
+def _unlike(runs: Sequence[TrainedRun]) -> list[str]:
+    """A sentence for the runs that the recipe of their name, as this version has it, would train otherwise."""
+    changed: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        if run.unlike:
+            changed.setdefault(run.unlike, []).append(f"`{run.folder}`")
+    return [
+        f"Trained otherwise than the recipe of this version would: {', '.join(folders)} ({'; '.join(keys)})."
+        for keys, folders in changed.items()
+    ]
 
 
 BEGIN, END = r"<!-- (?P<name>[\w-]+), panel (?P<panel>\d+) -->", "<!-- end -->"

@@ -44,6 +44,11 @@ OF_BRANCHES = ("lowrank", "pretrain_epochs", "ramp_epochs", "cooldown_epochs")
 ASIDE_OF_TRAINING = (
     "name", "twin", "trackers", "save_every", "save_every_steps", "keep_checkpoints", "eval_batch_size",
 )  # fmt: skip
+# What tells the runs of one recipe apart, and what changes the speed, or the rounding of a sum, alone.
+ASIDE_OF_SETTINGS = (
+    *FREE, *ASIDE_OF_TRAINING, "seed", "spectrum_images", "shuffle_buffer", "channels_last", "compile",
+    "gradient_accumulation",
+)  # fmt: skip
 PUBLISHED_RECIPE = "recipe.yaml"
 TWIN = "twin"
 GO_ON = "continue with the same command and --resume auto"
@@ -64,6 +69,33 @@ def unlike_twin(recipe: Recipe, plain: Recipe) -> list[str]:
     enabled = ["lowrank.enabled was true and is false"] if plain.lowrank_enabled else []
     aside = (*FREE, *OF_BRANCHES, *ASIDE_OF_TRAINING)
     return [*enabled, *_changes(plain.to_dict(), recipe.plain().to_dict(), aside)]
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that decide what is trained and how, as far as they are not at their default."""
+    defaults = {field.name: field.default for field in recipe.describe_fields()}
+    values = recipe.to_dict()
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ASIDE_OF_SETTINGS and value != _plain_value(defaults[key])
+    }
+
+
+def changed_settings(before: Recipe, now: Recipe) -> list[str]:
+    """Of each of `settings` that differs what it was and is; of networks without branches without those of branches."""
+    aside = OF_BRANCHES if not (before.lowrank_enabled or now.lowrank_enabled) else ()
+    return _changes(_said_alike(before), _said_alike(now), (*ASIDE_OF_SETTINGS, *aside))
+
+
+def _said_alike(recipe: Recipe) -> dict[str, Any]:
+    """The recipe, whichever way it says that its branches are on."""
+    return {**recipe.to_dict(), "lowrank": {**recipe.lowrank, "enabled": recipe.lowrank_enabled}}
+
+
+def _plain_value(value: Any) -> Any:
+    """As `Recipe.to_dict` has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], aside: Collection[str]) -> list[str]:
