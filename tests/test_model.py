@@ -483,6 +483,20 @@ def test_loss_hook(wrapped, data):
     assert torch.equal(criterion(model(images), labels), plain)
 
 
+def test_a_loss_hook_that_is_called_twice_for_one_forward_says_what_to_do(wrapped, data):
+    model, twin, inner = wrapped(), wrapped(), nn.CrossEntropyLoss()
+    ((images, labels),) = data(1)
+    hook, output = LossHook(inner, model), model(images)
+    hook(output, labels)
+    with pytest.raises(CaptureError, match="as in mixup: give LossHook a single function"):
+        hook(output, labels.flip(0))
+    mixed = LossHook(lambda output, one, other: 0.3 * inner(output, one) + 0.7 * inner(output, other), model)
+    loss = mixed(model(images), labels, labels.flip(0))
+    output = twin(images)
+    expected = 0.3 * inner(output, labels) + 0.7 * inner(output, labels.flip(0)) + twin.penalty()
+    assert torch.equal(loss, expected)
+
+
 def test_loss_hook_leaves_the_criterion_s_own_parameters_alone(wrapped):
     model, inner = wrapped(), nn.CrossEntropyLoss(weight=torch.ones(10))
     criterion = LossHook(inner, model)

@@ -286,6 +286,17 @@ def test_the_loss_that_is_looked_at_is_that_of_the_next_class(build):
     assert relative_difference(whole, run(build("vit"))) < 5e-6
     assert whole.model.config.problem_type is None
 
+    class Mean(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=None)
+            return (loss, outputs) if return_outputs else loss
+
+    class MineOfMean(LowRankMixin, Mean):
+        pass
+
+    with pytest.warns(LowRankWarning, match="Mean.compute_loss takes num_items_in_batch and ignores it"):
+        run(build("vit", trainer=MineOfMean, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1))
+
 
 def test_before_switch_on_it_is_the_plain_trainer(build):
     plain = build("vit", trainer=transformers.Trainer)

@@ -307,7 +307,10 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
             return
         self.model_accepts_loss_kwargs = False
         if self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
-            ignores = f"the loss of {type(self.model).__name__} takes num_items_in_batch and ignores it"
+            later = type(self).__mro__[type(self).__mro__.index(LowRankMixin) + 1 :]
+            owner = next(kind for kind in later if "compute_loss" in vars(kind))
+            whose = f"the loss of {type(self.model).__name__}" if owner is Trainer else f"{owner.__name__}.compute_loss"
+            ignores = f"{whose} takes num_items_in_batch and ignores it"
             if self.label_smoother is not None:
                 ignores = "label smoothing of this version of transformers ignores num_items_in_batch"
             warnings.warn(
