@@ -180,8 +180,8 @@ class LowRankModel(nn.Module):
         if record is None:
             raise CaptureError(
                 "penalty() needs a forward pass in train mode before each call; it was called without one, or twice "
-                "for the same one. A criterion that is called several times for one forward, as in mixup: give LossHook "
-                "a single function that makes all of these calls"
+                "for the same one. A criterion that is called several times for one forward, as in mixup: give "
+                "LossHook a single function that makes all of these calls"
             )
         self._trial = None
         if learns:
