@@ -242,7 +242,12 @@ MUTATIONS = (
     # ------------------------------------------------------------------------------------------ the paper beside ours
     Mutation(
         "kept runs are averaged with other trainings", "timm_lowrank/reproduce/kept.py",
-        "if designs.get(run.recipe, _design(run)) != _design(run)]", "if designs.get(run.recipe) is run]",
+        "if beside[run.recipe] and not any(", "if run in beside[run.recipe] and not any(",
+        "tests/test_reproduce.py",
+    ),
+    Mutation(
+        "kept runs are averaged with those of other settings", "timm_lowrank/reproduce/kept.py",
+        "return not known or _of_training(run) == _of_training(other)", "return True",
         "tests/test_reproduce.py",
     ),
     Mutation(

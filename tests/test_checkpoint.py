@@ -1,5 +1,6 @@
 """`save_pretrained`, `from_pretrained` and the branches in files: who can load them, and what is refused."""
 
+import copy
 import hashlib
 import json
 import os
@@ -427,6 +428,45 @@ def test_branches_are_written_and_loaded_by_themselves(tmp_path, view):
     assert not other.enabled
     assert checkpoint.read_description(tmp_path / "new").layers["blocks.1"].view == view
     assert checkpoint.read_description(tmp_path) is None
+
+
+def test_a_classifier_that_was_reset_and_not_trained_with_its_branches_is_saved_and_loaded(tmp_path):
+    def build():
+        config = LowRankConfig(branches={"layer3": 4}, warmup_updates=0, project_every=2)
+        return tlr.wrap("test_resnet", config, num_classes=3, example_input=torch.rand(2, 3, 32, 32)).train()
+
+    model = build()
+    for _ in range(4):
+        model(torch.rand(6, 3, 32, 32))
+        model.penalty(torch.tensor([0, 1, 2, 0, 1, 2]))
+        model.update()
+    model.enable(False).reset_classifier(5)
+    state = copy.deepcopy(model).state_dict()
+    save_pretrained(model, tmp_path)
+    loaded, other = from_pretrained(tmp_path), build()
+    other.reset_classifier(5)
+    other.load_state_dict(state)
+    for one in (loaded, other):
+        assert one.branches["layer3"].head.classes == 5
+        assert torch.equal(one.branches["layer3"].dense_weight(), model.branches["layer3"].dense_weight())
+
+
+@pytest.mark.parametrize("storage", ["factored", "dense"])
+def test_branches_on_a_layer_with_the_name_of_a_method_of_a_dictionary(tmp_path, storage):
+    def build():
+        network = nn.Sequential()
+        for name in ("keys", "values", "last"):
+            network.add_module(name, nn.Linear(5, 5))
+        config = tlr.LowRankConfig(branches={"values": 2}, storage=storage)
+        return tlr.wrap(network, config, example_input=torch.rand(2, 5)).train()
+
+    model, other = build(), build()
+    model(torch.rand(4, 5))
+    model.penalty()
+    model.update()
+    checkpoint.write_branches(model, tmp_path)
+    checkpoint.load_branches(other, tmp_path)
+    assert same(model.branches.state_dict(), other.branches.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,16 @@ def test_a_head_may_be_switched_on_and_off_between_two_trainings():
     again = build()
     again.load_state_dict(without.state_dict())
     assert not again.head.ready
+    again.load_state_dict(branch.state_dict())
+    narrower = build(head_weight=0.0)
+    ((rows, _),) = batches(1, rows=2)
+    for _ in range(4):
+        narrower.penalty(rows)
+        narrower.update()
+    assert narrower.weight.kept < again.weight.kept
+    again.load_state_dict(narrower.state_dict())
+    assert not again.head.ready, "its directions were those of another W"
+    train(again, batches(1))
     other = build(classes=5)
     with pytest.raises(RuntimeError, match="does not fit 5 classes"):
         other.load_state_dict(branch.state_dict())
@@ -350,6 +360,40 @@ def test_targets_that_are_no_labels_teach_nothing_and_that_is_said_once(digits, 
     assert "a class number in [0, 10) or a share of each of 10 classes" in message
 
 
+def test_class_numbers_of_a_larger_classifier_are_left_out_and_that_is_said_once(digits):
+    model = wrapped()
+    model.classifier = torch.nn.Linear(model.classifier.in_features, 13)
+    images, labels = digits[0][:32], digits[1][:32] + 3
+
+    def train(count):
+        for _ in range(count):
+            step(model, images, labels, lambda logits, y: functional.cross_entropy(logits, y) + model.penalty(y))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(14)
+    (message,) = [str(one.message) for one in caught]
+    assert "leaves out the labels from 10 on, and 12 is one" in message
+    assert "set model.unwrap().num_classes" in message
+    model.unwrap().num_classes = 13
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(14)
+    assert model.branches["body"].head.classes == 13
+
+
+@pytest.mark.parametrize("labels", [torch.randint(2, (8,)), torch.rand(8), torch.rand(8, 1), None])
+def test_a_single_logit_has_no_head(digits, labels):
+    """Of a regression, or of two classes: the softmax of one class is 1 whatever the head reads."""
+    network = timm.create_model("test_resnet", in_chans=1, num_classes=1)
+    model = tlr.wrap(network, LowRankConfig(branches={"layer3": 4}), example_input=digits[0][:2]).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(digits[0][:8])
+        model.penalty(labels)
+    assert not model.uses_labels
+
+
 def test_class_numbers_go_before_the_logits_of_a_teacher(digits):
     """Of a criterion that takes both."""
     one, two = wrapped(), wrapped()
@@ -399,6 +443,16 @@ def test_heads_follow_a_classifier_that_is_reset(digits):
     train(3)
     assert (model.classes, model.branches["layer3"].head.classes) == (4, 4)
     assert model.losses()["layer3"]["head"] > 0
+    again = tlr.wrap(
+        timm.create_model("test_resnet", in_chans=1, num_classes=10),
+        LowRankConfig(**settings),
+        example_input=images[:2],
+    ).train()
+    again.reset_classifier(4)
+    again.load_state_dict(model.state_dict())
+    again(images)
+    again.penalty(labels % 4)
+    assert torch.equal(again.branches["layer3"].head.weight, model.branches["layer3"].head.weight)
     model.reset_classifier(0)
     train_loss = model(images).square().mean() + model.penalty(labels)
     assert train_loss.isfinite()

@@ -240,6 +240,51 @@ def test_all_unknown_layers_are_named_with_the_nearest():
     assert "no layer 'layer3'" not in str(caught.value)
 
 
+def test_a_layer_that_a_dropout_overwrites_in_training_is_named_before():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool, self.inner = nn.AdaptiveAvgPool2d(4), nn.Linear(48, 12)
+            self.classifier = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(12, 3))
+
+        def forward(self, x):
+            return self.classifier(self.inner(self.pool(x).flatten(1)))
+
+    state = torch.get_rng_state()
+    with pytest.raises(CaptureError, match="'inner' was overwritten in place"):
+        tlr.wrap(Dropping(), branch_on("inner"), example_input=images(32))
+    torch.set_rng_state(state)
+    network = Dropping()
+    state = torch.get_rng_state()
+    model = tlr.wrap(network, branch_on("classifier.0"), example_input=images(32))
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
+    model.train()(images(32))
+    model.penalty(torch.tensor([0, 1]))
+
+
+def test_a_module_of_two_names_can_be_named_by_either():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = timm.create_model("test_resnet", num_classes=3)
+            self.features = nn.Sequential(*list(self.base.children())[:-2])
+
+        def forward(self, x):
+            return self.base.fc(self.features(x).mean(dim=(2, 3)))
+
+    network = Doubled()
+    number = [module is network.base.layer3 for module in network.features].index(True)
+    one, two = (
+        tlr.wrap(network, branch_on(layer), example_input=images(32)).train()
+        for layer in ("base.layer3", f"features.{number}")
+    )
+    penalties = []
+    for model in (one, two):
+        model(images(32))
+        penalties.append(model.penalty(torch.tensor([0, 1])))
+    assert torch.equal(*penalties)
+
+
 def test_a_rank_that_is_larger_than_the_layer():
     wide = {"pre_logits": 65, "blocks.1": 1000}
     each = [f"rank {rank} is larger than the 64 features of layer '{layer}'; " for layer, rank in wide.items()]

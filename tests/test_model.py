@@ -467,6 +467,30 @@ def test_deepcopy_and_pickle_with_a_graph_that_waits(data):
         copy.deepcopy(model).penalty()
 
 
+def test_a_copy_of_a_model_that_is_compiled_in_place_computes_by_itself(wrapped, data):
+    model = wrapped()
+    ((images, _),) = data(1)
+    model.compile(backend="eager")
+    model(images)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not twin(images).any()
+        twin.penalty()
+    model.penalty()  # of its own forward
+
+
+def test_a_part_that_was_compiled_while_the_branches_were_off_is_named(wrapped, data):
+    model = wrapped({"body": 5})
+    model.unwrap().compile(backend="eager")
+    ((images, _),) = data(1)
+    model.enable(False)(images)
+    model.enable()(images)
+    with pytest.raises(CaptureError, match=r"'body' lies in a part .* compiled by itself.*torch\.compile\(model\)"):
+        model.penalty()
+
+
 # the loop
 
 
@@ -483,18 +507,19 @@ def test_loss_hook(wrapped, data):
     assert torch.equal(criterion(model(images), labels), plain)
 
 
-def test_a_loss_hook_that_is_called_twice_for_one_forward_says_what_to_do(wrapped, data):
-    model, twin, inner = wrapped(), wrapped(), nn.CrossEntropyLoss()
+def test_two_criterion_calls_for_one_forward_are_told_what_to_do(wrapped, data):
+    model, twin, inner = wrapped(head_weight=0.5), wrapped(head_weight=0.5), nn.CrossEntropyLoss()
     ((images, labels),) = data(1)
     hook, output = LossHook(inner, model), model(images)
     hook(output, labels)
-    with pytest.raises(CaptureError, match="as in mixup: give LossHook a single function"):
+    with pytest.raises(CaptureError, match=r"as with Mixup, .* add model\.penalty\(shares of the classes\) once"):
         hook(output, labels.flip(0))
-    mixed = LossHook(lambda output, one, other: 0.3 * inner(output, one) + 0.7 * inner(output, other), model)
-    loss = mixed(model(images), labels, labels.flip(0))
-    output = twin(images)
-    expected = 0.3 * inner(output, labels) + 0.7 * inner(output, labels.flip(0)) + twin.penalty()
-    assert torch.equal(loss, expected)
+    shares = sum(share * nn.functional.one_hot(of, 10).float() for share, of in ((0.3, labels), (0.7, labels.flip(0))))
+    model.update()
+    twin(images)
+    twin.penalty(labels)
+    twin.update()
+    assert torch.equal((model(images), model.penalty(shares))[1], (twin(images), twin.penalty(shares))[1])
 
 
 def test_loss_hook_leaves_the_criterion_s_own_parameters_alone(wrapped):
@@ -809,6 +834,20 @@ def test_forwards_without_gradients_are_no_training(wrapped, data):
         model(others)
     twin(images)
     assert torch.equal(model.penalty(), twin.penalty()), "of the forward that learns"
+
+
+def test_a_frozen_teacher_hears_nothing_and_keeps_no_forward_waiting(wrapped, data, recwarn):
+    model = wrapped()
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    for images, _ in data(FORWARDS_BEFORE_WARNING + 2):
+        loss = nn.functional.mse_loss(model(images), teacher(images)) + model.penalty()
+        loss.backward()
+        model.update()
+    assert not [str(one.message) for one in recwarn]
+    teacher(images)
+    assert torch.isfinite(teacher.penalty())  # may be looked at
+    with pytest.raises(CaptureError, match="needs a forward"):
+        teacher.penalty()
 
 
 def test_a_penalty_without_gradients_is_of_the_forward_there_and_uses_none_up(wrapped, data):

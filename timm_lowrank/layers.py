@@ -138,7 +138,7 @@ def natural_view(
     kind = kind or ("token" if activations.dim() == 3 else "flatten")
     if channel_dim is None:
         channel_dim = _channel_dim(shape, str(getattr(backbone, "output_fmt", "NCHW")))
-        module = dict(backbone.named_modules()).get(layer)
+        module = dict(backbone.named_modules(remove_duplicate=False)).get(layer)
         if len(shape) == 3 and layer and isinstance(module, _CHANNELS_FIRST):
             channel_dim = 1
     if not -len(shape) <= channel_dim < len(shape):

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from .core.capture import Recording, Tap
+from .core.capture import Recording, Tap, evaluating, recording
 from .core.config import PRE_LOGITS, LowRankConfig
 from .core.model import LowRankModel
 from .errors import CaptureError, LowRankError, nearest
@@ -131,8 +133,25 @@ def find_taps(
             wanted[tap.layer] = min(wanted[tap.layer], max(1, widths[tap.layer] // 4))
         elif isinstance(config.branches, str) and value[0].numel() == value.shape[view.channel_dim]:
             wanted[tap.layer] = min(wanted[tap.layer], PRE_LOGITS_RANK)
+    _raise_if_dropped_in_place(backbone, viewed, images)
     _raise_if_labels_do_not_fit(backbone, config, viewed, images, record)
     return viewed, widths, _fitting_ranks(wanted, widths, capped=isinstance(config.branches, str))
+
+
+def _raise_if_dropped_in_place(backbone: nn.Module, taps: list[Tap], images: Tensor) -> None:
+    """Raises CaptureError for a layer whose output a dropout overwrites, which it does in train mode alone.
+
+    A training forward would say so, too, but not a compiled one, where overwriting cannot be seen.
+    """
+    dropouts = [module for module in backbone.modules() if isinstance(module, _DropoutNd) and module.inplace]
+    if dropouts:
+        devices = [images.device] if images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), evaluating(backbone), recording(backbone, taps) as record:
+            for module in dropouts:
+                module.train()
+            backbone(images)
+        for tap in taps:
+            record.activation(tap)
 
 
 def _raise_if_labels_do_not_fit(
@@ -174,7 +193,7 @@ def _is_same(value: Tensor, other: object) -> bool:
 
 
 def _raise_if_unknown(backbone: nn.Module, wanted: Mapping[str, int]) -> None:
-    known = [name for name, _ in backbone.named_modules() if name]
+    known = [name for name, _ in backbone.named_modules(remove_duplicate=False) if name]
     unknown = [layer for layer in wanted if layer != PRE_LOGITS and layer not in known]
     if unknown:
         kind = type(backbone).__name__

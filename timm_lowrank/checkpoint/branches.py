@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core.branch import LowRankBranch
 from ..core.capture import Tap
 from ..core.config import PRE_LOGITS, BranchOptions, LowRankConfig
-from ..core.model import LowRankModel
+from ..core.model import BranchDict, LowRankModel
 from ..core.views import FLATTEN, VIEWS, View
 from ..errors import CheckpointError, nearest
 from ..files import read_json, sha256_of
@@ -255,6 +255,7 @@ def load_branches(model: LowRankModel, folder: str | os.PathLike[str]) -> None:
     description.require_fit(model, str(folder))
     tensors = _read_tensors(folder, description)
     with _restoring(folder):
+        model.follow_classifier()
         model.branches.load_state_dict(tensors)
     model.enable(description.enabled)
 
@@ -301,10 +302,11 @@ def _read_tensors(folder: Path, description: BranchDescription) -> dict[str, Ten
     check_safetensors(path)
     tensors = load_file(path)
     for layer, one in description.layers.items():
-        bias = tensors.get(layer.replace(".", "/") + ".bias")
+        prefix = BranchDict.stored(layer)
+        bias = tensors.get(f"{prefix}.bias")
         if bias is None or bias.shape != (one.num_features,):
             raise CheckpointError(f"{path} does not fit {LOWRANK_CONFIG} at layer {layer!r}: fetch both again")
-        matrix = tensors.get(layer.replace(".", "/") + ".matrix")
+        matrix = tensors.get(f"{prefix}.matrix")
         if description.config.storage == "dense" and (matrix is None or matrix.shape != (one.num_features,) * 2):
             raise CheckpointError(
                 f"{path} holds no W of {one.num_features} x {one.num_features} numbers for layer {layer!r}, as "
@@ -345,6 +347,7 @@ def write_into(folder: Path, model: LowRankModel, belong_to: Collection[str] = (
     Args:
         belong_to: files in it that the branches were trained with; their sha256 is recorded, too.
     """
+    model.follow_classifier()
     tensors = {key: value.contiguous().cpu() for key, value in model.branches.state_dict().items()}
     save_file(tensors, folder / LOWRANK_WEIGHTS, metadata={"format": "pt"})
     digests = {name: sha256_of(folder / name) for name in (*belong_to, LOWRANK_WEIGHTS)}

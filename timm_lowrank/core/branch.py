@@ -114,8 +114,8 @@ class LowRankBranch(nn.Module):
         num_features: m, the width of the layer.
         rank: r, the target rank, 1 <= r <= m.
         config: everything else.
-        classes: how many the labels tell apart, for the subspace head; None where that is not known, and then there is
-            no head.
+        classes: how many the labels tell apart, for the subspace head; None where that is not known, and then, or for a
+            single one, there is no head.
         device, dtype: of W and b. All mathematics of the branch runs in `dtype`, outside autocast.
 
     Raises:
@@ -160,9 +160,12 @@ class LowRankBranch(nn.Module):
         self.forget_batches()
 
     def classify(self, classes: int | None) -> None:
-        """A new subspace head for so many classes, if the configuration asks for one and the number is known."""
+        """A new subspace head for so many classes, if the configuration asks for one and the number is known.
+
+        None where there is a single logit: the softmax of one class is 1, and labels may be numbers of any kind.
+        """
         self.head: SubspaceHead | None = None
-        if self.loss_weights.head and classes:
+        if self.loss_weights.head and classes is not None and classes > 1:
             sizes = sorted({min(size, self.rank) for size in self.config.head_sizes})
             self.head = SubspaceHead(classes, sizes, self.bias.device, self.bias.dtype)
 
@@ -603,8 +606,10 @@ class LowRankBranch(nn.Module):
                 raise ValueError("the reference norm and the counters have other shapes than a branch writes")
             self._check_view(*state["counters"][2:].tolist())
             self.weight.load_state(state)
-            if self.head is not None and heads:
-                self.head.load_state(heads, self.weight.kept)
+            if self.head is not None:
+                self.classify(self.head.classes)  # what the present one knows is of another W
+                if heads:
+                    self.head.load_state(heads, self.weight.kept)
         except (ValueError, IndexError, RuntimeError) as problem:
             error_msgs.append(f"While loading the low-rank branch {prefix!r}: {problem}")
             return

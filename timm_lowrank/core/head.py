@@ -67,6 +67,8 @@ class SubspaceHead:
         self.moment = torch.zeros(1, 1, device=device, dtype=dtype)  # M (q + 1, q + 1)
         self._counted: Tensor | None = None  # rows whose labels counted at the last update; None without labels
         self._idle = 0  # projections in a row at which none did
+        self._numbers: Tensor | None = None  # the class numbers of the last batch that counts for an update
+        self._told = False  # that some of them are larger than those of the classes
         self._begin()
 
     def _begin(self) -> None:
@@ -114,6 +116,7 @@ class SubspaceHead:
         targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)[:, None]
         shape = len(self._sizes), self.classes
         valid = targets.sum(dim=2)
+        self._numbers = labels if remember and labels.dim() == 1 else self._numbers
         weight = (self._masks[:, :, None] * self.weight[:, None]).flatten(1)  # (q + 1, sizes x classes)
         both = coordinates.new_ones(len(coordinates), self._shape[1])
         missing, inputs = both.tensor_split([weight.shape[1]], dim=1)
@@ -163,15 +166,27 @@ class SubspaceHead:
     def move(self, rotation: Rotation) -> None:
         """After a projection, which has waited for the device: new directions, and H in them.
 
-        Warns, once, if no label of the last update before this projection and the one before it counted.
+        Warns, once, if no label of the last update before this projection and the one before it counted, and once if
+        some count and others are class numbers of a larger classifier.
         """
         if self.ready and self._counted is not None and not self._counted.is_meta:
-            self._idle = 0 if float(self._counted) > 0 else self._idle + 1
+            counts = float(self._counted) > 0
+            self._idle = 0 if counts else self._idle + 1
             if self._idle == _IDLE:
                 warnings.warn(
                     f"the subspace head learns nothing: of the labels that penalty() was given none is a class number "
                     f"in [0, {self.classes}) or a share of each of {self.classes} classes. Give it such labels, or set "
                     "head_weight=0",
+                    LowRankWarning,
+                    stacklevel=2,
+                )
+            largest = int(self._numbers.max()) if counts and self._numbers is not None else -1
+            if largest >= self.classes and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the subspace head leaves out the labels from {self.classes} on, and {largest} is one: the "
+                    f"network gave {self.classes} logits when it was wrapped. If its classifier was replaced since, "
+                    "set model.unwrap().num_classes to the number of the new one",
                     LowRankWarning,
                     stacklevel=2,
                 )

@@ -31,21 +31,22 @@ class BranchDict(nn.ModuleDict):
     """
 
     @staticmethod
-    def _stored(key: str) -> str:
+    def stored(key: str) -> str:
+        """The name of a layer as state dicts have it."""
         key = key.replace(".", "/")
         return f"{key}/" if hasattr(BranchDict, key) or key == "training" else key
 
     def __getitem__(self, key: str) -> LowRankBranch:
-        return super().__getitem__(self._stored(key))  # type: ignore[return-value]
+        return super().__getitem__(self.stored(key))  # type: ignore[return-value]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        super().__setitem__(self._stored(key), module)
+        super().__setitem__(self.stored(key), module)
 
     def __delitem__(self, key: str) -> None:
-        super().__delitem__(self._stored(key))
+        super().__delitem__(self.stored(key))
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and super().__contains__(self._stored(key))
+        return isinstance(key, str) and super().__contains__(self.stored(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
@@ -140,10 +141,11 @@ class LowRankModel(nn.Module):
     def take(self, record: Recording) -> None:
         """What the next `penalty` is of: for a loop that records the forward of a larger model around the backbone.
 
-        A forward without gradients trains nothing: it takes the place of no other that waits for its penalty.
+        A forward without gradients, or of a network that is frozen, as a teacher's is, trains nothing: it takes the
+        place of no other that waits for its penalty.
         """
         record.lockstep = in_lockstep()
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not (torch.compiler.is_compiling() or self._learns()):
             self._trial = record
             return
         # A count would be compiled in, and compiled anew whenever it changes.
@@ -180,8 +182,8 @@ class LowRankModel(nn.Module):
         if record is None:
             raise CaptureError(
                 "penalty() needs a forward pass in train mode before each call; it was called without one, or twice "
-                "for the same one. A criterion that is called several times for one forward, as in mixup: give "
-                "LossHook a single function that makes all of these calls"
+                "for the same one. Where a criterion is called several times for one forward, as with Mixup, call it "
+                "by itself, without LossHook, and add model.penalty(shares of the classes) once"
             )
         self._trial = None
         if learns:
@@ -191,7 +193,7 @@ class LowRankModel(nn.Module):
             self._processes.meet("penalty()", self._lockstep or 0)
             self._lockstep = 1 + (self._lockstep or 0)
         activations = {tap.layer: self._checked(tap, record) for tap in self.taps}
-        self._follow_classifier()
+        self.follow_classifier()
         if self.uses_labels:
             self._usage.count_labels(given=labels is not None)
         penalties = [self.branches[layer].penalty(value, labels) for layer, value in activations.items()]
@@ -202,22 +204,40 @@ class LowRankModel(nn.Module):
         """Whether a branch has a subspace head, which learns from labels."""
         return any(branch.head is not None for branch in self.branches.values())
 
-    def _follow_classifier(self) -> None:
-        """New heads where the backbone says another number of classes than when the present ones were made."""
+    def follow_classifier(self) -> None:
+        """New heads where the backbone says another number of classes than when the present ones were made.
+
+        `penalty`, `state_dict` and `load_state_dict` do so; whoever reads or loads the state of `branches` alone calls
+        it before. Heads of another classifier than that of the network would make a checkpoint that cannot be loaded.
+        """
         if (said := getattr(self.backbone, "num_classes", None)) != self._num_classes:
             self._num_classes, self.classes = said, said or None
             for branch in self.branches.values():
                 branch.classify(self.classes)
 
     def _checked(self, tap: Tap, record: Recording) -> Tensor:
+        if tap.layer not in record.values and self._is_compiled_apart(tap):
+            raise CaptureError(
+                f"layer {tap.layer!r} lies in a part of the network that is compiled by itself, and that was compiled "
+                "while the branches were off, so it does not see them: compile the wrapped model, "
+                "torch.compile(model), or this part when the branches are on"
+            )
         value = record.activation(tap)
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
-        if learns and not value.requires_grad:
+        if torch.is_grad_enabled() and self._learns() and not value.requires_grad:
             raise CaptureError(
                 f"the activations of layer {tap.layer!r} carry no gradient, so its penalty could not train "
                 "anything; is the network in front of it frozen, or checkpointed with use_reentrant=True?"
             )
         return tap.view.rows(value)
+
+    def _learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    def _is_compiled_apart(self, tap: Tap) -> bool:
+        """Whether the backbone, or a module of it on the way to the tap, was compiled without this wrapper."""
+        names = tap.path.split(".")
+        around = [self.backbone.get_submodule(".".join(names[:count])) for count in range(len(names) + 1)]
+        return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in around)
 
     @torch.compiler.disable
     def update(self) -> None:
@@ -361,8 +381,17 @@ class LowRankModel(nn.Module):
         raise TypeError("torch.jit cannot script the branches: script the plain network, model.unwrap()")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Graph tensors can neither be copied nor pickled, and no optimizer steps on a copy.
-        return {**self.__dict__, "_recording": None, "_trial": None, "attachment": None}
+        # Graph tensors can neither be copied nor pickled, and no optimizer steps on a copy. What nn.Module leaves out
+        # itself is the compiled call of `model.compile()`: in a copy it would go on calling this model.
+        return {**super().__getstate__(), "_recording": None, "_trial": None, "attachment": None}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.follow_classifier()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.follow_classifier()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> LowRankModel:
         raise RuntimeError(

@@ -241,6 +241,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
         """W, b and the counters, as plain values and tensors; nothing for the EMA, which has no branches."""
         if ema:
             return {}
+        self.lowrank.follow_classifier()
         description = BranchDescription.of(self.lowrank).to_dict()
         return {**description, "branches": dict(self.lowrank.branches.state_dict()), "updates": self.updates}
 
@@ -264,6 +265,7 @@ class LowRankTask(ClassificationTask):  # type: ignore[misc]  # timm is not type
             _logger.warning("The checkpoint holds no low-rank branches: W and b begin at zero.")
             return
         described(state, "the checkpoint").require_fit(self.lowrank, "the checkpoint")
+        self.lowrank.follow_classifier()
         self.lowrank.branches.load_state_dict(state["branches"], strict=strict)
         self.updates = int(state["updates"])
         self._forwards, self._penalized = 0, False
