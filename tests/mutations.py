@@ -242,12 +242,12 @@ MUTATIONS = (
     # ------------------------------------------------------------------------------------------ the paper beside ours
     Mutation(
         "kept runs are averaged with other trainings", "timm_lowrank/reproduce/kept.py",
-        "if beside[run.recipe] and not any(", "if run in beside[run.recipe] and not any(",
+        "and not any(alike(run, other) for other in beside)", "and not any(beside)",
         "tests/test_reproduce.py",
     ),
     Mutation(
         "kept runs are averaged with those of other settings", "timm_lowrank/reproduce/kept.py",
-        "return not known or _of_training(run) == _of_training(other)", "return True",
+        "return not changed_settings(one, two)", "return True",
         "tests/test_reproduce.py",
     ),
     Mutation(

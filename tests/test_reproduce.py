@@ -599,11 +599,18 @@ def test_results_made_again_without_their_runs_stay_what_they_are(path, tmp_path
 
 
 def moved(made, tmp_path, **names):
-    """A copy of these entries and of some of their runs, under other names, as on another machine."""
+    """A copy of these entries and of some of their runs, under other names, as on another machine.
+
+    A run that goes by the name of another condition and seed gets their recipe, too.
+    """
     options, _, _ = made
     shutil.copytree(options.output, tmp_path / "results")
     for old, new in names.items():
-        shutil.copytree(options.runs / BASE / f"{old}-seed0".replace("_", "-"), tmp_path / "runs" / BASE / new)
+        copy = tmp_path / "runs" / BASE / new
+        shutil.copytree(options.runs / BASE / f"{old}-seed0".replace("_", "-"), copy)
+        condition, _, seed = new.rpartition("-seed")
+        shutil.copy(options.runs / BASE / f"{condition}-seed0" / "config.yaml", copy)
+        changed_config(copy, seed=int(seed))
     return dataclasses.replace(options, runs=tmp_path / "runs", output=tmp_path / "results", existing=True)
 
 
@@ -675,6 +682,119 @@ def test_runs_that_the_recipe_would_train_otherwise_are_named_and_not_averaged_w
     write_reproduction(dataclasses.replace(table_5, runs=tuple(unknown)), options.output / "table-5.json")
     (table, *_) = reproduce(options, lambda text: None)
     assert {line.condition for line in table.panels[1].lines if line.seeds} >= {"N-LR", "2-LR"}
+
+
+def changed_config(run, **changes):
+    """Writes keys into the recipe of a run."""
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+def test_runs_of_one_condition_with_other_branches_are_not_averaged(made, tmp_path):
+    options = moved(made, tmp_path, N_LR="N-LR-seed4", **{"2_LR": "2-LR-seed4"})
+    _, (table_5, *_), _ = made
+    lowrank = next(run for run in table_5.runs if run.condition == "2-LR").settings["lowrank"]
+    changed_config(options.runs / BASE / "2-LR-seed4", lowrank={**lowrank, "strength": "strong"})
+    (table, *_) = reproduce(options, lambda text: None)
+    seeds = {line.condition: line.seeds for line in table.panels[1].lines if line.seeds}
+    assert seeds == {"N-LR": (0, 4), "1-LR": (0,), "2-LR": (4,), "2-LR-light": (0,), "2-LR-strong": (0,)}
+    assert f"{BASE}/2-LR-seed0 was trained differently and is not at hand: left out" in table.missing
+    (run,) = [run for run in table.runs if run.condition == "2-LR"]
+    assert run.unlike == ("lowrank.strength was 'strong' and is 'standard'",)
+    # One that says what is the default says the same as one that does not.
+    branches = {layer: {"rank": rank} for layer, rank in lowrank["branches"].items()}
+    changed_config(
+        options.runs / BASE / "2-LR-seed4", lowrank={**lowrank, "strength": "standard", "branches": branches}
+    )
+    write_reproduction(table_5, options.output / "table-5.json")
+    (table, *_) = reproduce(options, lambda text: None)
+    assert {line.condition: line.seeds for line in table.panels[1].lines if line.seeds}["2-LR"] == (0, 4)
+    assert not any(run.unlike for run in table.runs)
+
+
+def test_a_plain_run_that_was_trained_otherwise_is_no_twin(made, tmp_path):
+    options = moved(made, tmp_path, N_LR="N-LR-seed0", **{"1_LR": "1-LR-seed0", "2_LR": "2-LR-seed0"})
+    options = dataclasses.replace(options, output=tmp_path / "new")
+    changed_config(options.runs / BASE / "1-LR-seed0", learning_rate=0.3)
+    (table, *_) = reproduce(options, lambda text: None)
+    cells = {line.condition: line.cells[0] for line in table.panels[1].lines if line.seeds}
+    assert cells["1-LR"].values
+    assert (cells["1-LR"].gain, cells["2-LR"].gain is None) == (None, False)
+    assert f"{BASE}/1-LR-seed0: its plain twin was trained differently, so there is no gain over it" in table.missing
+
+
+def test_runs_that_are_not_at_hand_are_judged_by_the_recipe_of_this_version(made, tmp_path, tiny, monkeypatch):
+    options = moved(made, tmp_path)
+    (base,) = tiny.bases[C10_R18]
+    changed = dataclasses.replace(base, changes={**base.changes, "weight_decay": 1e-3})
+    monkeypatch.setitem(SCALES, "tiny", dataclasses.replace(tiny, bases={C10_R18: (changed,)}))
+    (table, *_) = reproduce(options, lambda text: None)
+    assert len(table.runs) == 5
+    assert {run.unlike for run in table.runs} == {("weight_decay was 0.0005 and is 0.001",)}
+    monkeypatch.setitem(SCALES, "tiny", tiny)
+    (table, *_) = reproduce(options, lambda text: None)
+    assert {run.unlike for run in table.runs} == {()}
+
+
+def test_a_run_that_no_recipe_of_this_version_trains_is_shown(made, tmp_path, tiny, monkeypatch):
+    options = moved(made, tmp_path, **{"2_LR": "2-LR-seed0"})
+    (base,) = tiny.bases[C10_R18]
+    for changed, reason in (
+        (dataclasses.replace(base, recipe="no-such-recipe"), "there is no recipe 'no-such-recipe'"),
+        (
+            dataclasses.replace(base, changes={**base.changes, "lowrank": {"branches": {"pre_logits": 4}}}),
+            "digits has one branch, as the paper has it, so there is no 2-LR of it",
+        ),
+    ):
+        monkeypatch.setitem(SCALES, "tiny", dataclasses.replace(tiny, bases={C10_R18: (changed,)}))
+        (table, *_) = reproduce(options, lambda text: None)
+        (run,) = [run for run in table.runs if run.condition == "2-LR"]
+        assert run.unlike[0].startswith(reason)
+        assert any(line.condition == "2-LR" and line.seeds == (0,) for line in table.panels[1].lines)
+
+
+def test_a_run_that_was_copied_to_the_folder_of_another_seed_is_named(made, tmp_path):
+    options = moved(made, tmp_path, **{"2_LR": "2-LR-seed4"})
+    changed_config(options.runs / BASE / "2-LR-seed4", seed=0)
+    for _ in range(2):  # at hand, and kept
+        (table, *_) = reproduce(options, lambda text: None)
+        unlike = {run.seed: run.unlike for run in table.runs if run.condition == "2-LR"}
+        assert unlike == {0: (), 4: ("seed was 0 and is 4",)}
+        shutil.rmtree(options.runs, ignore_errors=True)
+
+
+def test_an_evaluation_that_another_torch_left_half_done_is_no_hindrance(made, tmp_path, monkeypatch):
+    options = dataclasses.replace(moved(made, tmp_path, N_LR="N-LR-seed0"), seeds=(), existing=False)
+    (run,) = options.runs.glob("*/*")
+    for folder in (run / "evaluations").iterdir():
+        (folder / "evaluation.json").rename(folder / "gone")
+    monkeypatch.setattr("torch.__version__", "0.0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_lowrank.suites.runner.PartialResults.append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(options, lambda text: None)
+    assert list(run.glob("evaluations/*/evaluation.json.partial"))
+    monkeypatch.setattr("torch.__version__", "0.0.2")
+    (table, *_) = reproduce(options, lambda text: None)
+    (plain,) = [line for line in table.panels[1].lines if line.condition == "N-LR" and line.seeds]
+    assert all(cell.values for cell in plain.cells)
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_where_a_training_began_tells_no_path_and_no_seed(made, tmp_path):
+    options = moved(made, tmp_path, **{"2_LR": "2-LR-seed4"})
+    changed_config(options.runs / BASE / "2-LR-seed4", init_from="/home/somebody/runs/N-LR-seed4")
+    (table, *_) = reproduce(dataclasses.replace(options, output=tmp_path / "one"), lambda text: None)
+    assert [run.settings["init_from"] for run in table.runs] == ["N-LR-seed4"]
+    assert table.runs[0].unlike == ("init_from was 'N-LR' and is None",)
+    shutil.move(options.runs / BASE / "2-LR-seed4", options.runs / BASE / "2-LR-seed5")
+    changed_config(options.runs / BASE / "2-LR-seed5", init_from="runs/N-LR-seed5")
+    (table, *_) = reproduce(dataclasses.replace(options, output=tmp_path / "one"), lambda text: None)
+    assert sorted(run.seed for run in table.runs) == [4, 5]
+    assert "somebody" not in (tmp_path / "one" / "table-5.json").read_text()
 
 
 def test_figures_that_are_larger_than_all_that_was_tried_are_kept(made, tmp_path):

@@ -139,6 +139,23 @@ def test_both_units_of_a_radius_are_named(runs, tmp_path):
     assert compared.to_dict()["figures"]["pgd-20-n"]["radius_unit"] == "normalized"
 
 
+def test_figures_on_other_numbers_of_images_say_so(runs):
+    assert "images" not in compare_runs(runs).to_dict()["figures"]["effective-rank-layer3"]
+    path = runs[1] / "evaluation.json"
+    evaluation = results.read_evaluation(path)
+    more = dataclasses.replace(PROTOCOL, images=2500)
+    figures = [
+        dataclasses.replace(one, protocol=more) if one.kind is Kind.EFFECTIVE_RANK else one
+        for one in evaluation.figures
+    ]
+    results.write_evaluation(dataclasses.replace(evaluation, figures=tuple(figures)), path)
+    compared = compare_runs(runs)
+    lines = {line.split("  ")[0]: line for line in compared.table().splitlines()}
+    assert "[on 200 or 2,500 images]" in lines["effective-rank-layer3"]
+    assert "images]" not in lines["clean"]
+    assert [200, 2500] in compared.to_dict()["figures"]["effective-rank-layer3"]["images"].values()
+
+
 def test_what_cannot_be_compared_is_named_at_once(runs, tmp_path):
     other = evaluated(tmp_path / "other", "c", rank=7.0, clean=90, linear=60, images=100)
     with pytest.raises(

@@ -38,7 +38,7 @@ from timm_lowrank.training.checkpoints import damage, seal
 from timm_lowrank.training.compare import compare_runs
 from timm_lowrank.training.loop import Means, TrainedEpoch, check_alive, check_not_at_chance
 from timm_lowrank.training.report import layer_spectra
-from timm_lowrank.training.run import RunFolder, changed_settings, settings, unlike_twin
+from timm_lowrank.training.run import RunFolder, changed_settings, recipe_of, settings, unlike_twin
 from timm_lowrank.training.state import build, seeded
 
 CPU = torch.device("cpu")
@@ -276,6 +276,30 @@ def test_settings_are_what_decides_a_training_and_is_not_at_its_default():
     assert changed_settings(on.plain(), on) != []
 
 
+def test_settings_that_mean_the_same_do_not_differ_and_ranks_of_bottlenecks_do():
+    made = {"model": "resnet10_cifar", "epochs": 3, "seed": 4}
+    lowrank = {"branches": {"layer3": 8, "pre_logits": {"rank": 4, "head_weight": 1.0}}}
+    recipe = Recipe.from_dict({**made, "lowrank": lowrank})
+    branches = {"layer3": {"rank": 8, "view": None}, "pre_logits": lowrank["branches"]["pre_logits"]}
+    said = {"branches": branches, "strength": "standard", "enabled": True, "seed": 4}
+    assert changed_settings(Recipe.from_dict({**made, "lowrank": said}), recipe) == []
+    said = {**lowrank, "seed": 3, "strength": "light"}
+    assert changed_settings(Recipe.from_dict({**made, "lowrank": said}), recipe) == [
+        "lowrank.strength was 'light' and is 'standard'",
+        "lowrank.seed was 3 and is None",
+    ]
+    spelled = Recipe.from_dict({**made, "lowrank": {"branches": {"pre_logits": 100}}})
+    assert changed_settings(spelled, Recipe.from_dict({**made, "lowrank": {"branches": "1-LR"}})) == []
+    bottled = Recipe.from_dict({**made, "lowrank": lowrank, "comparator": "bottleneck"})
+    narrow = {**made, "lowrank": {"branches": {"layer3": 2}}}
+    (changed,) = changed_settings(Recipe.from_dict({**narrow, "comparator": "bottleneck"}), bottled)
+    assert changed.startswith("comparator_args.branches was {'layer3': 2} and is {'layer3': 8, ")
+    pruned = Recipe.from_dict({**narrow, "comparator": "snip", "comparator_args": {"sparsity": 0.7}})  # its default
+    assert changed_settings(pruned, Recipe.from_dict({**made, "lowrank": lowrank, "comparator": "snip"})) == []
+    for one in (recipe, bottled, pruned):
+        assert changed_settings(recipe_of(settings(one)), one) == []
+
+
 def test_what_of_a_schedule_has_no_effect_is_said(tmp_path, capsys):
     train(recipe(epochs=1, pretrain_epochs=0, milestones=[1], schedule="step"), tmp_path / "run")
     assert "note: milestones 1 have no effect in epochs=1" in capsys.readouterr().out
@@ -345,6 +369,7 @@ def test_what_is_no_finished_run_or_damaged_is_one_clear_error(finished, tmp_pat
     output = copy(finished, tmp_path)
     for name, content, message in [
         ("metrics.csv", "epoch\nx\n", "metrics.csv is damaged"),
+        ("metrics.csv", b"epoch\n\xff\n", "metrics.csv is damaged: 'utf-8' codec can't decode byte 0xff"),
         ("spectrum.json", '{"layer3": 1}', r"spectrum.json\['layer3'\]=1 must be a list: run the training again"),
         ("summary.json", '{"name": "x"}', r"summary.json lacks model, lowrank.*, versions: run the training again"),
         ("summary.json", "{", r"summary.json is not valid JSON"),
@@ -352,7 +377,7 @@ def test_what_is_no_finished_run_or_damaged_is_one_clear_error(finished, tmp_pat
         ("config.yaml", "a: [", r"config.yaml is not valid YAML"),
     ]:
         before = (output / name).read_text()
-        (output / name).write_text(content)
+        (output / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(RunError, match=message):
             [read(Run.open(output)) for read in (Run.metrics, Run.spectrum)]
         (output / name).write_text(before)
@@ -767,6 +792,10 @@ def test_the_faster_precision_is_taken_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "summary.json").unlink()
     monkeypatch.setattr("timm_lowrank.training.experiment.fast_precision", lambda device: "no")
     assert train(recipe(**few), tmp_path / "run", resume=True).precision == "bf16"
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("precision: bf16", "precision: auto"))  # a recipe in its place
+    with pytest.raises(RunError, match="says precision=auto, and not which the run took: write there the one"):
+        train(recipe(**few), tmp_path / "run", resume=True)
 
 
 def test_one_process_holds_one_precision(tmp_path):

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..environment import versions
+from ..errors import RecipeError
 from ..evaluation.results import Curve, Detail, Figure, Series, Strip, Value
 from ..suites.measurements.base import Measurement
+from ..training import Recipe
 from ..training.run import Summary, changed_settings, settings
 from .catalogue import DIAGNOSES, Column, CurvePlan, Entry, PanelPlan, Row, quickened
-from .kept import Kept
+from .kept import Kept, alike, trained_by
 from .published import Printed
 from .reproduction import IMAGES, RANDOM, Cell, Line, Panel, Reproduction, TrainedRun
 from .runs import FinishedRun, Runs, Seen
@@ -34,11 +36,13 @@ def build(entry: Entry, runs: Runs, before: Reproduction | None = None) -> Repro
     missing: list[str] = []
     trained = tuple(_trained(entry, runs))
     kept = Kept(before, trained)
-    panels = tuple(_panel(plan, runs, kept, missing) for plan in entry.panels)
+    apart = _apart((*trained, *kept.runs))
+    panels = tuple(_panel(plan, runs, kept, apart, missing) for plan in entry.panels)
     if entry.compute:
         panels = (*panels, *entry.compute())
     curves = [curve for plan in entry.curves for curve in _curves(plan, runs, kept, missing)]
     strips = list(_strips(entry, runs, kept, missing))
+    missing += [f"{run.folder}: its plain twin was trained differently, so there is no gain over it" for run in apart]
     missing += [f"{run.folder} was trained differently and is not at hand: left out" for run in kept.dropped]
     return Reproduction(
         name=entry.name,
@@ -52,7 +56,7 @@ def build(entry: Entry, runs: Runs, before: Reproduction | None = None) -> Repro
         panels=panels,
         curves=kept.with_curves(curves),
         strips=kept.with_strips(strips),
-        runs=(*trained, *kept.runs),
+        runs=(*trained, *(_judged_anew(run, runs) for run in kept.runs)),
         statements=entry.statements,
         notes=entry.notes,
         missing=tuple(dict.fromkeys(missing)),
@@ -85,22 +89,29 @@ def _bases(row: Row, runs: Runs) -> tuple[Base, ...]:
 # -------------------------------------------------------------------------------------------------------------- panels
 
 
-def _panel(plan: PanelPlan, runs: Runs, kept: Kept, missing: list[str]) -> Panel:
+def _apart(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
+    """The runs that are not the same training as the plain one of their recipe and seed, which is no twin of theirs."""
+    plain = {(run.recipe, run.seed): run for run in runs if run.condition == PLAIN}
+    return [run for run in runs if not alike(run, plain.get((run.recipe, run.seed), run))]
+
+
+def _panel(plan: PanelPlan, runs: Runs, kept: Kept, apart: Sequence[TrainedRun], missing: list[str]) -> Panel:
     lines = [line for row in plan.rows for line in _lines(plan, row, runs, kept, missing)]
     twins = {(line.row, line.recipe): line for line in lines if line.condition == PLAIN}
     return Panel(
         title=plan.title,
         columns=tuple(column.label for column in plan.columns),
-        lines=tuple(_over(line, twins.get((line.row, line.recipe))) for line in lines),
+        lines=tuple(_over(line, twins.get((line.row, line.recipe)), apart) for line in lines),
         positions=plan.positions,
     )
 
 
-def _over(line: Line, twin: Line | None) -> Line:
-    """A line with its gains over its plain twin."""
+def _over(line: Line, twin: Line | None, apart: Sequence[TrainedRun]) -> Line:
+    """A line with its gains over its plain twin, of the seeds that are not `apart`."""
     if twin is None or twin is line:
         return line
-    cells = tuple(own.over(other) for own, other in zip(line.cells, twin.cells, strict=True))
+    others = {run.seed for run in apart if (run.recipe, run.condition) == (line.recipe, line.condition)}
+    cells = tuple(own.over(other, others) for own, other in zip(line.cells, twin.cells, strict=True))
     return dataclasses.replace(line, cells=cells)
 
 
@@ -378,6 +389,34 @@ def _trained(entry: Entry, runs: Runs) -> Iterable[TrainedRun]:
                 seconds=summary.seconds,
                 device=summary.device,
                 versions=summary.versions,
-                settings=settings(described.recipe),
-                unlike=tuple(changed_settings(described.recipe, base.make_recipe(condition, run.seed))),
+                settings=settings(described.recipe) | _seed_of_its_own(described.recipe, run.seed),
+                unlike=_unlike(described.recipe, base, condition, run.seed),
             )
+
+
+def _seed_of_its_own(recipe: Recipe, seed: int) -> dict[str, int]:
+    """The seed of a run whose folder says another one: it was copied, or trained by hand."""
+    return {} if recipe.seed == seed else {"seed": recipe.seed}
+
+
+def _unlike(recipe: Recipe, base: Base, condition: str, seed: int) -> tuple[str, ...]:
+    """What this version would train otherwise than a run; that it cannot train it, if so."""
+    own = tuple(f"seed was {other} and is {seed}" for other in _seed_of_its_own(recipe, seed).values())
+    try:
+        return (*own, *changed_settings(recipe, base.make_recipe(condition, seed)))
+    except RecipeError as error:  # somebody trained it for themselves, or an earlier version had the recipe
+        return (*own, str(error).splitlines()[0])
+
+
+def _judged_anew(run: TrainedRun, runs: Runs) -> TrainedRun:
+    """A run that is not at hand, with what the recipe of this version would train otherwise, as far as that is known:
+    the one of the making that had the run may have been another."""
+    every = (base for one in (runs.scale, scale_of(runs.scale.name)) for bases in one.bases.values() for base in bases)
+    base = next((base for base in every if base.name == run.recipe), None)
+    try:
+        recipe = trained_by(run)
+    except RecipeError:  # of a version that has other keys
+        return run
+    if base is None or recipe is None:
+        return run
+    return dataclasses.replace(run, unlike=_unlike(recipe, base, run.condition, run.seed))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from ..errors import RecipeError
 from ..evaluation.results import Curve, Series, Strip
-from ..training.run import OF_BRANCHES
+from ..training import Recipe
+from ..training.run import changed_settings, recipe_of
 from .reproduction import RANDOM, Line, Reproduction, TrainedRun
 from .setups import CONDITIONS
 
@@ -19,20 +20,37 @@ def _key(run: TrainedRun) -> _Key:
     return run.recipe, run.condition, run.seed
 
 
-def _alike(run: TrainedRun, other: TrainedRun) -> bool:
-    """Whether two runs of one recipe are plain twins but for the seed and what is compared.
+def trained_by(run: TrainedRun) -> Recipe | None:
+    """The recipe of a run, as far as its settings say it; None if they do not, as files of earlier versions.
+
+    Raises:
+        RecipeError: this version does not know them all.
+    """
+    return recipe_of({"seed": run.seed, **run.settings}) if run.settings else None
+
+
+def alike(run: TrainedRun, other: TrainedRun) -> bool:
+    """Whether two runs of one recipe are the same training but for the seed and, of two conditions, what is compared.
 
     Runs that are not are of different recipes of this name: they are not averaged.
     """
     if (run.model, run.train_images, run.epochs) != (other.model, other.train_images, other.epochs):
         return False
-    known = run.settings and other.settings  # files of earlier versions do not say
-    return not known or _of_training(run) == _of_training(other)
+    try:
+        one, two = trained_by(run), trained_by(other)
+    except RecipeError:  # of a version that has other keys
+        return False
+    if one is None or two is None:
+        return True
+    if run.condition != other.condition:
+        one, two = one.plain(), two.plain()
+    return not changed_settings(one, two)
 
 
-def _of_training(run: TrainedRun) -> dict[str, Any]:
-    compared = (*OF_BRANCHES, "comparator", "comparator_args")
-    return {key: value for key, value in run.settings.items() if key not in compared}
+def _beside(run: TrainedRun, at_hand: Sequence[TrainedRun]) -> list[TrainedRun]:
+    """The runs that tell whether a run is kept: those that it would be averaged with, or else of its recipe."""
+    of_recipe = [other for other in at_hand if other.recipe == run.recipe]
+    return [other for other in of_recipe if other.condition == run.condition] or of_recipe
 
 
 class Kept:
@@ -53,9 +71,8 @@ class Kept:
         self._before = before
         known = {_key(run) for run in at_hand}
         gone = [run for run in before.runs if _key(run) not in known] if before else []
-        beside = {run.recipe: [other for other in at_hand if other.recipe == run.recipe] for run in gone}
         self.dropped = [
-            run for run in gone if beside[run.recipe] and not any(_alike(run, other) for other in beside[run.recipe])
+            run for run in gone if (beside := _beside(run, at_hand)) and not any(alike(run, other) for other in beside)
         ]
         stamp = before.created if before else None
         self.runs = tuple(dataclasses.replace(run, as_of=run.as_of or stamp) for run in gone if run not in self.dropped)

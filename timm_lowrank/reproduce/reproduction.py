@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +107,20 @@ class Cell:
         """The numbers of images of a seed, by the names in `IMAGES`."""
         return {name: self.images.get(seed, self.how).get(name) for name in IMAGES}
 
-    def over(self, twin: Cell) -> Cell:
+    def over(self, twin: Cell, apart: Collection[int] = ()) -> Cell:
         """This cell with its gain over that of the plain twin, of the seeds of which both are on as many images.
 
-        No gain where one of them is beyond what was tried for a seed: that of the others would be another one.
+        Without the seeds in `apart`, whose plain run is another training. No gain where one of them is beyond what was
+        tried for a seed: that of the others would be another one.
         """
         bounded = self.beyond is not None or twin.beyond is not None
         gains = [
             value - twin.values[seed]
             for seed, value in self.values.items()
-            if not bounded and seed in twin.values and self.images_of(seed) == twin.images_of(seed)
+            if not bounded
+            and seed in twin.values
+            and seed not in apart
+            and self.images_of(seed) == twin.images_of(seed)
         ]
         printed = None if self.printed is None or twin.printed is None else self.printed - twin.printed
         return dataclasses.replace(
@@ -169,8 +173,10 @@ class TrainedRun:
     """A run that figures come from.
 
     Attributes:
-        settings: the keys of its recipe that decide the training and are not at their default; empty: not known.
-        unlike: of each of them that the recipe of this making has differently, what it was and is.
+        settings: the keys of its recipe that decide the training and are not at their default, and its seed if that is
+            not the one of its folder; empty: not known.
+        unlike: of each of them that the recipe of this making has differently, what it was and is; why there is no such
+            recipe, if it has none.
         as_of: if it was no longer at hand, when its figures were taken; None: they are of this making.
     """
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
@@ -297,6 +298,8 @@ class Runs:
         settings = [*map(repr, measurements), str(self.scale.images), str(self.scale.train_images)]
         settings += [str(self.scale.spectrum_limit)] if self.scale.spectrum_limit else []
         settings += [self._weights_of(twin.folder)] if twin else []
+        # What another torch left half done, or a run before it was trained again, is no part of this one.
+        settings += [self._weights_of(run.folder), torch.__version__]
         digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
         options = Options(
             str(run.folder),

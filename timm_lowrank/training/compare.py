@@ -38,6 +38,8 @@ class ComparedFigure:
     unit: str  # "share", "number" or "count"
     radius_unit: str | None  # of an attack: "pixel", "normalized"
     values: dict[str, list[float]]  # group -> of each run, without groups that it was not measured on
+    # Where the figure is not on as many images everywhere, as spectra may be: group -> the numbers of images.
+    images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def average(self, group: str) -> tuple[float, float | None]:
         """Mean and standard deviation over the runs of a group; there is no deviation of a single one."""
@@ -80,9 +82,11 @@ class Comparison:
         return "\n\n".join([table, " ".join(notes)]) if notes else table
 
     def _cell(self, figure: ComparedFigure, group: str) -> str:
-        """With the number of runs that the figure is of, where it is not of all."""
+        """With the number of runs that the figure is of, where it is not of all, and of images, where they differ."""
         measured, runs = len(figure.values.get(group, ())), len(self.groups[group])
-        return figure.cell(group) + (f" [{measured} of {runs}]" if 0 < measured < runs else "")
+        fewer = f" [{measured} of {runs}]" if 0 < measured < runs else ""
+        on = " or ".join(f"{images:,}" for images in figure.images.get(group, ()))
+        return figure.cell(group) + fewer + (f" [on {on} images]" if on else "")
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and for each figure and group the values of the runs, their mean and deviation."""
@@ -95,6 +99,8 @@ class Comparison:
             figures[figure.key] = {"label": figure.label, "unit": figure.unit, "groups": groups}
             if figure.radius_unit:
                 figures[figure.key]["radius_unit"] = figure.radius_unit
+            if figure.images:
+                figures[figure.key]["images"] = {group: list(numbers) for group, numbers in figure.images.items()}
         return {"groups": {group: list(runs) for group, runs in self.groups.items()}, "figures": figures}
 
 
@@ -106,7 +112,8 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     those beside the runs of a group, and of all groups whose recipes differ in seed and branches alone. Each network
     counts once. A name that several groups have is preceded by the folder. The figures are clean accuracy, PGD (where
     it was measured, in both units of its radius), AutoAttack, noise, and for each layer its effective rank, the
-    variance in its leading directions and the accuracy of max-margin classifiers on these.
+    variance in its leading directions and the accuracy of max-margin classifiers on these. Where one of them was not
+    measured on as many images everywhere, it says on how many.
 
     Raises:
         RunError: a folder is no finished run, was not evaluated, or was evaluated on other images than the others.
@@ -196,15 +203,26 @@ def _compared(groups: dict[str, list[Member]]) -> list[ComparedFigure]:
     compared = []
     for key, figure in figures.items():
         values: dict[str, list[float]] = {}
+        images: dict[str, set[int]] = {}
         for group, runs in groups.items():
             for _, evaluation, title in runs:
                 other = evaluation.figure(key)
                 if other is not None and title in other.values and other.values[title].known:
                     values.setdefault(group, []).append(other.values[title].value)
+                    if other.protocol.images is not None:
+                        images.setdefault(group, set()).add(other.protocol.images)
         if values:
             attack = figure.protocol.attack
+            differ = len(set().union(*images.values())) > 1
             compared.append(
-                ComparedFigure(key, figure.label, figure.unit, attack.radius_unit if attack else None, values)
+                ComparedFigure(
+                    key,
+                    figure.label,
+                    figure.unit,
+                    attack.radius_unit if attack else None,
+                    values,
+                    {group: tuple(sorted(numbers)) for group, numbers in images.items()} if differ else {},
+                )
             )
     return compared
 

@@ -97,6 +97,11 @@ def _with_precision(recipe: Recipe, output: Path, resume: bool) -> Recipe:
     if resume and config.is_file():
         with contextlib.suppress(RecipeError):  # a damaged one is reported by whoever needs it
             taken = [read_recipe(config).get("precision", "no")]
+        if taken[0] == "auto":  # somebody put the recipe there in the place of a damaged one
+            raise RunError(
+                f"{config} says precision=auto, and not which the run took: write there the one that it printed when "
+                "it began, bf16 or no (float32)"
+            )
     else:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not look at by itself
         taken = [fast_precision(state.device)]

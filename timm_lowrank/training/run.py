@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..checkpoint.files import remove_abandoned
+from ..core.config import PRE_LOGITS
 from ..core.views import FLATTEN, View
 from ..data.sources import DataOrigin
 from ..environment import together
@@ -31,6 +33,7 @@ from ..errors import RecipeError, RunError
 from ..evaluation.results import Value
 from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, exclusive, read_json, sync, write_whole
 from ..records import decode
+from ..wrapping import PRE_LOGITS_RANK
 from .checkpoints import check_random_states, damage, listed, name_of, remove_leftovers, seal
 from .recipe import Recipe, read_recipe
 
@@ -72,9 +75,12 @@ def unlike_twin(recipe: Recipe, plain: Recipe) -> list[str]:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide what is trained and how, as far as they are not at their default."""
+    """The keys of a recipe that decide what is trained and how, as far as they are not at their default.
+
+    Of the weights that the training starts from the name alone: where they lay is somebody's machine.
+    """
     defaults = {field.name: field.default for field in recipe.describe_fields()}
-    values = recipe.to_dict()
+    values = recipe.to_dict() | {"init_from": _name_of(recipe.init_from)}
     return {
         key: value
         for key, value in values.items()
@@ -82,15 +88,66 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+    """A recipe with these `settings`, which trains alike on the same images.
+
+    Raises:
+        RecipeError: this version does not know them all.
+    """
+    return Recipe.from_dict({"data": "", **settings})  # not the default, which does not go with every key
+
+
 def changed_settings(before: Recipe, now: Recipe) -> list[str]:
-    """Of each of `settings` that differs what it was and is; of networks without branches without those of branches."""
-    aside = OF_BRANCHES if not (before.lowrank_enabled or now.lowrank_enabled) else ()
-    return _changes(_said_alike(before), _said_alike(now), (*ASIDE_OF_SETTINGS, *aside))
+    """Of each of `settings` that differs what it was and is; of networks without branches without those of branches.
+
+    Recipes that say the same in two ways do not differ: with an option at its default, or without.
+    """
+    off = not (before.lowrank_enabled or now.lowrank_enabled)
+    one, two = _deciding(before, off), _deciding(now, off)
+    return _changes(dict.fromkeys(two) | one, dict.fromkeys(one) | two, ASIDE_OF_SETTINGS)
 
 
-def _said_alike(recipe: Recipe) -> dict[str, Any]:
-    """The recipe, whichever way it says that its branches are on."""
-    return {**recipe.to_dict(), "lowrank": {**recipe.lowrank, "enabled": recipe.lowrank_enabled}}
+def _deciding(recipe: Recipe, off: bool) -> dict[str, Any]:
+    """All keys of a recipe, those inside of others by themselves, with what they mean where nothing is said.
+
+    Args:
+        off: without those of the branches.
+    """
+    values = recipe.to_dict()
+    lowrank, compared = recipe.lowrank_config().to_dict(), _plain_values(vars(recipe.compared()))
+    if compared.get("branches", ...) is None:  # bottlenecks, which sit in their places
+        compared["branches"] = lowrank["branches"]
+    inner = {f"comparator_args.{key}": _ranks_alone(value) for key, value in compared.items()}
+    if not off:
+        seed = None if lowrank["seed"] == recipe.seed else lowrank["seed"]
+        inner |= {"lowrank.enabled": recipe.lowrank_enabled}
+        inner |= {f"lowrank.{key}": _ranks_alone(value) for key, value in (lowrank | {"seed": seed}).items()}
+    begin = None if recipe.init_from is None else re.sub(r"-seed\d+$", "", str(_name_of(recipe.init_from)))
+    aside = (*OF_BRANCHES, "comparator_args") if off else ("lowrank", "comparator_args")
+    return {**{key: value for key, value in values.items() if key not in aside}, "init_from": begin, **inner}
+
+
+def _ranks_alone(value: Any) -> Any:
+    """Branches with the rank of a layer as a number where nothing else is said of it; other values as they are.
+
+    "2-LR" stays, too: which layer it means is the network's.
+    """
+    if value == "1-LR":
+        return {PRE_LOGITS: PRE_LOGITS_RANK}
+    if not isinstance(value, Mapping):
+        return value
+    specs = {layer: spec if isinstance(spec, Mapping) else {"rank": spec} for layer, spec in value.items()}
+    said = {layer: {key: one for key, one in spec.items() if one is not None} for layer, spec in specs.items()}
+    return {layer: spec["rank"] if spec.keys() == {"rank"} else spec for layer, spec in said.items()}
+
+
+def _name_of(path: str | None) -> str | None:
+    """The last part of a path, of whatever machine."""
+    return None if path is None else Path(path).name
+
+
+def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _plain_value(value) for key, value in values.items()}
 
 
 def _plain_value(value: Any) -> Any:
@@ -355,11 +412,11 @@ def _decoded(kind: Any, content: Mapping[str, Any], path: Path) -> Any:
 
 
 def _read_metrics(path: Path) -> list[EpochMetrics]:
-    with disk_errors(f"cannot read {path}"), path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with disk_errors(f"cannot read {path}"), path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
         return [EpochMetrics.from_row(row) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # ValueError: bytes that are no text, too
         raise RunError(f"{path} is damaged: {error}") from error
 
 
@@ -596,7 +653,7 @@ class RunFolder(RunPaths):
             f"could not write {path}", f"Free some space and continue with --resume auto; {self._kept()}."
         ):
             begin = not path.exists() or path.stat().st_size == 0
-            with path.open("a", newline="") as file:
+            with path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
                 if begin:
                     writer.writeheader()
