@@ -13,6 +13,7 @@ import timm
 import torch
 from runs import assert_same_run
 from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional
 
@@ -106,6 +107,25 @@ def test_a_classifier_of_two_classes_learns_under_stable_rank_normalisation():
     _, values, right = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
     assert values.tolist() == pytest.approx([1, 0], abs=1e-3)
     assert abs(right[0, 0]) > 0.9, "it reads the feature that tells the classes"
+
+
+@pytest.mark.parametrize("comparator", [comparators.SpectralNorm(), comparators.StableRank(share=0.5)])
+def test_an_average_of_normalised_weights_is_normalised_once_it_settles(comparator, digits, small_net):
+    images, _ = digits
+    network, rank = small_net(), getattr(comparator, "share", 1)
+    comparators.stable_rank_normalize(network, rank) if rank < 1 else comparators.spectral_normalize(network)
+    average = ModelEmaV3(network, decay=0.5)
+    for _ in range(3):
+        for parameter in network.parameters():
+            parameter.data += 0.5 * parameter.std() * torch.randn_like(parameter)
+        network.train()(images[:8])
+        average.update(network)
+    comparator.settle(average.module.eval())
+    norms = [
+        torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()
+        for layer in comparators._weighted_layers(average.module).values()
+    ]
+    assert norms == pytest.approx([1] * len(norms), abs=1e-3)
 
 
 def test_normalisation_is_of_the_precision_of_the_weight_under_autocast():
@@ -383,6 +403,8 @@ def test_a_recipe_from_start_to_export_and_resumed(name, plain, tmp_path):
     assert (summary.lowrank, summary.comparator.name, summary.twin.comparator) == (False, name, None)
     assert summary.kind == summary.comparator.title == load_network(str(tmp_path / "whole")).title
     figures = summary.comparator.figures
+    # The average that was tested after the last epoch is the network that is exported.
+    assert Run.open(tmp_path / "whole").metrics()[-1].ema_test_accuracy == pytest.approx(summary.clean_accuracy)
     if name == "bottleneck":
         assert all(
             branch.effective_rank <= SMALL["lowrank"]["branches"][layer] for layer, branch in summary.branches.items()
@@ -453,7 +475,7 @@ AT_ONCE = {"lowrank": {"branches": {"layer3": 6}, "warmup_updates": 1}}  # the p
     ("values", "message"),
     [
         ({"init_from": "RUN", "model_args": {}, **AT_ONCE}, "holds the weights of another network"),
-        ({"init_from": "runs/none", **AT_ONCE}, "init_from='runs/none': .*does not exist"),
+        ({"init_from": "runs/none", **AT_ONCE}, "init_from='runs/none': .*does not exist: .*timm-lowrank pull"),
         ({"comparator": "bottleneck", "lowrank": {"branches": {"layer9": 3}}}, "comparator='bottleneck' .*'layer9'"),
         ({"comparator": "matryoshka"}, "comparator='matryoshka' .*below the 16 features"),
     ],

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import struct
 from types import SimpleNamespace
 
 import datasets
@@ -12,7 +13,7 @@ import pyarrow
 import pytest
 import torch
 from parquet_images import DIGITS, TARGET, encoded, png, write, write_shards
-from PIL import Image
+from PIL import Image, ImageOps
 from pyarrow import parquet
 from torchvision.transforms.v2 import functional
 
@@ -215,6 +216,16 @@ def test_images_on_the_hub_that_are_files_of_their_own(tmp_path, hub, streaming)
     assert (held.class_names, held.train_labels.tolist()) == (("a", "b", "c"), [0] * 4 + [1] * 4 + [2] * 4)
 
 
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "JPEG"])
+def test_rare_endings_of_images_are_known(tmp_path, image_cache, ending):
+    for split in ("train", "test"):
+        for name in "ab":
+            path = tmp_path / split / name / f"1.{ending}"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(jpeg(HALVES, 1))
+    assert load_images(str(tmp_path)).counts == (2, 2)
+
+
 def test_images_with_their_labels_in_a_table(tmp_path, image_cache):
     root = write_images(tmp_path / "images")
     for split in ("train", "test"):
@@ -280,6 +291,22 @@ def test_workers_read_images_that_are_files_of_their_own(tmp_path, image_cache, 
         assert pixels == pytest.approx(DIGITS[:150].sum(0) / 255, rel=1e-6)
 
 
+def test_images_that_are_files_of_their_own_are_shuffled_all_together(tmp_path, image_cache):
+    """They lie class behind class, and a buffer would give a batch of the few classes that it holds."""
+    for split, copies in (("train", 40), ("test", 1)):
+        for label in range(10):
+            for number in range(copies):
+                path = tmp_path / "images" / split / str(label) / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(png(DIGITS[number]))
+    data = load_data(str(tmp_path / "images"), streaming=True)
+    batches = StreamTrainBatches(data, PLAIN, CPU, batch_size=40, workers=0, buffer=4)
+    labels = [labels for _, labels in batches.epoch(0)]
+    assert torch.cat(labels).bincount().tolist() == [40] * 10
+    assert min(len(of_batch.unique()) for of_batch in labels) >= 8
+    assert [of_batch.tolist() for _, of_batch in batches.epoch(0, 6)] == [of_batch.tolist() for of_batch in labels[6:]]
+
+
 WRONG_FOLDERS = {
     "no classes": (
         lambda root: [(root / s / "1.png", png(DIGITS[0])) for s in ("train", "test")], "a folder of its own"
@@ -306,6 +333,20 @@ WRONG_FOLDERS = {
     "a single class": (
         lambda root: [(root / s / "a" / "1.png", png(DIGITS[0])) for s in ("train", "test")],
         "own are of a single class, a: there is nothing to learn",
+    ),
+    "images that are left out": (
+        lambda root: [
+            (root / s / c / f"1.{kind}", png(DIGITS[0]))
+            for s in ("train", "test") for c, kind in (("a", "png"), ("b", "png"), ("b", "HEIC"), ("c", "avif"))
+        ],
+        r"train/b/1\.HEIC, and 1 others like it: the datasets library leaves images of this kind out",
+    ),
+    "a table that is wrong": (
+        lambda root: [
+            *((root / s / c / "1.png", png(DIGITS[0])) for s in ("train", "test") for c in "ab"),
+            (root / "train" / "a" / "metadata.csv", b"name,label\n1.png,0\n"),
+        ],
+        "cannot be read: ValueError: .*file_name",
     ),
     "two splits": (
         lambda root: [(root / "all" / "test-train" / c / "1.png", png(DIGITS[0])) for c in "ab"],
@@ -717,6 +758,31 @@ def test_depth_and_orientation_are_read_as_they_were_meant(own, streaming, image
     assert np.abs(pixels[0].numpy().astype(int) - expected).max() <= 8
 
 
+def test_an_image_is_turned_though_its_other_tags_cannot_be_written_again():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = io.BytesIO()
+    Image.fromarray(HALVES).save(upright, format="jpeg", exif=exif, quality=100)
+    # Behind the orientation the unit of the resolution, which should be a number, as four letters.
+    tags = b"II*\0\x08\0\0\0" + b"\x02\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    tags += b"\x28\x01\x02\0\x04\0\0\0inc\0" + bytes(4)
+    exif_of = upright.getvalue().index(b"Exif\0\0")
+    length = int.from_bytes(upright.getvalue()[exif_of - 2 : exif_of], "big")
+    segment = (len(tags) + 8).to_bytes(2, "big") + b"Exif\0\0" + tags
+    image = upright.getvalue()[: exif_of - 2] + segment + upright.getvalue()[exif_of - 2 + length :]
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+    pixels = Decoder("L", (8, 8))(image, "here")[0]
+    assert np.abs(pixels.astype(int) - np.rot90(HALVES, -1)).max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(orientation):
+    image = written(Image.fromarray(DIGITS[3]), "png", orientation)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(image))))
+    assert np.array_equal(Decoder("L", (8, 8))(image, "here")[0], expected)
+
+
 @BOTH
 @pytest.mark.parametrize("kind", ["png", "jpeg", "tiff"])
 def test_sizes_are_those_of_upright_images(own, streaming, kind):
@@ -834,6 +900,8 @@ def test_class_names_that_do_not_agree(tmp_path, streaming, names):
         ({"mean": [123.7]}, "divide what is in 0 to 255"),
         ({"mean": [float("nan")]}, "in \\[0, 1\\]"),
         ({"std": [58.4]}, "in 0 to 255"),
+        ({"mean": ["a half"]}, "mean=\\['a half'\\] must list a number for each of the 1 channels"),
+        ({"std": [None]}, "std=\\[None\\] must list a number for each of the 1 channels"),
     ],
 )
 def test_statistics_of_another_scale(own, values, message):

@@ -15,11 +15,12 @@ import types
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from parquet_images import write_shards
+from parquet_images import TARGET, write, write_shards
 from runs import assert_same_run, metrics
 from safetensors.torch import load_file
 
@@ -532,6 +533,26 @@ def test_what_cannot_be_measured_is_exported_all_the_same(tmp_path, monkeypatch)
     train(made, tmp_path / "run", resume=True)
     train(made, tmp_path / "whole")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_whose_recipe_has_tuples_inside_is_resumed(tmp_path):
+    made = Recipe(**{**SMALL, "epochs": 1, "pretrain_epochs": 0, "model_args": {"channels": (8, 8, 16, 16)}})
+    summary = train(made, tmp_path / "run")
+    assert train(made, tmp_path / "run", resume=True) == summary
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["held", "streamed"])
+def test_spectra_are_of_all_classes_where_the_test_images_are_sorted(tmp_path, streaming):
+    write(tmp_path / "train.parquet", range(230))
+    rows = np.arange(230, 630)
+    write(tmp_path / "test.parquet", rows[np.argsort(TARGET[rows], kind="stable")])
+    data = load_data(str(tmp_path), streaming=streaming)
+    state = build(recipe(data=str(tmp_path), data_args={}, batch_size=32, workers=0), data, tmp_path / "run")
+    batches = experiment._test_batches(state, data, 100)
+    labels = torch.cat([labels for _, labels in batches])
+    assert len(labels) == 100
+    assert labels.bincount(minlength=10).tolist() == [10] * 10
+    assert sum(len(labels) for _, labels in experiment._test_batches(state, data, 999)) == 400
 
 
 def test_a_finished_run_is_not_trained_again(finished, tmp_path):

@@ -39,6 +39,7 @@ __all__ = [
     "matryoshka", "snip", "spectral_normalize", "stable_rank_normalize",
 ]  # fmt: skip
 
+APPROACH = 50  # steps of the power method towards the singular vectors of an averaged weight
 ARCHITECTURE = "bottlenecked"  # timm's name for a network with bottlenecks
 Batches = Iterable[tuple[Tensor, Tensor]]  # normalised images (batch, channels, height, width) and labels (batch,)
 
@@ -57,7 +58,8 @@ class Start:
 class Comparator:
     """What a recipe trains in the place of branches, with its settings; the base does nothing.
 
-    `attach` is called before training begins, `extra_loss` in every step, and `finish` in the end.
+    `attach` is called before training begins, `extra_loss` in every step, `settle` before an average of the network is
+    tested, and `finish` in the end.
     """
 
     title: ClassVar[str]  # in tables and pictures
@@ -72,6 +74,9 @@ class Comparator:
     def extra_loss(self, network: nn.Module, labels: Tensor) -> Tensor | None:
         """What joins the cross-entropy of the last forward pass in train mode, a scalar, if anything does."""
         return None
+
+    def settle(self, average: nn.Module) -> None:
+        """Makes a moving average of the network, in place, predict as it would in the end."""
 
     def finish(self, network: nn.Module, batches: Batches) -> dict[str, float]:
         """Folds the trained network, in place.
@@ -295,6 +300,10 @@ class SpectralNormalized(_SpectralNorm):
         self._u.copy_(left[:, 0])
         self._v.copy_(right[0])
 
+    def approach(self, weight: Tensor) -> None:
+        """Brings singular vectors that are about right nearer, at a fraction of what `settle` takes."""
+        self._power_method(weight.flatten(1), APPROACH)
+
 
 class StableRankNormalized(SpectralNormalized):
     """W / sigma_1 with a stable rank ||W||_F^2 / sigma_1^2 of at most r (Sanyal, Torr, Dokania 2020, Algorithm 2).
@@ -384,6 +393,13 @@ class SpectralNorm(Comparator):
     def attach(self, network: nn.Module, start: Start) -> None:
         """Normalises the weights from now on."""
         spectral_normalize(network, iterations=self.iterations)
+
+    @torch.no_grad()
+    def settle(self, average: nn.Module) -> None:
+        """Brings the singular vectors to those of the averaged weights: an average of them is not even of norm 1."""
+        for module in average.modules():
+            if isinstance(module, parametrize.ParametrizationList):
+                cast(SpectralNormalized, module[0]).approach(cast(Tensor, module.original))
 
     def finish(self, network: nn.Module, batches: Batches) -> dict[str, float]:
         """Brings the singular vectors up to the last step; those of a moving average are not even of norm 1.

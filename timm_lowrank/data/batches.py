@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from .augment import Draws, Transform
-from .images import ImageData
+from .images import ImageData, balanced_rows
 from .order import EpochOrder, ReadPlan, mix
 from .stream import StreamedData, read_in_workers
 
@@ -132,7 +132,7 @@ class StreamTrainBatches(_Shares):
         transform: applied to each batch on its device.
         device: of the batches.
         batch_size, parts, seed, process, processes: as in `TrainBatches`.
-        buffer: encoded images held for shuffling, over all processes.
+        buffer: encoded images held for shuffling, over all processes; images that are files of their own need none.
         workers: processes that read and decode; 0 does it in this one.
 
     Raises:
@@ -153,7 +153,11 @@ class StreamTrainBatches(_Shares):
         self.positions = range(self.process * share, (self.process + 1) * share)  # of this process in every batch
         self.workers = min(self.workers, share)
         split = self.data.train
-        self.order = EpochOrder(split.group_rows, whole, len(self), self.buffer, self.seed, split.group_bytes)
+        if split.apart:  # a folder of images, sorted by class: each as a row group of its own they all change places
+            each = np.ones(len(split), dtype=np.int64)
+            self.order = EpochOrder(each, whole, len(self), 1, self.seed)
+        else:
+            self.order = EpochOrder(split.group_rows, whole, len(self), self.buffer, self.seed, split.group_bytes)
 
     def indices(self, epoch: int) -> Iterator[Tensor]:
         """(batch_size / parts / processes,), int64, for each batch of this process: rows of the training split."""
@@ -183,16 +187,18 @@ class StreamTrainBatches(_Shares):
 class StreamEvalBatches:
     """Every test image once, in the order of the shards, over all processes together.
 
-    A process has neighbouring rows, a worker every so many batches of them. Arguments as in `StreamTrainBatches`.
+    A process has neighbouring rows, a worker every so many batches of them. Arguments as in `StreamTrainBatches`, and
+    `rows` of the test split, (n,), int64, ascending: these alone; None are all.
     """
 
     def __init__(
         self, data: StreamedData, transform: Transform, device: torch.device,
-        *, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0,
+        *, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0, rows: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.data, self.transform, self.device = data, transform, device
-        first, last = (len(data.test) * p // processes for p in (process, process + 1))
-        self.batches = [np.arange(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+        rows = np.arange(len(data.test)) if rows is None else rows
+        first, last = (len(rows) * p // processes for p in (process, process + 1))
+        self.batches = [rows[start : min(start + batch_size, last)] for start in range(first, last, batch_size)]
         self.workers = min(workers, len(self.batches))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -231,13 +237,25 @@ def training_batches(
 
 
 def evaluation_batches(
-    data: ImageData | StreamedData, device: torch.device, *, workers: int, **share: int
+    data: ImageData | StreamedData, device: torch.device, *, workers: int, limit: int | None = None, **share: int
 ) -> TestBatches:
-    """The share of a process in the test images; without process and processes all of them."""
+    """The share of a process in the test images; without process and processes all of them.
+
+    Args:
+        data, device, workers, share: as in `training_batches`.
+        limit: so many test images alone, as `balanced_rows` takes them: where the classes lie one behind the other, as
+            in a folder of images, the first ones would be of a few of them. None takes all.
+    """
     transform = Transform(data.mean, data.std, "none", device)
+    limit = None if limit is None or limit >= data.counts[1] else limit
     if isinstance(data, ImageData):
-        return EvalBatches(data.test_images.to(device), data.test_labels.to(device), transform, **share)
-    return StreamEvalBatches(data, transform, device, **share, workers=workers)
+        images, labels = data.test_images, data.test_labels
+        if limit is not None:
+            rows = torch.from_numpy(balanced_rows(labels.numpy(), limit, len(data.class_names)))
+            images, labels = images[rows], labels[rows]
+        return EvalBatches(images.to(device), labels.to(device), transform, **share)
+    wanted = None if limit is None else balanced_rows(data.test.labels(), limit, len(data.class_names))
+    return StreamEvalBatches(data, transform, device, **share, workers=workers, rows=wanted)
 
 
 # What a worker reads. Functions of the module, which travel to other processes.

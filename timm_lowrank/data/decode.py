@@ -22,6 +22,11 @@ MODES = {"rgb": "RGB", "grey": "L"}  # what may be declared, and what pillow cal
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of pillow for grey values of 16 bits
 DEEP_AS_I = ("PNG", "PPM")  # formats whose 16 bits pillow may open as "I"; of all others that mode is signed or 32 bits
 GREY = ("1", "L", "LA", *DEEP)
+ORIENTATION = 0x0112  # of EXIF
+UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,18 +187,18 @@ def _opened(
     Args:
         encoded, where, declared: as of `Decoder`.
         mode: "L" or "RGB".
-        upright: whether it is turned without a mode, too; of other formats than JPEG that decodes the image.
+        upright: whether it is turned without a mode, too, which decodes the image.
 
     Raises:
         DataError: it cannot be decoded, is of 32 bits, or is coloured where "L" is wanted but was not `declared`.
     """
-    image_module, operations = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
+    image_module = require("PIL.Image", "pillow")
     try:
         image = image_module.open(io.BytesIO(encoded))
         if mode is None:
-            return operations.exif_transpose(image) if upright else image
+            return _upright(image) if upright else image
         kind = image.format
-        image = operations.exif_transpose(image)
+        image = _upright(image)
         if mode == "L" and not declared and not _is_grey(image):
             raise DataError(
                 f"{where}: the image is coloured, and those that were looked at before training are grey: declare what "
@@ -206,6 +211,17 @@ def _opened(
         return image.convert(mode)
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         raise DataError(f"{where}: the image cannot be decoded: {error}") from error
+
+
+def _upright(image: Any) -> Any:
+    """A pillow image, turned as its EXIF orientation says.
+
+    Not pillow's `exif_transpose`, which writes all tags anew, to leave that one out, and raises for an image whose
+    pixels are sound where it cannot: for a unit of the resolution in words, say.
+    """
+    image.load()
+    method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    return image if method is None else image.transpose(require("PIL.Image", "pillow").Transpose[method])
 
 
 def _interpolation() -> Any:

@@ -155,7 +155,8 @@ def per_channel(name: str, values: Sequence[float] | None, channels: int) -> tup
     """`values`, one for each channel, or None. Raises DataError if they are not."""
     if values is None:
         return None
-    if not isinstance(values, list | tuple) or len(values) != channels:
+    numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+    if not numbers or len(values) != channels:
         raise DataError(f"data_args.{name}={values!r} must list a number for each of the {channels} channels")
     if not all(0 <= value <= 1 for value in values):  # NaN too
         raise DataError(f"data_args.{name}={values!r} must be of pixels in [0, 1]: divide what is in 0 to 255 by 255")

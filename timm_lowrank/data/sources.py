@@ -28,6 +28,11 @@ IMAGE_COLUMNS = ("img", "image")
 TEST_SPLITS = ("test", "validation")  # where none is named: the first that there is
 IMAGE_FOLDER = "imagefolder"  # what `datasets` calls images that are files of their own
 LAYOUT = "a class is a folder of its own, all on the same level (train/CLASS/NAME.png, test/CLASS/NAME.png)"
+IMAGE_ENDINGS = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".tga",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+UNREAD_ENDINGS = (".heic", ".heif", ".avif", ".jxl")  # of images, which `datasets` passes over without a word
 METADATA = "metadata.parquet"  # of such images, not a shard
 DEFAULT_CONFIG = "default"  # what the Hub calls a configuration of a data set that has one
 DataOrigin = Literal["hub", "folder", "built-in"]
@@ -84,15 +89,22 @@ class Shard:
         """The name without folders."""
         return self.path.rsplit("/", 1)[-1]
 
-    def rows(self, group: int, wanted: np.ndarray) -> Iterator[tuple[int, Any, int, str | None]]:
+    def rows(
+        self, group: int, wanted: np.ndarray, mapped: dict[str, list[Any]]
+    ) -> Iterator[tuple[int, Any, int, str | None]]:
         """(row in the group, encoded image or None, label, own file) of the `wanted` rows, in ascending order.
+
+        Args:
+            group: a row group.
+            wanted: (n,), int64, rows of it.
+            mapped: the batches of Arrow files, by path, that were mapped before; this one joins them.
 
         Raises:
             DataError: the file, or that of an image, cannot be read.
         """
         begin = 0
         with _damage(self.path, f"row group {group} of "):
-            for part in self._batches(group):
+            for part in self._batches(group, mapped):
                 images, labels = _bytes_of(part[self.image]), part[self.label]
                 paths = part[self.image].field("path") if self.apart else None
                 first, last = np.searchsorted(wanted, [begin, begin + len(part)])
@@ -105,9 +117,11 @@ class Shard:
                     return
             raise EOFError(f"it ends after {begin} rows")
 
-    def _batches(self, group: int) -> Iterator[Any]:
+    def _batches(self, group: int, mapped: dict[str, list[Any]]) -> Iterator[Any]:
         if self.footer is None:
-            yield self._table().to_batches()[group]
+            if self.path not in mapped:
+                mapped[self.path] = self._table().to_batches()
+            yield mapped[self.path][group]
             return
         parquet = require("pyarrow.parquet", "pyarrow")
         with _opened(self.path) as file:
@@ -178,6 +192,11 @@ class Split:
         """The size of the largest row group as decompressed."""
         return max(size for shard in self.shards for _, size in shard.groups)
 
+    @property
+    def apart(self) -> bool:
+        """Whether all images are files of their own, of which any one is read as quickly as its neighbour."""
+        return all(shard.apart for shard in self.shards)
+
     def __len__(self) -> int:
         return int(self.group_rows.sum())
 
@@ -186,7 +205,8 @@ class Split:
         return np.concatenate([shard.labels() for shard in self.shards])
 
     def read(self, rows: np.ndarray) -> Iterator[Encoded]:
-        """The images of `rows`, (n,), int64, in this order; quick where neighbours ascend within a row group.
+        """The images of `rows`, (n,), int64, in this order; quick where neighbours ascend within a row group, and where
+        images are files of their own.
 
         Raises:
             DataError: a file cannot be read, or an image is missing.
@@ -194,10 +214,11 @@ class Split:
         starts = np.cumsum(self.group_rows) - self.group_rows
         group_of = np.searchsorted(starts, rows, side="right") - 1
         breaks = np.flatnonzero((np.diff(group_of) != 0) | (np.diff(rows) <= 0)) + 1
+        mapped: dict[str, list[Any]] = {}
         for run in np.split(rows, breaks) if len(rows) else []:
             index = int(np.searchsorted(starts, run[0], side="right")) - 1
             shard, number, before = self.row_groups[index]
-            for row, image, label, path in shard.rows(number, run - starts[index]):
+            for row, image, label, path in shard.rows(number, run - starts[index], mapped):
                 where = path or f"{shard.path}, row {before + row}"
                 if image is None:
                     raise DataError(f"{where}: the image is missing")
@@ -497,11 +518,10 @@ def _named(source: str, splits: Iterable[Any], choices: Sequence[str]) -> str:
 def _holds_images(root: Path) -> bool:
     """Whether a folder holds images as files of their own, and no parquet shards."""
     found = False
-    endings = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
     for _, _, names in _walk(root):
         if any(name.endswith(".parquet") and name != METADATA for name in names):
             return False
-        found = found or any(name.lower().endswith(endings) for name in names)
+        found = found or any(name.lower().endswith(IMAGE_ENDINGS + UNREAD_ENDINGS) for name in names)
     return found
 
 
@@ -519,27 +539,48 @@ def _image_folder(root: Path, wanted: Sequence[Sequence[str]], label_column: str
     below = sorted(where / name for where, folders, _ in _walk(root) for name in folders)
     linked = [folder for folder in below if folder.is_symlink()]
     folders: dict[str, list[str]] = {}
+    places: list[Path] = []
     for split in {name for choices in wanted for name in choices}:
         called = [split, *datasets.data_files.SPLIT_KEYWORDS.get(split, ())]
         if top := next((tops[name] for name in called if name in tops), None):
             inside = [link for link in linked if (root / top) in link.parents]  # a pattern does not follow them
             folders[split] = [f"{glob.escape(str(each.relative_to(root)))}/**" for each in (root / top, *inside)]
+            places.append(root / top)
     if linked and not folders:
         raise DataError(
             f"{linked[0]} is a symbolic link, which is followed inside of folders with the names of the splits: put "
             f"them at the top of {root}, as in train/CLASS/NAME.png"
         )
+    for place in places or [root]:
+        _check_endings(place)
     try:
         loaded = datasets.load_dataset(
             IMAGE_FOLDER, data_dir=glob.escape(str(root.resolve())), data_files=folders or None, keep_in_memory=False
         )
     except Exception as error:  # whatever a file of its builder raises
-        raise DataError(f"the images in {root} cannot be read: {type(error).__name__}: {error}") from error
+        reason = error.__cause__ or error  # what went wrong with which file; the outer one says that something did
+        raise DataError(f"the images in {root} cannot be read: {type(reason).__name__}: {reason}") from error
     found = _arrow_files(f"the folder {root}", loaded, wanted)
-    places = {name: sorted({os.path.dirname(path) for path in _paths_of(part)}) for name, part in loaded.items()}
+    classes = {name: sorted({os.path.dirname(path) for path in _paths_of(part)}) for name, part in loaded.items()}
     for name, part in loaded.items():
-        _check_labels(root, part, name, label_column, places)
+        _check_labels(root, part, name, label_column, classes)
     return found
+
+
+def _check_endings(folder: Path) -> None:
+    """Raises DataError for an image in `folder` that would be left out, and with it perhaps a whole class."""
+    unread = [
+        where / name
+        for where, _, names in _walk(folder)
+        for name in names
+        if name.lower().endswith(UNREAD_ENDINGS) and not name.startswith((".", "__"))
+    ]
+    if unread:
+        more = f", and {len(unread) - 1} others like it" if len(unread) > 1 else ""
+        raise DataError(
+            f"{min(unread)}{more}: the datasets library leaves images of this kind out. Convert them to PNG or JPEG, "
+            "or put them elsewhere"
+        )
 
 
 def _check_labels(root: Path, part: Any, split: str, label_column: str, places: dict[str, list[str]]) -> None:

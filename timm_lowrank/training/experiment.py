@@ -161,7 +161,10 @@ def _epoch(state: TrainingState, folder: RunFolder, epoch: int) -> None:
     recipe, accelerator = state.recipe, state.accelerator
     trained = train_epoch(state, epoch, lambda epoch, step: folder.save(accelerator, epoch, step))
     test = evaluate(accelerator, state.lowrank, state.test_batches)
-    averaged = None if state.ema is None else evaluate(accelerator, state.ema.module, state.test_batches)
+    averaged = None
+    if state.ema is not None:
+        state.comparator.settle(state.ema.module)
+        averaged = evaluate(accelerator, state.ema.module, state.test_batches)
     metrics = _metrics(state, epoch, trained, test, averaged)
     if accelerator.is_main_process:
         # Before the checkpoint: a resumed run drops rows that are too many, but could not make up for one too few.
@@ -240,8 +243,8 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
         model = state.lowrank if recipe.lowrank_enabled else state.lowrank.backbone  # a plain run has no branches
         with folder.writing(folder.model):  # before anything is measured, which may fail
             save_pretrained(model, folder.model, label_names=list(data.class_names), data_config=data.data_config)
-        # From the first images, whatever share of them this process tested.
-        spectra = layer_spectra(state.lowrank, _test_batches(state, data), recipe.spectrum_images)
+        # From as many images of each class, whatever share of them this process tested.
+        spectra = layer_spectra(state.lowrank, _test_batches(state, data, recipe.spectrum_images), None)
         summary = summarize(state, data, spectra, test, folder.last_metrics(), comparator, twin[0] if twin else None)
         spectrum = {layer: measured.shares for layer, measured in spectra.items()}
         picture = folder.plots / "spectrum.png"
@@ -255,10 +258,10 @@ def _finish(state: TrainingState, data: Data, folder: RunFolder, twin: Finished 
     return result
 
 
-def _test_batches(state: TrainingState, data: Data) -> TestBatches:
-    """All test images, whatever share of them this process tests."""
+def _test_batches(state: TrainingState, data: Data, limit: int | None = None) -> TestBatches:
+    """All test images, or `limit` of them in equal shares of the classes, whatever share this process tests."""
     recipe, device = state.recipe, state.accelerator.device
-    return evaluation_batches(data, device, batch_size=recipe.eval_batch_size, workers=recipe.workers)
+    return evaluation_batches(data, device, batch_size=recipe.eval_batch_size, workers=recipe.workers, limit=limit)
 
 
 def _finished_comparator(state: TrainingState, data: Data) -> ComparatorSummary | None:

@@ -18,7 +18,7 @@ from ..core.config import LowRankConfig
 from ..data import load_data
 from ..errors import RecipeError, nearest
 from ..files import parse_yaml
-from ..records import decode_fields, default_of, in_words
+from ..records import decode, decode_fields, default_of, in_words
 
 # ---------------------------------------------------------------------------------------------------------- the keys
 
@@ -115,7 +115,11 @@ class Recipe:
         "set needs data_args.mean and std where ImageNet's do not suit",
         "auto",
     )
-    shuffle_buffer: int = _key("in streaming, encoded images held for shuffling, over all processes together", 10_000)
+    shuffle_buffer: int = _key(
+        "in streaming, encoded images held for shuffling, over all processes together; a folder of images, which are "
+        "read in any order, needs none",
+        10_000,
+    )
     workers: int = _key(
         "in streaming, processes that read and decode, for each training process; 0 does it in that one", 4
     )
@@ -145,7 +149,8 @@ class Recipe:
         False,
     )
     spectrum_images: int | None = _key(
-        "test images from which the spectrum of the activations is measured; null takes all", 2000
+        "test images, as many of each class, from which the spectrum of the activations is measured; null takes all",
+        2000,
     )
 
     def __post_init__(self) -> None:
@@ -196,8 +201,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold; `from_dict` is the inverse."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -231,6 +235,13 @@ class Recipe:
             )
             for field in dataclasses.fields(cls)
         ]
+
+
+def _plain(value: Any) -> Any:
+    """A value with lists for all tuples, those inside of others too: YAML and JSON read nothing else back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------------------------ files and overrides
@@ -463,9 +474,13 @@ def _inner(recipe: Recipe) -> Iterable[str]:
     # The others are keys of the recipe itself.
     known = [name for name in inspect.signature(load_data).parameters if not hasattr(recipe, name)]
     known = [name for name in known if name not in ("source", "progress")]
-    for key in recipe.data_args:
+    hints, wrong = typing.get_type_hints(load_data), list[str]()
+    for key, value in recipe.data_args.items():
         if key not in known:
             yield f"there is no key data_args.{key}. {nearest(key, known)}"
+        elif key not in ("mean", "std"):  # which are lists of as many numbers as the images have channels
+            decode(hints[key], value, f"data_args.{key}", wrong)
+    yield from wrong
     train, test, extra = (recipe.data_args.get(key) for key in ("train_split", "test_split", "extra"))
     if test is not None and test in (train or "train", "extra" if extra else None):
         yield f"data_args.test_split={test!r} is a split of the training images: name another one"

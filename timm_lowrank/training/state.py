@@ -229,6 +229,11 @@ def _load_initial(network: nn.Module, source: str) -> None:
     """
     try:
         path = Path(source).expanduser()
+        if not path.exists():  # `local_folder` would advise a repository, which is not taken here
+            raise CheckpointError(
+                f"{path} does not exist: give the folder of a run or of a checkpoint, or a model.safetensors. One on "
+                "the Hub has to be fetched before, with timm-lowrank pull"
+            )
         folder = None if path.is_file() else local_folder(path)
         if folder is not None:
             require_checkpoint(folder)
