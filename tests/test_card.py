@@ -442,6 +442,27 @@ def test_a_folder_that_is_not_here_is_no_data_set_of_the_hub(run):
         assert "data/photos" not in text
 
 
+def test_a_name_for_the_data_of_the_run_is_not_that_of_other_data_it_was_evaluated_on(run):
+    edit(
+        run,
+        data=lambda data: dataclasses.replace(data, source="/data/corrupted", origin="folder", fingerprint="0" * 64),
+    )
+    text = card(run, dataset="me/mine")
+    results = ModelCard(text).data.eval_results
+    assert [result.dataset_type for result in results] == ["me/mine", "corrupted", "corrupted", "corrupted"]
+    assert "of corrupted, in per cent" in section(text, "robustness")
+
+
+def test_clean_accuracy_on_other_data_takes_the_place_of_neither_network(run):
+    more = dataclasses.replace(FIGURES[0], values={"2-LR": Value.share(2500, 5000), "plain": Value.share(1000, 2000)})
+    change(run / "summary.json", twin=None, twin_folder=None)
+    edit(run, figures=(more,), data=lambda data: dataclasses.replace(data, fingerprint="0" * 64, source="corrupted"))
+    record = read_run(run)
+    assert (record.clean.of, record.plain_clean) == (2000, None)
+    values = [result.metric_value for result in ModelCard(card(run)).data.eval_results]
+    assert values == [0.9005, 0.5]
+
+
 def test_keys_stay_different_and_names_of_classes_as_they_are():
     assert without_local_paths({"/home/me/a": 1, "/home/you/a": 2, 3: "8/255"}) == {"a": 1, "a (2)": 2, 3: "8/255"}
     assert without_local_paths({"class_names": ["/m/01g317"]}) == {"class_names": ["/m/01g317"]}
@@ -559,6 +580,16 @@ def test_titles_from_elsewhere_break_neither_card_nor_page_nor_terminal(run, nam
     assert len(table.splitlines()) == len(before.splitlines())
     assert max(map(len, table.splitlines())) <= 100
     assert "<script>" not in write_report(hostile, run).read_text()
+
+
+def test_a_diagnosis_in_normalised_units_from_elsewhere_cannot_move_the_cursor(run):
+    edit(run, normalized_verdicts={"2-LR": dataclasses.replace(SOUND, summary="\x1b[2J\n")})
+    table = text_table(read_evaluation(run / "evaluation.json"))
+    assert all(sign.isprintable() or sign == "\n" for sign in table)
+
+
+def test_the_card_of_a_pull_request_is_for_the_branch_that_it_is_merged_into():
+    assert Place.on_hub(REPO, "refs/pr/1") == Place.on_hub(REPO)
 
 
 def test_escaping():

@@ -157,6 +157,28 @@ def test_what_cannot_be_saved(model, tmp_path, small_net):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_of_the_home_folder_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert tlr.save_pretrained(timm.create_model("test_resnet"), "~/saved") == tmp_path / "home" / "saved"
+    tlr.from_pretrained("~/saved", lowrank=False)
+
+
+@pytest.mark.parametrize("names", ["abc", {0: "a", 1: "b", 2: "c"}, [0, 1, 2], ["a", "b", None]])
+def test_names_of_classes_are_a_list_of_strings(names, tmp_path):
+    network = timm.create_model("test_resnet", num_classes=3)
+    with pytest.raises(CheckpointError, match="label_names must be a list of strings"):
+        tlr.save_pretrained(network, tmp_path / "saved", label_names=names)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_network_without_numbers_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        network = timm.create_model("test_resnet")
+    with pytest.raises(CheckpointError, match=r"on the meta device.*load weights into it first"):
+        tlr.save_pretrained(network, tmp_path)
+
+
 @pytest.mark.parametrize(
     "where",
     ["timm_lowrank.checkpoint.branches.save_file", "timm.models.save_for_hf", "os.replace", "os.fsync"],

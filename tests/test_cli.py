@@ -220,6 +220,22 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding, stream, monkeypatch):
     assert written.buffer.getvalue().decode(encoding).strip() == shown.encode(encoding, "replace").decode(encoding)
 
 
+@pytest.mark.parametrize(("place", "said"), [("pipe", ""), ("/dev/full", "error: layers: No space left on device\n")])
+def test_output_that_nobody_takes_is_no_traceback(place, said):
+    code = "import sys; from timm_lowrank import cli; sys.exit(cli.main(['layers', 'test_resnet']))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    if place == "pipe":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(place, os.O_WRONLY)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
 def test_ctrl_c_is_one_line(capsys, monkeypatch):
     def interrupted(given):
         raise KeyboardInterrupt

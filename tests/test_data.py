@@ -339,7 +339,7 @@ WRONG_FOLDERS = {
             (root / s / c / f"1.{kind}", png(DIGITS[0]))
             for s in ("train", "test") for c, kind in (("a", "png"), ("b", "png"), ("b", "HEIC"), ("c", "avif"))
         ],
-        r"train/b/1\.HEIC, and 1 others like it: the datasets library leaves images of this kind out",
+        r"test/b/1\.HEIC, and 1 others like it: the datasets library leaves images of this kind out",
     ),
     "a table that is wrong": (
         lambda root: [

@@ -207,6 +207,13 @@ def test_a_card_that_is_given_replaces(hub, model, kind):
 # Publishing again
 
 
+def test_files_of_another_program_in_the_repository_stay(hub, model):
+    theirs = {"evaluation.json": b'{"mine": 1}', "README.md": b"# Mine", "plots/a.png": b"x"}
+    hub.seed(REPO, theirs)
+    push_to_hub(model, REPO)
+    assert theirs.items() <= in_repo(hub).items()
+
+
 def test_branches_of_an_older_model_are_deleted_with_the_same_commit(hub, model):
     push_to_hub(model, REPO, files={"evaluation.json": b"{}", "notes.txt": b"mine"})
     push_to_hub(model.unwrap(), REPO, delete=["evaluation.json", "never-there.json"])
@@ -408,6 +415,16 @@ def test_the_cache_when_the_hub_is_gone(hub, model, waits, another_cache):
     assert same_network(loaded(), model)
     refused("the Hub failed .status 503.*run it again", from_pretrained, "alice/other")
     refused("the Hub failed", from_pretrained, REPO, cache_dir=another_cache)
+
+
+def test_offline_a_cache_with_the_network_alone_says_nothing_of_branches(hub, model, monkeypatch):
+    push_to_hub(model, REPO)
+    timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.warns(
+        UserWarning, match="the Hub cannot be asked whether alice/tiny holds lowrank.json, and the cache"
+    ):
+        from_pretrained(REPO)
 
 
 def test_switched_offline(hub, model, monkeypatch):

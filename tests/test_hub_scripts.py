@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from publishable import (
     BLOB,
     CHECKPOINT,
@@ -221,6 +221,34 @@ def test_a_card_under_another_licence_than_the_pretrained_weights_is_noted(hub, 
     out = capsys.readouterr().out
     assert "licence [2Jmine, and" in out
     assert "\x1b" not in out
+
+
+def test_front_matter_with_keys_that_are_no_strings(hub, run):
+    hub.seed(REPO, {"README.md": "---\nyes: 1\n---\n"})
+    refused("README.md of alice/tiny cannot be read as a model card: keywords must be strings", push, run, REPO)
+
+
+def test_an_evaluation_of_another_program_stays(hub, run, capsys):
+    hub.seed(REPO, {"README.md": "# Mine\n", "evaluation.json": b'{"mine": 1}'})
+    (run / "evaluation.json").unlink()
+    done(push, run, REPO)
+    assert in_repo(hub)["evaluation.json"] == b'{"mine": 1}'
+    assert "deleted" not in capsys.readouterr().out
+
+
+def test_a_card_that_names_other_weights_as_its_base_is_noted(hub, run, capsys):
+    done(push, run, REPO)
+    hub.seed(
+        REPO, {"README.md": in_repo(hub)["README.md"].decode().replace("---\n", "---\nbase_model: timm/other\n", 1)}
+    )
+    capsys.readouterr()
+    done(push, run, REPO)
+    note = "note: the card names the base_model timm/other, and "
+    assert f"{note}the network was trained from scratch" in capsys.readouterr().out
+    began_from(run, "apache-2.0", pretrained=True)
+    done(push, run, REPO)
+    assert f"{note}the training began from timm/test_resnet.r160_in1k" in capsys.readouterr().out
+    assert ModelCard.load(REPO).data.base_model == "timm/other"
 
 
 def test_marks_that_the_owner_took_out(hub, run, capsys):
@@ -541,6 +569,25 @@ def test_what_cannot_be_pulled(hub, run, tmp_path, waits):
     architecture = b'{"architecture": "nonesuch"}'
     hub.seed("alice/new", {"config.json": architecture, "model.safetensors": in_repo(hub)["model.safetensors"]})
     refused("there is no architecture 'nonesuch'", pull, "alice/new")
+
+
+def test_a_pull_without_the_hub_takes_the_cache(hub, run, tmp_path, monkeypatch, waits, capsys):
+    done(push, run, REPO)
+    done(pull, REPO)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    capsys.readouterr()
+    done(pull, REPO, tmp_path / "copy")
+    assert in_folder(tmp_path / "copy") == hub.repo(REPO).files()
+    assert "; the Hub could not be asked for the sums" in capsys.readouterr().out
+    refused("no connection to the Hub, or HF_HUB_OFFLINE is set, and the cache does not", pull, "alice/other")
+
+
+def test_a_pickle_that_another_program_has_fetched_is_not_copied(hub, run, tmp_path):
+    done(push, run, REPO)
+    hub.seed(REPO, {"pytorch_model.bin": b"\x80"})
+    hf_hub_download(REPO, "pytorch_model.bin")
+    done(pull, REPO, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "pytorch_model.bin").exists()
 
 
 def test_a_pull_that_breaks_off_goes_on(hub, run, tmp_path, waits):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import math
 import os
 import re
@@ -229,6 +230,13 @@ def test_export_of_the_timm_network(build, images, tmp_path):
     assert same(again.branches.state_dict(), trainer.lowrank.branches.state_dict())
     with pytest.raises(tlr.CheckpointError, match="ViTForImageClassification holds no timm network"):
         run(build("vit", max_steps=1)).export(tmp_path / "other")
+
+
+def test_an_export_names_the_classes_in_the_order_of_the_logits(build, images, tmp_path):
+    trainer = build(example_input=images)
+    trainer.model.config.id2label = {index: f"class {index}" for index in reversed(range(10))}
+    trainer.export(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == [f"class {i}" for i in range(10)]
 
 
 # --------------------------------------------------------------------------------------------------------- the loss

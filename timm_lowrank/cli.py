@@ -49,13 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = argparse.Namespace(arguments=arguments, command=PROGRAM, interrupted="nothing was written")
     try:
-        with _interrupts_not_lost():
+        with _interrupts_not_lost(), _all_printed():
             _parser().parse_args(arguments, given)
             given.execute(given)
     except (LowRankError, CheckpointError, EvaluationError, TrainingError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # of a file or folder that no command thought of
+    except BrokenPipeError:  # whoever read the output, such as `head`, has what it wanted
+        _drop_output()
+        return 1
+    except OSError as error:  # of a file or folder that no command thought of, or of the output
+        _drop_output()
         print(f"error: {error.filename or given.command}: {error.strerror or error}", file=sys.stderr)
         return 1
     except MemoryError:
@@ -70,6 +74,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # While Python takes itself down it has nobody left to tell, and would print a traceback under what is finished.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return 0
+
+
+@contextlib.contextmanager
+def _all_printed() -> Iterator[None]:
+    """Has what a block prints arrive before it ends: when Python takes itself down, nobody is told of an error."""
+    try:
+        yield
+    except SystemExit:  # after --help
+        _flush()
+        raise
+    _flush()
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Where nothing can be printed any more, what waits for it is given up; else Python fails at it when it ends."""
+    try:
+        _flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # no file
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from .files import (
     require_checkpoint,
 )
 from .listed import find_checkpoint, is_bare
-from .remote import checked_repo_id, download
+from .remote import checked_repo_id, download, holds
 
 
 def from_pretrained(
@@ -81,12 +81,13 @@ def from_pretrained(
     """
     found = _find(source, revision)
     load = functools.partial(load_folder, lowrank=lowrank, sha256=sha256 or found.sha256)
+    fetched: Path | None = None
     if found.folder is not None and not found.repo_id:
         model = load(found.folder)
     else:
         fetch = functools.partial(download, found.repo_id, revision=found.revision, token=token, cache_dir=cache_dir)
         try:
-            folder = fetch()
+            folder = fetched = fetch()
         except CheckpointError as error:
             if found.folder is None:
                 raise
@@ -97,8 +98,12 @@ def from_pretrained(
         except CheckpointDamagedError:  # on the way or in the cache: once more
             model = load(fetch(force=True))
     if lowrank and not isinstance(model, LowRankModel):
+        where = f"{source} holds no {LOWRANK_CONFIG}"
+        # What timm or transformers have fetched are the files of the network alone, and all that is there offline.
+        if fetched and holds(found.repo_id, LOWRANK_CONFIG, revision=fetched.name, token=token) is None:
+            where = f"the Hub cannot be asked whether {source} holds {LOWRANK_CONFIG}, and the cache does not"
         warnings.warn(
-            f"{source} holds no {LOWRANK_CONFIG}: loaded as a plain network, without branches. "
+            f"{where}: loaded as a plain network, without branches. "
             "timm_lowrank.wrap(network, config) puts new ones on it; lowrank=False loads it without this warning.",
             stacklevel=2,
         )

@@ -87,7 +87,7 @@ def download(
     api = HfApi(token=token)
     with hub_errors("fetch", repo_id, revision):
         if names is None:
-            for name in api.list_repo_files(repo_id, revision=revision):
+            for name in _listed(api, repo_id, revision):
                 checked_name(name)
         fetched = snapshot_download(
             repo_id,
@@ -107,6 +107,24 @@ def download(
                 held = api.list_repo_files(repo_id, revision=revision)
             raise CheckpointError(no_weights(repo_id, sorted(name for name in held if name.endswith(PICKLES))))
     return folder
+
+
+def _listed(api: HfApi, repo_id: str, revision: str | None) -> list[str]:
+    """The files of a repository; none where the Hub does not answer, and only the cache may hold it."""
+    try:
+        return list(api.list_repo_files(repo_id, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (HTTPError, OSError):  # what it was is said by `snapshot_download` if the cache does not hold it
+        return []
+
+
+def holds(repo_id: str, name: str, *, revision: str | None = None, token: str | None = None) -> bool | None:
+    """Whether a repository has a file; None where the Hub does not answer."""
+    try:
+        return HfApi(token=token).file_exists(repo_id, name, revision=revision)
+    except (HTTPError, OSError, ValueError):
+        return None
 
 
 @contextlib.contextmanager

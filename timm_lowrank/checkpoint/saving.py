@@ -36,7 +36,8 @@ def save_pretrained(
 
     Args:
         model: a `LowRankModel`, or a plain timm network (then only timm's two files are written), compiled or not.
-        folder: is made if it does not exist; other files in it are left alone.
+        folder: is made if it does not exist; other files in it are left alone. "~" is the home folder, as for
+            `from_pretrained`.
         label_names: one per class, in the order of the logits; None takes those that the network was loaded with.
         data_config: input_size, mean, std and so on of the images that the model was trained on, over the
             network's `pretrained_cfg`.
@@ -47,7 +48,7 @@ def save_pretrained(
     Raises:
         CheckpointError: the network was not made by timm, or was changed since, so that what timm builds has other
             parameters or gives other logits (it is built and compared); it is one of `timm_lowrank.comparators` that
-            was not folded; or the number of labels is not its number of classes.
+            was not folded; it is on the meta device; or there is not one label, a string, for each of its classes.
         CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
     """
     model = _uncompiled(model)
@@ -62,9 +63,14 @@ def save_pretrained(
             f"{layers[0]} has normalised or pruned weights, or nested classifiers, which timm could not load: "
             "timm_lowrank.comparators.fold(network) leaves plain weights with the same logits"
         )
-    if label_names is not None and len(label_names) != backbone.num_classes:
-        raise CheckpointError(f"{len(label_names)} label names for {backbone.num_classes} classes")
-    folder = Path(folder)
+    if label_names is not None:
+        _check_labels(label_names, backbone.num_classes)
+    if any(tensor.is_meta for tensor in backbone.state_dict().values()):
+        raise CheckpointError(
+            f"{type(backbone).__name__} has tensors on the meta device, which hold no numbers that could be saved: "
+            "load weights into it first"
+        )
+    folder = Path(folder).expanduser()
     if isinstance(model, LowRankModel):
         model.warn_of_no_weight()
     with staged(folder, CHECKPOINT_FILES) as staging:
@@ -73,6 +79,16 @@ def save_pretrained(
         if isinstance(model, LowRankModel):
             write_into(staging, model, belong_to=[NETWORK_WEIGHTS])
     return folder
+
+
+def _check_labels(names: Sequence[str], classes: Any) -> None:
+    """Raises CheckpointError unless there is one name, a string, for each class."""
+    if isinstance(names, str | Mapping) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"label_names must be a list of strings, one per class in the order of the logits, not {names!r}"[:300]
+        )
+    if len(names) != classes:
+        raise CheckpointError(f"{len(names)} label names for {classes} classes")
 
 
 def _write_backbone(

@@ -551,7 +551,7 @@ def _image_folder(root: Path, wanted: Sequence[Sequence[str]], label_column: str
             f"{linked[0]} is a symbolic link, which is followed inside of folders with the names of the splits: put "
             f"them at the top of {root}, as in train/CLASS/NAME.png"
         )
-    for place in places or [root]:
+    for place in sorted(places) or [root]:
         _check_endings(place)
     try:
         loaded = datasets.load_dataset(

@@ -421,7 +421,8 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
                 "from_pretrained"
             )
         if label_names is None:
-            names = list((getattr(self.model.config, "id2label", None) or {}).values())
+            by_class = getattr(self.model.config, "id2label", None) or {}
+            names = [by_class[index] for index in sorted(by_class, key=int)]  # in whatever order they stand there
             label_names = None if names == [f"LABEL_{index}" for index in range(len(names))] else names
         size = {} if self._image_shape is None else {"input_size": self._image_shape}
         if self.args.should_save:

@@ -69,8 +69,12 @@ class Place:
 
     @classmethod
     def on_hub(cls, repo_id: str, revision: str | None = None) -> Place:
-        """A repository, and the branch of it that the card is for; None is the main one."""
-        revision = None if revision == "main" else revision
+        """A repository, and the branch of it that the card is for; None is the main one.
+
+        The card of a pull request (refs/pr/N) is for the main branch, where it is when that is merged.
+        """
+        if revision == "main" or (revision or "").startswith("refs/pr/"):
+            revision = None
         url = f"{HUB}/{repo_id}/tree/{revision or 'main'}"
         source = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
         return cls(repo_id.split("/")[-1], source, repo_id, repo_id, url, revision)
@@ -139,7 +143,7 @@ def run_card(
         network=record.network,
         record=record,
         data=data,
-        tested=dataset_of(evaluation.data, dataset) if evaluation else None,
+        tested=_tested(evaluation.data, record, dataset) if evaluation else None,
         license=license,
         origin=origin,
         files=files,
@@ -166,6 +170,11 @@ def dataset_of(data: DataSummary | DataInfo, given: str | None = None) -> Datase
     return Dataset(re.sub(r"[^\w.-]+", "-", name), name, False)
 
 
+def _tested(data: DataInfo, record: RunRecord, given: str | None) -> Dataset:
+    """The data set of an evaluation; the name that is given for that of the run is its name only if it is the same."""
+    return dataset_of(data, given if record.same_data else None)
+
+
 # ------------------------------------------------------------------------------------------------------- front matter
 
 
@@ -183,8 +192,8 @@ def _results(record: RunRecord, source: str | None, dataset: str | None) -> list
             continue
         label = "accuracy" if name == "clean" else f"accuracy under {_METRICS[name]}"
         about = figure.protocol.entries()
-        result = _result(dataset_of(data, dataset), data.split, label, value, about, source)
-        if name == "clean" and (record.clean.of or 0) < (value.of or 0):
+        result = _result(_tested(data, record, dataset), data.split, label, value, about, source)
+        if name == "clean" and record.same_data and (record.clean.of or 0) < (value.of or 0):
             clean = result  # on more images than the run itself was tested on
         elif name != "clean" or data.fingerprint != trained.fingerprint:
             results.append(result)

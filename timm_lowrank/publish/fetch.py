@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils.sha import git_hash
 
 from ..checkpoint import download, read_description, verify
-from ..checkpoint.files import DESCRIPTIONS, NETWORK_WEIGHTS
+from ..checkpoint.files import DESCRIPTIONS, NETWORK_WEIGHTS, PICKLES
 from ..checkpoint.listed import ListedCheckpoint, find_checkpoint, is_bare
 from ..checkpoint.loading import read_info
 from ..checkpoint.remote import hub_errors
@@ -126,7 +126,9 @@ def _from_clone(
 
 
 def _names(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
+    """All files but pickles, which other programs may have fetched into the same folder of the cache."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() not in PICKLES)
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in files))
 
 
 def _sums(repo_id: str, commit: str, token: str | None) -> dict[str, str]:

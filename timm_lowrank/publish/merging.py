@@ -35,6 +35,11 @@ class Merged:
     notes: tuple[str, ...] = ()
 
 
+def has_marks(card: str) -> bool:
+    """Whether a card has marks of generated sections, in pairs or not: a push of this package has written it."""
+    return _MARK.search(card.replace("\r\n", "\n")) is not None
+
+
 def section(card: str, name: str, where: str = "the card") -> str | None:
     """What stands in a generated section of a card; None without its marks.
 

@@ -36,7 +36,7 @@ from ..errors import CheckpointError, CheckpointWriteError
 from ..files import is_new, new_folder, read_json, sha256_of
 from .card import short_card
 from .front_matter import CARD
-from .merging import merge, section, weights_of
+from .merging import has_marks, merge, section, weights_of
 from .paths import without_local_paths
 
 _GENERATED = re.compile(r"(recipe\.yaml|summary\.json|evaluation\.json|plots/[^/]+)")
@@ -171,7 +171,9 @@ def stale_files(card: str | None, held: Collection[str], names: Collection[str])
         listed = section(card, "files") if card else None
     except CheckpointError:  # a card with damaged marks, which is to be left alone
         listed = None
-    earlier = {"evaluation.json", *re.findall(r"^\| `([^`]+)`", listed or "", re.MULTILINE)}
+    earlier = set(re.findall(r"^\| `([^`]+)`", listed or "", re.MULTILINE))
+    if card and has_marks(card):  # else no earlier push is known of, and it may be of another program
+        earlier.add("evaluation.json")
     return sorted(name for name in earlier & set(held) if _GENERATED.fullmatch(name) and name not in names)
 
 

@@ -61,6 +61,17 @@ class RunRecord:
         return self.run.summary.clean
 
     @property
+    def same_data(self) -> bool:
+        """Whether the evaluation, if there is one, was on the data set of the run, as far as is known."""
+        if self.evaluation is None:
+            return True
+        trained, tested = self.run.summary.data, self.evaluation.data
+        if tested.fingerprint in (None, trained.fingerprint):
+            return True
+        # The fingerprint of what was streamed is of its files, not of its images.
+        return trained.streamed and last_part(tested.source) == last_part(trained.source)
+
+    @property
     def plain_clean(self) -> Value | None:
         """The same of a plain network, on as many images; None where that is not known."""
         return self._clean_beside[1]
@@ -79,7 +90,7 @@ class RunRecord:
     def _clean_beside(self) -> tuple[str, Value | None]:
         summary, networks = self.run.summary, self.evaluation.networks if self.evaluation else ()
         said = next((network.clean for network in networks if network.title == self.plain_title), None)
-        known = (said, self.plain(self.headline().clean))
+        known = (said, self.plain(self.headline().clean) if self.same_data else None)
         evaluated = next((value for value in known if value and value.of == self.clean.of), None)
         if summary.twin and (summary.has_twin or evaluated is None):
             return _plain_name(summary.twin.name, summary.has_twin), summary.twin.clean

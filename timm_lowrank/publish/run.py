@@ -25,7 +25,7 @@ from .front_matter import CARD, license_of
 from .merging import merge, weights_of
 from .paths import without_local_paths, without_paths_in_titles
 from .push import Published, held_card, push_to_hub, stale_files
-from .record import RunRecord, read_run
+from .record import Origin, RunRecord, read_run
 
 TIMEOUT = 10.0  # seconds for the Hub to say what a repository holds
 FILE_DESCRIPTIONS = {
@@ -122,8 +122,8 @@ def publish_run(
             merged = merge(card, new, where, license=license)
             card, notes = merged.text, (*notes, *merged.notes)
         try:
-            ModelCard(card)
-        except ValueError as error:
+            notes = (*notes, *_notes_on_base(ModelCard(card), origin))
+        except (ValueError, TypeError) as error:  # the latter for keys that are no strings, such as 1 and yes
             raise CheckpointError(f"{where} cannot be read as a model card: {error}") from error
     else:
         with contextlib.suppress(CheckpointError):  # a card with damaged marks, which is to be left alone
@@ -136,6 +136,17 @@ def publish_run(
         commit_message=f"Publish {one_line(without_local_paths(record.run.summary.name))} with timm_lowrank",
     )  # fmt: skip
     return Outcome(published, tuple(stale), notes)
+
+
+def _notes_on_base(card: ModelCard, origin: Origin | None) -> tuple[str, ...]:
+    """What to say of base_model in a card that was kept, if the training did not begin from those weights."""
+    named = card.data.get("base_model") or []
+    names = [str(name) for name in (named if isinstance(named, list) else [named])]
+    began = None if origin is None else origin.base_model
+    if not names or began in names or (origin is not None and began is None):  # None: it may well be those
+        return ()
+    truth = f"the training began from {began}" if began else "the network was trained from scratch"
+    return (f"the card names the base_model {', '.join(names)}, and {truth}: correct it if it is of earlier weights",)
 
 
 # --------------------------------------------------------------------------------------- what the Hub has already

@@ -22,7 +22,7 @@ def text_table(evaluation: Evaluation) -> str:
     verdicts = [f"{title}: {one.verdict}. {one.summary}" for title, one in evaluation.verdicts.items()]
     lines = [_cut(one_line(verdict), WIDTH) for verdict in verdicts]
     lines += [
-        _cut(f"{title}, radii in normalised units: {one.verdict}. {one.summary}", WIDTH)
+        _cut(one_line(f"{title}, radii in normalised units: {one.verdict}. {one.summary}"), WIDTH)
         for title, one in evaluation.normalized_verdicts.items()
     ]
     lines += [
