@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ def _measuring(modules: Mapping[str, nn.Conv2d | nn.Linear], norm: str) -> Itera
     """Ratios of each layer at each of its runs inside the block; computed in the hook, as inputs may be overwritten."""
     found: dict[str, list[Tensor]] = {layer: [] for layer in modules}
     handles = [
-        module.register_forward_pre_hook(lambda m, args, seen=found[layer]: seen.append(_ratios(m, args[0], norm)))
+        module.register_forward_pre_hook(functools.partial(_note, found[layer], norm), with_kwargs=True)
         for layer, module in modules.items()
     ]
     try:
@@ -177,6 +178,11 @@ def _measuring(modules: Mapping[str, nn.Conv2d | nn.Linear], norm: str) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _note(seen: list[Tensor], norm: str, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """A forward pre-hook; `input` is what both kinds of layers call what they are given."""
+    seen.append(_ratios(module, args[0] if args else named["input"], norm))  # type: ignore[arg-type]
 
 
 def _ratios(module: nn.Conv2d | nn.Linear, inputs: Tensor, norm: str) -> Tensor:

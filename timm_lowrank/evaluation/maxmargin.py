@@ -68,6 +68,7 @@ def max_margin_classifiers(
     l2: float = L2,
     seed: int = 0,
     epochs: int = 1000,
+    classes: int | None = None,
 ) -> list[MaxMarginClassifier]:
     """One classifier for each number of dimensions, by the recipe of the paper's Appendix C.
 
@@ -81,13 +82,14 @@ def max_margin_classifiers(
         dimensions: d of each classifier; None leaves out the projection.
         l2: coefficient of the L2 regularization.
         epochs: passes over `train` at most; fitting stops when the loss no longer falls, mostly within 200.
+        classes: K; without it the largest of `labels` is taken for the last class.
 
     Raises:
         EvaluationError: dimensions that the activations do not have, fewer than two classes, a class without images,
             labels that do not fit, or activations that are not finite.
         ImportError: scikit-learn is not installed.
     """
-    rows = _checked(train, labels, dimensions)
+    rows = _checked(train, labels, dimensions, classes)
     mean = rows.mean(dim=0)
     scale = rows.std(dim=0, correction=0)
     rounding = 4 * torch.finfo(train.dtype).eps if train.is_floating_point() else 0.0
@@ -131,16 +133,17 @@ def linear_accuracy(
     if not len(test) or test_labels.shape != test.shape[:1]:
         shape = tuple(test_labels.shape)
         raise EvaluationError(f"{len(test)} activations and {shape} labels: give as many, at least one")
-    classifiers = max_margin_classifiers(train, train_labels, directions, seed=seed)
+    classes = int(torch.cat([train_labels, test_labels.to(train_labels)]).max()) + 1
+    classifiers = max_margin_classifiers(train, train_labels, directions, seed=seed, classes=classes)
     return [float((each.predict(test) == test_labels).double().mean()) for each in classifiers]
 
 
-def _checked(train: Tensor, labels: Tensor, dimensions: Sequence[int | None]) -> Tensor:
+def _checked(train: Tensor, labels: Tensor, dimensions: Sequence[int | None], classes: int | None) -> Tensor:
     """`train` as a float64 matrix."""
     if train.dim() < 2 or labels.shape != train.shape[:1] or labels.is_floating_point():
         shapes = f"{tuple(train.shape)} and {tuple(labels.shape)} {labels.dtype}"
         raise EvaluationError(f"activations (n, features) need labels (n,) of int64, not {shapes}")
-    counts = labels.bincount().tolist() if len(labels) and int(labels.min()) >= 0 else []
+    counts = labels.bincount(minlength=classes or 0).tolist() if len(labels) and int(labels.min()) >= 0 else []
     if len(counts) < 2 or 0 in counts:
         empty = f"class {counts.index(0)} has no training images" if 0 in counts else f"there are {len(counts)} classes"
         raise EvaluationError(f"a classifier needs images of every class 0 ... K - 1 with K >= 2, but {empty}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -205,6 +207,8 @@ def preactivations(
 ) -> Preactivations:
     """The pre-activations of a layer that ends in an elementwise activation function, in eval mode, no graph.
 
+    What comes behind the function and changes no number (dropout, an identity, a flattening) is passed over.
+
     Args:
         model, layer, batch_size: as of `activations`.
 
@@ -212,25 +216,41 @@ def preactivations(
         EvaluationError: the layer ends in no such function, and as `activations`.
     """
     (tap,) = taps_of(model, images, [layer])
-    module = network_of(model).get_submodule(tap.path)
+    named = dict(network_of(model).named_modules())
+    module = named[layer if layer in named else tap.path]  # the tap may be on the last part of the layer
     refused = EvaluationError(f"layer {layer!r} does not end in an elementwise activation function")
     ran: list[nn.Module] = []
     leaves = [] if tap.takes_input else [one for one in module.modules() if not list(one.children())]
     _with_hook(model, tap, images[:1], leaves, lambda one, _: ran.append(one))
-    if not ran:
-        raise refused
-    function, before, after = ran[-1], [], []
-    for batch in images.split(check_count(batch_size, "batch_size")):
-        seen = _with_hook(model, tap, batch, [function], lambda _, taken: before.append(taken[0].clone()))
-        after.append(seen)
-    values = torch.cat(before).flatten(1)
+    for function in dict.fromkeys(reversed(ran)):
+        before: list[Tensor] = []
+        note = functools.partial(_note_input, before)
+        after = [
+            _with_hook(model, tap, batch, [function], note)
+            for batch in images.split(check_count(batch_size, "batch_size"))
+        ]
+        values = torch.cat(before).flatten(1)
+        if torch.equal(values, torch.cat(after)):
+            continue
+        if not _is_elementwise(function, values, torch.cat(after)):
+            break
+        return Preactivations(values, function)
+    raise refused
+
+
+def _note_input(seen: list[Tensor], module: nn.Module, taken: tuple[Any, ...]) -> None:
+    seen.append(taken[0].clone())
+
+
+@torch.no_grad()
+def _is_elementwise(function: nn.Module, values: Tensor, after: Tensor) -> bool:
+    """Whether it makes `after` of `values`, (n, features) both, and of each number by itself."""
     try:
-        same = torch.equal(function(values.clone()), torch.cat(after))
-    except (RuntimeError, ValueError):  # a convolution or a norm, which does not take rows
-        same = False
-    if not same:
-        raise refused
-    return Preactivations(values, function)
+        return torch.equal(function(values.clone()), after) and torch.allclose(
+            function(values[:1].reshape(-1, 1).clone()).flatten(), after[:1].flatten()
+        )
+    except (RuntimeError, ValueError):  # a convolution, a norm or a linear layer
+        return False
 
 
 def _with_hook(
@@ -287,7 +307,10 @@ def cut_spectrum(
     wide = matrix.shape[1] > matrix.shape[0]
     vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix).eigenvectors[:, -rank:]
     low = vectors @ (vectors.T @ matrix) if wide else (matrix @ vectors) @ vectors.T
-    return CutSpectrum(rank, torch.linalg.svdvals(function(low)))
+    if isinstance(function, nn.Module):  # which may have parameters
+        function = copy.deepcopy(function).to(low)
+    with torch.no_grad():
+        return CutSpectrum(rank, torch.linalg.svdvals(function(low)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -444,6 +444,8 @@ class Settings:
     measurements: tuple[str, ...]  # each with all its settings
     spectrum_images: int | None = None
     format: int = FORMAT
+    inputs: Mapping[str, str] | None = None  # title -> normalisation, and the size it names; None: not written down
+    other_labels: str | None = None  # hash of the labels of the other column; None: there are none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

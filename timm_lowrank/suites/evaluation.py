@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from ..core.capture import evaluating
 from ..data import Data, ImageData, StreamedData, load_data, load_images
 from ..data.images import balanced_rows
 from ..environment import device_name, together, versions
@@ -23,6 +24,7 @@ from ..evaluation.checks import check_before_attack
 from ..evaluation.results import DataInfo, Evaluation, Settings, read_evaluation, write_evaluation
 from ..files import disk_errors
 from ..report import write_plots, write_report
+from ..text import one_line
 from .foreign import Resizing
 from .measurements.base import Context, Measurement, SpectrumImages
 from .measurements.classifiers import OtherLabels
@@ -129,6 +131,8 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         raise EvaluationError(f"the output {options.folder} is a file: choose a folder with --output")
     source = None if options.source is None else load_network(options.source)
     networks = load_networks(options.network, options.against if source is None else (NO_TWIN,))
+    if source is not None:
+        source = _told_apart(source, networks)
     limit = max(suite.images for suite in suites) if options.limit is None else options.limit
     train_limit = max(s.train_images for s in suites) if options.train_limit is None else options.train_limit
     layers = _layers([*networks, *([] if source is None else [source])])
@@ -190,6 +194,26 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
     return evaluation
 
 
+def _told_apart(source: EvaluatedNetwork, networks: Sequence[EvaluatedNetwork]) -> EvaluatedNetwork:
+    """The source with a title that no network has: figures say by titles what was crafted on what.
+
+    Raises:
+        EvaluationError: it is one of the networks, so that the black box would be a white one.
+    """
+    for network in networks:
+        if network.weights == source.weights:
+            raise EvaluationError(
+                f"{network.path} and {source.path} hold the same weights: a black-box attack needs another network"
+            )
+    taken = {network.title for network in networks}
+    names = (
+        source.title,
+        f"{source.title} (source)",
+        *(f"{source.title} (source {n})" for n in range(2, len(taken) + 2)),
+    )
+    return dataclasses.replace(source, title=next(name for name in names if name not in taken))
+
+
 def _layers(networks: Sequence[EvaluatedNetwork]) -> list[str]:
     """The layers of all networks, from the input to the output: a network with one branch may come before its twin,
     which was measured at two, and another may have its branches elsewhere."""
@@ -239,6 +263,7 @@ def build_context(
                 f"{data.image_size[0]}: give its own data"
             )
         network.model.to(device)
+        _require_taken(network, data.image_size)
     test = _balanced(data.test_labels, limit, classes)
     train = _balanced(data.train_labels, train_limit, classes)
     many = test if spectrum_limit is None else _balanced(data.test_labels, spectrum_limit, classes)
@@ -265,11 +290,26 @@ def build_context(
     )  # fmt: skip
 
 
+def _require_taken(network: EvaluatedNetwork, image_size: Sequence[int]) -> None:
+    """Raises EvaluationError if a network, such as a ViT made for another size, does not take images of this one."""
+    try:
+        with evaluating(network.model):
+            network.model(torch.zeros(1, *image_size, device=network.model.mean.device))
+    except Exception as error:  # whatever its layers raise
+        channels, height, width = image_size
+        size = None if network.resizing is None else network.resizing.image_size
+        reason = one_line(error).rstrip(".")
+        own = "" if size is None else f" By its own files it takes {size} x {size}: evaluate it alone."
+        raise EvaluationError(
+            f"{network.path} cannot be run on images of {channels} x {height} x {width}: {reason}.{own}"
+        ) from error
+
+
 def _enough_images(networks: Sequence[EvaluatedNetwork], layers: Sequence[str], image_size: Sequence[int]) -> int:
     """Twice as many images as the widest layer has features, so that it is not their number that a rank is bounded by.
 
-    Where an image is several samples of a layer, as many samples. 1 where a layer cannot be read: its measurement says
-    so.
+    Where an image is several samples of a layer, as many samples. 1 where a layer cannot be read, which its measurement
+    says, or the network cannot be run, which `build_context` says.
     """
     views = {layer: view for network in networks for layer, view in network.views.items() if layer in layers}
     needed = 1
@@ -277,7 +317,7 @@ def _enough_images(networks: Sequence[EvaluatedNetwork], layers: Sequence[str], 
         device = network.model.mean.device
         try:
             values = activations(network.model, torch.zeros(1, *image_size, device=device), layers, views=views)
-        except EvaluationError:
+        except Exception:  # of the network's own layers, too
             continue
         needed = max([needed, *(-(-2 * width // samples) for samples, width in (one.shape for one in values.values()))])
     return needed
@@ -360,6 +400,7 @@ def _oddities(context: Context) -> list[str]:
         for title, network in context.networks.items()
         if network.data_fingerprint not in (None, context.data.fingerprint)
     ]
+    oddities += _other_sizes(context)
     for title, network in context.networks.items():
         with warnings.catch_warnings():  # they go into the report
             warnings.simplefilter("ignore", EvaluationWarning)
@@ -368,13 +409,40 @@ def _oddities(context: Context) -> list[str]:
     return oddities
 
 
+def _other_sizes(context: Context) -> list[str]:
+    """Networks that are given the same images as all others, and name another size or cut."""
+    networks = [*context.networks.values(), *([] if context.source is None else [context.source])]
+    size = context.data.image_size[-1]
+    by_recipe = any(network.recipe for network in context.networks.values())
+    made = None if by_recipe else next((one.resizing for one in context.networks.values() if one.resizing), None)
+    found = []
+    for network in networks:
+        said = network.resizing
+        if said is None:
+            continue
+        if said.image_size != size:
+            found.append(
+                f"{network.title} takes images of {said.image_size} x {said.image_size} pixels by its own files, and "
+                f"these have {size}: its figures are not those at its own size; evaluate it alone"
+            )
+        elif made is not None and said.crop_pct != made.crop_pct:
+            found.append(
+                f"{network.title} is given crops of {made.crop_pct:g} of the images, and its own files say "
+                f"{said.crop_pct:g}: its figures are not those of its own images; evaluate it alone"
+            )
+    return found
+
+
 def _finished(options: Options, settings: Settings) -> Evaluation | None:
     """The evaluation that is there already, if it is the very one that is asked for."""
     path = options.folder / "evaluation.json"
     if not path.exists() or options.overwrite:
         return None
     evaluation = read_evaluation(path)
-    if evaluation.settings == settings:
+    there = evaluation.settings
+    if there is not None and there.inputs is None:  # of an earlier version
+        there = dataclasses.replace(there, inputs=settings.inputs)
+    if there == settings:
         print(f"{path} is complete", flush=True)
         return evaluation
     raise EvaluationError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.models import clean_state_dict
 from torch import nn
 
@@ -112,10 +113,11 @@ def _of_timm(path: Path) -> ForeignNetwork:
             f"the {arguments['model']} that {path.parent / ARGUMENTS} describes cannot be loaded from {path.name}: "
             f"{reason}"
         ) from error
+    mean, std = (adapt_to_chs(tuple(data[name]), channels) for name in ("mean", "std"))  # as its loader does
     return ForeignNetwork(
         network=network.eval(),
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
+        mean=tuple(mean),
+        std=tuple(std),
         resizing=Resizing.of(data["input_size"][1:], data["crop_pct"], str(path)),
         untrained=create,
         branches=_described(checkpoint.get("task_state"), path),

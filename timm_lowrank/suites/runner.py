@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import EvaluationError
@@ -20,6 +22,7 @@ from ..evaluation.results import Settings
 from ..files import disk_errors, write_whole
 from .measurements.base import Columns, Context, Measurement, Results
 from .measurements.passes import Reading
+from .networks import EvaluatedNetwork
 
 FAILED = "failed"  # the column of a measurement that could not be made
 ADVICE = "Free some space and give the same command again: it goes on with what is there."
@@ -47,7 +50,23 @@ def settings_of(context: Context, measurements: Sequence[Measurement]) -> Settin
         layers=context.layers,
         torch=torch.__version__,
         measurements=tuple(map(repr, measurements)),
+        inputs={title: _input_of(network) for title, network in context.networks.items()}
+        | ({} if context.source is None else {f"source {context.source.title}": _input_of(context.source)}),
+        other_labels=None if context.other_labels is None else _digest(context.other_labels),
     )
+
+
+def _input_of(network: EvaluatedNetwork) -> str:
+    """How pixels reach a network, which stands beside its weights, not in them."""
+    mean, std = (values.flatten().tolist() for values in (network.model.mean, network.model.std))
+    return f"mean {mean}, std {std}, {network.resizing or 'any size'}"
+
+
+def _digest(labels: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for each in labels:
+        digest.update(each.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def run(
@@ -136,13 +155,14 @@ def _joined(
         joined = results.observed.setdefault(unit.measurement, {}).setdefault(unit.title, {})
         for name, values in done[unit].items():
             joined.setdefault(name, []).extend(values)
+    failed = {}  # taken out before anything is reported: reports read what others observed, of all images
+    for key, of_networks in results.observed.items():
+        for title in [title for title, columns in of_networks.items() if FAILED in columns]:
+            failed[key, title] = of_networks.pop(title)[FAILED][0]
     for measurement in measurements:
         observed = dict(results.observed.get(measurement.key, {}))
         for title in context.networks:
-            reason = measurement.unavailable(context, title)
-            if failed := observed.get(title, {}).get(FAILED):
-                reason = failed[0]
-                del observed[title]
+            reason = failed.get((measurement.key, title)) or measurement.unavailable(context, title)
             if reason:
                 results.warnings.append(f"{title}: {measurement.key} was not measured: {reason}")
         if observed:

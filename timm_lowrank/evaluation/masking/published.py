@@ -139,16 +139,30 @@ def _check_share(share: float | None, name: str) -> None:
 def _check(
     name: str, pairs: Sequence[_Pair], images: int, meaning: str, without: str, *, decisive: bool = False
 ) -> Check:
-    """Of the pair that lies furthest apart; chance is shared out among all that were looked at."""
+    """Of the pair that says most; chance is shared out among all that were looked at."""
     if not pairs:
         return not_made(name, FAR, without, decisive=decisive)
-    worst = max(pairs, key=lambda pair: pair.gap)
+    worst = _worst(pairs, images)
     far = sum(pair.gap > FAR for pair in pairs)
     count = (
         f" ({far} of {len(pairs)} such pairs are more than {percent(FAR, 0)} points apart)" if len(pairs) > 1 else ""
     )
-    chance = _chance(worst.first, worst.second, images) * len(pairs)
-    return made(name, worst.gap, FAR, chance < CHANCE, worst.says + count, meaning, decisive=decisive)
+    beyond_chance = _beyond_chance(worst, images, len(pairs))
+    return made(name, worst.gap, FAR, beyond_chance, worst.says + count, meaning, decisive=decisive)
+
+
+def _worst(pairs: Sequence[_Pair], images: int) -> _Pair:
+    """The pair that lies furthest apart, of those that do so by more than chance if there are any.
+
+    Near 0 and near 1 a small gap tells more than a larger one near one half.
+    """
+    told = [pair for pair in pairs if pair.gap > FAR and _beyond_chance(pair, images, len(pairs))]
+    return max(told or pairs, key=lambda pair: pair.gap)
+
+
+def _beyond_chance(pair: _Pair, images: int, of: int) -> bool:
+    """Whether chance is unlikely to have drawn `pair` apart, where so many pairs were looked at."""
+    return _chance(pair.first, pair.second, images) * of < CHANCE
 
 
 def _chance(first: float, second: float, images: int) -> float:
@@ -190,9 +204,10 @@ def _more_steps(cells: Sequence[PGDAccuracy], images: int) -> Check:
             pairs.append(
                 (_Pair(one, other, says), "the shorter attack had not come to its end, its figure is too good")
             )
-    meaning = max(pairs, key=lambda pair: pair[0].gap)[1] if pairs else ""
+    meanings = dict(pairs)
     without = "There are no two numbers of steps at one radius."
-    return _check("more steps", [pair for pair, _ in pairs], images, meaning, without)
+    meaning = meanings[_worst(list(meanings), images)] if pairs else ""
+    return _check("more steps", list(meanings), images, meaning, without)
 
 
 def _larger_radius(cells: Sequence[PGDAccuracy], images: int) -> Check:

@@ -164,8 +164,9 @@ class Context:
             # All layers together: the training images are run through the network once.
             for each, train in self.representations(title, train=True).items():
                 (classifier,) = max_margin_classifiers(
-                    train, self.train_labels, seed=self.integer_seed("max-margin", each)
-                )
+                    train, self.train_labels, seed=self.integer_seed("max-margin", each),
+                    classes=len(self.class_names),
+                )  # fmt: skip
                 self._classifiers[title, each] = classifier
         return self._classifiers[title, layer]
 

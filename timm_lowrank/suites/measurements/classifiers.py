@@ -44,8 +44,9 @@ class Compression(Measurement):
         for layer in context.layers:
             fitting = [dimension for dimension in self.dimensions if dimension < min(train[layer].shape)]
             classifiers = max_margin_classifiers(
-                train[layer], context.train_labels, [*fitting, None], seed=context.integer_seed("max-margin", layer)
-            )
+                train[layer], context.train_labels, [*fitting, None], seed=context.integer_seed("max-margin", layer),
+                classes=len(context.class_names),
+            )  # fmt: skip
             for classifier in classifiers:
                 name = f"{layer} {classifier.dimensions}"
                 columns[name] = column(classifier.predict(test[layer]) == labels)
@@ -102,8 +103,9 @@ class LeadingFeatures(Measurement):
         test = context.representations(title, train=False)[layer]
         for count in (count for count in self.dimensions if count < train.shape[1]):
             (classifier,) = max_margin_classifiers(
-                train[:, :count], context.train_labels, seed=context.integer_seed("max-margin", layer)
-            )
+                train[:, :count], context.train_labels, seed=context.integer_seed("max-margin", layer),
+                classes=len(context.class_names),
+            )  # fmt: skip
             columns[str(count)] = column(classifier.predict(test[:, :count]) == labels)
         return columns
 
@@ -214,7 +216,7 @@ class FooledHybrid(Measurement):
         for layer in context.layers:
             own = HybridModel(model, layer, context.max_margin(title, layer), images[:1])
             judges = {"white": ("white", own), "black": ("black", own)}
-            if other is not None and other.title in context.networks:
+            if other is not None and any(other is network for network in context.networks.values()):
                 theirs = HybridModel(other.model, layer, context.max_margin(other.title, layer), images[:1])
                 judges["equal"] = ("black", theirs)
             for name, (source, hybrid) in judges.items():
@@ -280,7 +282,9 @@ class OtherLabels(Measurement):
         columns: Columns = {}
         for layer in context.layers:
             seed = context.integer_seed("other", layer)
-            (classifier,) = max_margin_classifiers(train[layer], seen, seed=seed)
+            (classifier,) = max_margin_classifiers(
+                train[layer], seen, seed=seed, classes=int(max(seen.max(), new.max())) + 1
+            )
             columns[layer] = column(classifier.predict(test[layer]) == new)
         return columns
 

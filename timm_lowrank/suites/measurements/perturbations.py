@@ -162,6 +162,10 @@ class MinimumPerturbation(IteratedAttackMeasurement):
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         radius, sizes = {}, {}
         for title, columns in observed.items():
+            if not any(columns["radius"]):
+                radius[title] = Value(math.nan, of=0)
+                results.warnings.append(f"{title}: {self.key} has no images: none is classified right to begin with")
+                continue
             smallest = minimum_perturbation(
                 SmallestRadii(*(torch.tensor(columns[name], dtype=torch.float64) for name in ("radius", "rho"))),
                 self.share,

@@ -254,6 +254,11 @@ class Cushion(Measurement):
         protocol = context.protocol(
             quantity="||W x|| / (||W||_F ||x||) of each test image, W the linear map, without bias"
         )
+        # A layer that runs on one row for all images looks like one that runs on a chunk of one image.
+        observed = {
+            title: {name: values for name, values in columns.items() if len(values) == len(context.images)}
+            for title, columns in observed.items()
+        }
         names = dict.fromkeys(name for columns in observed.values() for name in columns)
         for layer in (name.removeprefix("trained ") for name in names if name.startswith("trained ")):
             drawn: dict[tuple[str, str], list[float]] = {}
@@ -277,6 +282,8 @@ class Cushion(Measurement):
                         label=f"{layer}: mu, the smallest of all images{words}",
                     ),
                 ]  # fmt: skip
+            if all(math.isnan(value) for values in drawn.values() for value in values):
+                continue  # weights or inputs of zero: the figures above say that there is no number
             counted = histograms({str(key): torch.tensor(values) for key, values in drawn.items()})
             lines = tuple(
                 Series(network=key[0], name=key[1], x=tuple(counted.edges), y=tuple(counted.counts[str(key)]))
@@ -344,30 +351,34 @@ class CutPreactivations(Measurement):
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
         for layer in context.layers:
-            of_layer = {
-                title: (columns[f"{layer} numbers"], columns[f"{layer} singular values"])
-                for title, columns in observed.items()
-                if f"{layer} numbers" in columns
-            }
-            if not of_layer:
-                continue
-            cut = next(iter(of_layer.values()))[0][0]
-            rank = Figure(
-                key=f"{self.key}-{layer}-rank", kind=Kind.CUT_PREACTIVATIONS, group=DIMENSION, layer=layer,
-                label=f"{layer}: rank behind pre-activations of rank {cut}", unit="count", better=None,
-                protocol=context.protocol(cut_to=cut, representation="activations of the test images, not centred"),
-                values={title: Value(float(numbers[1])) for title, (numbers, _) in of_layer.items()},
-            )  # fmt: skip
-            results.figures += [rank, dataclasses.replace(
-                rank, key=f"{self.key}-{layer}-share", label=f"{layer}: share of their first {cut} singular values",
-                unit="share", values={title: Value(numbers[2]) for title, (numbers, _) in of_layer.items()},
-            )]  # fmt: skip
-            for place, name in ((cut + 1, "next"), (10 * cut, "tenfold")):
-                held = {
-                    title: Value(values[place - 1]) for title, (_, values) in of_layer.items() if place <= len(values)
-                }
-                if held:
-                    results.figures.append(dataclasses.replace(
-                        rank, key=f"{self.key}-{layer}-{name}", label=f"{layer}: their singular value {place:,}",
-                        unit="number", values=held,
-                    ))  # fmt: skip
+            by_cut: dict[int, dict[str, Columns]] = {}  # narrow networks are cut to less: figures of their own
+            for title, columns in observed.items():
+                if f"{layer} numbers" in columns:
+                    by_cut.setdefault(columns[f"{layer} numbers"][0], {})[title] = columns
+            for number, (cut, found) in enumerate(by_cut.items()):
+                self._report_cut(context, layer, cut, f"-cut-to-{cut}" if number else "", found, results)
+
+    def _report_cut(
+        self, context: Context, layer: str, cut: int, ending: str, found: Mapping[str, Columns], results: Results
+    ) -> None:
+        of_layer = {
+            title: (columns[f"{layer} numbers"], columns[f"{layer} singular values"])
+            for title, columns in found.items()
+        }
+        rank = Figure(
+            key=f"{self.key}-{layer}-rank{ending}", kind=Kind.CUT_PREACTIVATIONS, group=DIMENSION, layer=layer,
+            label=f"{layer}: rank behind pre-activations of rank {cut}", unit="count", better=None,
+            protocol=context.protocol(cut_to=cut, representation="activations of the test images, not centred"),
+            values={title: Value(float(numbers[1])) for title, (numbers, _) in of_layer.items()},
+        )  # fmt: skip
+        results.figures += [rank, dataclasses.replace(
+            rank, key=f"{self.key}-{layer}-share{ending}", label=f"{layer}: share of their first {cut} singular values",
+            unit="share", values={title: Value(numbers[2]) for title, (numbers, _) in of_layer.items()},
+        )]  # fmt: skip
+        for place, name in ((cut + 1, "next"), (10 * cut, "tenfold")):
+            held = {title: Value(values[place - 1]) for title, (_, values) in of_layer.items() if place <= len(values)}
+            if held:
+                results.figures.append(dataclasses.replace(
+                    rank, key=f"{self.key}-{layer}-{name}{ending}", unit="number", values=held,
+                    label=f"{layer}: their singular value {place:,}{f', cut to {cut}' * bool(ending)}",
+                ))  # fmt: skip
