@@ -4,7 +4,7 @@
 
 A small ViT (64 channels, 4 blocks, patches of 2 x 2) on scikit-learn's handwritten digits, a branch of rank 8 on the
 input of the classifier, its class token. Until it was trained, that is nearly the same for all images: the spread at
-switch-on, which the reference norm begins with, is a twentieth of what it becomes. Test accuracy after 5 epochs and at
+switch-on, which the reference norm begins with, is a tenth of what it becomes. Test accuracy after 5 epochs and at
 the end: with a reference norm that is taken once, with one that follows a layer that grows, as the package has it, and
 with plain training first.
 """

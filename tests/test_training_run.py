@@ -875,6 +875,13 @@ def test_a_dead_run_stops_with_a_reason(tmp_path, loss, accuracy, test, epoch, m
         check_alive(state, trained, loop.Tested(test, 0.5))
 
 
+def test_what_fails_before_the_switch_on_is_not_laid_to_the_branches(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_LOSS", 0.0)
+    message = r"^epoch 1: the test loss .*, and \d+ optimizer steps are few: .* or set clip_norm; then start a new run"
+    with pytest.raises(DivergedError, match=message):
+        train(recipe(pretrain_epochs=1), tmp_path / "run")
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 def test_batchnorm_needs_more_than_one_image(tmp_path, parts):
     limits = {"train_limit": 40, "test_limit": 20}

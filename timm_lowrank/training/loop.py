@@ -278,10 +278,17 @@ def check_alive(state: TrainingState, trained: TrainedEpoch, test: Tested) -> No
     if guessing.accuracy == 1:
         raise DataError("all training images of the epoch are of one class: there is nothing to learn")
     if not test.loss < MOST_LOSS:
+        taken = state.progress.step
+        few = (
+            f" They begin far from what they settle to, and {taken} optimizer steps are few: take more images, or a "
+            "smaller batch_size."
+            if taken < PATIENCE[1]
+            else ""
+        )
         raise DivergedError(
             f"epoch {state.progress.epoch}: the test loss is {test.loss:.3g}, though the training loss is "
             f"{trained.means['train_loss']:.3g}: what the network gives in eval mode has blown up, as when the running "
-            f"statistics of BatchNorm do not follow. {_advice(state)}"
+            f"statistics of BatchNorm do not follow.{few} {_advice(state)}"
         )
     check_not_at_chance(state, accuracy, guessing.accuracy)
     progress, (epochs, steps) = state.progress, PATIENCE
@@ -327,7 +334,7 @@ def _check_finite(state: TrainingState, means: Mapping[str, float], epoch: int) 
 
 def _advice(state: TrainingState) -> str:
     advice = f"Lower learning_rate (now {state.recipe.learning_rate:g}) or set clip_norm"
-    if state.recipe.lowrank_enabled and state.progress.epoch >= state.recipe.pretrain_epochs:
+    if state.recipe.lowrank_enabled and state.lowrank.enabled:  # in the epoch that failed
         weights = ", ".join(f"{b.loss_weights.reconstruction:g}" for b in state.lowrank.branches.values())
         advice += f", lower lowrank.strength or lowrank.reconstruction_weight (now {weights}), or set ramp_epochs"
     return advice + "; then start a new run. The checkpoints of this one are kept."
