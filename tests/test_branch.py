@@ -741,6 +741,68 @@ def test_an_overflow_in_the_very_first_batch_is_not_taken_for_the_scale(storage,
     assert branch.dense_weight().isfinite().all()
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_batch_whose_squares_overflow_does_not_enter(storage, scale, place):
+    values = {"storage": storage, "scale": scale, "dtype": torch.float32, "project_every": 2}
+    rows = [batch.float() for batch in batches(8)]
+    branch, twin = build(**values), build(**values)
+    for at, batch in enumerate(rows):
+        if at == place:
+            branch.penalty(batch * 1e25)
+        train(branch, batch)
+        train(twin, batch)
+    assert torch.equal(branch.bias, twin.bias)
+    assert torch.equal(branch.reference_norm, twin.reference_norm)
+    assert difference(branch.dense_weight(), twin.dense_weight()) < (1e-4 if place else 1)
+    build(**values).load_state_dict(branch.state_dict())  # which takes nothing that is not finite
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_layer_of_zeros_has_its_scale_from_the_first_update_that_is_not(storage, scale):
+    """As the output of a block whose last normalisation begins at zero."""
+    branch, twin = (build(storage=storage, scale=scale, project_every=100) for _ in range(2))
+    train_all(branch, [torch.zeros(8, 24, dtype=DOUBLE)] * 2)
+    for rows in batches(6):
+        (loss, _), (expected, _) = train(branch, rows), train(twin, rows)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-9)
+    assert torch.equal(branch.reference_norm, twin.reference_norm)
+    assert_same_w_and_b(branch, twin, 1e-9)
+
+
+@pytest.mark.parametrize("rows", [3, 7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_rounding_of_the_mean_of_equal_rows_is_no_spread(rows, dtype):
+    branch = build(scale="reference", dtype=dtype)
+    row = torch.randn(1, 24, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    train_all(branch, [row.expand(rows, 24)])
+    assert float(branch.reference_norm) == pytest.approx(float(row.norm()), rel=1e-5)
+
+
+def test_what_was_taken_from_a_batch_that_is_forgotten_is_taken_anew():
+    branch, twin = build(scale="reference"), build(scale="reference")
+    odd, rows = batches(2)
+    branch.penalty(odd * 1e-3 + 50)
+    branch.forget_batches()
+    assert torch.equal(train(branch, rows)[0], train(twin, rows)[0])
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_rows_of_nearly_dependent_ones_are_kept_orthonormal(projection):
+    """Of a spectrum that falls fast, in single precision, where the target rank is more than the data's."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.linalg.qr(torch.randn(256, 256, generator=generator))[0] * torch.arange(1, 257) ** -2.0
+    branch = build(width=256, rank=100, dtype=torch.float32, projection=projection, project_every=10, oversampling=10)
+    for update in range(40):
+        train(branch, torch.randn(32, 256, generator=generator) @ mixing.T)
+        if update % 10 == 9:
+            rows = branch.weight.spanning_rows().double()
+            assert (rows @ rows.T - torch.eye(len(rows), dtype=DOUBLE)).abs().max() < 5e-3
+    build(width=256, rank=100, dtype=torch.float32).load_state_dict(branch.state_dict())
+
+
 # state
 
 

@@ -208,6 +208,44 @@ def test_an_overflow_does_not_enter():
     assert torch.equal(branch.head.weight, before)
 
 
+def test_batches_that_are_forgotten_do_not_enter():
+    branch, twin = build(), build()
+    *data, (rows, labels), last = batches(11)
+    for one in (branch, twin):
+        train(one, data)
+    branch.penalty(rows.requires_grad_(), labels)
+    branch.forget_batches()
+    train(branch, [last])
+    train(twin, [last])
+    assert torch.equal(branch.head.weight, twin.head.weight)
+
+
+def test_updates_without_labels_leave_it_as_it_is():
+    branch = build()
+    train(branch, batches(9))
+    weight, moment = branch.head.weight.clone(), branch.head.moment.clone()
+    (rows, _), *_ = batches(1)
+    branch.penalty(rows.requires_grad_())
+    branch.update()
+    assert torch.equal(branch.head.weight, weight)
+    assert torch.equal(branch.head.moment, moment)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_projection_with_few_new_rows_keeps_the_directions_that_they_do_not_tell(storage, rows):
+    """Of no new row, as where a checkpoint is made smaller right after a projection, all of them."""
+    branch = build(storage=storage, head_sizes=[3])
+    train(branch, batches(8))
+    before = branch.head.directions @ branch.weight.spanning_rows()
+    if rows:
+        train(branch, [(before[1:2] - branch.bias, torch.zeros(1, dtype=torch.int64))])
+    branch.project()
+    after = branch.head.directions @ branch.weight.spanning_rows()
+    order = [1, 0, 2] if rows else [0, 1, 2]
+    assert ((after @ before.T).abs()[range(3), order] > 0.99).all()
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("updates", [0, 3, 10])
 def test_a_state_goes_on_bit_for_bit(storage, updates):

@@ -29,6 +29,7 @@ _DEAD, _BLOWN_UP = 1e-3, 1e4
 _OFFSET = 2.0
 _FOLLOWS, _GROWTH = 0.01, 1.03  # at an update: of the way to a larger spread, and how many times as large at most
 _KEPT = ("bias", "reference_norm", "offset")  # tensors of a branch itself, with these names in its state
+_ROUNDING = 16.0  # of the mean of any number of equal rows, in units of the last place: at most some two are seen
 # Updates in a row without a finite row, or of activations that look dead: one may be a batch whose step a gradient
 # scaler skips, or of images that are all alike.
 _HOPELESS = 2
@@ -173,6 +174,9 @@ class LowRankBranch(nn.Module):
         """Leave out of the next update what was seen since the last one."""
         self._moments = Moments(self.bias)
         self._buffer = ActivationBuffer(self.config.update_rows, self._seed(1))
+        self._provisional = self._initialized  # of batches that are left out
+        if self.head is not None:
+            self.head.forget_batches()
 
     def _seed(self, salt: int) -> int:
         """Depends on the configuration, the update and `salt` alone: nothing to save, alike on every process."""
@@ -343,8 +347,10 @@ class LowRankBranch(nn.Module):
         """b and the references from the mean (m,) and the total variance of some rows."""
         if self.config.step_rule == "normalized":  # else b moves exactly as printed, from zero
             self.bias = -mean
-        offset = torch.linalg.vector_norm(mean)
-        self.reference_norm = torch.where(variance > 0, variance.sqrt(), offset)  # a single row has no spread
+        offset, spread = torch.linalg.vector_norm(mean), variance.sqrt()
+        # A single row has no spread. Rows that are all alike have that of their mean's rounding.
+        least = _ROUNDING * torch.finfo(spread.dtype).eps * offset
+        self.reference_norm = torch.where(spread > least, spread, offset)
         self.offset = self._first_offset(offset, self.reference_norm)
         self._expand_offset_loss()
 
@@ -395,6 +401,8 @@ class LowRankBranch(nn.Module):
         if self._moments.empty():
             return
         self._set_reference(self._moments.mean(), self._moments.variance())
+        if not (self.reference_norm.is_meta or bool(self.reference_norm > 0)):  # a layer of zeros: the next update
+            return
         self._initialized = True
         if self.config.scale != "batch":  # whose factors are those of whole batches
             for rows in sampled.parts:
@@ -617,7 +625,7 @@ class LowRankBranch(nn.Module):
             setattr(self, name, state[name].to(getattr(self, name), copy=True))
         self._expand_offset_loss()
         self.updates, self._initialized = int(state["counters"][0]), bool(state["counters"][1])
-        self._provisional, self._fresh, self._doubtful = self._initialized, True, False
+        self._fresh, self._doubtful = True, False
         self.forget_batches()
 
     def _check_kinds(self, state: dict[str, Tensor]) -> None:

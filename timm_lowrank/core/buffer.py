@@ -21,6 +21,8 @@ from .device import moved
 from .distributed import Processes
 from .factored import centred, pieces
 
+_MOST = 2.0**58  # norm of a row that enters W: products of such rows, and sums of some thousand of them, fit float32
+
 
 @dataclasses.dataclass
 class Rows:
@@ -50,17 +52,19 @@ class Rows:
         self.products = products if whole or products is None else products[:, index]
 
     def write(self, bias: Tensor, rows: Tensor, products: Tensor) -> None:
-        """The centred and scaled rows into (n, m), and their products into (k, n); zeros for rows that are not finite.
+        """The centred and scaled rows into (n, m), and their products into (k, n); zeros for rows that are not finite,
+        or whose squares may not be.
 
         A gradient scaler skips the step of an overflowing batch, but its rows were remembered by then: as zeros they do
         not enter W.
         """
         assert self.factors is not None
+        most = _MOST / self.values.shape[1] ** 0.5
         zero = bias.new_zeros(())
         for some in pieces(len(self.values), self.values.shape[1], self.values.device):
             factors = self.factors[some] if self.factors.dim() else self.factors
             taken = centred(self.values[some], bias).mul_(factors[:, None] if factors.dim() else factors)
-            finite = taken.abs().amax(dim=1) < torch.inf  # NaN is not; ten times as fast as isfinite() on a CPU
+            finite = taken.abs().amax(dim=1) < most  # NaN is not; ten times as fast as isfinite() on a CPU
             torch.where(finite[:, None], taken, zero, out=rows[some])
             if self.products is not None:
                 torch.where(finite, self.products[:, some] * factors, zero, out=products[:, some])
@@ -232,10 +236,10 @@ class Moments:
         return own
 
     def add(self, own: Tensor, norms: Tensor) -> None:
-        """A batch: what `of` gave, and ||a + b|| (n,). One that is not finite is left out: a gradient scaler will skip
-        it."""
+        """A batch: what `of` gave, and ||a + b|| (n,). One that is not finite, or whose squares are not, is left out: a
+        gradient scaler will skip it."""
         torch.dot(norms, norms, out=own[-2])
-        finite = torch.linalg.vector_norm(own[:-2], math.inf) < torch.inf
+        finite = torch.linalg.vector_norm(own[:-1], math.inf) < torch.inf
         if self._added is None:
             self._added = torch.where(finite, own, 0)
         else:

@@ -32,6 +32,7 @@ that the activations have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,8 @@ from .head import Rotation
 
 _PIECE = 2**20  # numbers of a tensor that a processor takes at a time
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
+_PASSES = 3  # that take away what was lost of it, at most
+_LOST = 3e-4  # error of the squared length of such a row, from which on it is measured at once and taken away
 
 
 def pieces(count: int, other: int, device: torch.device, least: int = 1, parts: int = 1) -> list[slice]:
@@ -150,6 +153,7 @@ class FactoredWeight:
         gram: G = B B^T (k, k), `dtype`.
         size: k.
         pending: rows p that were remembered since the last step; they stand behind B.
+        lost: error of the first `kept` rows and columns of G, in units of the last place, as `_lost_by` bounds it.
     """
 
     def __init__(self, num_features: int, rank: int, config: LowRankConfig, device: torch.device, dtype: torch.dtype):
@@ -159,6 +163,7 @@ class FactoredWeight:
         self._half: Tensor | None = None  # the first rows of the buffer in bfloat16, as many as were asked for
         self._halved = 0
         self.size = self.pending = self.generation = self.projections = 0
+        self.lost = 1
         self._load(self._buffer, *(torch.empty(0, 0, device=device, dtype=dtype),) * 2, kept=0)
 
     def _load(self, basis: Tensor, core: Tensor, gram: Tensor, *, kept: int) -> None:
@@ -282,10 +287,7 @@ class FactoredWeight:
         *,
         half: bool,
     ) -> Tensor:
-        """factor times s_i x_i + B^T C_i + v of each row x = a + b, (n, m) of the dtype of the activations.
-
-        Where s is a scalar, s_i a_i in the place of s_i x_i: v has s b.
-        """
+        """factor times s_i x_i + B^T C_i + v of each row x = a + b, (n, m) of the dtype of the activations."""
         gradient = torch.empty_like(activations)
         coefficients = coefficients.T.bfloat16() if half else coefficients.T
         for columns in self._pieces(len(activations)):
@@ -363,20 +365,48 @@ class FactoredWeight:
             Where the rows that span its range have moved.
         """
         self.pending = 0  # rows that no step has used stay out
-        result = self._projected(generator)
-        rotation = Rotation(result.seen.T[:, : self.kept], result.seen.T[:, self.kept :])
+        result, kept = self._projected(generator), self.kept
+        seen, self.lost = result.seen, self._lost_by(result)
+        self._take(result)
+        self.projections += 1
+        due = self.projections % _REFRESH_GRAM_EVERY == 0
+        for _ in range(_PASSES):
+            bad = self.lost * torch.finfo(self._buffer.dtype).eps > _LOST
+            if bad or due:
+                self.gram.copy_(self.basis @ self.basis.T)
+                self.lost, due = 1, False
+            if not bad:
+                break
+            # W has this rank already: the same W, from rows that are nearer to orthonormal.
+            again = projection.exact_factored(self.core, self.gram, self.rank)
+            seen, self.lost = seen @ again.vectors, self._lost_by(again)
+            self._take(again)
+        self.generation += 1
+        return Rotation(seen.T[:, :kept], seen.T[:, kept:])
+
+    def _lost_by(self, result: projection.CoreProjection) -> int:
+        """By how much, in units of the last place, rows of `result` may miss length 1 and right angles.
+
+        A direction of a small eigenvalue may be a small difference of large multiples of nearly dependent rows: the
+        error of the squared length of a row is then as many times larger. Waits for the device, as a projection does.
+        """
+        if not result.vectors.numel() or result.vectors.is_meta:
+            return 1
+        shares = self.gram.diagonal().double()[:, None] * result.vectors.square()
+        lost = shares[: self.kept].sum(dim=0) * self.lost + shares[self.kept :].sum(dim=0)
+        missed = result.vectors.T @ result.seen  # in the inner product of G, by rounding of float64
+        missed.diagonal().sub_(1)
+        total = lost.amax() + missed.abs().amax() / torch.finfo(self.gram.dtype).eps
+        return math.ceil(float(total.clamp(1, 2.0**50)))
+
+    def _take(self, result: projection.CoreProjection) -> None:
+        """W becomes `result`, whose rows count as orthonormal."""
         self._rotate(result.vectors.T.to(self.basis.dtype))
-        kept, self.kept = result.vectors.shape[1], result.vectors.shape[1]
+        self.kept = kept = result.vectors.shape[1]
         self.core.zero_()
         self.size, self._halved = max(kept, 1), 0  # W = 0 has a row of zeros, see `_load`
         self.core[:kept, :kept].diagonal().copy_(result.eigenvalues)
-        self.projections += 1
-        if self.projections % _REFRESH_GRAM_EVERY:
-            self.gram.zero_()[:kept, :kept].fill_diagonal_(1)
-        else:
-            self.gram.copy_(self.basis @ self.basis.T)
-        self.generation += 1
-        return rotation
+        self.gram.zero_()[:kept, :kept].fill_diagonal_(1)
 
     def _rotate(self, coefficients: Tensor) -> None:
         """The first rows of the buffer become `coefficients` (r, k) B, in place: the one product of a projection with m
@@ -424,7 +454,7 @@ class FactoredWeight:
 
     def state(self) -> dict[str, Tensor]:
         """What resuming needs, bit for bit; rows that no step has used yet are left out."""
-        counters = torch.tensor([self.kept, self.projections], device="cpu")
+        counters = torch.tensor([self.kept, self.projections, self.lost], device="cpu")
         return {"basis": self.basis.clone(), "core": self.core.clone(), "gram": self.gram.clone(), "factored": counters}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -445,7 +475,7 @@ class FactoredWeight:
         if not 0 <= kept <= min(self.rank, len(basis)):
             raise ValueError(f"{kept} directions from the last projection do not fit the target rank {self.rank}")
         self._load(basis, core, gram, kept=kept)
-        self.projections = int(state["factored"][1])
+        self.projections, self.lost = int(state["factored"][1]), int(state["factored"][2:].sum().clamp_min(1))
 
     def to(self, device: torch.device) -> None:
         self._buffer, self._core, self._gram = (moved(t, device) for t in (self._buffer, self._core, self._gram))

@@ -41,6 +41,7 @@ _RIDGE = 1e-3  # of the diagonal of E[x x^T]
 _ITERATIONS = 4  # of `leading`
 _MEMORY = 0.1  # the share of a batch in the running mean M
 _ROUNDING = 0.01  # a share of 1 in bfloat16, after some arithmetic
+_FAINT = 1e-6  # weight of a direction that was known beside rows: it decides where these say nothing
 _IDLE = 2  # projections in a row without a label that counts: then it is said
 
 
@@ -79,9 +80,10 @@ class SubspaceHead:
         masks = torch.tensor(reads, dtype=self.weight.dtype, device="cpu")  # (q + 1, sizes); all read the constant
         self._masks = masks.to(self.weight.device, non_blocking=True)
         self._read = (masks @ masks.T).to(self.weight.device, non_blocking=True)  # by how many sizes, (q + 1, q + 1)
-        self._forget()
+        self.forget_batches()
 
-    def _forget(self) -> None:
+    def forget_batches(self) -> None:
+        """Leave out of the next update what was seen since the last one."""
         width = len(self._sizes) * self.classes
         # x^T [t - p | x], summed over the batches, x = (z, 1): minus dL_s/dH of each size as if it read all directions,
         # and E[x x^T], both times the number of rows, which is the last number of all.
@@ -146,11 +148,12 @@ class SubspaceHead:
         Args:
             images: of the batches of all processes; None means that there is this one alone.
         """
-        if self.ready:
+        self._counted = None
+        if self.ready and (images or self.images):  # else M would fade, of no batch
             (sums,) = processes.sum(self.weight.new_zeros(self._shape) if self._sums is None else self._sums)
             width, share = len(self._sizes) * self.classes, len(self.directions) / max(1, images or self.images)
             rows = sums[-1, -1].clamp_min(1)
-            self._counted = sums[-1, -1] if images or self.images else None
+            self._counted = sums[-1, -1]
             descent = torch.bmm(self._masks[:, None], sums[:, :width].unflatten(1, (-1, self.classes))).squeeze(1)
             moment = sums[:, width:] * self._read / rows
             damped = torch.add(moment.double(), self.moment, alpha=share)
@@ -161,7 +164,7 @@ class SubspaceHead:
             finite = torch.linalg.vector_norm(moved, math.inf) < torch.inf
             self.weight = torch.where(finite, moved, self.weight)
             self.moment = torch.lerp(self.moment, moment, _MEMORY)
-        self._forget()
+        self.forget_batches()
 
     def move(self, rotation: Rotation) -> None:
         """After a projection, which has waited for the device: new directions, and H in them.
@@ -190,10 +193,16 @@ class SubspaceHead:
                     LowRankWarning,
                     stacklevel=2,
                 )
-        new = leading(rotation.rows, max(self.sizes)).T
-        turned = new.new_zeros(len(new), 0)  # of the new directions with the old ones
+        rows, count = rotation.rows, max(self.sizes)
+        old = rotation.kept.new_zeros(len(rotation.kept), 0)  # the present directions, seen from the new U
         if self.ready:
-            turned = new @ rotation.kept @ self.directions.double().T
+            old = rotation.kept @ self.directions.double().T
+        if rows.shape[1] < count:  # what so few do not tell stays as it is, in its order
+            order = torch.arange(old.shape[1], 0, -1, dtype=old.dtype, device=old.device)
+            length = torch.linalg.matrix_norm(rows) if rows.numel() else 1.0
+            rows = torch.cat([rows, old * order * (_FAINT * length)], dim=1)
+        new = leading(rows, count).T
+        turned = new @ old  # of the new directions with the old ones
         turned = torch.block_diag(turned, turned.new_ones(1, 1))  # and the constant stays
         self.weight = (turned @ self.weight.double()).to(self.weight)
         self.moment = (turned @ self.moment.double() @ turned.T).to(self.moment)
