@@ -261,6 +261,38 @@ def test_a_state_goes_on_bit_for_bit(storage, updates):
         assert torch.equal(gradient, twin_gradient)
 
 
+@pytest.mark.parametrize(("width", "rank"), [(1, 1), (33, 16), (257, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_state_out_of_a_file_goes_on_bit_for_bit_in_odd_widths(width, rank, dtype):
+    """Products may be rounded otherwise where their numbers lie otherwise in memory, and a file holds them in rows."""
+    values = {"warmup_updates": 0, "project_every": 7, "head_sizes": [5, 10], "scale": "unit"}
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn((1, 7, 32, 50)[at % 4], width, generator=generator) for at in range(24)]
+
+    def steps(branch, first):
+        for rows in data[first:]:
+            rows, labels = rows.to(dtype).requires_grad_(), torch.arange(len(rows)) % 3
+            loss = branch.penalty(rows, labels)
+            loss.backward()
+            branch.update()
+            yield loss.detach(), rows.grad, {name: value.clone() for name, value in branch.state_dict().items()}
+
+    def new():
+        config = LowRankConfig(branches={"here": rank}, reconstruction_weight=1.0, head_weight=1.0, **values)
+        return LowRankBranch(width, rank, config, classes=3)
+
+    whole = list(steps(new(), 0))
+    for stop in (2, 8, 13):
+        resumed = new()
+        resumed.load_state_dict({name: value.contiguous() for name, value in whole[stop - 1][2].items()})
+        for (loss, gradient, state), (twin, twin_gradient, twin_state) in zip(
+            steps(resumed, stop), whole[stop:], strict=True
+        ):
+            assert torch.equal(loss, twin)
+            assert torch.equal(gradient, twin_gradient)
+            assert all(torch.equal(value, twin_state[name]) for name, value in state.items())
+
+
 def test_a_head_may_be_switched_on_and_off_between_two_trainings():
     branch = build()
     train(branch, batches(9))

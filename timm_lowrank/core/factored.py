@@ -48,6 +48,7 @@ from .head import Rotation
 _PIECE = 2**20  # numbers of a tensor that a processor takes at a time
 _REFRESH_GRAM_EVERY = 20  # projections; between them the kept rows count as orthonormal, and rounding adds up
 _PASSES = 3  # that take away what was lost of it, at most
+_ROOM = 2**20  # rows, which no training needs
 _LOST = 3e-4  # error of the squared length of such a row, from which on it is measured at once and taken away
 
 
@@ -166,12 +167,18 @@ class FactoredWeight:
         self.lost = 1
         self._load(self._buffer, *(torch.empty(0, 0, device=device, dtype=dtype),) * 2, kept=0)
 
-    def _load(self, basis: Tensor, core: Tensor, gram: Tensor, *, kept: int) -> None:
-        """Take over W = basis^T core basis, whose first `kept` rows are orthonormal; forget all pending rows."""
+    def _load(self, basis: Tensor, core: Tensor, gram: Tensor, *, kept: int, room: int = 0) -> None:
+        """Take over W = basis^T core basis, whose first `kept` rows are orthonormal; forget all pending rows.
+
+        Args:
+            room: for so many rows, or as many as there are. M and G lie in squares of as many, and products of small
+                ones may be rounded otherwise in a larger or smaller square.
+        """
         if basis.shape[0] == 0:  # W = 0 with one row of zeros: checkpoint writers drop tensors without elements
             basis, core, gram = basis.new_zeros(1, self.num_features), core.new_zeros(1, 1), gram.new_zeros(1, 1)
         self.size = self.pending = 0
-        self._reserve(basis.shape[0])
+        self._buffer = self._buffer.new_empty(0, self.num_features)
+        self._reserve(max(basis.shape[0], room))
         self.size, self._halved, self.kept = basis.shape[0], 0, kept
         self._buffer[: self.size] = basis
         self._core.zero_()
@@ -454,7 +461,7 @@ class FactoredWeight:
 
     def state(self) -> dict[str, Tensor]:
         """What resuming needs, bit for bit; rows that no step has used yet are left out."""
-        counters = torch.tensor([self.kept, self.projections, self.lost], device="cpu")
+        counters = torch.tensor([self.kept, self.projections, self.lost, len(self._buffer)], device="cpu")
         return {"basis": self.basis.clone(), "core": self.core.clone(), "gram": self.gram.clone(), "factored": counters}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -465,7 +472,9 @@ class FactoredWeight:
                 f"a factor of shape {tuple(basis.shape)} with a core of shape {tuple(core.shape)} does not fit "
                 f"a layer of {self.num_features} features"
             )
-        kept, largest = state["factored"].tolist()[0], float(gram.abs().max()) if gram.numel() else 0.0
+        counters, largest = state["factored"].tolist(), float(gram.abs().max()) if gram.numel() else 0.0
+        counters = (counters + [1, 0][len(counters) - 2 :])[:4]  # earlier versions wrote two; later ones may more
+        kept, projections, lost, room = counters
         if not all(tensor.isfinite().all() for tensor in (basis, core, gram)):
             raise ValueError("W holds values that are NaN or infinite: the training that wrote it had diverged")
         if not torch.allclose(core, core.T, rtol=1e-3, atol=1e-3 * float(core.abs().max()) if core.numel() else 0.0):
@@ -474,8 +483,10 @@ class FactoredWeight:
             raise ValueError("the Gram matrix is not that of the factor of W: the file was damaged or changed")
         if not 0 <= kept <= min(self.rank, len(basis)):
             raise ValueError(f"{kept} directions from the last projection do not fit the target rank {self.rank}")
-        self._load(basis, core, gram, kept=kept)
-        self.projections, self.lost = int(state["factored"][1]), int(state["factored"][2:].sum().clamp_min(1))
+        if not 0 <= room <= _ROOM:
+            raise ValueError(f"room for {room:,} rows of W: the file was damaged or changed")
+        self._load(basis, core, gram, kept=kept, room=room)
+        self.projections, self.lost = projections, max(1, lost)
 
     def to(self, device: torch.device) -> None:
         self._buffer, self._core, self._gram = (moved(t, device) for t in (self._buffer, self._core, self._gram))

@@ -162,7 +162,7 @@ class SubspaceHead:
             step = torch.cholesky_solve(descent.double(), factor).to(self.weight)
             moved = torch.addcdiv(self.weight, step, rows, value=2 * STEP)
             finite = torch.linalg.vector_norm(moved, math.inf) < torch.inf
-            self.weight = torch.where(finite, moved, self.weight)
+            self.weight = torch.where(finite, moved, self.weight).contiguous()  # the solution of a system is not
             self.moment = torch.lerp(self.moment, moment, _MEMORY)
         self.forget_batches()
 
@@ -206,7 +206,7 @@ class SubspaceHead:
         turned = torch.block_diag(turned, turned.new_ones(1, 1))  # and the constant stays
         self.weight = (turned @ self.weight.double()).to(self.weight)
         self.moment = (turned @ self.moment.double() @ turned.T).to(self.moment)
-        self.directions = new.to(self.weight)
+        self.directions = new.to(self.weight).contiguous()  # as when it is loaded: products are rounded alike
         self._begin()
 
     # ------------------------------------------------------------------------------------------ devices and states
@@ -231,8 +231,8 @@ class SubspaceHead:
                 f"a subspace head of shape {tuple(weight.shape)} on {directions.shape[1]} directions does not fit "
                 f"{self.classes} classes, sizes {self.sizes} and the {kept} directions of W"
             )
-        self.directions, self.weight = directions.to(self.weight, copy=True), weight.to(self.weight, copy=True)
-        self.moment = moment.to(self.moment, copy=True)
+        directions, weight, moment = (part.to(self.weight, copy=True) for part in (directions, weight, moment))
+        self.directions, self.weight, self.moment = directions.contiguous(), weight.contiguous(), moment.contiguous()
         self._begin()
 
     def to(self, device: torch.device) -> None:
