@@ -18,7 +18,7 @@ from ..core.config import LowRankConfig
 from ..data import load_data
 from ..errors import RecipeError, nearest
 from ..files import parse_yaml
-from ..records import decode, decode_fields, default_of, in_words
+from ..records import decode, decode_fields, default_of, encode, in_words
 
 # ---------------------------------------------------------------------------------------------------------- the keys
 
@@ -201,7 +201,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that YAML and JSON can hold; `from_dict` is the inverse."""
-        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+        return {field.name: encode(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -235,13 +235,6 @@ class Recipe:
             )
             for field in dataclasses.fields(cls)
         ]
-
-
-def _plain(value: Any) -> Any:
-    """A value with lists for all tuples, those inside of others too: YAML and JSON read nothing else back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------------------------ files and overrides

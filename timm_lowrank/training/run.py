@@ -32,7 +32,7 @@ from ..environment import together
 from ..errors import RecipeError, RunError
 from ..evaluation.results import Value
 from ..files import RUN_CONFIG, RUN_MODEL, disk_errors, exclusive, read_json, sync, write_whole
-from ..records import decode
+from ..records import decode, encode
 from ..wrapping import PRE_LOGITS_RANK
 from .checkpoints import check_random_states, damage, listed, name_of, remove_leftovers, seal
 from .recipe import Recipe, read_recipe
@@ -82,9 +82,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     defaults = {field.name: field.default for field in recipe.describe_fields()}
     values = recipe.to_dict() | {"init_from": _name_of(recipe.init_from)}
     return {
-        key: value
-        for key, value in values.items()
-        if key not in ASIDE_OF_SETTINGS and value != _plain_value(defaults[key])
+        key: value for key, value in values.items() if key not in ASIDE_OF_SETTINGS and value != encode(defaults[key])
     }
 
 
@@ -114,7 +112,7 @@ def _deciding(recipe: Recipe, off: bool) -> dict[str, Any]:
         off: without those of the branches.
     """
     values = recipe.to_dict()
-    lowrank, compared = recipe.lowrank_config().to_dict(), _plain_values(vars(recipe.compared()))
+    lowrank, compared = recipe.lowrank_config().to_dict(), encode(vars(recipe.compared()))
     if compared.get("branches", ...) is None:  # bottlenecks, which sit in their places
         compared["branches"] = lowrank["branches"]
     inner = {f"comparator_args.{key}": _ranks_alone(value) for key, value in compared.items()}
@@ -144,15 +142,6 @@ def _ranks_alone(value: Any) -> Any:
 def _name_of(path: str | None) -> str | None:
     """The last part of a path, of whatever machine."""
     return None if path is None else Path(path).name
-
-
-def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _plain_value(value) for key, value in values.items()}
-
-
-def _plain_value(value: Any) -> Any:
-    """As `Recipe.to_dict` has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], aside: Collection[str]) -> list[str]:
