@@ -60,7 +60,13 @@ from timm_lowrank.suites.measurements import accuracy, perturbations
 from timm_lowrank.suites.measurements import passes as test_passes
 from timm_lowrank.suites.measurements.accuracy import PGD, AutoAttack, Clean, Diagnosis, PGDSteps
 from timm_lowrank.suites.measurements.base import Context, Results
-from timm_lowrank.suites.measurements.classifiers import UNTIL_FOOLED, Compression, FooledHybrid, LeadingFeatures
+from timm_lowrank.suites.measurements.classifiers import (
+    UNTIL_FOOLED,
+    Compression,
+    FooledHybrid,
+    Hybrid,
+    LeadingFeatures,
+)
 from timm_lowrank.suites.measurements.perturbations import AccuracyByNoise, AdversarialStrip, DeepFool
 from timm_lowrank.suites.measurements.representations import (
     DIMENSION,
@@ -794,6 +800,26 @@ def test_hybrids_on_images_that_were_changed_until_their_network_erred(name, tra
     fooled = right & (predictions(network, black) != labels)
     hits = evaluation.figure(f"{one.key}-layer3-equal").values["2-LR"].hits
     assert abs(hits - int((theirs & fooled).sum())) <= 1
+
+
+def test_what_a_hybrid_withstands_does_not_depend_on_the_scale_of_its_scores(trained, tmp_path, monkeypatch):
+    made, hits = Context.max_margin, {}
+    for scale in (1, 1e5):  # cross-entropy has no gradient at the larger one: its attack would leave most images
+
+        def scaled(context, title, layer, scale=scale):
+            one = made(context, title, layer)
+            return dataclasses.replace(one, weight=one.weight * scale, bias=one.bias * scale)
+
+        monkeypatch.setattr(Context, "max_margin", scaled)
+        evaluation = evaluated_in(
+            trained, tmp_path / str(scale), measurements=(Hybrid(24 / 255, 5),), limit=40, pages=False
+        )
+        figure = evaluation.figure("hybrid-layer3-attacked")
+        hits[scale] = figure.values["2-LR"].hits
+        assert figure.protocol.attack.notes == ("margin", "last iterate")
+        fooled, clean = (evaluation.figure(f"hybrid-layer3-{which}").protocol for which in ("fooled", "clean"))
+        assert (fooled.attack.notes[0], clean.attack) == ("cross-entropy", None)
+    assert hits[1] == hits[1e5] < 25
 
 
 def test_the_cushion_has_its_minimum_and_a_network_that_was_never_trained(trained, tmp_path):

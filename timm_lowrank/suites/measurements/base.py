@@ -337,8 +337,9 @@ def pgd(
     radius_unit: str = "pixel",
     chosen: Tensor | None = None,
     on_step: OnStep | None = None,
+    loss: str = "cross_entropy",
 ) -> Tensor:
-    """Adversarial images for the test images `rows`, or those of them that are `chosen`.
+    """Adversarial images for the test images `rows`, or those of them that are `chosen`; `loss` as in `attacks.pgd`.
 
     Each image has the same random start, in parts of the radius, at every radius and for all networks.
     """
@@ -347,17 +348,22 @@ def pgd(
         images, labels = images[chosen], labels[chosen]
     return attacks.pgd(
         model, images, labels, **PGD_SETTINGS[setting].arguments(eps, steps), restarts=restarts,
-        radius_unit=radius_unit, generator=context.generator("pgd", rows.start), on_step=on_step,
+        radius_unit=radius_unit, generator=context.generator("pgd", rows.start), on_step=on_step, loss=loss,
     )  # fmt: skip
 
 
 def pgd_protocol(
-    eps: float | None, steps: int, setting: str = "madry", restarts: int = 1, radius_unit: str = "pixel"
+    eps: float | None,
+    steps: int,
+    setting: str = "madry",
+    restarts: int = 1,
+    radius_unit: str = "pixel",
+    loss: str = "cross_entropy",
 ) -> AttackProtocol:
     """How the images of `pgd` are made; `eps` is None for several radii."""
     chosen = PGD_SETTINGS[setting]
     return AttackProtocol(
         name="PGD", eps=eps, steps=steps, step_size=None if eps is None else chosen.arguments(eps, steps)["step_size"],
         random_start=chosen.random_start, restarts=restarts, setting=chosen.name, radius_unit=radius_unit,
-        notes=("cross-entropy", "last iterate"),
+        notes=(loss.replace("_", "-"), "last iterate"),
     )  # fmt: skip

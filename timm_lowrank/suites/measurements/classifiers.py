@@ -130,7 +130,9 @@ class Hybrid(Measurement):
     """Max-margin classifiers on the representations under attack (paper, Table 6).
 
     Three figures for each layer: clean, on the images that fool the network which it is made of (the paper's), and
-    under PGD on the hybrid itself, which the paper did not try.
+    under PGD on the hybrid itself, which the paper did not try. That attack climbs the margin: the scores of a
+    max-margin classifier are no log-odds, and where they are large the softmax of a cross-entropy is saturated, so that
+    its gradient vanishes and the hybrid seems to withstand what it was not attacked with.
 
     Args:
         eps: radius of PGD.
@@ -148,7 +150,7 @@ class Hybrid(Measurement):
         columns: Columns = {}
         for layer in context.layers:
             hybrid = HybridModel(model, layer, context.max_margin(title, layer), context.images[:1])
-            attacked = pgd(context, hybrid, rows, self.eps, self.steps)
+            attacked = pgd(context, hybrid, rows, self.eps, self.steps, loss="margin")
             judged = judge_hybrid(model, hybrid, images, crafted, labels, batch_size=context.chunk)
             columns[f"{layer} clean"] = column(classified_right(hybrid, images, labels))
             columns[f"{layer} fooled"] = column(judged.right[judged.counted])
@@ -156,16 +158,15 @@ class Hybrid(Measurement):
         return columns
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
-        protocol = context.protocol(
-            attack=pgd_protocol(self.eps, self.steps), classifier=LINEAR, train_images=len(context.train_images)
-        )
-        labels = {
-            "clean": "clean images",
-            "fooled": "images that fool the network it is made of",
-            "attacked": "attacked itself",
+        on_network, on_hybrid = (pgd_protocol(self.eps, self.steps, loss=loss) for loss in ("cross_entropy", "margin"))
+        shown = {
+            "clean": ("clean images", None),
+            "fooled": ("images that fool the network it is made of", on_network),
+            "attacked": ("attacked itself", on_hybrid),
         }
         for layer in context.layers:
-            for which, label in labels.items():
+            for which, (label, attack) in shown.items():
+                protocol = context.protocol(attack=attack, classifier=LINEAR, train_images=len(context.train_images))
                 results.figures.append(Figure(
                     key=f"hybrid-{layer}-{which}", kind=Kind.HYBRID, group="Max-margin hybrids",
                     label=f"{layer} hybrid, {label}", layer=layer, protocol=protocol,
