@@ -141,10 +141,10 @@ def test_as_printed_it_is_the_paper_s_algorithm(storage, norm_weight):
 @pytest.mark.parametrize("step_rule", STEP_RULES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_factored_and_dense_storage_agree(scale, step_rule, projection):
-    """80 updates with 20 projections, in loss, gradient to the activations, W and b, to 1e-10."""
+    """48 updates with 12 projections, in loss, gradient to the activations, W and b, to 1e-10."""
     values = {"scale": scale, "step_rule": step_rule, "projection": projection, "norm_weight": 0.1, "step_size": 0.3}
     fast, slow = build(**values), build(storage="dense", **values)
-    for rows in batches(80):
+    for rows in batches(48):
         (loss, gradient), (expected_loss, expected_gradient) = train(fast, rows), train(slow, rows)
         assert difference(loss, expected_loss) < 1e-10
         assert difference(gradient, expected_gradient, floor=1e-3) < 1e-10  # zero at W = 0 on the unit scale
@@ -527,7 +527,7 @@ def test_the_growth_of_the_basis_is_bounded():
 @pytest.mark.parametrize("sizes", [[10], [5, 5], [7, 1, 2]], ids=str)
 def test_rows_are_drawn_evenly_whatever_the_batches_are(sizes):
     """Every row of an update enters W equally often, also when micro-batches are of different sizes."""
-    drawn, seeds = torch.zeros(10), 600
+    drawn, seeds = torch.zeros(10), 300
     rows = torch.eye(10, 24, dtype=DOUBLE)
     for seed in range(seeds):
         branch = build(scale="paper", step_rule="fixed", update_rows=3, seed=seed)

@@ -46,9 +46,10 @@ def share_tick(value: float, _: int | None = None) -> str:
     return f"{100 * value:.3g} %"
 
 
-def write_png(figure: Any, path: Path) -> None:
-    """Lays out a figure and draws it into a file; makes its folder."""
-    lay_out(figure)
+def write_png(figure: Any, path: Path, *, laid_out: bool = False) -> None:
+    """Lays out a figure, unless it is `laid_out`, and draws it into a file; makes its folder."""
+    if not laid_out:
+        lay_out(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)

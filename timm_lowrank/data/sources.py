@@ -760,6 +760,7 @@ def _damage(path: str, part: str = "") -> Iterator[None]:
         raise DataError(f"{part}{path} is truncated, damaged or not parquet: fetch it again ({error})") from error
 
 
+@functools.cache
 def _digits() -> dict[str, Split]:
     """1,797 real handwritten digits of 8 x 8 pixels; 360 of them, in equal shares of the classes, are the test set."""
     datasets = require("sklearn.datasets", "scikit-learn")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,6 +29,11 @@ from .runs import FinishedRun, Runs
 from .setups import Base
 
 GPUS = "CUDA_VISIBLE_DEVICES"
+# What has used threads or a GPU must not be forked. A server that has only imported this module can be (elsewhere than
+# on Linux system libraries object): its processes start at once and share the memory of what it imported.
+PROCESSES = (
+    multiprocessing.get_context("forkserver") if sys.platform == "linux" else multiprocessing.get_context("spawn")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,15 +166,14 @@ class Workers:
         return failed + [(job, "no process was left to do it") for job in reversed(waiting)]
 
     def _start(self, processes: int) -> None:
-        context = multiprocessing.get_context("spawn")  # what has used threads or a GPU must not be forked
+        PROCESSES.set_forkserver_preload([__name__])
         runs = self._runs
         settings = (runs.folder, runs.scale, runs.data, runs.seeds)
         threads = max(1, torch.get_num_threads() // self._processes)
         for device in _devices(processes):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, settings, threads), daemon=True)
-            with _visible(device):
-                process.start()
+            here, there = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=_work, args=(there, settings, threads, device), daemon=True)
+            process.start()
             there.close()  # so that the pipe ends with the process
             self._idle.append((here, process))
 
@@ -205,23 +209,10 @@ def _devices(processes: int) -> list[str | None]:
     return [names[number % count] for number in range(processes)]
 
 
-@contextlib.contextmanager
-def _visible(device: str | None) -> Iterator[None]:
-    """Processes that are started inside see this GPU alone."""
-    before = os.environ.get(GPUS)
+def _work(connection: Connection, settings: tuple[Any, ...], threads: int, device: str | None) -> None:
+    """The life of a process, which sees this GPU alone: jobs come, and for each goes back None, or why it failed."""
     if device is not None:
-        os.environ[GPUS] = device
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[GPUS] = before
-        elif device is not None:
-            del os.environ[GPUS]
-
-
-def _work(connection: Connection, settings: tuple[Any, ...], threads: int) -> None:
-    """The life of a process: jobs come, and for each goes back None, or why it failed."""
+        os.environ[GPUS] = device  # before CUDA starts here, which is when it is read
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: who gives the jobs ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it cleans up
     parent = multiprocessing.parent_process()
