@@ -157,6 +157,7 @@ def test_fewer_than_ten_classes_are_noticed(small_net, batch, classes, says):
         (lambda net, x, y: (Around(net, noisy).eval(), x, y), 'version="rand"'),
         (lambda net, x, y: (PixelModel(net.bfloat16(), (0.0,), (1.0,)), x, y), "bfloat16: equal logits stall DeepFool"),
         (lambda net, x, y: (net, x, (y + 1) % 10), "of the first 32 images are classified correctly, no more than"),
+        (lambda net, x, y: (Around(net, after=lambda logits: 20 * logits).eval(), x, y), "rounds to exactly 1 on"),
         (lambda net, x, y: (net, x / 255, net(x / 255).argmax(dim=1)), "divided by 255 twice?"),
     ],
 )

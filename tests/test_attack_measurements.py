@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from attacked import Around
 from torch import nn
 
 from timm_lowrank.core.capture import Tap, recording
@@ -165,6 +166,16 @@ def test_the_smallest_radius_is_the_distance_to_the_border(grey):
     one, two = (smallest_radii(net, grey[0][half], grey[1][half], stopping(net), [0.03, 0.12, 0.25]) for half in halves)
     assert torch.equal(torch.cat([one.radius, two.radius]), smallest.radius)
     assert torch.allclose(torch.cat([one.rho, two.rho]), smallest.rho, rtol=1e-6, equal_nan=True)
+
+
+def test_the_smallest_radius_does_not_grow_with_the_scale_of_the_logits(grey):
+    """Of the probabilities of two classes and their gradient float32 keeps nothing where the logits are 200 apart."""
+    net = Threshold()
+    loud = Around(net, after=lambda logits: 1e4 * logits)
+    radii = [0.03, 0.12, 0.25]
+    smallest = [smallest_radii(model, *grey, stopping(model), radii) for model in (net, loud)]
+    assert torch.equal(smallest[0].radius, smallest[1].radius)
+    assert torch.allclose(smallest[0].rho, smallest[1].rho, equal_nan=True)
 
 
 def test_the_smallest_radius_is_that_of_a_loop_over_images_and_radii(trained, digits):

@@ -591,16 +591,50 @@ def test_the_margin_loss_sees_through_a_saturated_softmax(net, batch):
     assert through == sound
 
 
+@pytest.mark.parametrize("scale", [6, 1e4])
+def test_iterative_fgsm_climbs_the_cross_entropy_where_float32_has_lost_its_gradient(scale, net, batch):
+    """As scales of the logits grow, the log-odds come to grow along the margin, which has no scale."""
+    settings = {"eps": 0.12, "steps": 20, "step_size": 0.01}
+    loud = Around(net, after=lambda logits: scale * logits)
+    with torch.no_grad():
+        saturated = loud(batch[0]).softmax(dim=1).gather(1, batch[1][:, None])[:, 0] == 1
+    assert saturated.float().mean() > 0.5
+
+    attacked = iterative_fgsm(loud, *batch, **settings)
+    rounded = pgd(loud, *batch, random_start=False, **settings)
+    in_float64 = textbook_ascent(loud, *batch, exact_cross_entropy, **settings)
+    assert share_that_agrees(attacked, in_float64, 1e-4) >= 0.95
+    assert share_that_agrees(rounded, in_float64, 1e-4) < 0.7
+
+
+def exact_cross_entropy(logits, first, label):
+    """log q, q the odds of the others: -log p = log(1 + q), so its gradient is that of -log p times 1 + 1 / q."""
+    others = torch.cat([logits[:label], logits[label + 1 :]])
+    return others.logsumexp(0) - logits[label]
+
+
+def test_log_odds_have_the_direction_of_the_cross_entropy(net, batch):
+    settings = {"eps": EPS, "steps": 5, "norm": "l2"}
+    ends = [pgd(net, *batch, loss=loss, **settings) for loss in ("cross_entropy", "log_odds")]
+    assert (ends[0] - ends[1]).abs().max() < 1e-5
+
+
 # ---- named settings ----
 
 
 def test_the_named_settings_are_what_they_say(net, batch):
-    assert MADRY.arguments(8 / 255, 7) == {"eps": 8 / 255, "steps": 7, "step_size": 2 / 255, "random_start": True}
-    assert PAPER.arguments(8 / 255, 7) == {"eps": 8 / 255, "steps": 7, "step_size": 1 / 255, "random_start": False}
+    same = {"eps": 8 / 255, "steps": 7}
+    assert MADRY.arguments(**same) == {
+        **same, "step_size": 2 / 255, "random_start": True, "loss": "cross_entropy"
+    }  # fmt: skip
+    assert PAPER.arguments(**same) == {**same, "step_size": 1 / 255, "random_start": False, "loss": "log_odds"}
     assert {MADRY.name, PAPER.name} == {"Madry", "paper"}
     assert torch.equal(pgd(net, *batch, **MADRY.arguments(EPS, 3)), pgd(net, *batch, eps=EPS, steps=3))
     paper = pgd(net, *batch, **PAPER.arguments(EPS, 7))
     assert torch.equal(paper, iterative_fgsm(net, *batch, eps=EPS, steps=7))
+    loud = Around(net, after=lambda logits: 1e4 * logits)
+    paper_of_loud = pgd(loud, *batch, **PAPER.arguments(EPS, 7))
+    assert torch.equal(paper_of_loud, iterative_fgsm(loud, *batch, eps=EPS, steps=7))
     # What the docstring of PAPER says of Table 1.
     assert torch.equal(paper, pgd(net, *batch, **PAPER.arguments(8 / 255, 7)))
 

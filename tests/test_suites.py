@@ -855,7 +855,7 @@ UNITS_OF_RADII = ("pixel", "normalized")
 
 @pytest.fixture(scope="module")
 def table(trained, tmp_path_factory):
-    """A table like the first in both units on 15 of 40 images; and each of its cells by itself, on all of them."""
+    """A table like the first in both units on 15 of 24 images; and each of its cells by itself, on all of them."""
     AcceleratorState._reset_state(True)
     output = tmp_path_factory.mktemp("table")
     grid = [

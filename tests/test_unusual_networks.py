@@ -23,9 +23,9 @@ from timm_lowrank.files import weights_sha256
 from timm_lowrank.suites import Options, evaluate
 from timm_lowrank.suites.foreign import Resizing
 from timm_lowrank.suites.measurements.accuracy import AutoAttack, Clean, Diagnosis
-from timm_lowrank.suites.measurements.base import Context
+from timm_lowrank.suites.measurements.base import Context, Results
 from timm_lowrank.suites.measurements.classifiers import Compression, FooledHybrid, OtherLabels
-from timm_lowrank.suites.measurements.perturbations import MinimumPerturbation
+from timm_lowrank.suites.measurements.perturbations import IteratedFGSM, MinimumPerturbation
 from timm_lowrank.suites.measurements.representations import Cushion, CutPreactivations
 from timm_lowrank.suites.networks import EvaluatedNetwork, load_network
 from timm_lowrank.suites.runner import PartialResults, run, settings_of
@@ -92,6 +92,37 @@ def test_a_diagnosis_does_not_take_in_what_failed_on_some_of_the_images(tmp_path
     checks = {check.name: check for check in results.verdicts["plain"].checks}
     assert checks["AutoAttack"].value is None
     assert any("autoattack-linf-8-255 was not measured" in text for text in results.warnings)
+
+
+def test_images_that_are_wrong_to_begin_with_are_not_among_the_sizes_of_an_attack_that_stops(tmp_path):
+    """Three of four, which it leaves as they are: the median of all images is 0."""
+    own = evaluated(network())
+    right = predictions(own.model, context_of(own).images)
+    labels = torch.where(torch.arange(40) % 4 == 0, right, (right + 1) % CLASSES)
+    attack = {"eps": 0.2, "steps": 60}
+    found = measured(
+        context_of(own, labels=labels), tmp_path, *(IteratedFGSM(least_likely=False, stop_at_success=stop, **attack)
+                                                    for stop in (False, True))
+    )  # fmt: skip
+    going, stopped = (figure.values["plain"] for figure in found.figures if figure.key.endswith("-rho"))
+    assert (going.of, stopped.of) == (40, 10)
+    assert 0 < stopped.value < going.value
+
+
+@pytest.mark.parametrize(
+    ("version", "restarts", "attacks", "queries"),
+    [
+        ("standard", 1, "apgd-ce, apgd-t, fab-t, square", 5000),
+        ("plus", 5, "apgd-ce, apgd-dlr, fab, square, apgd-t, fab-t", 5000),
+        ("rand", 1, "apgd-ce, apgd-dlr", None),
+    ],
+)
+def test_a_figure_of_autoattack_says_how_its_version_is_run(version, restarts, attacks, queries):
+    results, seen = Results(), {"plain": {"withstood": [True], "broken_by": [None], "flags": [[]]}}
+    AutoAttack("linf", 8 / 255, version).report(context_of(evaluated(network())), seen, results)
+    (protocol,) = (figure.protocol for figure in results.figures)
+    assert protocol.attack.restarts == restarts
+    assert (protocol.details["attacks"], protocol.details.get("square_queries")) == (attacks, queries)
 
 
 def test_weights_of_zero_have_no_cushion_and_cost_no_other(tmp_path):

@@ -16,6 +16,7 @@ from .attacks.auto import CLASSES_NEEDED, TARGETS
 from .pixels import PixelModel, attackable, bare, random_state_kept
 
 LOOKED_AT = 32  # images that are run through the network
+SATURATED = 1 / 2  # share of them that attacks by the cross-entropy may start at without their whole gradient
 AGREE = 1e-3  # of the largest logit: how far two forward passes of a deterministic network may lie apart
 
 
@@ -36,7 +37,7 @@ def check_before_attack(
     Returns:
         What is suspicious but may be meant, a sentence each, also issued as EvaluationWarning: a network with
         noise in it, logits that depend on the rest of the batch, fewer classes than AutoAttack aims at, half precision,
-        accuracy no better than chance, nearly black images.
+        a softmax that rounds to 1 on most of the images, accuracy no better than chance, nearly black images.
 
     Raises:
         EvaluationError: train mode; probabilities instead of logits; logits that are not finite; pixels outside
@@ -126,6 +127,14 @@ def _suspicions(
         yield (
             f"the model has {classes} classes: AutoAttack aims at {others} instead of {TARGETS}{but}, "
             f"so its figures do not compare with those of ten classes"
+        )
+
+    probability = logits.softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    saturated = (probability == 1).float().mean().item()
+    if len(labels) >= LOOKED_AT and saturated > SATURATED:
+        yield (
+            f"the softmax rounds to exactly 1 on {saturated:.0%} of the first {len(labels)} images, where float32 has "
+            f'lost the gradient of the cross-entropy or a part of it: attack with loss="margin" or "log_odds", too'
         )
 
     narrow = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype.itemsize < 4}

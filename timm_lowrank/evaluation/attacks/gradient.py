@@ -15,7 +15,7 @@ from ..arguments import check_choice, check_count, check_labels, check_logits, c
 from ..pixels import attackable, radius_unit_of
 from .balls import NORMS, Ball, ball, seeds_of
 
-LOSSES = ("cross_entropy", "margin")
+LOSSES = ("cross_entropy", "log_odds", "margin")
 KEEP = ("last", "first_hit")
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # step, images, logits
@@ -29,6 +29,7 @@ class PGDArguments(TypedDict):
     steps: int
     step_size: float
     random_start: bool
+    loss: str
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class PGDSetting:
     name: str
     random_start: bool
     step_size: float | None  # in the units of the radius; None: a quarter of it
+    loss: str = "cross_entropy"
 
     def arguments(self, eps: float, steps: int) -> PGDArguments:
         """Keyword arguments of `pgd`."""
         step_size = eps / 4 if self.step_size is None else self.step_size
-        return {"eps": eps, "steps": steps, "step_size": step_size, "random_start": self.random_start}
+        start, loss = self.random_start, self.loss
+        return {"eps": eps, "steps": steps, "step_size": step_size, "random_start": start, "loss": loss}
 
 
 MADRY = PGDSetting("Madry", random_start=True, step_size=None)
@@ -55,8 +58,8 @@ Seven such steps reach 14/255 from their start, twenty 40/255, so that at the ra
 of the ball alone: a reading of how the columns of Table 1 for 7 and 20 steps draw apart there.
 """
 
-PAPER = PGDSetting("paper", random_start=False, step_size=1 / 255)
-"""Eq. 5 as printed: no random start, a step of 1/255.
+PAPER = PGDSetting("paper", random_start=False, step_size=1 / 255, loss="log_odds")
+"""Eq. 5 as printed: no random start, a step of 1/255. It is `iterative_fgsm`, and climbs what that does.
 
 Seven such steps reach 7/255 at most, so with them the radii 8 to 20 /255 of Table 1 would be one and the same attack.
 Table 1 tells them apart: its step must have been another one, which the paper does not give.
@@ -94,8 +97,9 @@ def pgd(
         step_size: in the same units; eps / 4 unless given.
         random_start: uniform in the ball; without it the attack starts at the image.
         restarts: each image keeps the first restart that fooled it, else the last; those fooled leave the batch.
-        loss: "cross_entropy", or "margin", the largest other logit minus that of the label, whose gradient does not
-            vanish where the softmax is saturated.
+        loss: "cross_entropy"; "log_odds", whose gradient has the direction of the cross-entropy in exact arithmetic,
+            also where float32 has the softmax saturated; or "margin", the largest other logit minus that of the label,
+            whose gradient does not vanish there either.
         targets: classes to be reached, another one than the label each; then fooled means classified as the target.
         radius_unit: "pixel", the pixel range; or "normalized", the standard deviation of each channel, as attacks on
             an already normalised input have it: 8 / 255 is then about 2 / 255 of the pixel range. Pixels stay in [0, 1]
@@ -124,7 +128,7 @@ def pgd(
         if (targets == labels).any():
             raise EvaluationError("targets must differ from the labels: an image cannot be led to where it is")
     reach = targets is not None
-    objective = margin if loss == "margin" else cross_entropy
+    objective = {"cross_entropy": cross_entropy, "log_odds": log_odds, "margin": margin}[loss]
     ascent = Ascent(eps, steps, step_size, towards(objective) if reach else objective, keep == "first_hit", reach)
     return _attack(
         model, pixels, labels, ascent, norm=norm, unit=radius_unit_of(model, radius_unit),
@@ -158,6 +162,9 @@ def iterative_fgsm(
 ) -> Tensor:
     """Iter-FGSM (Eq. 5): adversarial images like `pgd`'s, which it is, with the image as its start.
 
+    It climbs the cross-entropy by its log-odds: without a random start it begins where a confident network has its
+    softmax saturated, and the gradient that float32 leaves of the cross-entropy there misses the label's own logit.
+
     Args:
         step_size: alpha; the paper's "1" is one of 255 levels of a pixel, as in Kurakin et al. (2017).
         radius_unit: of eps and step_size, as of `pgd`.
@@ -168,7 +175,7 @@ def iterative_fgsm(
     return pgd(
         model, images, labels,
         eps=eps, steps=steps, step_size=step_size, radius_unit=radius_unit, random_start=False, keep=keep,
-        on_step=on_step,
+        loss="log_odds", on_step=on_step,
     )  # fmt: skip
 
 
@@ -222,6 +229,17 @@ def least_likely(
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """log((1 - p) / p), p the probability of the label, which grows with the cross-entropy -log p.
+
+    So the gradients of both have one direction for each image, and a step takes no more of a gradient than that. But
+    in float32 p rounds to 1 where the other logits lie 17 below that of the label: the cross-entropy then loses the
+    part of its gradient that is the label's own logit, and beyond 104 all of it.
+    """
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return (others.logsumexp(dim=1) - logits.gather(1, labels[:, None])[:, 0]).sum()
 
 
 def margins(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import EvaluationError
 from ...evaluation import PixelModel, attacks, masking, pixel_noise, predictions
+from ...evaluation.attacks.auto import ITERATIONS, QUERIES, VERSIONS
 from ...evaluation.noise import NOISE_READINGS, STANDARD_DEVIATION
 from ...evaluation.representations import rho
 from ...evaluation.results import (
@@ -277,13 +278,15 @@ class AutoAttack(AttackMeasurement):
         }
 
     def report(self, context: Context, observed: Mapping[str, Columns], results: Results) -> None:
-        standard = self.version == "standard"
+        standard, parts = self.version == "standard", VERSIONS[self.version]
         about = AttackProtocol(
-            name="AutoAttack", version=self.version, norm=self.norm, eps=self.eps, steps=100,
-            restarts=1 if standard else 5,
+            name="AutoAttack", version=self.version, norm=self.norm, eps=self.eps, steps=ITERATIONS,
+            restarts=5 if self.version == "plus" else 1,
         )  # fmt: skip
-        parts = "apgd-ce, apgd-t, fab-t, square" if standard else self.version
-        protocol = self.protocol(context, observed, about, attacks=parts, square_queries=5000, batch=context.chunk)
+        queries = {"square_queries": QUERIES} if "square" in parts else {}
+        protocol = self.protocol(
+            context, observed, about, attacks=", ".join(parts), **queries, batch=context.chunk
+        )  # fmt: skip
         name = "AutoAttack" if standard else f"AutoAttack {self.version}"
         label = f"{name}, {'L_inf' if self.norm == 'linf' else 'L2'} {radius_text(self.eps)}"
         results.figures.append(self.accuracy(context, observed, label, protocol))

@@ -323,6 +323,7 @@ def noise_at_half(accuracies: Sequence[float], sizes: Sequence[float], of: int) 
     return Value(size, of=of, beyond=None if math.isfinite(size) else max(sizes))
 
 
+LOSSES = {"cross_entropy": "cross-entropy", "log_odds": "cross-entropy by its log-odds", "margin": "margin"}
 PGD_SETTINGS = {setting.name.lower(): setting for setting in (attacks.MADRY, attacks.FIXED, attacks.PAPER)}
 
 
@@ -337,18 +338,23 @@ def pgd(
     radius_unit: str = "pixel",
     chosen: Tensor | None = None,
     on_step: OnStep | None = None,
-    loss: str = "cross_entropy",
+    loss: str | None = None,
 ) -> Tensor:
-    """Adversarial images for the test images `rows`, or those of them that are `chosen`; `loss` as in `attacks.pgd`.
+    """Adversarial images for the test images `rows`, or those of them that are `chosen`.
 
     Each image has the same random start, in parts of the radius, at every radius and for all networks.
+
+    Args:
+        loss: as of `attacks.pgd`; None is that of the setting.
     """
     images, labels = context.chunk_of(rows)
     if chosen is not None:
         images, labels = images[chosen], labels[chosen]
+    arguments = PGD_SETTINGS[setting].arguments(eps, steps)
+    arguments["loss"] = loss or arguments["loss"]
     return attacks.pgd(
-        model, images, labels, **PGD_SETTINGS[setting].arguments(eps, steps), restarts=restarts,
-        radius_unit=radius_unit, generator=context.generator("pgd", rows.start), on_step=on_step, loss=loss,
+        model, images, labels, **arguments, restarts=restarts, radius_unit=radius_unit,
+        generator=context.generator("pgd", rows.start), on_step=on_step,
     )  # fmt: skip
 
 
@@ -358,12 +364,12 @@ def pgd_protocol(
     setting: str = "madry",
     restarts: int = 1,
     radius_unit: str = "pixel",
-    loss: str = "cross_entropy",
+    loss: str | None = None,
 ) -> AttackProtocol:
     """How the images of `pgd` are made; `eps` is None for several radii."""
     chosen = PGD_SETTINGS[setting]
     return AttackProtocol(
         name="PGD", eps=eps, steps=steps, step_size=None if eps is None else chosen.arguments(eps, steps)["step_size"],
         random_start=chosen.random_start, restarts=restarts, setting=chosen.name, radius_unit=radius_unit,
-        notes=(loss.replace("_", "-"), "last iterate"),
+        notes=(LOSSES[loss or chosen.loss], "last iterate"),
     )  # fmt: skip

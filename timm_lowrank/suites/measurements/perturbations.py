@@ -22,7 +22,18 @@ from ...evaluation.robustness import (
     trajectory,
 )
 from .accuracy import radius_key
-from .base import AttackMeasurement, Columns, Context, Measurement, Results, column, noise_at_half, pgd_protocol, shares
+from .base import (
+    LOSSES,
+    AttackMeasurement,
+    Columns,
+    Context,
+    Measurement,
+    Results,
+    column,
+    noise_at_half,
+    pgd_protocol,
+    shares,
+)
 
 STRIP_IMAGES, STRIP_CLASSES, STRIP_PIXELS = 8, 100, 64
 
@@ -50,6 +61,7 @@ class IteratedAttackMeasurement(AttackMeasurement):
         return AttackProtocol(
             name=self.name, eps=eps, steps=steps, step_size=step_size, random_start=False, restarts=1,
             targeted=self.least_likely, stops_at_success=stops,
+            notes=("cross-entropy of the least likely class" if self.least_likely else LOSSES["log_odds"],),
         )  # fmt: skip
 
 
@@ -97,7 +109,10 @@ class IteratedFGSM(IteratedAttackMeasurement):
             on_step=aim if self.least_likely else None,
         )  # fmt: skip
         classes = predictions(context.networks[title].model, adversarial)
-        columns = {"withstood": column(classes == labels), "rho": column(rho(images, adversarial))}
+        sizes = rho(images, adversarial)
+        if self.stop_at_success:  # what is wrong to begin with is not changed: its 0 says nothing of the attack
+            sizes = sizes.masked_fill(predictions(context.networks[title].model, images) != labels, math.nan)
+        columns = {"withstood": column(classes == labels), "rho": column(sizes)}
         if self.least_likely:
             columns["hit"] = column(classes == aim.targets)
         return columns
@@ -107,11 +122,12 @@ class IteratedFGSM(IteratedAttackMeasurement):
         about = self.about(self.eps, self.steps, stops=self.stop_at_success)
         accuracy = self.accuracy(context, observed, label, self.protocol(context, observed, about))
         sizes = {title: Value.median(columns["rho"], context.confidence) for title, columns in observed.items()}
+        which = " of the images that were right" * self.stop_at_success
         results.figures += [
             accuracy,
             dataclasses.replace(
-                accuracy, key=f"{self.key}-rho", kind=Kind.PERTURBATION, label=f"{label}: median rho", values=sizes,
-                unit="number", better=None,
+                accuracy, key=f"{self.key}-rho", kind=Kind.PERTURBATION, label=f"{label}: median rho{which}",
+                values=sizes, unit="number", better=None,
             ),
         ]  # fmt: skip
         if self.least_likely:
