@@ -171,6 +171,63 @@ def test_hooks_are_gone_when_a_checkpointed_block_runs_again(reentrant):
     assert seen.requires_grad == (not reentrant), "reentrant checkpointing hands over a tensor without a graph"
 
 
+def test_a_child_that_has_other_places_is_not_the_end_of_its_sequential():
+    activation = nn.Tanh()
+    net = Net()
+    net.body = nn.Sequential(nn.Linear(4, 6), activation, nn.Sequential(nn.Linear(6, 6), activation))
+    assert Tap.at("body", "body", net).path == "body.2", "the activation runs twice, what ends in it once"
+    x = torch.randn(2, 4)
+    assert torch.equal(record_one(net, Tap.at("body", "body", net), x), net.body(x))
+    net.again = net.body  # two names for one layer are one place
+    assert Tap.at("again", "again", net).path == "again.2"
+
+
+def test_a_layer_that_gives_more_than_a_tensor_in_eval_mode_alone():
+    class Block(nn.Linear):
+        def forward(self, x):
+            output = super().forward(x)
+            return output if self.training else (output, None)
+
+    block = Block(4, 3)
+    for mode in (False, True):
+        seen = record_one(block.train(mode), Tap("block", "", item=0))
+        assert seen.shape == (2, 3), "not the features of the first sample"
+
+
+class LoRALinear(nn.Linear):
+    """Adapters that are part of the weights in eval mode, as in the package of the paper."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(3, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        output = super().forward(x)
+        return output if self.merged else output + x @ self.down.T @ self.up.T
+
+
+def test_what_eval_mode_changes_in_a_module_is_undone():
+    net = nn.Sequential(LoRALinear(), nn.Sequential(LoRALinear().eval()))
+    frozen, before = net[1][0], [parameter.clone() for parameter in net.parameters()]
+    for _ in range(2):
+        with evaluating(net):
+            assert (net[0].merged, frozen.merged) == (True, True)
+        assert (net[0].merged, frozen.merged) == (False, True)
+        assert (net[0].training, frozen.training) == (True, False)
+    for parameter, old in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old)
+    net[0](torch.randn(2, 4)).sum().backward()
+    assert net[0].down.grad is not None
+
+
 def test_evaluating_restores_every_mode():
     net = Net().train()
     net.body[0].eval()

@@ -105,6 +105,18 @@ def test_arguments_of_the_architecture_travel_along(tmp_path):
     assert torch.equal(loaded(tmp_path)(images()), model(images()))
 
 
+def test_rates_of_dropout_and_stochastic_depth_are_kept(tmp_path):
+    rates = {"drop_rate": 0.3, "drop_path_rate": 0.2, "attn_drop_rate": 0.1}
+    model = tlr.wrap("test_vit", LowRankConfig(branches={"pre_logits": 3}), num_classes=3, img_size=32, **rates)
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    for network in (model, again, timm.create_model(f"local-dir:{tmp_path}", pretrained=True)):
+        block = network.blocks[-1]
+        assert (network.head_drop.p, block.attn.attn_drop.p) == (0.3, 0.1)
+        assert block.drop_path1.drop_prob == pytest.approx(0.2)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, drop_rate=0.0).head_drop.p == 0
+
+
 def test_channels_last(model, tmp_path):
     model.to(memory_format=torch.channels_last)
     save_pretrained(model, tmp_path)
@@ -149,6 +161,8 @@ def test_what_cannot_be_saved(model, tmp_path, small_net):
     for labels in ([], ["a", "b"], ["a", "b", "c", "d"]):
         with pytest.raises(ValueError, match=f"{len(labels)} label names for 3 classes"):
             save_pretrained(model, tmp_path / "folder", label_names=labels)
+    with pytest.raises(CheckpointError, match=r"made with act_layer as Python objects.* act_layer=.silu."):
+        save_pretrained(timm.create_model("test_resnet", act_layer=nn.SiLU), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "folder"):

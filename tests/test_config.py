@@ -81,6 +81,20 @@ def test_a_dictionary_is_no_view_of_the_configuration():
     assert config.branches["layer3"]["rank"] == 5
 
 
+def test_what_becomes_of_the_dictionary_that_was_given_does_not_matter():
+    branches = {"layer3": {"rank": 5}, "layer4": 3}
+    config = LowRankConfig(branches=branches)
+    branches["layer3"]["rank"], branches["layer4"] = 0, 0
+    assert config.ranks() == {"layer3": 5, "layer4": 3}
+
+
+def test_layers_and_options_that_are_no_names():
+    with pytest.raises(ValueError, match=r"the layer 0 in branches is no name; names are strings, .*: '0'"):
+        LowRankConfig(branches={0: 5})
+    with pytest.raises(ValueError, match=r"branches\['layer3'\] has no option 1"):
+        LowRankConfig(branches={"layer3": {"rank": 5, 1: 2}})
+
+
 def test_unknown_keys_and_wrong_values():
     values = {**LowRankConfig(seed=3).to_dict(), "project_evry": 5, "zzz": 1}
     with pytest.raises(ValueError, match=r"'project_evry'\. Did you mean: project_every.*zzz"):

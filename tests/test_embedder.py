@@ -194,6 +194,8 @@ def test_what_cannot_be_embedded_says_why(model, digits):
     for too_few in ([], digits[0][:1]):
         with pytest.raises(ValueError, match="at least 2 images"):
             tlr.Embedder(model, images=too_few)
+    with pytest.raises(TypeError, match=r"batches of images, .* not a dict: .*batch\[\"pixel_values\"\]"):
+        tlr.Embedder(model, images=[{"pixel_values": digits[0][:9]}])
     broken = digits[0][:9].clone()
     broken[3] = math.nan
     with pytest.raises(ValueError, match="NaN or infinite values for some of the images"):

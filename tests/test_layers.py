@@ -285,6 +285,35 @@ def test_a_module_of_two_names_can_be_named_by_either():
     assert torch.equal(*penalties)
 
 
+def test_a_layer_may_have_a_slash_in_its_name(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.ModuleDict({"conv1/3x3_s2": nn.Conv2d(3, 4, 3, stride=2)})
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.stem["conv1/3x3_s2"](x).mean(dim=(2, 3)))
+
+    layer, labels = "stem.conv1/3x3_s2", torch.tensor([0, 1])
+    model = tlr.wrap(Named(), branch_on(layer), example_input=images(8)).train()
+    for _ in range(10):
+        model(images(8))
+        model.penalty(labels)
+        model.update()
+    assert list(model.branches) == list(model.report()) == [layer]
+    assert len(tlr.Embedder(model, layer)(images(8))) == 2
+    again = tlr.wrap(Named(), branch_on(layer), example_input=images(8))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.branches[layer].bias, model.branches[layer].bias)
+
+
+def test_a_module_that_is_called_pre_logits_is_not_what_the_name_means():
+    layers = list_layers("vgg19_bn_cifar", width=0.1, hidden_size=24, images=images(32))
+    (listed,) = [layer for layer in layers if layer.name == "pre_logits"]
+    assert (listed.kind, listed.shape) == ("input of head.fc", (24,))
+
+
 def test_a_rank_that_is_larger_than_the_layer():
     wide = {"pre_logits": 65, "blocks.1": 1000}
     each = [f"rank {rank} is larger than the 64 features of layer '{layer}'; " for layer, rank in wide.items()]
@@ -449,6 +478,12 @@ def test_a_peft_model_of_a_timm_network_has_its_stages():
             {},
             r"wrap .* first, and then torch\.compile",
         ),
+        (
+            lambda: nn.DataParallel(timm.create_model("test_vit")),
+            {},
+            r"nn\.DataParallel, .* model\.module, and use",
+        ),
+        (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 3))), {}, r"a ScriptModule, .* wrap the network that"),
     ],
 )
 def test_wrong_models(model, options, message):

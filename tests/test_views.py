@@ -141,6 +141,31 @@ def test_the_natural_view(network, shape, expected):
 
 
 @pytest.mark.parametrize(
+    ("network", "shape", "image", "channel_dim"),
+    [
+        (nn.Identity(), (2, 8, 8, 16), (8, 16), 1),  # as many channels as rows
+        (nn.Identity(), (2, 64, 64, 128), (127, 255), 1),
+        (nn.Identity(), (2, 8, 16, 16), (8, 16), -1),  # as many channels as columns
+        (Formatted(), (2, 16, 7, 16), (100, 224), 1),
+        (nn.Identity(), (2, 16, 4, 5), (100, 150), 1),  # rounded
+        (nn.Identity(), (2, 7, 7, 24), (64, 96), -1),  # a window
+        (nn.Identity(), (2, 4, 8, 16), (8, 16), 1),  # either could be
+        (Formatted(), (2, 4, 8, 16), (8, 16), -1),
+    ],
+)
+def test_where_the_channels_are_when_images_are_not_square(network, shape, image, channel_dim):
+    images = torch.empty(2, 3, *image, device="meta")
+    assert natural_view(network, torch.empty(shape, device="meta"), images=images).channel_dim == channel_dim
+
+
+@pytest.mark.parametrize("view", ["token", "pool"])
+def test_samples_of_images_that_are_not_square(view):
+    images = torch.zeros(1, 3, 128, 256)
+    model = tlr.wrap("test_resnet", config("layer1", view), example_input=images)
+    assert (model.taps[0].view, model.branches["layer1"].num_features) == (View(view, 1), 32)
+
+
+@pytest.mark.parametrize(
     ("name", "size", "options", "layer", "kind", "width"),
     [
         ("test_vit", 32, {"img_size": 32}, "blocks.4", "token", 64),

@@ -84,7 +84,8 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
     backbone = create_backbone(model, **create_kwargs) if isinstance(model, str) else model
     images = default_input(backbone, "images", **create_kwargs) if images is None else images
     # On the modules themselves, not inside Sequentials: every name gets a row of its own.
-    taps = [Tap(name, name) for name, _ in backbone.named_modules() if name]
+    # A module that is called "pre_logits" (VGG) is not what the name means for a branch.
+    taps = [Tap(name, name) for name, _ in backbone.named_modules() if name and name != PRE_LOGITS]
     record = example_forward(backbone, taps, images)
     layers = []
     for name, value in list(record.values.items()):
@@ -93,16 +94,17 @@ def list_layers(model: str | nn.Module, *, images: Tensor | None = None, **creat
         with contextlib.suppress(CaptureError):  # then no branch can sit there
             activations = record.activation(Tap(name, name))
             if activations.shape[0] == images.shape[0]:
-                layers.append(_info(backbone, name, type(backbone.get_submodule(name)).__name__, activations))
+                kind = type(backbone.get_submodule(name)).__name__
+                layers.append(_info(backbone, name, kind, activations, images))
     with contextlib.suppress(ValueError):  # no classifier
         tap = tap_on(backbone, PRE_LOGITS, images)
         activations = example_forward(backbone, [tap], images).activation(tap)
-        layers.append(_info(backbone, PRE_LOGITS, f"input of {tap.path}", activations))
+        layers.append(_info(backbone, PRE_LOGITS, f"input of {tap.path}", activations, images))
     return layers
 
 
-def _info(backbone: nn.Module, name: str, kind: str, activations: Tensor) -> LayerInfo:
-    view = natural_view(backbone, activations, layer=name)
+def _info(backbone: nn.Module, name: str, kind: str, activations: Tensor, images: Tensor) -> LayerInfo:
+    view = natural_view(backbone, activations, layer=name, images=images)
     return LayerInfo(name, kind, tuple(activations.shape[1:]), view.width(activations), view.kind)
 
 
@@ -113,6 +115,7 @@ def natural_view(
     channel_dim: int | None = None,
     *,
     layer: str = "",
+    images: Tensor | None = None,
 ) -> View:
     """What counts as one sample of a layer: what a branch there takes for one unless it is told otherwise.
 
@@ -130,6 +133,7 @@ def natural_view(
         activations: the layer's output for an example, (batch, ...).
         kind, channel_dim: of the view, where they are not left to what is said above.
         layer: the name of the module whose output they are: a Conv1d keeps its channels in front of its positions.
+        images: the example (batch, channels, height, width), whose height and width a map has smaller; None is square.
 
     Raises:
         ValueError: the activations have no dimension `channel_dim`.
@@ -137,7 +141,7 @@ def natural_view(
     shape = activations.shape
     kind = kind or ("token" if activations.dim() == 3 else "flatten")
     if channel_dim is None:
-        channel_dim = _channel_dim(shape, str(getattr(backbone, "output_fmt", "NCHW")))
+        channel_dim = _channel_dim(shape, str(getattr(backbone, "output_fmt", "NCHW")), images)
         module = dict(backbone.named_modules(remove_duplicate=False)).get(layer)
         if len(shape) == 3 and layer and isinstance(module, _CHANNELS_FIRST):
             channel_dim = 1
@@ -146,12 +150,17 @@ def natural_view(
     return View(kind, channel_dim)
 
 
-def _channel_dim(shape: Sequence[int], output_format: str) -> int:
+def _channel_dim(shape: Sequence[int], output_format: str, images: Tensor | None = None) -> int:
     if len(shape) != 4:
         return -1
     _, one, two, three = shape
-    if (one == two) != (two == three):  # height and width are the two that are alike
-        return -1 if one == two else 1
+    height, width = images.shape[2:] if images is not None and images.dim() == 4 else (1, 1)
+    # Height and width are the two that have the ratio of the images', but for rounding up to one position each.
+    first, last = (abs(h * width - w * height) < max(height, width) for h, w in ((two, three), (one, two)))
+    if not (first or last):  # windows are square, whatever the images are
+        first, last = two == three, one == two
+    if first != last:
+        return 1 if first else -1
     return -1 if output_format == "NHWC" else 1
 
 
@@ -328,7 +337,7 @@ def last_stage_input(backbone: nn.Module, images: Tensor) -> str:
             return last
         blocks = [block for name, module in outer.items() for block in _running(name, module)]
         record = example_forward(backbone, [Tap(name, name) for name in blocks], images)
-        sizes = {name: _positions(value, len(images)) for name, value in record.values.items()}
+        sizes = {name: _positions(value, images) for name, value in record.values.items()}
         chain = [(name, size) for name, size in sizes.items() if size]
         smaller = [number for number in range(1, len(chain)) if chain[number][1] < chain[number - 1][1]]
         if smaller:
@@ -359,11 +368,13 @@ def _running(name: str, modules: nn.ModuleList) -> list[str]:
     return names
 
 
-def _positions(value: object, batch: int) -> int:
+def _positions(value: object, images: Tensor) -> int:
     """At how many positions of an image a layer has features; 0 where there are none, or no such tensor."""
     tensors = map(innermost, value) if isinstance(value, tuple | list) else [value]
-    found = next((one for one in tensors if isinstance(one, Tensor) and one.dim() > 2 and len(one) == batch), None)
-    return 0 if found is None else found[0].numel() // found.shape[_channel_dim(found.shape, "NCHW")]
+    found = next(
+        (one for one in tensors if isinstance(one, Tensor) and one.dim() > 2 and len(one) == len(images)), None
+    )
+    return 0 if found is None else found[0].numel() // found.shape[_channel_dim(found.shape, "NCHW", images)]
 
 
 def pick_item(backbone: nn.Module, tap: Tap, value: object, batch: int) -> Tap:

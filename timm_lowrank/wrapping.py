@@ -55,7 +55,7 @@ def wrap(
         ValueError: unknown timm name or layer (the nearest are named), a rank larger than its layer, a network that
             does not take images of the size in its `pretrained_cfg`.
         TypeError: `create_kwargs` for a module that exists already, a model that is neither name nor module, or one
-            that was compiled before.
+            that was compiled, scripted or put into an nn.DataParallel before.
         CaptureError: a layer without usable activations.
     """
     if config is None or isinstance(config, str | Mapping):
@@ -68,6 +68,16 @@ def wrap(
         raise TypeError(
             "the network is compiled already, and what it compiled does not see the branches: wrap the plain network "
             "first, and then torch.compile the wrapped model"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "the network is in an nn.DataParallel, whose replicas would share one recording: wrap the network inside, "
+            "model.module, and use DistributedDataParallel around what wrap gives"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "the network is a ScriptModule, whose layers cannot be looked into: wrap the network that it was made of, "
+            "and script or trace model.unwrap() after the training"
         )
     if create_kwargs and isinstance(model, nn.Module):
         raise TypeError(f"{', '.join(create_kwargs)}: keywords for timm.create_model, but the model exists already")
@@ -120,7 +130,7 @@ def find_taps(
     for tap in taps:
         value, options = record.activation(tap), config.options(tap.layer)
         path = "" if tap.takes_input else tap.path
-        view = natural_view(backbone, value, options.view, options.channel_dim, layer=path)
+        view = natural_view(backbone, value, options.view, options.channel_dim, layer=path, images=images)
         if len(value) != len(images) and view.kind != "token":
             raise CaptureError(
                 f"layer {tap.layer!r} gives a tensor of shape {tuple(value.shape)} for {len(images)} images; its first "

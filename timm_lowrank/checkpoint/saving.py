@@ -47,8 +47,9 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the network was not made by timm, or was changed since, so that what timm builds has other
-            parameters or gives other logits (it is built and compared); it is one of `timm_lowrank.comparators` that
-            was not folded; it is on the meta device; or there is not one label, a string, for each of its classes.
+            parameters or gives other logits (it is built and compared); it was made with classes or functions as
+            arguments; it is one of `timm_lowrank.comparators` that was not folded; it is on the meta device; or there
+            is not one label, a string, for each of its classes.
         CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
     """
     model = _uncompiled(model)
@@ -65,6 +66,12 @@ def save_pretrained(
         )
     if label_names is not None:
         _check_labels(label_names, backbone.num_classes)
+    if unsayable := [name for name, value in _made_with(backbone).items() if not is_plain(value)]:
+        raise CheckpointError(
+            f"{type(backbone).__name__} was made with {', '.join(unsayable)} as Python objects, which config.json "
+            'cannot hold: make it with their names in timm instead, such as act_layer="silu", and load this '
+            "state_dict() into it"
+        )
     if any(tensor.is_meta for tensor in backbone.state_dict().values()):
         raise CheckpointError(
             f"{type(backbone).__name__} has tensors on the meta device, which hold no numbers that could be saved: "
@@ -79,6 +86,20 @@ def save_pretrained(
         if isinstance(model, LowRankModel):
             write_into(staging, model, belong_to=[NETWORK_WEIGHTS])
     return folder
+
+
+def _made_with(network: nn.Module) -> dict[str, Any]:
+    """The arguments that a network was given through timm, as far as timm keeps them."""
+    return dict(getattr(network, "_model_args", None) or {})
+
+
+def is_plain(value: object) -> bool:
+    """Whether JSON can hold a value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _check_labels(names: Sequence[str], classes: Any) -> None:
@@ -98,10 +119,15 @@ def _write_backbone(
         known = dict(backbone.pretrained_cfg).get("label_names")  # type: ignore[arg-type]
         label_names = known if known and len(known) == backbone.num_classes else None
     backbone = _storable(backbone)
+    # timm leaves them out, as the business of a training; but training goes on from these files.
+    made_with = _made_with(backbone).items()
+    kinds = ("drop_rate", "drop_path_rate", "drop_block_rate")
+    rates = {name: value for name, value in made_with if name.endswith(kinds)}
     timm.models.save_for_hf(
         backbone,
         str(folder),
         model_config={"label_names": list(label_names)} if label_names is not None else None,
+        model_args=rates or None,
         safe_serialization=True,
         data_config=dict(data_config) if data_config is not None else None,
     )

@@ -7,9 +7,11 @@ checkpointing saves, and a copy or a pickle of the network never meets one.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +34,19 @@ class Tap:
     @classmethod
     def at(cls, layer: str, path: str, backbone: nn.Module, *, takes_input: bool = False) -> Tap:
         """A tap on `path`, moved into plain `nn.Sequential`s: gradient checkpointing calls their children directly,
-        and a hook on the container would never fire."""
+        and a hook on the container would never fire.
+
+        Not into a child that has other places, too, as an activation that all layers share: it runs once in each.
+        """
         module = backbone.get_submodule(path)
+        if type(module) is nn.Sequential:
+            places = collections.Counter(id(one) for _, one in backbone.named_modules(remove_duplicate=False))
         while type(module) is nn.Sequential and len(module):
             name = list(module._modules)[0 if takes_input else -1]
-            path, module = f"{path}.{name}", module._modules[name]
+            child = module._modules[name]
+            if places[id(child)] > places[id(module)]:
+                break
+            path, module = f"{path}.{name}", child
         return cls(layer, path, takes_input)
 
 
@@ -114,7 +124,12 @@ def recording(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[Recording]:
 def _hook(tap: Tap, record: Recording) -> Callable[..., None]:
     if tap.takes_input:
         return lambda _, args: record.store(tap.layer, args[0] if args else None)
-    return lambda _, args, output: record.store(tap.layer, output if tap.item is None else innermost(output[tap.item]))
+    return lambda _, args, output: record.store(tap.layer, _item(output, tap.item))
+
+
+def _item(output: Any, item: int | None) -> object:
+    """What a tap means in an output: a tensor as a whole, as some layers give more than that in eval mode alone."""
+    return output if item is None or isinstance(output, Tensor) else innermost(output[item])
 
 
 def innermost(value: object) -> object:
@@ -133,5 +148,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        # A module with a `train` of its own has more to bring back than the flag: LoRA layers that merge their weights
+        # for eval mode would stay merged, and learn nothing. Outer ones first, whose `train` also calls that of inner
+        # ones; the flags last, since `train` overrules a BatchNorm that was frozen.
+        for child, mode in modes.items():
+            if getattr(child.train, "__func__", None) is not nn.Module.train:
+                child.train(mode)
         for child, mode in modes.items():
             child.training = mode

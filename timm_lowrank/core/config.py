@@ -140,6 +140,9 @@ class LowRankConfig:
         problems = [*self._wrong_values(), *self._wrong_branches()]
         if problems:
             raise ValueError("LowRankConfig: " + "; ".join(problems))
+        if isinstance(self.branches, Mapping):  # a copy: the caller may go on to write into what was given
+            copied = {layer: dict(one) if isinstance(one, Mapping) else one for layer, one in self.branches.items()}
+            object.__setattr__(self, "branches", copied)
 
     def _wrong_values(self) -> list[str]:
         top = 1.0 if self.step_rule == "normalized" else math.inf
@@ -196,10 +199,14 @@ class LowRankConfig:
         }
         problems = []
         for layer, spec in self.branches.items():
+            if not isinstance(layer, str):
+                problems.append(
+                    f"the layer {layer!r} in branches is no name; names are strings, as in named_modules(): '{layer}'"
+                )
             options = {"rank": None, **spec} if isinstance(spec, Mapping) else {"rank": spec}
             for key, value in options.items():
                 if key not in rules:
-                    problems.append(f"branches[{layer!r}] has no option {key!r}; {nearest(key, rules)}")
+                    problems.append(f"branches[{layer!r}] has no option {key!r}; {nearest(str(key), rules)}")
                 elif not rules[key][0](value):
                     problems.append(f"the {key} of branch {layer!r} is {value!r}; it must be {rules[key][1]}")
         return problems

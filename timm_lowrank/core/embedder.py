@@ -47,7 +47,7 @@ class Embedder(nn.Module):
         variance: (size,) of each number over `images`; None without them.
 
     Raises:
-        TypeError: `model` is no `LowRankModel`.
+        TypeError: `model` is no `LowRankModel`, or `images` gives no tensors.
         ValueError: no branch on `layer`, a size that W does not have, or that needs images, a branch that was never
             trained, or fewer than two images.
     """
@@ -128,6 +128,12 @@ class Embedder(nn.Module):
         with evaluating(self):
             for batch in batches:
                 pixels = batch[0] if isinstance(batch, tuple | list) else batch
+                if not isinstance(pixels, Tensor):
+                    raise TypeError(
+                        "images= takes batches of images, or tuples that begin with them, not a "
+                        f"{type(pixels).__name__}: of a loader of dictionaries "
+                        '(batch["pixel_values"] for batch in loader)'
+                    )
                 rows = self(pixels.to(device)).flatten(0, -2).double().cpu()
                 count, total, squares = count + len(rows), total + rows.sum(dim=0), squares + rows.T @ rows
         if count < 2:

@@ -52,7 +52,8 @@ class BranchDict(nn.ModuleDict):
         return iter(self.keys())
 
     def keys(self):  # type: ignore[no-untyped-def, override]
-        return [key.rstrip("/").replace("/", ".") for key in self._modules]
+        # Branches know their layer; what is stored cannot tell "a.b" from a module that is called "a/b".
+        return [getattr(one, "name", "") or key.rstrip("/").replace("/", ".") for key, one in self._modules.items()]
 
     def values(self):  # type: ignore[no-untyped-def, override]
         return list(self._modules.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
+from ..checkpoint.saving import is_plain
 from ..core.capture import recording
 from ..core.config import LowRankConfig
 from ..core.model import LowRankModel
@@ -31,7 +31,7 @@ def as_transformers(network: nn.Module) -> Any:
 
     It takes pixel_values and labels and gives a loss, as the Trainer wants it.
     """
-    made_with = {key: value for key, value in getattr(network, "_model_args", {}).items() if _is_plain(value)}
+    made_with = {key: value for key, value in getattr(network, "_model_args", {}).items() if is_plain(value)}
     made_with.pop("num_classes", None)
     source: Any = network.pretrained_cfg
     config = TimmWrapperConfig(
@@ -45,14 +45,6 @@ def as_transformers(network: nn.Module) -> Any:
     setattr(shell, TIMM, network)
     shell.training = network.training
     return shell
-
-
-def _is_plain(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
 
 
 def wrap_network(model: nn.Module, config: LowRankConfig, images: Tensor) -> LowRankModel:
