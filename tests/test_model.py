@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import timm_lowrank as tlr
-from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankModel, LowRankWarning, attach
+from timm_lowrank import CaptureError, LossHook, LowRankConfig, LowRankError, LowRankModel, LowRankWarning, attach
 from timm_lowrank.core.model import FORWARDS_BEFORE_WARNING, STEPS_BEFORE_WARNING
 
 PLAIN = {"project_every": 4, "warmup_updates": 0, "reconstruction_weight": 1.0, "head_weight": 0.0, "scale": "unit"}
@@ -479,6 +479,35 @@ def test_a_copy_of_a_model_that_is_compiled_in_place_computes_by_itself(wrapped,
         assert not twin(images).any()
         twin.penalty()
     model.penalty()  # of its own forward
+
+
+class Repeated(nn.Module):
+    """Blocks in a list, which accelerate compiles one by one where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images):
+        values = images.flatten(1)
+        for block in self.blocks:
+            values = block(values)
+        return self.head(values)
+
+
+def test_a_copy_that_accelerate_compiles_by_regions_says_what_to_do(wrapped, data):
+    ((images, labels),) = data(1)
+    model = wrapped({"pre_logits": 4}, net=Repeated())
+    for compiled in (
+        accelerate.utils.compile_regions(model, backend="eager"),
+        accelerate.utils.compile_regions(nn.Sequential(model), backend="eager"),  # inside another module, such as DDP
+    ):
+        with pytest.raises(LowRankError, match=r"compile it as a whole, .*use_regional_compilation=False"):
+            compiled(images)
+        assert torch.equal(compiled.eval()(images), model.eval()(images))
+        model.train()
+    assert train(model, sgd(model), [(images, labels)])
 
 
 def test_a_part_that_was_compiled_while_the_branches_were_off_is_named(wrapped, data):

@@ -249,6 +249,7 @@ def test_a_normalized_step_with_few_rows_keeps_its_direction(rows):
         ("left_out_an_update", "LowRankError: process 1 went on to another batch without the update"),
         ("left_out_the_first_update", "LowRankError: process 1 went on to another batch without the update"),
         ("made_an_update_more", r"LowRankError: process 1 called update\(\) once more than the others"),
+        ("let_one_end_early", r"LowRankError: .*join\(throw_on_early_termination=True\) stops all with the first"),
     ],
 )
 def test_processes_that_are_not_alike_stop_and_say_why(ranks, job, words):

@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import accelerate
 import pytest
 import timm
 import torch
@@ -451,6 +452,44 @@ def test_the_callback_alone(build, images, tmp_path):
     assert not (tmp_path / "a" / "checkpoint-3" / "lowrank.json").exists()  # its state is in the Trainer's own file
     with pytest.raises(ValueError, match="brings a LowRankCallback of its own"):
         build(callbacks=[LowRankCallback(None)])
+
+
+class PlainNet(torch.nn.Sequential):
+    """A network that knows nothing of transformers."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("says", [None, True, False])
+def test_accumulation_divides_the_loss_of_a_wrapped_network_as_that_of_the_plain_one(build, images, says):
+    class Mine(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return torch.nn.functional.cross_entropy(model(inputs["pixel_values"]), inputs["labels"])
+
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = PlainNet()
+        if says is not None:
+            model.accepts_loss_kwargs = says
+        if wrapped:
+            model = tlr.wrap(model, {"pre_logits": 4}, example_input=images).enable(False)
+        options = {"gradient_accumulation_steps": 2, "remove_unused_columns": False, "label_names": ["labels"]}
+        trained = run(Mine(model, build(**options).args, train_dataset=build().train_dataset))
+        ends.append((trained.model_accepts_loss_kwargs, [one["loss"] for one in trained.state.log_history[:-1]]))
+    assert ends[0] == ends[1]
+
+
+def test_regional_compilation_says_what_to_do(build, monkeypatch):
+    for name, value in (("BACKEND", "EAGER"), ("USE_REGIONAL_COMPILATION", "true")):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(LowRankError, match=r"compile it as a whole, .*use_regional_compilation=False"):
+            build("vit").train()
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_callback_keeps_branches_that_are_held_aside(build, images, tmp_path):

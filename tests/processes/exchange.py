@@ -152,6 +152,20 @@ def made_an_update_more(data, rank):
     return _in_step(data, rank, 1)
 
 
+def let_one_end_early(data, rank):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Linear(16, 10))
+    model = tlr.wrap(network, tlr.LowRankConfig(branches={"1": 2}), example_input=torch.zeros(1, 1, 8, 8)).train()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+
+    def run():
+        with wrapped.join():
+            for images in data[0][: 24 - 12 * rank].split(12):
+                (wrapped(images).square().mean() + model.penalty()).backward()
+                model.update()
+
+    return run
+
+
 def refusal(job):
     """The job that returns the error of what `job` gives, in words."""
 
@@ -185,6 +199,6 @@ def copied(data, *, rank, world):
 
 REFUSED = (loaded_by_one, loaded_by_one_later, loaded_from_different_files, configured_differently,
            viewed_differently, nothing_anywhere, left_out_an_update, left_out_the_first_update,
-           made_an_update_more)  # fmt: skip
+           made_an_update_more, let_one_end_early)  # fmt: skip
 JOBS = {job.__name__: job for job in (draws, unequal_numbers_of_batches, copied)}
 JOBS |= {job.__name__: refusal(job) for job in REFUSED}

@@ -138,11 +138,25 @@ def _counted(ranks: Sequence[int]) -> str:
 
 
 def in_lockstep() -> bool:
-    """Whether this is called in a forward of DistributedDataParallel whose backward averages the gradients."""
+    """Whether this is called in a forward of DistributedDataParallel whose backward averages the gradients.
+
+    Raises:
+        LowRankError: in a `join` that lets a process end before the others. It stands in for that one in torch's own
+            exchanges and not in those of the branches, for which the others would wait.
+    """
     if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
         return False
     wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    return wrapper is not None and torch.is_grad_enabled() and bool(wrapper.require_backward_grad_sync)
+    if wrapper is None or not torch.is_grad_enabled():
+        return False
+    join = getattr(wrapper, "_join_config", None)
+    if join is not None and join.enable and not join.throw_on_early_termination:
+        raise LowRankError(
+            "the branches need every process at each step, and join() lets one end before the others, which would wait "
+            "for it: give all processes as many batches, join(throw_on_early_termination=True) stops all with the "
+            "first, or train this part without the branches, model.enable(False)"
+        )
+    return bool(wrapper.require_backward_grad_sync)
 
 
 def fingerprint(*tensors: Tensor) -> int:

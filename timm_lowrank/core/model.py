@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..errors import CaptureError, LowRankWarning
+from ..errors import CaptureError, LowRankError, LowRankWarning
 from .branch import BranchReport, LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
@@ -21,6 +22,11 @@ from .distributed import Processes, called_from, in_lockstep, pack_where_sharded
 
 FORWARDS_BEFORE_WARNING = 50  # in training, of a loop that leaves out penalty()
 STEPS_BEFORE_WARNING = 200  # penalties without an update(): more batches than anybody accumulates
+COMPILED_BY_REGIONS = (
+    "accelerate compiled the repeated blocks of the model one by one, in a copy of it that the branches do not see: "
+    "compile it as a whole, TorchDynamoPlugin(use_regional_compilation=False), or with "
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=false"
+)
 
 
 class BranchDict(nn.ModuleDict):
@@ -134,6 +140,8 @@ class LowRankModel(nn.Module):
         if not (self.training and self.enabled):
             return self.backbone(*args, **kwargs)
         refuse_deepspeed(self)
+        if not isinstance(self.branches, BranchDict):  # in such a copy they are compiled, too
+            raise LowRankError(COMPILED_BY_REGIONS)
         with recording(self.backbone, self.taps) as record:
             output = self.backbone(*args, **kwargs)
         self.take(record)
@@ -352,6 +360,8 @@ class LowRankModel(nn.Module):
             # Not built yet, or being unpickled: looking further would never end. And see the class.
             if name in ("backbone", *_INNER):
                 raise
+            if name == "accepts_loss_kwargs" and not hasattr(self.backbone, name):
+                return _takes_keywords(self.backbone)
             value = getattr(self.backbone, name)
             return _RENAMED[name](value) if name in _RENAMED else value
 
@@ -399,6 +409,16 @@ class LowRankModel(nn.Module):
             "nn.DataParallel would give each replica activations that the branches never see; use "
             "DistributedDataParallel, for example through `accelerate launch`"
         )
+
+
+def _takes_keywords(network: nn.Module) -> bool:
+    """Whether the forward of a network takes any keyword, as that of the wrapper does.
+
+    Where no `accepts_loss_kwargs` says otherwise, transformers.Trainer takes such a model for one that scales its loss
+    by the batches that are accumulated, and does not do so itself.
+    """
+    parameters = inspect.signature(network.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _leave_out_where_averaged(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object) -> None:

@@ -41,7 +41,7 @@ from ..checkpoint.saving import save_pretrained
 from ..core.capture import evaluating
 from ..core.config import LowRankConfig
 from ..core.loop import labels_among
-from ..core.model import LowRankModel
+from ..core.model import COMPILED_BY_REGIONS, LowRankModel
 from ..errors import CheckpointError, LowRankError, LowRankWarning
 from .transformers_models import RecordingForward, as_transformers, is_timm, wrap_network
 
@@ -233,8 +233,12 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         self._callback.switch(self.state)
         return lowrank
 
-    def _ready(self, inputs: Mapping[str, Any]) -> LowRankModel:
-        """The branches, recording what the model's next forward does."""
+    def _ready(self, model: nn.Module, inputs: Mapping[str, Any]) -> LowRankModel:
+        """The branches, recording what the model's next forward does.
+
+        Args:
+            model: what is called, with the Trainer's own model inside.
+        """
         lowrank = self.lowrank
         if lowrank is None or self._image_shape is None:
             images = inputs.get(getattr(self.model, "main_input_name", "pixel_values"))
@@ -243,6 +247,8 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
             lowrank = self._build(images)
         if self._forward is None or self._forward.model is not self.model:
             self._restore_forward()
+            if all(module is not self.model for module in model.modules()):
+                raise LowRankError(COMPILED_BY_REGIONS)
             self._forward = RecordingForward(self.model, lowrank)
         lowrank.training = True  # not lowrank.train(): the network's mode is the Trainer's business
         lowrank.branches.train()
@@ -268,7 +274,7 @@ class LowRankMixin(_Base):  # type: ignore[misc, valid-type]
         """The loss of the next class; in training with the penalty added."""
         if not (self.model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        lowrank = self._ready(inputs)
+        lowrank = self._ready(model, inputs)
         self._check_loss(inputs, num_items_in_batch)
         share = self._share(inputs, num_items_in_batch)
         labels = labels_among(lowrank, (), inputs)  # before the Trainer takes them out of the inputs, to smooth them
