@@ -66,12 +66,7 @@ def save_pretrained(
         )
     if label_names is not None:
         _check_labels(label_names, backbone.num_classes)
-    if unsayable := [name for name, value in _made_with(backbone).items() if not is_plain(value)]:
-        raise CheckpointError(
-            f"{type(backbone).__name__} was made with {', '.join(unsayable)} as Python objects, which config.json "
-            'cannot hold: make it with their names in timm instead, such as act_layer="silu", and load this '
-            "state_dict() into it"
-        )
+    made_with(backbone)
     if any(tensor.is_meta for tensor in backbone.state_dict().values()):
         raise CheckpointError(
             f"{type(backbone).__name__} has tensors on the meta device, which hold no numbers that could be saved: "
@@ -88,13 +83,23 @@ def save_pretrained(
     return folder
 
 
-def _made_with(network: nn.Module) -> dict[str, Any]:
-    """The arguments that a network was given through timm, as far as timm keeps them."""
-    return dict(getattr(network, "_model_args", None) or {})
+def made_with(network: nn.Module) -> dict[str, Any]:
+    """The arguments that a network was given through timm, as far as timm keeps them: what config.json says of it.
+
+    Raises:
+        CheckpointError: JSON cannot hold one of them, so that the network could not be made again.
+    """
+    arguments = dict(getattr(network, "_model_args", None) or {})
+    if unsayable := [name for name, value in arguments.items() if not _is_plain(value)]:
+        raise CheckpointError(
+            f"{type(network).__name__} was made with {', '.join(unsayable)} as Python objects, which config.json "
+            'cannot hold: make it with their names in timm instead, such as act_layer="silu", and load this '
+            "state_dict() into it"
+        )
+    return arguments
 
 
-def is_plain(value: object) -> bool:
-    """Whether JSON can hold a value."""
+def _is_plain(value: object) -> bool:
     try:
         json.dumps(value)
     except (TypeError, ValueError):
@@ -120,9 +125,8 @@ def _write_backbone(
         label_names = known if known and len(known) == backbone.num_classes else None
     backbone = _storable(backbone)
     # timm leaves them out, as the business of a training; but training goes on from these files.
-    made_with = _made_with(backbone).items()
     kinds = ("drop_rate", "drop_path_rate", "drop_block_rate")
-    rates = {name: value for name, value in made_with if name.endswith(kinds)}
+    rates = {name: value for name, value in made_with(backbone).items() if name.endswith(kinds)}
     timm.models.save_for_hf(
         backbone,
         str(folder),

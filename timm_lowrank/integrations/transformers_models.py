@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 
-from ..checkpoint.saving import is_plain
+from ..checkpoint.saving import made_with
 from ..core.capture import recording
 from ..core.config import LowRankConfig
 from ..core.model import LowRankModel
@@ -30,14 +30,18 @@ def as_transformers(network: nn.Module) -> Any:
     """A `TimmWrapperForImageClassification` around a timm network: the same module, neither copied nor changed.
 
     It takes pixel_values and labels and gives a loss, as the Trainer wants it.
+
+    Raises:
+        CheckpointError: the network was made with classes or functions as arguments: what the Trainer saves would be
+            loaded as another network.
     """
-    made_with = {key: value for key, value in getattr(network, "_model_args", {}).items() if is_plain(value)}
-    made_with.pop("num_classes", None)
+    arguments = made_with(network)
+    arguments.pop("num_classes", None)
     source: Any = network.pretrained_cfg
     config = TimmWrapperConfig(
         architecture=source["architecture"],
         num_labels=network.num_classes,
-        model_args=made_with or None,
+        model_args=arguments or None,
         pretrained_cfg={key: value for key, value in source.items() if key != "num_classes"},
     )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):  # a shell without weights
