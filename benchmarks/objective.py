@@ -134,6 +134,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "rank 48, 1/0.05 head 1, classifier head 1": {"lowrank": lowrank(1, 0.05, head=1, classifier_head=1, rank=48)},
     # What else can be chosen, around the default.
     "standard, rank 5": {"lowrank": lowrank(1, 0.05, head=1, rank=5)},
+    "standard, rank 10": {"lowrank": lowrank(1, 0.05, head=1, rank=10)},
+    "standard, rank 50": {"lowrank": lowrank(1, 0.05, head=1, rank=50)},
     "standard, rank 100": {"lowrank": lowrank(1, 0.05, head=1, rank=100)},
     "standard, head on 10 alone": {"lowrank": lowrank(1, 0.05, head=1, head_sizes=[10])},
     "standard, head on 2 to 50": {"lowrank": lowrank(1, 0.05, head=1, rank=50, head_sizes=[2, 5, 10, 20, 50])},

@@ -543,7 +543,7 @@ def test_what_the_branches_do_not_work_with(build, monkeypatch):
     with pytest.raises(LowRankError, match=r"do not work with nn.DataParallel.*torchrun"):
         build()
     odd = timm.create_model("test_resnet", num_classes=10, in_chans=1, act_layer=torch.nn.SiLU)
-    with pytest.raises(CheckpointError, match=r"was made with act_layer as Python objects"):  # would be saved without it
+    with pytest.raises(tlr.CheckpointError, match=r"was made with act_layer as Python objects"):  # would be saved without it
         build(model=odd)
 
 
