@@ -542,8 +542,9 @@ def test_what_the_branches_do_not_work_with(build, monkeypatch):
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(LowRankError, match=r"do not work with nn.DataParallel.*torchrun"):
         build()
+    # Would be saved without its activation.
     odd = timm.create_model("test_resnet", num_classes=10, in_chans=1, act_layer=torch.nn.SiLU)
-    with pytest.raises(tlr.CheckpointError, match=r"was made with act_layer as Python objects"):  # would be saved without it
+    with pytest.raises(tlr.CheckpointError, match=r"was made with act_layer as Python objects"):
         build(model=odd)
 
 
