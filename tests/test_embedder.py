@@ -200,3 +200,20 @@ def test_what_cannot_be_embedded_says_why(model, digits):
     broken[3] = math.nan
     with pytest.raises(ValueError, match="NaN or infinite values for some of the images"):
         tlr.Embedder(model, images=broken)
+
+
+def test_states_with_and_without_variances_fit_each_other(model, digits):
+    """The variance is there only where images were given: an embedder is loaded into one that was built without."""
+    images = digits[0][:64]
+    of_images, as_trained = tlr.Embedder(model, size=4, images=images), tlr.Embedder(model, size=4)
+    expected = {one: (one(images), one.variance) for one in (of_images, as_trained)}
+    for source, target in [(of_images, tlr.Embedder(model, size=4)), (as_trained, copy.deepcopy(of_images))]:
+        target.load_state_dict(source.state_dict())
+        numbers, variance = expected[source]
+        assert torch.equal(target(images), numbers)
+        assert torch.equal(target.variance, variance) if variance is not None else target.variance is None
+
+
+def test_a_size_that_is_no_integer_is_refused(model):
+    with pytest.raises(TypeError, match="an integer"):
+        tlr.Embedder(model, size=2.0)

@@ -321,6 +321,8 @@ def test_labels_of_every_kind():
     hard = torch.tensor([2, -100, 0, 99])
     assert rows_of_labels(hard, 4, 3).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert rows_of_labels(hard[:2], 4, 3).tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]], "two tokens each"
+    counts = torch.tensor([1, 3])
+    assert rows_of_labels(hard[:2], 4, 3, counts).tolist() == [[0, 0, 1], *([0, 0, 0],) * 3], "one token, and three"
     shares = torch.tensor([[0.3, 0.7, 0], [0, 0, 0]])
     assert torch.allclose(rows_of_labels(shares, 2, 3), shares)
     assert rows_of_labels(torch.tensor([[1, 1, 0]]), 1, 3).tolist() == [[0.5, 0.5, 0]], "several classes at once"

@@ -23,6 +23,8 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from evaluations import SHORT_DIAGNOSIS
 from processes.worker import free_port
+from publishable import REPO
+from publishable import trained as network_with_a_branch
 
 import timm_lowrank as tlr
 from timm_lowrank.cli import main
@@ -260,6 +262,29 @@ def test_what_a_kill_left_beside_a_complete_evaluation_goes(trained, evaluated, 
     assert not partial.exists()
 
 
+def test_what_is_continued_elsewhere_says_what_measured_the_rest(trained, tmp_path, small, monkeypatch):
+    """The device and the versions in evaluation.json are those of the last go alone."""
+    output, room = tmp_path / "out", [3]
+    append = PartialResults.append
+
+    def killed(self, *arguments):
+        append(self, *arguments)
+        room[0] -= 1
+        if not room[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialResults, "append", killed)
+        patch.setattr(evaluation_module, "device_name", lambda device: "a GPU")
+        with pytest.raises(KeyboardInterrupt):
+            evaluated_in(trained, output, suites=small)
+    continued = evaluated_in(trained, output, suites=small)
+    (said,) = [each for each in continued.warnings if "interrupted" in each]
+    assert "a GPU, python" in said
+    assert f"then {continued.device}" in said
+    assert not any("interrupted" in each for each in evaluated_in(trained, tmp_path / "new", suites=small).warnings)
+
+
 def test_several_networks_and_none(trained, tmp_path, small):
     alone = evaluated_in(trained, tmp_path / "alone", against=("none",), suites=small, pages=False)
     assert alone.titles == ("2-LR",)
@@ -310,6 +335,20 @@ def test_chosen_measurements_against_a_source_that_is_not_measured(trained, tmp_
     assert value["cut-preactivations-layer3-next"] > 0
     assert [figure.directions for figure in evaluation.by_kind(Kind.LEADING_FEATURES)] == [2, 5]  # of 16 features
     assert not any("pre_logits" in key for key in value if key.startswith("cut"))
+
+
+def test_a_network_on_the_hub_is_what_its_folder_is(hub, tmp_path):
+    """Its branches, and so its title, its layers and what one sample of them is: it was taken for a plain one."""
+    folder = tlr.save_pretrained(network_with_a_branch(), tmp_path / "checkpoint")
+    tlr.push_to_hub(folder, REPO)
+    here = load_network(str(folder))
+    assert here.title == "1-LR"
+    for where in (f"hf-hub:{REPO}", f"hf_hub:{REPO}@main"):
+        there = load_network(where)
+        for name in ("title", "branches", "layers", "views", "weights"):
+            assert getattr(there, name) == getattr(here, name), name
+    tlr.push_to_hub(tlr.save_pretrained(network_with_a_branch().unwrap(), tmp_path / "plain"), "alice/plain")
+    assert load_network("hf-hub:alice/plain").title == "plain"
 
 
 def test_layers_run_from_the_input_to_the_output_whatever_comes_first(trained):
@@ -425,6 +464,26 @@ def test_networks_of_other_widths_are_measured_each_as_far_as_it_goes(unlike, tm
     assert evaluation.figure("compression-pre_logits-20").protocol.details["parameters"] == 32 * 10 + 10
     ranks = evaluation.figure("effective-rank-pre_logits").values
     assert {title: value.at_most for title, value in ranks.items()} == {"narrow": None, "wide": 24}
+
+
+def test_of_several_views_of_a_layer_the_first_branch_decides(tmp_path):
+    """And those that are measured in another view than their own are named."""
+    networks = {}
+    for view in ("pool", "token", "flatten"):
+        branches = {"layer2": {"rank": 2, "view": view}}
+        model = tlr.wrap("test_resnet", tlr.LowRankConfig(branches=branches), example_input=torch.zeros(2, 3, 32, 32))
+        networks[view] = load_network(str(tlr.save_pretrained(model, tmp_path / view)))
+    plain = dataclasses.replace(networks["token"], branches={})  # its run measured it beside one with branches
+
+    def viewed(*titles):
+        chosen = {title: {**networks, "plain": plain}[title] for title in titles}
+        views = Context.views.fget(SimpleNamespace(networks=chosen))
+        named = evaluation_module._other_views(SimpleNamespace(networks=chosen, views=views))
+        return views["layer2"].kind if views else "flatten", [words.split()[0] for words in named]
+
+    assert viewed("pool", "token", "plain") == ("pool", ["token"])
+    assert viewed("plain", "flatten", "pool") == ("flatten", ["pool"])
+    assert viewed("plain") == viewed("plain", "token") == ("token", [])
 
 
 def test_a_black_box_is_crafted_on_the_plain_network_if_there_is_one(unlike):

@@ -8,7 +8,7 @@ import torch
 from scripts import benchmark
 from torch import nn
 
-from timm_lowrank import LowRankConfig, list_layers, wrap
+from timm_lowrank import CaptureError, Embedder, LowRankConfig, list_layers, wrap
 from timm_lowrank.layers import stage_names
 
 # Name, keywords that make it smaller, and where "2-LR" sits before the last stage.
@@ -138,6 +138,50 @@ def test_patches_in_a_dictionary():
         (model(patches).square().mean() + model.penalty()).backward()
         model.update()
     assert all(branch.updates == 2 for branch in model.branches.values())
+
+
+def padded(padding, fill=0.0):
+    """A batch of two images of 9 and 7 patches, as timm's NaFlex loader pads them, and by so many patches more."""
+    count = 9 + padding
+    rows = torch.arange(count)
+    patches = torch.randn(2, 9, 16 * 16 * 3, generator=torch.Generator().manual_seed(0))
+    valid = rows < torch.tensor([[9], [7]])
+    patches = torch.cat([patches, torch.zeros(2, padding, 16 * 16 * 3)], dim=1).masked_fill(~valid[..., None], fill)
+    coordinates = torch.stack([rows // 3, rows % 3], dim=-1) * valid[..., None]
+    return {"patches": patches, "patch_coord": coordinates, "patch_valid": valid}
+
+
+@pytest.mark.parametrize("view", ["token", "pool"])
+def test_padding_of_patches_is_no_sample(view):
+    """However long it is and whatever is in it: W, b, the head and the penalty are those of the patches alone."""
+    found = []
+    for padding, fill in [(0, 0.0), (20, 3.0)]:
+        torch.manual_seed(0)
+        network = small("naflexvit_base_patch16_gap", **NARROW)
+        branches = {"blocks.1": {"rank": 5, "view": view}, "pre_logits": 3}
+        config = LowRankConfig(branches=branches, warmup_updates=0, project_every=2, head_weight=1.0)
+        model = wrap(network, config, example_input=images())
+        for _ in range(4):
+            model(padded(padding, fill))
+            penalty = model.penalty(torch.tensor([0, 1]))
+            model.update()
+        embedded = Embedder(model.eval(), "blocks.1")(padded(padding, fill))
+        found.append((penalty, model.branches["blocks.1"].bias, embedded[:, :7] if view == "token" else embedded))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_that_cannot_be_told_is_refused():
+    network = small("naflexvit_base_patch16_gap", **NARROW, patch_drop_rate=0.5)
+    model = wrap(network, LowRankConfig(branches={"blocks.1": 5}), example_input=images())
+    model(padded(20))
+    with pytest.raises(CaptureError, match="patch dropout"):
+        model.penalty()
+    network = small("naflexvit_base_patch16_gap", **NARROW)
+    model = wrap(network, LowRankConfig(branches={"blocks.1": {"rank": 5, "view": "flatten"}}), example_input=images())
+    model(padded(20))
+    with pytest.raises(CaptureError, match='view "token"'):
+        model.penalty()
 
 
 def test_names_of_stages_that_feature_info_gets_wrong():

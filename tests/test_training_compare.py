@@ -156,6 +156,22 @@ def test_figures_on_other_numbers_of_images_say_so(runs):
     assert [200, 2500] in compared.to_dict()["figures"]["effective-rank-layer3"]["images"].values()
 
 
+def test_a_rank_that_the_images_bound_says_so(runs):
+    """On as many images everywhere, too: two ranks near their bound may be any two ranks."""
+    path = runs[1] / "evaluation.json"
+    evaluation = results.read_evaluation(path)
+    bounded = {"2-LR": results.Value(9.0, of=200, at_most=199), "plain": results.Value(30.0)}
+    figures = [
+        dataclasses.replace(one, values=bounded) if one.kind is Kind.EFFECTIVE_RANK else one
+        for one in evaluation.figures
+    ]
+    results.write_evaluation(dataclasses.replace(evaluation, figures=tuple(figures)), path)
+    compared = compare_runs(runs)
+    line = next(line for line in compared.table().splitlines() if line.startswith("effective-rank-layer3"))
+    assert line.count("at most") == line.count("8.0 ± 1.4 [at most 199]") == 1
+    assert compared.to_dict()["figures"]["effective-rank-layer3"]["at_most"] == {"low": [199.0]}
+
+
 def test_what_cannot_be_compared_is_named_at_once(runs, tmp_path):
     other = evaluated(tmp_path / "other", "c", rank=7.0, clean=90, linear=60, images=100)
     with pytest.raises(

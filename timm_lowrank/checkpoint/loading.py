@@ -150,19 +150,19 @@ def _find(source: str | os.PathLike[str], revision: str | None) -> _Found:
         return _Found("", folder)
     name, _, written = str(source).partition("@")
     if not is_bare(name):
-        repo_id, revision = _repository(str(source), revision)
+        repo_id, revision = repository_and_revision(str(source), revision)
         return _Found(repo_id, None, revision)
     one, here = find_checkpoint(name)
     pinned = bool(revision is not None or written)
     if one.repo is not None:
-        repo_id, revision = _repository(f"{one.repo}@{written}" if written else one.repo, revision)
+        repo_id, revision = repository_and_revision(f"{one.repo}@{written}" if written else one.repo, revision)
         return _Found(repo_id, None, revision) if pinned else _Found(repo_id, here, None, one.sha256)
     if pinned:
         raise CheckpointError(f"{name} is not on the Hub yet, and its copy in the clone has no revisions")
     return _Found("", here, sha256=one.sha256)
 
 
-def _repository(source: str, revision: str | None) -> tuple[str, str | None]:
+def repository_and_revision(source: str, revision: str | None) -> tuple[str, str | None]:
     """Repository and revision of "[hf-hub:]USER/NAME[@REVISION]"; the last as timm writes it."""
     name, at, written = source.split(":", 1)[-1].partition("@")
     if at and revision is not None and written != revision:

@@ -188,6 +188,7 @@ class LowRankBranch(nn.Module):
         self,
         activations: Tensor,  # (batch, features), any float dtype, with or without a graph
         labels: Tensor | None = None,  # (images,) integers or (images, classes) shares; see `head.rows_of_labels`
+        counts: Tensor | None = None,  # (images,) how many of the rows each image has; None means as many of each
     ) -> Tensor:
         """lambda_1 L_c + lambda_2 L_n of one batch, a scalar of the branch's dtype (Algorithm 2, lines 6 to 8).
 
@@ -226,7 +227,7 @@ class LowRankBranch(nn.Module):
                 slopes = slopes._replace(shift=direction * (-2 * weight / len(values)))
             if self.head is not None and labels is not None:
                 weight = self.loss_weights.head * warmth
-                seen.head, turned = self.head.loss(images.coordinates, labels, remember=remember)  # L_s
+                seen.head, turned = self.head.loss(images.coordinates, labels, counts, remember=remember)  # L_s
                 total = total.add(seen.head, alpha=weight)
                 slopes = slopes._replace(coordinates=None if turned is None else turned * weight)
             if learns:

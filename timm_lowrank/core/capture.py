@@ -59,6 +59,7 @@ class Recording:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     lockstep: bool = False  # whether its gradients are averaged over processes that all make this forward
     forwards: int = 1  # this one and those before it whose recordings it replaced
+    patches: Tensor | None = None  # which patches of the input are no padding, see `views.valid_patches`
 
     def store(self, layer: str, value: object) -> None:
         self.values[layer] = value

@@ -11,6 +11,7 @@ activations inside the subspace.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ from .capture import evaluating, recording
 from .device import full_precision
 from .head import SubspaceHead
 from .model import LowRankModel
+from .views import valid_patches
 
 
 class Embedder(nn.Module):
@@ -34,7 +36,7 @@ class Embedder(nn.Module):
         model: with trained branches, as `wrap` or `from_pretrained` gave it.
         layer: of the branch; may be left out where there is one branch.
         size: numbers per image, at most as many as W has directions; by default all of these. Of a branch that takes
-            tokens for samples the output is (batch, tokens, size).
+            tokens for samples the output is (batch, tokens, size), with those that are padding (NaFlex).
         images: batches that the network takes, (n, ...) each or tuples that begin with them, for example a loader of
             the training images. The directions are then the principal ones of these images inside the subspace, and
             their mean is the origin. Without them they are what training has left: the origin is -b, the leading
@@ -47,7 +49,7 @@ class Embedder(nn.Module):
         variance: (size,) of each number over `images`; None without them.
 
     Raises:
-        TypeError: `model` is no `LowRankModel`, or `images` gives no tensors.
+        TypeError: `model` is no `LowRankModel`, `size` no integer, or `images` gives no tensors.
         ValueError: no branch on `layer`, a size that W does not have, or that needs images, a branch that was never
             trained, or fewer than two images.
     """
@@ -76,7 +78,10 @@ class Embedder(nn.Module):
         if not len(spanning):
             raise ValueError(f"the branch on {layer!r} has no directions before its first projection: train it first")
         read = 0 if branch.head is None else len(branch.head.directions)
-        size = len(spanning) if size is None else size
+        try:
+            size = len(spanning) if size is None else operator.index(size)
+        except TypeError:
+            raise TypeError(f"size is a number of directions, an integer, not {size!r}") from None
         if not 1 <= size <= len(spanning):
             raise ValueError(f"size {size} must lie between 1 and {len(spanning)}, the directions of W on {layer!r}")
         if images is None and read < size < len(spanning):
@@ -98,11 +103,19 @@ class Embedder(nn.Module):
         with recording(self.network, [self.tap]) as record:
             self.network(*args, **kwargs)
         activations = record.activation(self.tap)
-        rows = self.tap.view.rows(activations)
+        # Of padding a token has numbers, too, so that the output is one tensor; a mean is of what is no padding.
+        padded = None if self.tap.view.kind == "token" else valid_patches(args, kwargs)
+        rows = self.tap.view.rows(activations, self.tap.view.valid(activations, padded))
         with full_precision(rows.device):
             numbers = functional.linear(rows.to(self.directions.dtype), self.directions, self.offset)
         of_tokens = self.tap.view.kind == "token" and activations.dim() > 2
         return numbers.unflatten(0, (len(activations), -1)) if of_tokens else numbers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}directions" in state_dict:  # variances belong to these, and not all directions have them
+            variance = state_dict.get(f"{prefix}variance")
+            self.variance = None if variance is None else self.offset.new_empty(variance.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _turn(self, turn: Tensor) -> None:
         """Takes other directions (size, kept) inside those that there are."""

@@ -101,6 +101,7 @@ class SubspaceHead:
         self,
         coordinates: Tensor,  # U (a_i + b) of each row, (n, kept)
         labels: Tensor,  # see `rows_of_labels`
+        counts: Tensor | None = None,  # of the rows of each image, see there
         *,
         remember: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -113,9 +114,9 @@ class SubspaceHead:
             ValueError: the labels do not fit.
         """
         if not self.ready:
-            _check_labels(labels, len(coordinates), self.classes)
+            _check_labels(labels, len(coordinates), self.classes, counts)
             return self.weight.new_zeros(()), None
-        targets = rows_of_labels(labels, len(coordinates), self.classes).to(coordinates)[:, None]
+        targets = rows_of_labels(labels, len(coordinates), self.classes, counts).to(coordinates)[:, None]
         shape = len(self._sizes), self.classes
         valid = targets.sum(dim=2)
         self._numbers = labels if remember and labels.dim() == 1 else self._numbers
@@ -269,6 +270,7 @@ def rows_of_labels(
     labels: Tensor,  # (batch,) integers, or (batch, classes) floating point
     rows: int,
     classes: int,
+    counts: Tensor | None = None,  # (batch,) integers whose sum is `rows`; None means as many rows for each
 ) -> Tensor:
     """(rows, classes): the distribution over classes of each row.
 
@@ -280,7 +282,7 @@ def rows_of_labels(
     Raises:
         ValueError: another shape.
     """
-    _check_labels(labels, rows, classes)
+    _check_labels(labels, rows, classes, counts)
     if labels.dim() == 1:
         targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
     else:
@@ -288,12 +290,15 @@ def rows_of_labels(
         shares = ((targets >= 0) & (targets <= 1 + _ROUNDING)).all(dim=1, keepdim=True)  # NaN is none
         targets = torch.where(shares, targets, 0)
         targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    if counts is not None:
+        return targets.repeat_interleave(counts.to(targets.device), dim=0, output_size=rows)
     return targets if rows == len(labels) else targets.repeat_interleave(rows // len(labels), dim=0)
 
 
-def _check_labels(labels: Tensor, rows: int, classes: int) -> None:
+def _check_labels(labels: Tensor, rows: int, classes: int, counts: Tensor | None = None) -> None:
     """Raises ValueError for labels of a shape or type that `rows_of_labels` does not take."""
-    if not fits_labels(labels, classes) or not len(labels) or rows % len(labels):
+    fits = fits_labels(labels, classes) and len(labels)
+    if not fits or (rows % len(labels) if counts is None else len(counts) != len(labels)):
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit {rows} rows and "
             f"{classes} classes: the subspace head needs class numbers (batch,) or shares (batch, {classes})"

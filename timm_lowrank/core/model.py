@@ -19,6 +19,7 @@ from .branch import BranchReport, LowRankBranch
 from .capture import Recording, Tap, recording
 from .config import LowRankConfig
 from .distributed import Processes, called_from, in_lockstep, pack_where_sharded, refuse_deepspeed
+from .views import valid_patches
 
 FORWARDS_BEFORE_WARNING = 50  # in training, of a loop that leaves out penalty()
 STEPS_BEFORE_WARNING = 200  # penalties without an update(): more batches than anybody accumulates
@@ -144,6 +145,7 @@ class LowRankModel(nn.Module):
             raise LowRankError(COMPILED_BY_REGIONS)
         with recording(self.backbone, self.taps) as record:
             output = self.backbone(*args, **kwargs)
+        record.patches = valid_patches(args, kwargs)
         self.take(record)
         return output
 
@@ -205,7 +207,12 @@ class LowRankModel(nn.Module):
         self.follow_classifier()
         if self.uses_labels:
             self._usage.count_labels(given=labels is not None)
-        penalties = [self.branches[layer].penalty(value, labels) for layer, value in activations.items()]
+        penalties = []
+        for tap in self.taps:
+            value = activations[tap.layer]
+            valid = tap.view.valid(value, record.patches)
+            counts = valid.sum(dim=1) if valid is not None and tap.view.kind == "token" else None
+            penalties.append(self.branches[tap.layer].penalty(tap.view.rows(value, valid), labels, counts))
         return functools.reduce(torch.add, penalties)
 
     @property
@@ -237,7 +244,7 @@ class LowRankModel(nn.Module):
                 f"the activations of layer {tap.layer!r} carry no gradient, so its penalty could not train "
                 "anything; is the network in front of it frozen, or checkpointed with use_reentrant=True?"
             )
-        return tap.view.rows(value)
+        return value
 
     def _learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self.backbone.parameters())

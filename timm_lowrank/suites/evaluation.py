@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..core.capture import evaluating
+from ..core.views import FLATTEN
 from ..data import Data, ImageData, StreamedData, load_data, load_images
 from ..data.images import balanced_rows
 from ..environment import device_name, together, versions
@@ -150,7 +151,8 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         spectrum_limit=spectrum_limit(data.image_size),
     )  # fmt: skip
     settings = settings_of(context, measurements)
-    partial = PartialResults(options.folder / "evaluation.json.partial", settings)
+    measured_by = ", ".join([device_name(state.device), *map(" ".join, versions(PACKAGES).items())])
+    partial = PartialResults(options.folder / "evaluation.json.partial", settings, measured_by)
     finished = _finished(options, settings)
     if finished is not None:
         if state.is_main_process:
@@ -163,6 +165,12 @@ def evaluate(options: Options, state: PartialState, images: ImageData | None = N
         results = run(context, measurements, partial, state)
     if results is None:
         return None
+    others = [each for each in partial.measured_by() if each != measured_by]
+    if others:  # device and versions of the evaluation are those of the last go
+        oddities.append(
+            "it was interrupted, and some of it was measured under other circumstances than the rest: "
+            f"{'; '.join(others)}; then {measured_by}"
+        )
     evaluation = Evaluation(
         suite=" + ".join(options.suites),
         command=options.command,
@@ -401,6 +409,7 @@ def _oddities(context: Context) -> list[str]:
         if network.data_fingerprint not in (None, context.data.fingerprint)
     ]
     oddities += _other_sizes(context)
+    oddities += _other_views(context)
     for title, network in context.networks.items():
         with warnings.catch_warnings():  # they go into the report
             warnings.simplefilter("ignore", EvaluationWarning)
@@ -430,6 +439,20 @@ def _other_sizes(context: Context) -> list[str]:
                 f"{network.title} is given crops of {made.crop_pct:g} of the images, and its own files say "
                 f"{said.crop_pct:g}: its figures are not those of its own images; evaluate it alone"
             )
+    return found
+
+
+def _other_views(context: Context) -> list[str]:
+    """Branches for which a sample of their layer is something else than what the spectra of all networks are of."""
+    found = []
+    for title, network in context.networks.items():
+        for layer in network.branches:
+            own, measured = (views.get(layer, FLATTEN).kind for views in (network.views, context.views))
+            if own != measured:
+                found.append(
+                    f"{title} has a branch on {layer} with the view {own!r}, and the spectra of all networks there are "
+                    f"in the view {measured!r}: evaluate it alone for its own"
+                )
     return found
 
 

@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 from ..checkpoint.branches import BranchDescription, read_description
+from ..checkpoint.files import LOWRANK_CONFIG
+from ..checkpoint.loading import repository_and_revision
+from ..checkpoint.remote import download
 from ..comparators import BottleLR, architecture_of, is_bottlenecked
 from ..core.views import View
-from ..errors import EvaluationError
+from ..errors import CheckpointError, EvaluationError
 from ..evaluation import PixelModel
 from ..evaluation.pixels import random_state_kept
 from ..evaluation.results import NetworkInfo, Value
@@ -146,7 +149,18 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
         network = create_backbone(where, pretrained=True)
     except (ValueError, OSError, RuntimeError) as error:
         raise EvaluationError(f"{where} is neither a folder here nor a network that can be loaded: {error}") from error
-    return _evaluated(network, title, where)
+    return _evaluated(network, title, where, _description_on_hub(where))
+
+
+def _description_on_hub(where: str) -> BranchDescription | None:
+    """The branches that a repository on the Hub describes, as a checkpoint folder does; None of any other network."""
+    if not where.lower().startswith(("hf-hub:", "hf_hub:")):
+        return None
+    try:
+        repo_id, revision = repository_and_revision(where, None)
+        return read_description(download(repo_id, revision=revision, names=(LOWRANK_CONFIG,)))
+    except CheckpointError as error:
+        raise EvaluationError(f"the branches that {where} was trained with cannot be read: {error}") from error
 
 
 def random_twin(network: EvaluatedNetwork, seed: int = 0) -> PixelModel:

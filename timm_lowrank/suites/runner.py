@@ -24,6 +24,7 @@ from .measurements.base import Columns, Context, Measurement, Results
 from .measurements.passes import Reading
 from .networks import EvaluatedNetwork
 
+MEASURED_BY = "measured by"  # the key of a line of partial results
 FAILED = "failed"  # the column of a measurement that could not be made
 ADVICE = "Free some space and give the same command again: it goes on with what is there."
 
@@ -196,15 +197,18 @@ def join_processes() -> PartialState:
 class PartialResults:
     """The finished units of an evaluation on disk, so that a kill at any moment loses one unit at most.
 
-    A file of JSON lines: first the settings, then one unit a line; process k > 0 has a file of its own.
+    A file of JSON lines: first the settings, then one unit a line; process k > 0 has a file of its own. What measured
+    them, device and versions, has a line in front of them: it may be another one when the evaluation is continued.
 
     Args:
         path: evaluation.json.partial.
         settings: compared with those of what an interrupted evaluation left.
+        measured_by: device and versions, in words; None writes none down.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path = path
+    def __init__(self, path: Path, settings: Settings, measured_by: str | None = None) -> None:
+        self.path, self._measured_by = path, measured_by
+        self._said = measured_by is None
         self._header = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it will be read back: tuples are lists
 
     def recover(self) -> None:
@@ -220,7 +224,9 @@ class PartialResults:
         units: dict[Unit, Columns] = {}
         for file in files:
             units |= self._read(file)
-        lines = [json.dumps(self._header), *(json.dumps([*unit, columns]) for unit, columns in units.items())]
+        before = [{MEASURED_BY: each} for each in self.measured_by()] if units else []
+        rows = [self._header, *before, *([*unit, columns] for unit, columns in units.items())]
+        lines = [json.dumps(row) for row in rows]
         with disk_errors(f"could not write {self.path}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(line + "\n" for line in lines))
@@ -231,6 +237,13 @@ class PartialResults:
     def units(self) -> dict[Unit, Columns]:
         """Everything that is finished, of all processes on this machine."""
         return {unit: columns for file in self._files() for unit, columns in self._read(file).items()}
+
+    def measured_by(self) -> list[str]:
+        """Devices and versions that measured it, in the order in which they are found."""
+        rows = [row for file in self._files() for row in _rows(file)]
+        return list(
+            dict.fromkeys(str(row[MEASURED_BY]) for row in rows if isinstance(row, dict) and MEASURED_BY in row)
+        )
 
     def append(self, process: int, unit: Unit, columns: Columns) -> None:
         """Adds a finished unit and waits until it is on the disk.
@@ -243,6 +256,9 @@ class PartialResults:
         with disk_errors(f"could not write {path}", ADVICE), path.open("a") as file:
             if begin:
                 file.write(json.dumps(self._header) + "\n")
+            if not self._said:
+                file.write(json.dumps({MEASURED_BY: self._measured_by}) + "\n")
+                self._said = True
             file.write(json.dumps([*unit, columns]) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -256,8 +272,7 @@ class PartialResults:
         return sorted(self.path.parent.glob(self.path.name + "*"))
 
     def _read(self, file: Path) -> dict[Unit, Columns]:
-        lines = file.read_text(errors="replace").split("\n")[:-1]  # what comes behind the last newline was cut off
-        parsed = [value for value in map(_parsed, lines) if value is not None]
+        parsed = _rows(file)
         if not parsed or not isinstance(parsed[0], dict):
             return {}
         if parsed[0] != self._header:
@@ -268,6 +283,11 @@ class PartialResults:
                 "Finish it with its own command, delete the file, or choose another folder with --output."
             )
         return {Unit(*row[:3]): row[3] for row in parsed[1:] if isinstance(row, list) and len(row) == 4}
+
+
+def _rows(file: Path) -> list[Any]:
+    lines = file.read_text(errors="replace").split("\n")[:-1]  # what comes behind the last newline was cut off
+    return [value for value in map(_parsed, lines) if value is not None]
 
 
 def _parsed(line: str) -> Any:

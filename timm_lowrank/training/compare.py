@@ -40,6 +40,8 @@ class ComparedFigure:
     values: dict[str, list[float]]  # group -> of each run, without groups that it was not measured on
     # Where the figure is not on as many images everywhere, as spectra may be: group -> the numbers of images.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    # Where the number of images bounds the figure of a run, as that of a rank: group -> the bounds.
+    at_most: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
     def average(self, group: str) -> tuple[float, float | None]:
         """Mean and standard deviation over the runs of a group; there is no deviation of a single one."""
@@ -82,11 +84,14 @@ class Comparison:
         return "\n\n".join([table, " ".join(notes)]) if notes else table
 
     def _cell(self, figure: ComparedFigure, group: str) -> str:
-        """With the number of runs that the figure is of, where it is not of all, and of images, where they differ."""
+        """With the number of runs that the figure is of, where it is not of all, and of images, where they differ, and
+        with what the images allow at most, where more of them might give more."""
         measured, runs = len(figure.values.get(group, ())), len(self.groups[group])
         fewer = f" [{measured} of {runs}]" if 0 < measured < runs else ""
         on = " or ".join(f"{images:,}" for images in figure.images.get(group, ()))
-        return figure.cell(group) + fewer + (f" [on {on} images]" if on else "")
+        bound = " or ".join(f"{most:,.0f}" for most in figure.at_most.get(group, ()))
+        bounded = f" [at most {bound}]" if bound else ""
+        return figure.cell(group) + fewer + (f" [on {on} images]" if on else "") + bounded
 
     def to_dict(self) -> dict[str, Any]:
         """The groups, and for each figure and group the values of the runs, their mean and deviation."""
@@ -101,6 +106,8 @@ class Comparison:
                 figures[figure.key]["radius_unit"] = figure.radius_unit
             if figure.images:
                 figures[figure.key]["images"] = {group: list(numbers) for group, numbers in figure.images.items()}
+            if figure.at_most:
+                figures[figure.key]["at_most"] = {group: list(bounds) for group, bounds in figure.at_most.items()}
         return {"groups": {group: list(runs) for group, runs in self.groups.items()}, "figures": figures}
 
 
@@ -113,7 +120,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     counts once. A name that several groups have is preceded by the folder. The figures are clean accuracy, PGD (where
     it was measured, in both units of its radius), AutoAttack, noise, and for each layer its effective rank, the
     variance in its leading directions and the accuracy of max-margin classifiers on these. Where one of them was not
-    measured on as many images everywhere, it says on how many.
+    measured on as many images everywhere, it says on how many; where their number bounds it, by what.
 
     Raises:
         RunError: a folder is no finished run, was not evaluated, or was evaluated on other images than the others.
@@ -204,11 +211,15 @@ def _compared(groups: dict[str, list[Member]]) -> list[ComparedFigure]:
     for key, figure in figures.items():
         values: dict[str, list[float]] = {}
         images: dict[str, set[int]] = {}
+        bounds: dict[str, set[float]] = {}
         for group, runs in groups.items():
             for _, evaluation, title in runs:
                 other = evaluation.figure(key)
                 if other is not None and title in other.values and other.values[title].known:
-                    values.setdefault(group, []).append(other.values[title].value)
+                    value = other.values[title]
+                    values.setdefault(group, []).append(value.value)
+                    if value.at_most is not None:
+                        bounds.setdefault(group, set()).add(value.at_most)
                     if other.protocol.images is not None:
                         images.setdefault(group, set()).add(other.protocol.images)
         if values:
@@ -222,6 +233,7 @@ def _compared(groups: dict[str, list[Member]]) -> list[ComparedFigure]:
                     attack.radius_unit if attack else None,
                     values,
                     {group: tuple(sorted(numbers)) for group, numbers in images.items()} if differ else {},
+                    {group: tuple(sorted(numbers)) for group, numbers in bounds.items()},
                 )
             )
     return compared

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.views import View
+from ...core.views import FLATTEN, View
 from ...data.images import balanced_rows
 from ...evaluation import PixelModel, attacks
 from ...evaluation.attacks.gradient import OnStep
@@ -176,8 +176,12 @@ class Context:
 
     @property
     def views(self) -> dict[str, View]:
-        """Of the layers whose samples are not whole images for the branches of any of the networks."""
-        return {layer: view for network in self.networks.values() for layer, view in network.views.items()}
+        """Of the layers whose samples are not whole images, one for all networks: that of the first one with a branch
+        there, else of any that says one."""
+        networks = list(self.networks.values())
+        of_branches = [(layer, one.views.get(layer, FLATTEN)) for one in networks for layer in one.branches]
+        said = dict(reversed([*of_branches, *(item for one in networks for item in one.views.items())]))
+        return {layer: view for layer, view in said.items() if view.kind != "flatten"}
 
     def samples(self, title: str) -> tuple[dict[str, Tensor], Tensor]:
         """Activations (samples, features) of each layer, and the labels of the images, both on the CPU.
