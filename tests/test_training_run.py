@@ -21,8 +21,10 @@ import timm
 import torch
 import yaml
 from parquet_images import TARGET, write, write_shards
+from processes.worker import free_port
 from runs import assert_same_run, metrics
 from safetensors.torch import load_file
+from torch.nn import functional
 
 import timm_lowrank
 from timm_lowrank.core.views import FLATTEN, View
@@ -130,6 +132,28 @@ def test_a_run_leaves_what_it_promises(finished):
     assert summary.data.fingerprint == load_images(**SMALL["data_args"]).fingerprint
     assert summary.versions["torch"] == torch.__version__
     assert not list(output.rglob("*.partial"))
+
+
+def test_two_processes_train_a_run_after_its_twin_and_test_the_network_that_is_exported(tmp_path):
+    """Each of them has seen other images, and its BatchNorms other statistics."""
+    data_args = SMALL["data_args"] | {"train_limit": 96}
+    values = {"epochs": 2, "pretrain_epochs": 1, "batch_size": 32, "data_args": data_args, "twin": True}
+    made, output = recipe(**values, lowrank=SMALL["lowrank"] | {"warmup_updates": 0}), tmp_path / "run"
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(made.to_dict()))
+    trained = ("train", "--config", tmp_path / "small.yaml", "--output", output)
+    joined = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_MULTI_GPU": "true"}
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    both = zip(logs, forked.ranks(2, free_port()), strict=True)
+    forked.finish(*(forked.command(*trained, log=log, environment=told | joined) for log, told in both), logs=logs)
+    data = load_images(**data_args)
+    images, labels = (data.test_images.float() / 255 - data.mean[0]) / data.std[0], data.test_labels
+    for folder in (output, output / "twin"):
+        run = Run.open(folder)
+        with torch.no_grad():
+            logits = timm_lowrank.from_pretrained(run.model, lowrank=False).eval()(images)
+        assert run.summary.processes == 2
+        assert run.summary.losses.test == pytest.approx(float(functional.cross_entropy(logits, labels)), abs=2e-5)
+        assert run.summary.clean_accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
 
 
 def test_the_summary_measures_the_exported_network(finished):
@@ -490,6 +514,22 @@ def test_resuming_needs_no_initial_weights_any_more(finished, tmp_path, monkeypa
             train(made, tmp_path / name / "new", resume=True)
 
 
+@pytest.mark.parametrize("comparator", ["spectral-norm", "snip"])
+def test_resuming_asks_nothing_of_weights_that_the_checkpoint_replaces(comparator, tmp_path):
+    """Without those that it began with, the classifier of this network is zero: it can neither be normalised, nor be
+    pruned by its gradient."""
+    plain = VIT | {"model_args": VIT["model_args"] | {"weight_init": "jax"}, "epochs": 1, "pretrain_epochs": 0}
+    train(recipe(**plain | {"lowrank": VIT["lowrank"] | {"enabled": False}}), tmp_path / "plain")
+    values = {"comparator": comparator, "init_from": str(tmp_path / "plain"), "lowrank": VIT["lowrank"], "epochs": 2}
+    made = recipe(**plain | values)
+    train(made, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch_0002")
+    train(made, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_resuming_needs_no_pretrained_weights_any_more(tmp_path):
     """They may be a download of gigabytes, and the machine may be offline by then. The first convolution of these has
     three channels, which timm sums up for images of one."""
@@ -788,6 +828,11 @@ def test_old_checkpoints_go_and_the_global_generators_are_left_alone(tmp_path):
         ({"lowrank": {"branches": {"layr3": 4}, "warmup_updates": 3}}, r"layr3.*layer3"),
         ({"lowrank": {"branches": {"pre_logits": 4000}, "warmup_updates": 3}}, r"4000"),
         ({"model_args": {"in_chans": 3}}, r"in_chans=3, but the images have 1"),
+        (
+            {"model_args": {"features_only": True}, "lowrank": {"branches": {"layer3": 4}, "warmup_updates": 3}},
+            r"gives a list and no logits \(batch, 10 classes\)",
+        ),
+        (VIT | {"model_args": VIT["model_args"] | {"global_pool": ""}}, r"gives \(2, 5, 10\) and no logits"),
         ({"batch_size": 500}, r"more than the 450 training images"),
         (
             {"lowrank": {**SMALL["lowrank"], "warmup_updates": 20}},

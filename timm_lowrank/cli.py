@@ -309,6 +309,8 @@ def _recipe_help() -> str:
 
 
 def _train(given: argparse.Namespace) -> None:
+    import torch
+
     from .training import load_recipe, train
 
     if given.recipe is not None and given.config is not None:
@@ -319,6 +321,8 @@ def _train(given: argparse.Namespace) -> None:
         raise RecipeError(f"name={recipe.name!r} is not the name of a folder in runs/: choose the folder with --output")
     output = given.output or Path("runs") / recipe.name
     train(recipe, output, resume=given.resume is not None)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
         _say("", f"written to {output}: model/ (for timm.create_model), summary.json, plots/spectrum.png")
         _next(_command("evaluate", output))

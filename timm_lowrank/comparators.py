@@ -52,6 +52,8 @@ class Start:
     branches: str | Mapping[str, Any]  # where branches would sit, as `LowRankConfig.branches`
     batches: Callable[[int], Batches]  # the first so many batches of training images of this process
     mean_over_processes: Callable[[Tensor], Tensor] = lambda value: value
+    # Whether a checkpoint follows with all weights and buffers, and those of the network until then mean nothing.
+    resumed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +348,7 @@ def spectral_normalize(network: nn.Module, *, iterations: int = 1) -> nn.Module:
     Raises:
         ValueError: a weight that is zero.
     """
-    return _normalize(network, lambda weight: SpectralNormalized(weight, iterations))
+    return _normalize(network, _spectral(iterations))
 
 
 def stable_rank_normalize(network: nn.Module, share: float = 0.3, *, iterations: int = 1) -> nn.Module:
@@ -362,16 +364,21 @@ def stable_rank_normalize(network: nn.Module, share: float = 0.3, *, iterations:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must be > 0 and <= 1")
-
-    def normalized(weight: Tensor) -> nn.Module:
-        return StableRankNormalized(weight, max(1.0, share * min(weight.flatten(1).shape)), iterations)
-
-    return _normalize(network, normalized)
+    return _normalize(network, _stable_rank(share, iterations))
 
 
-def _normalize(network: nn.Module, normalized: Callable[[Tensor], nn.Module]) -> nn.Module:
+def _spectral(iterations: int) -> Callable[[Tensor], nn.Module]:
+    return lambda weight: SpectralNormalized(weight, iterations)
+
+
+def _stable_rank(share: float, iterations: int) -> Callable[[Tensor], nn.Module]:
+    return lambda weight: StableRankNormalized(weight, max(1.0, share * min(weight.flatten(1).shape)), iterations)
+
+
+def _normalize(network: nn.Module, normalized: Callable[[Tensor], nn.Module], resumed: bool = False) -> nn.Module:
     layers = _weighted_layers(network)
-    if zeros := [name for name, layer in layers.items() if not layer.weight.any()]:
+    zeros = [name for name, layer in layers.items() if not layer.weight.any()]
+    if zeros and not resumed:  # the weights of a checkpoint are others
         raise ValueError(f"the weights of {', '.join(zeros)} are all zero and have no norm to be divided by")
     for layer in layers.values():
         parametrize.register_parametrization(layer, "weight", normalized(layer.weight))
@@ -392,7 +399,7 @@ class SpectralNorm(Comparator):
 
     def attach(self, network: nn.Module, start: Start) -> None:
         """Normalises the weights from now on."""
-        spectral_normalize(network, iterations=self.iterations)
+        _normalize(network, _spectral(self.iterations), start.resumed)
 
     @torch.no_grad()
     def settle(self, average: nn.Module) -> None:
@@ -430,7 +437,7 @@ class StableRank(SpectralNorm):
 
     def attach(self, network: nn.Module, start: Start) -> None:
         """Normalises the weights from now on."""
-        stable_rank_normalize(network, self.share, iterations=self.iterations)
+        _normalize(network, _stable_rank(self.share, self.iterations), start.resumed)
 
 
 # ---------------------------------------------------------------------------------------------------------------- SNIP
@@ -481,8 +488,12 @@ def _prune(network: nn.Module, gradients: Mapping[str, Tensor], sparsity: float)
     masks = _largest(sensitivity, 1 - sparsity)
     if empty := [name for name, kept in masks.items() if not kept.any()]:
         raise ValueError(f"sparsity={sparsity} leaves {', '.join(empty)} without any weight: lower it")
-    for name, kept in masks.items():
-        parametrize.register_parametrization(layers[name], "weight", Mask(kept))
+    return _masked(network, masks)
+
+
+def _masked(network: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    for name, layer in _weighted_layers(network).items():
+        parametrize.register_parametrization(layer, "weight", Mask(masks[name]))
     return network
 
 
@@ -535,6 +546,13 @@ class Snip(Comparator):
 
     def attach(self, network: nn.Module, start: Start) -> None:
         """Masks the weights, the same on all processes."""
+        if start.resumed:  # the masks are in the checkpoint; of other weights they might not even be possible
+            whole = {
+                name: torch.ones_like(layer.weight, dtype=torch.bool)
+                for name, layer in _weighted_layers(network).items()
+            }
+            _masked(network, whole)
+            return
         gradients = _weight_gradients(network, start.batches(self.batches))
         _prune(network, {name: start.mean_over_processes(one) for name, one in gradients.items()}, self.sparsity)
 

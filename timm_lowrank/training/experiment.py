@@ -151,7 +151,8 @@ def _run(
         for epoch in range(began, recipe.epochs):
             _epoch(state, folder, epoch)
         finished = _finish(state, data, folder, twin)
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not `end_training`, after which the processes could not train together
+            tracker.finish()  # once more, as a run does after its twin
         accelerator.free_memory()
     return finished
 

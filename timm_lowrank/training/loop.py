@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -252,8 +252,11 @@ def evaluate(accelerator: Accelerator, network: nn.Module, batches: TestBatches)
     """Loss and accuracy over the test images of all processes.
 
     `network` is called as it is: pass the module that accelerate prepared, without its data-parallel shell,
-    since the processes may hold different numbers of batches.
+    since the processes may hold different numbers of batches. All test the network of the main process, which is the
+    one that is saved: without its shell, the statistics of BatchNorm are still those of each process's last batches.
     """
+    for buffer in network.buffers():
+        broadcast(buffer)  # in place
     network.eval()
     means = Means(accelerator.device)
     nothing = torch.zeros((), device=accelerator.device)

@@ -20,11 +20,12 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.files import NETWORK_WEIGHTS, check_safetensors, require_checkpoint
 from ..checkpoint.loading import local_folder
 from ..comparators import Comparator, Start
+from ..core.capture import evaluating
 from ..core.model import LowRankModel
 from ..data import Data
 from ..data.batches import TestBatches, TrainingBatches, evaluation_batches, training_batches
@@ -79,15 +80,17 @@ def build(recipe: Recipe, data: Data, output: Path, *, resumed: Callable[[], boo
         data, accelerator.device, batch_size=recipe.eval_batch_size,
         process=process, processes=processes, workers=recipe.workers,
     )  # fmt: skip
+    takes_weights = recipe.init_from is not None or bool(recipe.model_args.get("pretrained"))
+    left_out = takes_weights and resumed()
     start = Start(
         torch.zeros(2, *data.image_size),
         recipe.lowrank_config().branches,
         lambda batches: itertools.islice(train_batches.epoch(0), batches * train_batches.parts),
         lambda value: accelerator.reduce(value, "mean"),
+        resumed=left_out,
     )
     comparator = recipe.compared()
-    takes_weights = recipe.init_from is not None or bool(recipe.model_args.get("pretrained"))
-    built = _without_initial_weights(recipe) if takes_weights and resumed() else recipe
+    built = _without_initial_weights(recipe) if left_out else recipe
     lowrank = _wrapped(built, comparator, data, start).to(accelerator.device)
     if recipe.channels_last:
         lowrank = lowrank.to(memory_format=torch.channels_last)
@@ -201,7 +204,9 @@ def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start) -
         if recipe.init_from is not None:
             _load_initial(network, recipe.init_from)
         comparator.attach(network, start)
-        return wrap(network, recipe.lowrank_config(), example_input=start.example_input)
+        wrapped = wrap(network, recipe.lowrank_config(), example_input=start.example_input)
+        _require_logits(network, start.example_input, len(data.class_names))
+        return wrapped
     except (ValueError, TypeError, RuntimeError, OSError) as error:  # the last of weights that cannot be read
         if isinstance(error, RecipeError):
             raise
@@ -210,6 +215,18 @@ def _wrapped(recipe: Recipe, comparator: Comparator, data: Data, start: Start) -
             f"{'' if recipe.comparator is None else f' and comparator={recipe.comparator!r}'} "
             f"for images of {data.image_size}: {str(error) or type(error).__name__}"
         ) from error
+
+
+def _require_logits(network: nn.Module, images: Tensor, classes: int) -> None:
+    """Raises ValueError unless the network tells `classes` apart, as one of feature maps or tokens does not."""
+    with evaluating(network):
+        output = network(images)
+    if not isinstance(output, Tensor) or output.shape != (len(images), classes):
+        shown = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(
+            f"it gives {shown} and no logits (batch, {classes} classes): drop what changes its output, such as "
+            "features_only or global_pool"
+        )
 
 
 def _weight_channels(recipe: Recipe) -> int:
