@@ -300,8 +300,9 @@ def picture(path: Path, rows: list[Row], directions: str = "10") -> None:
     """Clean accuracy against the accuracy of the linear classifier at the layer inside, a point for each form."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    figure, axes = pyplot.subplots(figsize=(9.5, 5.5))
     layer = next(iter(rows[0].layers))
+    names: dict[str, tuple[float, float]] = {}
     for form in dict.fromkeys(row.form for row in rows):
         mine = [row for row in rows if row.form == form]
         x, y = ([100 * value for value in values] for values in (
@@ -311,17 +312,39 @@ def picture(path: Path, rows: list[Row], directions: str = "10") -> None:
             statistics.mean(x), statistics.mean(y), fmt="o", capsize=3,
             xerr=statistics.stdev(x) if len(x) > 1 else None, yerr=statistics.stdev(y) if len(y) > 1 else None,
         )  # fmt: skip
-        name = f"{form} ({len(mine)})"
-        axes.annotate(name, (statistics.mean(x), statistics.mean(y)), (5, 5), textcoords="offset points", fontsize=8)
+        names[f"{form} ({len(mine)})"] = statistics.mean(x), statistics.mean(y)
     axes.set_xlabel(f"accuracy of a linear classifier on {directions} leading directions of {layer}, per cent")
     axes.set_ylabel("clean test accuracy, per cent")
     axes.set_title("Means over so many seeds; bars are standard deviations", fontsize=10)
-    axes.margins(x=0.22, y=0.12)
+    axes.margins(x=0.3, y=0.12)
     axes.grid(alpha=0.3)
     figure.tight_layout()
+    _name_points(axes, names)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _name_points(axes: Any, names: Mapping[str, tuple[float, float]]) -> None:
+    """Writes the name of each point beside it, on the first side where it lies within the axes and on no other name."""
+    figure, inside, taken = axes.figure, axes.get_window_extent(), []
+    sides = [(x, y, side) for y in (5, -11, 15, -21, 25, -31) for x, side in ((5, "left"), (-5, "right"))]
+    for name, point in names.items():
+        tries = []
+        for x, y, side in sides:
+            text = axes.annotate(name, point, (x, y), textcoords="offset points", fontsize=8, ha=side)
+            box = text.get_window_extent(figure.canvas.get_renderer())
+            on_others = sum(box.overlaps(other) for other in taken) + sum(
+                box.contains(*axes.transData.transform(other)) for other in names.values()
+            )
+            tries.append((on_others + 10 * (not (inside.x0 <= box.x0 and box.x1 <= inside.x1)), len(tries), text, box))
+            if not tries[-1][0]:
+                break
+        _, _, kept, box = min(tries, key=lambda one: one[:2])
+        for _, _, text, _ in tries:
+            if text is not kept:
+                text.remove()
+        taken.append(box)
 
 
 def main() -> None:
