@@ -343,6 +343,12 @@ def test_by_name_it_comes_from_the_clone_until_it_is_published(added, trained, t
     assert f"9 files in {folder_of('tiny')}" in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_evaluated_by_its_name(added, trained):
+    network, its_run = load_network("tiny"), load_network(str(trained))
+    assert (network.path, network.title, network.branches) == ("tiny", its_run.title, its_run.branches)
+    assert network.weights == its_run.weights
+
+
 def test_names_that_lead_nowhere(added, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"'tine' is no repository: .* no checkpoint of this project .*are: tiny$"

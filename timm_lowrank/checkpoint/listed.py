@@ -175,6 +175,12 @@ def is_bare(source: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]*\w[\w.-]*", source))
 
 
+def names_of_checkpoints() -> list[str]:
+    """What checkpoints of this project there are."""
+    path = list_of_checkpoints()
+    return [one.name for one in read_checkpoints(path)] if path.is_file() else []
+
+
 def find_checkpoint(name: str) -> tuple[ListedCheckpoint, Path | None]:
     """The checkpoint of a bare name, and its folder if this is a clone that holds it.
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoint.branches import BranchDescription, read_description
 from ..checkpoint.files import LOWRANK_CONFIG
+from ..checkpoint.listed import find_checkpoint, is_bare, names_of_checkpoints
 from ..checkpoint.loading import repository_and_revision
 from ..checkpoint.remote import download
 from ..comparators import BottleLR, architecture_of, is_bottlenecked
@@ -126,8 +127,9 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
 
     Args:
         where: a run folder of `timm-lowrank train`, a folder written by `save_pretrained`, what timm's train.py or a
-            Trainer of transformers left (see `load_foreign`), a repository on the Hub ("hf-hub:USER/NAME"), or the name
-            of a timm network with pretrained weights.
+            Trainer of transformers left (see `load_foreign`), a repository on the Hub ("hf-hub:USER/NAME"), the name
+            of a checkpoint of this project, as `from_pretrained` takes it, or that of a timm network with pretrained
+            weights.
         title: what the report calls it; None is made of its branches: "1-LR", "2-LR", "low rank" or "plain", or is the
             title of its comparator, such as "Bottle-LR".
 
@@ -145,6 +147,14 @@ def load_network(where: str, title: str | None = None) -> EvaluatedNetwork:
             f"{where} is no run folder: give the folder that `timm-lowrank train` wrote, a folder with config.json and "
             "model.safetensors, a checkpoint of timm's train.py, hf-hub:USER/NAME, or the name of a timm network"
         )
+    if is_bare(where) and where in names_of_checkpoints():
+        try:
+            one, here = find_checkpoint(where)
+        except CheckpointError as error:
+            raise EvaluationError(str(error)) from error
+        if here is not None:  # said by its name, wherever the clone is
+            return dataclasses.replace(_from_folder(here, title), path=where)
+        where = f"hf-hub:{one.repo}"
     try:
         network = create_backbone(where, pretrained=True)
     except (ValueError, OSError, RuntimeError) as error:
