@@ -327,10 +327,11 @@ def picture(path: Path, rows: list[Row], directions: str = "10") -> None:
 
 def _name_points(axes: Any, names: Mapping[str, tuple[float, float]]) -> None:
     """Writes the name of each point beside it, on the first side where it lies within the axes and on no other name."""
-    figure, inside, taken = axes.figure, axes.get_window_extent(), []
+    figure, inside = axes.figure, axes.get_window_extent()
+    taken: list[Any] = []  # what the names written so far cover
     sides = [(x, y, side) for y in (5, -11, 15, -21, 25, -31) for x, side in ((5, "left"), (-5, "right"))]
     for name, point in names.items():
-        tries = []
+        tries: list[tuple[int, int, Any, Any]] = []
         for x, y, side in sides:
             text = axes.annotate(name, point, (x, y), textcoords="offset points", fontsize=8, ha=side)
             box = text.get_window_extent(figure.canvas.get_renderer())
