@@ -11,7 +11,7 @@ from timm_lowrank.core.views import View
 
 from . import scenarios
 
-COUNTS, DRAWS, TAKEN = (7, 5), 300, 3
+COUNTS, DRAWS, TAKEN = (7, 5), 150, 3
 
 
 def marker(rows, **settings):
