@@ -175,10 +175,14 @@ def is_bare(source: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]*\w[\w.-]*", source))
 
 
+def _listed() -> Sequence[ListedCheckpoint]:
+    path = list_of_checkpoints()
+    return read_checkpoints(path) if path.is_file() else ()
+
+
 def names_of_checkpoints() -> list[str]:
     """What checkpoints of this project there are."""
-    path = list_of_checkpoints()
-    return [one.name for one in read_checkpoints(path)] if path.is_file() else []
+    return [one.name for one in _listed()]
 
 
 def find_checkpoint(name: str) -> tuple[ListedCheckpoint, Path | None]:
@@ -188,11 +192,9 @@ def find_checkpoint(name: str) -> tuple[ListedCheckpoint, Path | None]:
         CheckpointError: there is none of this name, with those that there are; or it is neither published nor here,
             with where to get it.
     """
-    path = list_of_checkpoints()
-    listed: Sequence[ListedCheckpoint] = read_checkpoints(path) if path.is_file() else ()
-    one = next((one for one in listed if one.name == name), None)
+    one = next((one for one in _listed() if one.name == name), None)
     if one is None:
-        names = [one.name for one in listed]
+        names = names_of_checkpoints()
         raise CheckpointError(
             f"{name!r} is no repository: the name of a repository has the form USER/NAME; there is no folder {name!r} "
             f"either, and no checkpoint of this project has that name. There are: {', '.join(names) or 'none'}"

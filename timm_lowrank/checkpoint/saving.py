@@ -66,7 +66,7 @@ def save_pretrained(
         )
     if label_names is not None:
         _check_labels(label_names, backbone.num_classes)
-    made_with(backbone)
+    made_with(backbone)  # raises before anything is written
     if any(tensor.is_meta for tensor in backbone.state_dict().values()):
         raise CheckpointError(
             f"{type(backbone).__name__} has tensors on the meta device, which hold no numbers that could be saved: "
