@@ -1,6 +1,7 @@
 """What all tests share: one thread, warnings as errors where they are this package's own, and small real data."""
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -17,10 +18,24 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::RuntimeWarning:timm_lowrank")
 
 
+_imported = 0  # modules, when those that were there were last frozen
+
+
 def pytest_collection_finish(session):
-    # accelerate collects garbage after each run, and most of what it would look at are the modules that were imported.
+    freeze_what_was_imported()
+
+
+def pytest_runtest_setup(item):
+    if len(sys.modules) > _imported + 100:
+        freeze_what_was_imported()
+
+
+def freeze_what_was_imported():
+    """accelerate collects garbage after each run; most of what it would look at are the modules that were imported."""
+    global _imported
     gc.collect()
     gc.freeze()
+    _imported = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

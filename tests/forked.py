@@ -17,7 +17,7 @@ from timm_lowrank import cli
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["timm_lowrank.cli", "timm_lowrank.training", "timm_lowrank.suites", "matplotlib.pyplot", "sklearn.svm"]
+    ["timm_lowrank.cli", "timm_lowrank.training", "timm_lowrank.suites", "matplotlib.pyplot", "sklearn.svm", "frozen"]
 )
 
 

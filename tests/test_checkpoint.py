@@ -674,6 +674,21 @@ def test_a_config_json_of_another_network(folder, changes, match):
     refused(folder, match)
 
 
+def test_a_network_that_computes_its_sizes_is_no_larger_than_its_weights(tmp_path, monkeypatch):
+    """Before memory is taken nothing is drawn or filled, but what a constructor computes with tensors holds."""
+    entrypoints, channels = timm.models._registry._model_entrypoints, []
+    build = entrypoints["test_resnet"]
+
+    def computed(*args, **options):
+        channels.append(int(torch.full((), 10**9, device="cpu").fill_(1).add_(2)))
+        return build(*args, **{**options, "in_chans": channels[-1]})
+
+    monkeypatch.setitem(entrypoints, "test_resnet", computed)
+    save_pretrained(timm.create_model("test_resnet", num_classes=3), tmp_path)
+    assert from_pretrained(tmp_path, lowrank=False).num_classes == 3
+    assert channels == [3] * 5, "one at first, and whatever is built from files is described before"
+
+
 @pytest.mark.parametrize("name", ["config.json", "lowrank.json"])
 def test_json_that_is_none(folder, name):
     refusals = {"{": "is not valid JSON", "[1]": "must hold a JSON object", "[" * 100_000: "not valid JSON"}

@@ -279,7 +279,13 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def with_tiny(tiny, monkeypatch):
+    """Pictures, at which most tests do not look, are small and as they come: placing their texts takes most of the time.
+
+    Those of `made` are whole.
+    """
     monkeypatch.setitem(SCALES, "tiny", tiny)
+    monkeypatch.setattr("timm_lowrank.drawing.DOTS_PER_INCH", 20)
+    monkeypatch.setattr("timm_lowrank.drawing.lay_out", lambda figure: None)
 
 
 NAMES = ("table-5", "figure-2", "claim-relu-counter-example")

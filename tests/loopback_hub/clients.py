@@ -95,15 +95,15 @@ def _rebind(names: dict[str, str]) -> None:
                 return new + text[len(old) :]
         return text
 
+    kinds = (str, type(Path()))
     for module in _client_modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, HfApi):
+            if (kind := type(value)) in kinds:
+                # The default address stays what it is: the clients compare with it.
+                if not name.startswith(("__", "_HF_DEFAULT")) and (text := renamed(str(value))) != str(value):
+                    setattr(module, name, kind(text))
+            elif isinstance(value, HfApi):
                 value.endpoint = renamed(value.endpoint)
-            # The default address stays what it is: the clients compare with it.
-            elif type(value) in (str, type(Path())) and not name.startswith(("__", "_HF_DEFAULT")):
-                text = renamed(str(value))
-                if text != str(value):
-                    setattr(module, name, type(value)(text))
 
 
 def _only_loopback(patch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
