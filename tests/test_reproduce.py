@@ -279,7 +279,7 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def with_tiny(tiny, monkeypatch):
-    """Pictures, at which most tests do not look, are small and as they come: placing their texts takes most of the time.
+    """Pictures, at which most tests do not look, are small and as they come: placing texts takes most of their time.
 
     Those of `made` are whole.
     """
