@@ -763,6 +763,7 @@ WRONG_CALLS = {
     "images, range": (lambda m, x, y: fgsm(m, x * 2 - 1, y, eps=1), r"pixels must lie in \[0, 1\].*PixelModel"),
     "candidates": (lambda m, x, y: deepfool(m, x, y, candidates=1), "candidates must be a whole number, 2 or more"),
     "overshoot": (lambda m, x, y: deepfool(m, x, y, overshoot=-0.1), "overshoot must be a finite number of 0 or more"),
+    "huge": (lambda m, x, y: deepfool(m, x, y, overshoot=10**400), "overshoot must be a finite number of 0 or more"),
 }  # fmt: skip
 
 

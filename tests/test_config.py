@@ -17,7 +17,7 @@ WRONG = {
     "projection": ["svd"],
     "storage": ["sparse"],
     "reconstruction_weight": [-1.0, float("nan"), float("inf"), "1", True],
-    "strength": ["weak", -1, float("nan"), None],
+    "strength": ["weak", -1, float("nan"), None, 10**400],
     "norm_weight": [-0.1, float("nan")],
     "head_weight": [-0.1, float("inf"), "a"],
     "head_sizes": [(), (0,), (2.5,), 5, "5"],

@@ -158,6 +158,7 @@ def test_a_schedule_that_was_cut_short_says_what_has_no_effect(values, said):
         ({"model_args": 3}, r"model_args=3 must be a mapping"),
         ({"epochs": 0}, r"epochs=0 must be > 0"),
         ({"learning_rate": float("nan")}, r"learning_rate=nan must be > 0"),
+        ({"epochs": 10**400}, r"epochs=10+ must be > 0 and finite"),
         ({"optimizer": "adam"}, r"optimizer='adam' is not one of sgd, adamw"),
         ({"optimizer": "adamw", "nesterov": True}, r"nesterov=true belongs to optimizer=sgd"),
         ({"optimizer": "adamw", "momentum": 1.0}, r"momentum=1.0 is the first beta of AdamW"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -79,7 +79,7 @@ def check_labels(labels: Tensor, classes: int, name: str = "labels") -> None:
 
 def check_number(value: float, name: str, least: float | None = None) -> None:
     """A finite number above zero, or `least` and more where given, or an EvaluationError."""
-    if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
+    if not (abs(value) <= sys.float_info.max and (value > 0 if least is None else value >= least)):
         wanted = "above 0" if least is None else f"of {least} or more"
         raise EvaluationError(f"{name} must be a finite number {wanted}, not {value!r}")
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import math
+import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -396,8 +397,8 @@ def _numbers(recipe: Recipe) -> Iterable[str]:
         value = getattr(recipe, name)
         if value is None:
             continue
-        if not math.isfinite(value) or value < 0 or (name in POSITIVE and value == 0):
-            yield f"{name}={value!r} must be {'> 0' if name in POSITIVE else '>= 0'}"
+        if not 0 <= value <= sys.float_info.max or (name in POSITIVE and value == 0):
+            yield f"{name}={value!r} must be {'> 0' if name in POSITIVE else '>= 0'} and finite"
     if recipe.spectrum_images is not None and 0 < recipe.spectrum_images < LEAST_TESTED:
         yield f"spectrum_images={recipe.spectrum_images!r} must be >= {LEAST_TESTED}: one has no variance"
     if recipe.workers > MOST_WORKERS:
