@@ -933,3 +933,15 @@ def test_an_evaluation_of_a_streamed_run_reads_a_part(folder):
     }  # fmt: skip
     with pytest.raises(EvaluationError, match="--other-labels needs images that fit into memory"):
         evaluation.images_of(evaluation.Options(network="runs/x", other_labels="coarse"), [network], 30, 20)
+
+
+def test_other_labels_are_those_of_the_images_that_a_limit_takes(tmp_path):
+    for split, rows in (("train", range(400)), ("test", range(400, 600))):
+        write(tmp_path / f"{split}.parquet", rows, coarse=(TARGET[rows] >= 7).astype(int).tolist())
+    limits = {"train_limit": 50, "test_limit": 40}
+    network = SimpleNamespace(recipe=Recipe(model="resnet10_cifar", data=str(tmp_path), data_args=limits, epochs=1))
+    options = evaluation.Options(network="runs/x", other_labels="coarse")
+    images = evaluation.images_of(options, [network], 30, 20)
+    train, test = evaluation._load_other_labels(options, [network])
+    assert train.tolist() == (images.train_labels >= 7).tolist()
+    assert test.tolist() == (images.test_labels >= 7).tolist()

@@ -274,3 +274,32 @@ def test_a_way_around_the_layer_counts_and_what_never_runs_does_not():
     net = Bypassed()
     assert parameters_behind(net, "second", torch.rand(1, 1, 2, 2)) == count(net.first)
     assert parameters_behind(net, "first", torch.rand(1, 1, 2, 2)) == count(net.second)
+
+
+class Stage(nn.Module):
+    """Gives features and class tokens, as those of CrossViT and others do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, features):
+        features = self.layer(features)
+        return [features, features.mean(dim=1)]
+
+
+class Staged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([Stage(), Stage()])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images):
+        features, first = self.stages[0](images.flatten(2))
+        _, second = self.stages[1](features)
+        return self.head(first + second)
+
+
+def test_parameters_behind_a_layer_that_gives_several_tensors():
+    net = Staged()
+    assert parameters_behind(net, "stages.0", torch.rand(1, 3, 2, 2)) == count(net.stages[1], net.head)

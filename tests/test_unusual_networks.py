@@ -301,6 +301,14 @@ def test_what_changes_nothing_behind_an_activation_function_is_passed_over(name)
     assert (values < 0).any()
 
 
+@pytest.mark.parametrize("function", [nn.SiLU(), nn.ELU(), nn.Softplus(), nn.Mish()], ids=repr)
+def test_a_function_that_rounds_otherwise_in_batches_of_odd_sizes_is_elementwise(function):
+    own = evaluated(network(width=31, end=function))
+    values, found = preactivations(own.model, context_of(own).images, "3", batch_size=7)
+    assert found is function
+    assert values.shape == (40, 31)
+
+
 @pytest.mark.parametrize(
     "end", [nn.Identity(), nn.Linear(30, 30), nn.LayerNorm(30), nn.BatchNorm1d(30), nn.Softmax(dim=1)], ids=repr
 )

@@ -104,12 +104,7 @@ def decoded(
     Raises:
         DataError: a file cannot be read, an image cannot be decoded or has another size, or there are not so many.
     """
-    count = len(split)
-    rows = np.arange(count)
-    if limit is not None and limit != count:
-        if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= count:
-            raise DataError(f"cannot take limit={limit!r} of the {count} images of {split.name}")
-        rows = balanced_rows(split.labels(), limit, classes)
+    rows = held_rows(split, limit, classes)
     try:
         images = np.empty((len(rows), *decoder.shape), dtype=np.uint8)
     except MemoryError as error:
@@ -125,6 +120,20 @@ def decoded(
         images[number] = decoder(item.image, item.where)
         labels[number] = item.label
     return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def held_rows(split: Split, limit: int | None, classes: int) -> np.ndarray:
+    """(n,), int64: the rows of a split that are held in memory, in ascending order; arguments as of `decoded`.
+
+    Raises:
+        DataError: a file cannot be read, or there are not so many images.
+    """
+    count = len(split)
+    if limit is None or limit == count:
+        return np.arange(count)
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= count:
+        raise DataError(f"cannot take limit={limit!r} of the {count} images of {split.name}")
+    return balanced_rows(split.labels(), limit, classes)
 
 
 def balanced_rows(labels: np.ndarray, limit: int, classes: int) -> np.ndarray:

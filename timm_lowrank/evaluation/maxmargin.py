@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..core.capture import Tap, evaluating
 from ..environment import require
@@ -241,7 +242,8 @@ def parameters_behind(
     """How many parameters a classifier on `layer` replaces: those with which its activations become logits.
 
     A parameter counts if the logits depend on it while the activations of `layer` are held fixed; those in front of
-    the layer only act through it, so they do not. Statistics of normalisation layers are no parameters.
+    the layer only act through it, so they do not. What the layer gives beside its activations, such as class tokens, is
+    held fixed, too. Statistics of normalisation layers are no parameters.
 
     Raises:
         EvaluationError: no images, or a layer as in `activations`.
@@ -265,8 +267,8 @@ def _cut(network: nn.Module, tap: Tap) -> Iterator[None]:
     def cut_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].detach(), *args[1:])
 
-    def cut_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.detach()
+    def cut_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return tree_map_only(Tensor, Tensor.detach, output)  # a stage or block may give several
 
     handle = (
         module.register_forward_pre_hook(cut_input) if tap.takes_input else module.register_forward_hook(cut_output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from torch import Tensor
 from ..core.capture import evaluating
 from ..core.views import FLATTEN
 from ..data import Data, ImageData, StreamedData, load_data, load_images
-from ..data.images import balanced_rows
+from ..data.images import balanced_rows, held_rows
+from ..data.sources import open_source
 from ..environment import device_name, together, versions
 from ..errors import EvaluationError, EvaluationWarning, ImageSizesError
 from ..evaluation import activations
@@ -246,13 +248,14 @@ def build_context(
     chunk: int,
     limit: int,
     train_limit: int,
-    other_labels: ImageData | None = None,
+    other_labels: tuple[Tensor, Tensor] | None = None,
     source: EvaluatedNetwork | None = None,
     spectrum_limit: int | None = None,
 ) -> Context:
     """Takes `limit` test and `train_limit` training images, as many of each class as there are.
 
-    And `spectrum_limit` test images for spectra; None are the same as for everything else.
+    And `spectrum_limit` test images for spectra; None are the same as for everything else. `other_labels` are those of
+    another column, of all training and test images of `data`.
 
     Raises:
         EvaluationError: networks and data do not fit each other.
@@ -290,7 +293,7 @@ def build_context(
         layers=tuple(layers),
         seed=seed,
         chunk=chunk,
-        other_labels=(other_labels.train_labels[train], other_labels.test_labels[test]) if other_labels else None,
+        other_labels=None if other_labels is None else (other_labels[0][train], other_labels[1][test]),
         source=source,
         spectrum=None if len(many) == len(test) else SpectrumImages(
             data.test_images[many], data.test_labels[many], places[many]
@@ -391,13 +394,25 @@ def _resized(source: str, networks: Sequence[EvaluatedNetwork]) -> Data:
     return load_data(source, image_size=said.image_size, crop_pct=said.crop_pct, progress=True)
 
 
-def _load_other_labels(options: Options, networks: Sequence[EvaluatedNetwork]) -> ImageData | None:
-    """The same images with the labels of another column, if one is named."""
+def _load_other_labels(options: Options, networks: Sequence[EvaluatedNetwork]) -> tuple[Tensor, Tensor] | None:
+    """The labels of another column, if one is named, of all training and test images that are held in memory: where
+    the recipe limits them, those that it takes by its own labels."""
     if options.other_labels is None:
         return None
     recipe = next((network.recipe for network in networks if network.recipe), None)
-    arguments = {**(recipe.data_args if recipe else {}), "label_column": options.other_labels}
-    return load_images(options.data or recipe.data, **arguments)  # type: ignore[union-attr]
+    arguments = recipe.data_args if recipe else {}
+    named = {key: value for key, value in arguments.items() if key in inspect.signature(open_source).parameters}
+    source = options.data or recipe.data  # type: ignore[union-attr]
+    own = open_source(source, **named, download=True)
+    other = open_source(source, **{**named, "label_column": options.other_labels}, download=True)
+    train, test = (
+        torch.from_numpy(labelled.labels()[held_rows(split, limit, len(own.class_names))])
+        for labelled, split, limit in (
+            (other.train, own.train, arguments.get("train_limit")),
+            (other.test, own.test, arguments.get("test_limit")),
+        )
+    )
+    return train, test
 
 
 def _oddities(context: Context) -> list[str]:
