@@ -487,6 +487,22 @@ def test_the_rank_is_kept_after_every_projection(storage, projection):
     assert 1 <= branch.effective_rank() <= 4
 
 
+@pytest.mark.parametrize("update_rows", [None, 5])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_projection_may_come_between_penalty_and_update(storage, update_rows):
+    values = {"storage": storage, "projection": "exact", "update_rows": update_rows}
+    branch, twin = trained(**values), trained(**values)
+    first, second = batches(2, seed=1)
+    twin.project()
+    for one, projects in ((branch, True), (twin, False)):
+        one.penalty(first)
+        one.penalty(second)
+        if projects:
+            one.project()
+        one.update()
+    assert_same_w_and_b(branch, twin, 1e-9)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("updates", [0, 3])
 def test_w_is_zero_at_first_and_stays_so_without_variation(storage, updates):
@@ -772,6 +788,20 @@ def test_a_layer_of_zeros_has_its_scale_from_the_first_update_that_is_not(storag
     assert_same_w_and_b(branch, twin, 1e-9)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_batch_of_zeros_in_front_of_others_of_one_update_is_not_taken_for_the_scale(scale):
+    branch, twin = build(scale=scale), build(scale=scale)
+    zeros, (rows, more) = torch.zeros(8, 24, dtype=DOUBLE), batches(2)
+    branch.penalty(zeros)
+    assert float(branch.penalty(rows)) == pytest.approx(float(twin.penalty(rows)))
+    branch.update()
+    twin.forget_batches()
+    train(twin, torch.cat([zeros, rows]))
+    assert torch.allclose(branch.reference_norm, twin.reference_norm)
+    assert difference(branch.bias, twin.bias) < 1e-9
+    assert scale == "batch" or difference(train(branch, more)[0], train(twin, more)[0]) < 1e-9
+
+
 @pytest.mark.parametrize("rows", [3, 7, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_rounding_of_the_mean_of_equal_rows_is_no_spread(rows, dtype):
@@ -884,6 +914,19 @@ def test_wrong_state_dicts(storage):
 def test_ranks_that_do_not_fit(rank):
     with pytest.raises(ValueError, match=rf"rank {rank} must lie between 1 and .*24"):
         LowRankBranch(24, rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_w_and_b_are_not_kept_in_half_precision(dtype):
+    with pytest.raises(ValueError, match=f"must be torch.float32 or torch.float64, not {dtype}"):
+        LowRankBranch(24, 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_report_of_a_batch_that_is_not_finite_does_not_say_that_there_was_none(value):
+    branch, (rows,) = build(), batches(1)
+    branch.penalty(rows * value)
+    assert "inf% of the energy outside W" in str(branch.report())
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,25 @@ def test_hooks_of_others_stay():
     assert len(hooks(net)) == 1
 
 
+def test_hooks_that_a_network_registers_in_its_forward_stay():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(3, 2), []
+
+        def forward(self, rows):
+            self.handle = self.layer.register_forward_hook(lambda *_: self.calls.append(1))
+            return self.layer(rows)
+
+    network = Network()
+    with recording(network, [Tap("layer", "layer")]):
+        network(torch.ones(1, 3))
+    network.layer(torch.ones(1, 3))
+    network.handle.remove()
+    assert len(network.calls) == 2
+    assert not network.layer._forward_hooks
+
+
 @pytest.mark.parametrize(
     ("run", "layer", "parts"),
     [

@@ -710,6 +710,7 @@ def test_line_ends_and_a_byte_order_mark_stay(run):
         ("tags: [a", "is not valid YAML .*repair it first"),
         ("- a", "must be a mapping"),
         ("model-index: 3", "model-index of README.md must be a list"),
+        ("model-index: [{name: a, results: 3}]", "model-index of README.md must be a list"),
     ],
 )
 def test_front_matter_that_cannot_be_read(run, front, match):
@@ -732,6 +733,15 @@ def test_results_of_an_earlier_name_go(run):
     text = card(run).replace("- name: tiny\n", "- name: older\n")
     data = yaml.safe_load(merged(run, text).text.split("---\n")[1])
     assert [entry["name"] for entry in data["model-index"]] == ["tiny"]
+
+
+def test_what_the_results_before_were_about_goes_with_them(run):
+    before = card(run).replace("tags:\n", "tags:\n- mine\n").replace("datasets:\n", "datasets:\n- a/b\n")
+    plain = "---\ntags: [timm]\ndatasets: [c/d]\nmodel-index: [{name: tiny, results: []}]\n---\n"
+    data = yaml.safe_load(merge(before, plain + mark("about")).text.split("---\n")[1])
+    assert data["datasets"] == ["a/b", "c/d"], "it was not trained on that of the run before"
+    assert "mine" in data["tags"]
+    assert "low-rank" not in data["tags"]
 
 
 def test_front_matter_in_braces_keeps_its_values_as_they_were_written(run):

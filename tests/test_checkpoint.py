@@ -163,6 +163,8 @@ def test_what_cannot_be_saved(model, tmp_path, small_net):
             save_pretrained(model, tmp_path / "folder", label_names=labels)
     with pytest.raises(CheckpointError, match=r"made with act_layer as Python objects.* act_layer=.silu."):
         save_pretrained(timm.create_model("test_resnet", act_layer=nn.SiLU), tmp_path / "folder")
+    with pytest.raises(CheckpointError, match=r"FeatureListNet has no num_classes.* features_only=True makes"):
+        save_pretrained(timm.create_model("test_resnet", features_only=True), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "folder"):

@@ -34,8 +34,11 @@ from scripts import done, in_folder, refused, script
 
 import timm_lowrank as tlr
 from timm_lowrank import CheckpointError
+from timm_lowrank.checkpoint import download
 from timm_lowrank.publish import run as publishing
-from timm_lowrank.publish.merging import section
+from timm_lowrank.publish.card import Place, run_card
+from timm_lowrank.publish.merging import merge, section
+from timm_lowrank.publish.record import read_run
 
 ROOT = Path(__file__).parent.parent
 FILES = {*CHECKPOINT, "README.md", "evaluation.json", "summary.json", "recipe.yaml", "plots/spectrum.png"}
@@ -144,6 +147,19 @@ def test_the_licence_is_that_of_the_pretrained_weights(hub, run, license, named,
         assert card.data.base_model == "timm/test_resnet.r160_in1k"
         assert f"Weights under {license}. The training began from `timm/test_resnet.r160_in1k`, which is" in card.text
     assert len(hub.repo(REPO).history()) == 2, "the second time nothing had changed"
+
+
+def test_a_licence_that_the_hub_does_not_know_is_called_other_again(run):
+    """It is refused there otherwise."""
+    began_from(run, "dinov3-license", pretrained=True)
+    card, record = "", read_run(run)
+    for given, named in (("dinov3-license", "other"), ("dinov3-license", "other"), ("mit", "mit")):
+        new = run_card(record, Place.on_hub(REPO), {}, license=given)
+        card = merge(card, new, license=given).text.replace("license_name", "license_link: x\nlicense_name", not card)
+        data = ModelCard(card).data
+        assert data.license == named
+        assert data.get("license_name") == ("dinov3-license" if named == "other" else None)
+        assert ("license_link" in data.to_dict()) == (named == "other"), "that of the other licence"
 
 
 def test_weights_from_elsewhere_on_the_hub(hub, run):
@@ -551,6 +567,14 @@ def test_damaged_on_the_way(hub, run, tmp_path):
     assert weight.hits == 1
     assert not hub.seen("GET", BLOB), "what was fetched anew and is sound is not fetched a third time"
     assert in_folder(tmp_path / "copy") == hub.repo(REPO).files()
+
+
+def test_a_damaged_file_whose_name_would_be_a_pattern_is_fetched_again(hub, run):
+    hub.seed(REPO, {**in_folder(run / "model"), "notes[1].txt": "mine"})
+    kept = download(REPO, names=None) / "notes[1].txt"
+    kept.write_text("else")
+    done(pull, REPO)
+    assert kept.read_text() == "mine"
 
 
 def test_what_cannot_be_pulled(hub, run, tmp_path, waits):

@@ -172,6 +172,21 @@ def test_the_licence_of_an_added_run_can_be_named(clone, trained, tmp_path):
     assert ModelCard.load(folder_of("tiny") / "README.md").data.license == "cc-by-4.0"
 
 
+def test_the_licence_of_an_added_run_stays_where_its_recipe_has_lost_the_folder_that_it_began_from(
+    hub, clone, trained, tmp_path
+):
+    run, base = shutil.copytree(trained, tmp_path / "run"), tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**recipe, "init_from": str(base)}))
+    for source in (run, folder_of("tiny")):
+        done(checkpoints, "add", source, "tiny", "--sample", "digits")
+        assert ModelCard.load(folder_of("tiny") / "README.md").data.license == "cc-by-nc-4.0"
+    done(push, "--all", "--user", "alice")
+    assert ModelCard.load("alice/tiny").data.license == "cc-by-nc-4.0"
+
+
 def test_an_added_run_is_a_folder_a_row_and_a_line_of_the_page(added, trained, capsys):
     folder = folder_of("tiny")
     assert set(in_folder(folder)) == FILES
@@ -493,7 +508,9 @@ GOOD = {"name": "tiny", "repo": None, "recipe": "recipes/configs/digits.yaml", "
         ({"figures": {"pdg": {}}}, "there is no key 'pdg'. Did you mean: pgd"),
         ({"figures": {"clean": {"value": 90.1, "low": 0, "high": 1, "images": 10}}}, "shares lie between 0 and 1"),
         ({"figures": {"clean": {"value": 0.9}}}, "clean: the key 'low' is missing"),
+        ({"repo": 5}, "'5' is no repository"),
         ({"figures": {"effective_rank": {"layer3": 3}}}, "the rank of layer3 must be a mapping"),
+        ({"figures": {"effective_rank": None}}, "effective_rank must be a mapping"),
         ({"sample": {"source": "digits", "images": 10, "right": 11}}, "right must lie between 0 and images"),
     ],
 )

@@ -50,6 +50,11 @@ def test_features_without_positions_are_the_same_in_every_view(kind):
     assert View(kind, -1).width(activations) == 6
 
 
+def test_the_mean_over_many_tokens_beside_padding_does_not_overflow_half_precision():
+    activations, valid = torch.full((1, 400, 5), 200.0).half(), torch.arange(400)[None] < 350
+    assert torch.equal(View("pool", -1).rows(activations, valid), torch.full((1, 5), 200.0).half())
+
+
 class Signal(nn.Module):
     """A network of one-dimensional maps."""
 

@@ -93,7 +93,7 @@ class ListedCheckpoint:
 
     def __post_init__(self) -> None:
         checked_repo_id(f"user/{self.name}")
-        checked_repo_id(self.repo or f"user/{self.name}")
+        checked_repo_id(str(self.repo or f"user/{self.name}"))
         if not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
             raise ValueError(f"sha256 must be 64 hexadecimal digits in lower case, not {self.sha256!r}")
 
@@ -128,6 +128,8 @@ def _row(row: object) -> ListedCheckpoint:
     fields = _fields(ListedCheckpoint, row, "row")
     figures = _fields(Figures, fields["figures"], "figures")
     ranks = figures.get("effective_rank", {})
+    if not isinstance(ranks, dict):
+        raise ValueError("effective_rank must be a mapping")
     known = {
         key: Accuracy(**_fields(Accuracy, value, key)) for key, value in figures.items() if key != "effective_rank"
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ def download(
             revision=revision,
             token=token,
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            allow_patterns=None if names is None else [checked_name(name) for name in names],
+            # These are patterns, and a name may hold signs that mean something in one.
+            allow_patterns=None if names is None else [glob.escape(checked_name(name)) for name in names],
             ignore_patterns=[f"*{suffix}" for suffix in PICKLES],
             force_download=force,
         )

@@ -47,9 +47,9 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the network was not made by timm, or was changed since, so that what timm builds has other
-            parameters or gives other logits (it is built and compared); it was made with classes or functions as
-            arguments; it is one of `timm_lowrank.comparators` that was not folded; it is on the meta device; or there
-            is not one label, a string, for each of its classes.
+            parameters or gives other logits (it is built and compared); it was made with features_only=True, or with
+            classes or functions as arguments; it is one of `timm_lowrank.comparators` that was not folded; it is on
+            the meta device; or there is not one label, a string, for each of its classes.
         CheckpointWriteError: (also an OSError) the disk is full or the folder cannot be written.
     """
     model = _uncompiled(model)
@@ -58,6 +58,11 @@ def save_pretrained(
         raise CheckpointError(
             f"{type(backbone).__name__} is no timm network: it has no architecture name to be loaded by; "
             "save its state_dict() with safetensors instead"
+        )
+    if not hasattr(backbone, "num_classes"):
+        raise CheckpointError(
+            f"{type(backbone).__name__} has no num_classes, as what features_only=True makes of a network, and timm "
+            "writes no config.json for it: save the network itself, and load that with features_only=True"
         )
     if layers := unfolded(backbone):
         raise CheckpointError(

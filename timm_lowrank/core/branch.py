@@ -41,7 +41,10 @@ _ADVICE = (
 
 @dataclasses.dataclass(frozen=True)
 class BranchReport:
-    """How far the branch of one layer is, in plain numbers; `penalty` and `outside` are NaN before the first batch."""
+    """How far the branch of one layer is, in plain numbers; `penalty` and `outside` are NaN before the first batch.
+
+    Of a batch that is not finite `outside` is infinite.
+    """
 
     penalty: float  # what the last batch added to the loss
     outside: float  # ||W x - x||^2 over ||x||^2, summed over the last batch: the energy that W leaves outside
@@ -117,10 +120,10 @@ class LowRankBranch(nn.Module):
         config: everything else.
         classes: how many the labels tell apart, for the subspace head; None where that is not known, and then, or for a
             single one, there is no head.
-        device, dtype: of W and b. All mathematics of the branch runs in `dtype`, outside autocast.
+        device, dtype: of W and b. All mathematics of the branch runs in `dtype`, float32 or float64, outside autocast.
 
     Raises:
-        ValueError: a rank that does not fit the width.
+        ValueError: a rank that does not fit the width, or another dtype.
     """
 
     def __init__(
@@ -136,6 +139,8 @@ class LowRankBranch(nn.Module):
         super().__init__()
         if not 1 <= rank <= num_features:
             raise ValueError(f"rank {rank} must lie between 1 and the width of the layer, {num_features}")
+        if dtype not in (torch.float32, torch.float64):  # no eigendecomposition is made in half precision
+            raise ValueError(f"dtype of W and b must be torch.float32 or torch.float64, not {dtype}")
         self.num_features, self.rank = num_features, rank
         self.config = config = (config or LowRankConfig()).for_branch("")
         self.name = ""
@@ -341,7 +346,11 @@ class LowRankBranch(nn.Module):
         about_mean.add(about_mean.of(values), centred_norms(values, -mean))
         about_mean.sum_over(self.processes)
         self._set_reference(mean, about_mean.variance())
-        self._moments = Moments(self.bias)
+        if not (self.reference_norm.is_meta or bool(self.reference_norm > 0)):  # a layer of zeros: the next batch
+            return
+        zeros, self._moments = self._moments.count, Moments(self.bias)
+        own = torch.cat([self.bias.new_zeros(len(self.bias) + 1), zeros[None]])  # of the finite batches before it
+        self._moments.add(own, (zeros.sqrt() * torch.linalg.vector_norm(self.bias))[None])
         self._provisional = True
 
     def _set_reference(self, mean: Tensor, variance: Tensor) -> None:
@@ -429,7 +438,7 @@ class LowRankBranch(nn.Module):
             self.weight.step(self._inverse_curvature() * self.config.step_size)
         self.updates += 1
         if projects:
-            self.project()
+            self._project()
 
     def _follow_layer(self) -> None:
         """The spread of the layer about -b; the reference norm follows one that grows, by a few hundredths at a time.
@@ -448,8 +457,13 @@ class LowRankBranch(nn.Module):
     def project(self) -> None:
         """W <- its rank-r approximation (Algorithm 2, line 13), as `update` does every `project_every` times.
 
-        Between two of these W holds the rows of the updates since the last one; without them its state is small.
+        Between two of these W holds the rows of the updates since the last one; without them its state is small. Of
+        batches that wait for the next update W will take the rows; the subspace head leaves them out.
         """
+        self._project()
+        self._buffer.renew(lambda values: self.weight.reconstruction(values, self.bias).products)
+
+    def _project(self) -> None:
         rotation = self.weight.project(torch.Generator("cpu").manual_seed(self._seed(0)))
         if self.head is not None:
             self.head.move(rotation)
@@ -524,7 +538,7 @@ class LowRankBranch(nn.Module):
     def report(self) -> BranchReport:
         """How far the branch is. Waits for the device: for a line in a log now and then, not for every step."""
         penalty = math.nan if self._total is None else float(self._total)
-        outside = math.nan if self._seen is None else float(self._seen.outside())
+        outside = math.nan if self._seen is None else float(self._seen.outside().nan_to_num(nan=math.inf))
         sizes = self.weight.eigenvalues().abs()
         rank = int((sizes > 1e-6 * sizes.amax()).sum()) if sizes.numel() else 0
         return BranchReport(penalty, outside, rank, self.rank, self.updates, self._warmup_factor() < 1)

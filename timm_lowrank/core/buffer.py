@@ -12,7 +12,7 @@ import bisect
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -138,6 +138,11 @@ class ActivationBuffer:
         """The factors (n,), or one for all, and, where W is kept factored, the products (k, n) of the batch that was
         added last."""
         self._batches[-1].complete(factors, products)
+
+    def renew(self, products: Callable[[Tensor], Tensor | None]) -> None:
+        """Other products, of another B: `products` gives (k, n) of values (n, m), or None where W is not factored."""
+        for rows in self._batches:
+            rows.products = products(rows.values)
 
     def sample(self, sizes: Sequence[Sequence[int]], process: int) -> SampledRows:
         """The rows that enter W.

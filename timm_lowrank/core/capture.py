@@ -106,20 +106,33 @@ class Recording:
 def recording(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[Recording]:
     """Record what `taps` see for as long as the block lasts; no hook outlives it, whatever happens inside."""
     record = Recording()
-    replaced: list[tuple[nn.Module, str, object]] = []
+    compiling = torch.compiler.is_compiling()
+    placed: list[tuple[nn.Module, str, dict[Any, Any], tuple[str, int]]] = []
     try:
         for tap in taps:
             module = backbone.get_submodule(tap.path)
             kind = "_forward_pre_hooks" if tap.takes_input else "_forward_hooks"
             hooks = getattr(module, kind)
-            replaced.append((module, kind, hooks))
-            # Not register_forward_hook: torch.compile cannot trace the handle that it makes, while this becomes part
-            # of one graph together with the network. The key is new: blocks may be nested, taps share a module.
-            setattr(module, kind, {**hooks, ("timm_lowrank", len(hooks)): _hook(tap, record)})
+            # The key is new: blocks may be nested, taps share a module.
+            number = len(hooks)
+            while ("timm_lowrank", number) in hooks:
+                number += 1
+            key = "timm_lowrank", number
+            placed.append((module, kind, hooks, key))
+            # Not register_forward_hook: torch.compile cannot trace the handle that it makes, while another dictionary
+            # becomes part of one graph together with the network. Else it stays the same one: a network may register
+            # hooks in its forward, as those of transformers do, and their handles refer to it.
+            if compiling:
+                setattr(module, kind, {**hooks, key: _hook(tap, record)})
+            else:
+                hooks[key] = _hook(tap, record)
         yield record
     finally:
-        for module, kind, hooks in reversed(replaced):
-            setattr(module, kind, hooks)
+        for module, kind, hooks, key in reversed(placed):
+            if compiling:
+                setattr(module, kind, hooks)
+            else:
+                hooks.pop(key, None)
 
 
 def _hook(tap: Tap, record: Recording) -> Callable[..., None]:

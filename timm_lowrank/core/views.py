@@ -45,8 +45,10 @@ class View:
         if self.kind == "token":
             return positions[valid]
         # Not multiplied by zero: what a network computes of padding need not be finite.
-        sums = positions.masked_fill(~valid[..., None], 0).sum(dim=1)
-        return sums / valid.sum(dim=1, keepdim=True).clamp_min(1)
+        # In single precision at least, as mean() does: the sum of some hundred tokens may overflow float16.
+        wide = torch.promote_types(positions.dtype, torch.float32)
+        sums = positions.masked_fill(~valid[..., None], 0).sum(dim=1, dtype=wide)
+        return (sums / valid.sum(dim=1, keepdim=True).clamp_min(1)).to(positions.dtype)
 
     def valid(
         self,

@@ -143,11 +143,11 @@ def _write(record: RunRecord, folder: Path, name: str, dataset: str | None, lice
     for file, source in files.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
-    _write_card(folder, name, dataset, license)
+    _write_card(record, folder, name, dataset, license)
     for shrink in (_project, leave_out_state):
         if _size(folder) > MOST_BYTES and (folder / LOWRANK_WEIGHTS).is_file():
             shrink(folder)
-            _write_card(folder, name, dataset, license)
+            _write_card(record, folder, name, dataset, license)
     verify(folder, sha256=record.sha256)
     others = sum(
         _size(other) for other in folder_of("").glob("*") if not other.name.startswith(".") and other.name != name
@@ -173,8 +173,9 @@ def _project(folder: Path) -> None:
         write_into(folder, model, belong_to=[NETWORK_WEIGHTS])
 
 
-def _write_card(folder: Path, name: str, dataset: str | None, license: str | None) -> None:
-    record = read_run(folder)
+def _write_card(record: RunRecord, folder: Path, name: str, dataset: str | None, license: str | None) -> None:
+    # Of the run itself, whose recipe still says where the weights are that the training began from.
+    record = dataclasses.replace(read_run(folder), run=record.run)
     about = described(folder, [file for file in files_of(record) if (folder / file).is_file()])
     text = run_card(record, Place.in_clone(name), about, license=license or record.license(), dataset=dataset)
     (folder / CARD).write_text(text, encoding="utf-8")

@@ -77,16 +77,15 @@ def merge(
 ) -> Merged:
     """Writes the generated sections and the front matter of a new card into one that exists.
 
-    Of the front matter, the results of this package are replaced, lists such as tags are completed, missing keys are
-    added, and every other key stays as it was written. A section without marks is the owner's own by now and not
-    written again; a card without any marks gets all sections at its end. A new card without results takes those of
-    this package out, and from the lists what they were about.
+    Of the front matter, the results of this package are replaced, lists such as tags lose what only those were about
+    and are completed, missing keys are added, and every other key stays as it was written. A section without marks is
+    the owner's own by now and not written again; a card without any marks gets all sections at its end.
 
     Args:
         card: README.md as it is, with any line ends.
         new: what `run_card` gives.
         where: for messages.
-        license: to be named even if the card names another one.
+        license: to be named, as the new card does, even if the card names another one.
         complete: whether keys, entries of lists and sections that the card does not have are added.
 
     Raises:
@@ -161,17 +160,21 @@ def _merge_sections(text: str, new: str, where: str, complete: bool) -> tuple[st
 def _merge_front(front: str, metadata: Mapping[str, Any], license: str | None, where: str, complete: bool) -> str:
     """The front matter with the metadata in it. Blocks of other keys stay as they were written, comments and all."""
     before = loaded(front, where)
-    after = dict(before) if "model-index" in metadata else _without_results(before, metadata, where)
+    after = _without_results(before, metadata, where)  # they may be of another data set, or of branches
     for key, value in metadata.items() if complete else ():
         if key == "model-index":
             after[key] = _merge_index(before.get(key), value, where)
         elif key in _COMPLETED:
-            theirs = before.get(key) or []
+            theirs = after.get(key) or []
             theirs = theirs if isinstance(theirs, list) else [theirs]
             after[key] = [*theirs, *(entry for entry in value if entry not in theirs)]
         else:
             after.setdefault(key, value)
-    after |= {"license": license} if license else {}
+    if license:
+        ours = {"license": metadata.get("license", license), "license_name": metadata.get("license_name")}
+        if any(before.get(key) != value for key, value in ours.items()):  # those were of the licence before
+            after = {key: value for key, value in after.items() if key not in ("license_name", "license_link")}
+        after |= {key: value for key, value in ours.items() if value}
     for written in (front, _as_block(front)):
         spliced = _spliced(written, before, after)
         try:
@@ -236,7 +239,9 @@ def _dumped(key: str, value: Any) -> str:
 def _merge_index(before: Any, ours: Sequence[Mapping[str, Any]], where: str) -> list[Any]:
     """model-index with our results in place of our earlier ones; results from elsewhere stay."""
     entries = [] if before is None else before
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("results") or [], list) for entry in entries
+    ):
         raise CheckpointError(
             f"the model-index of {where} must be a list of models with their results: repair it first"
         )

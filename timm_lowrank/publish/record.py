@@ -112,9 +112,14 @@ class RunRecord:
     def license(self) -> str:
         """The licence of the weights where their owner names none: that of those they began from, or Apache-2.0.
 
+        A card beside the run says it, as that of a checkpoint of a clone, whose recipe has lost the folder of those
+        weights.
+
         Raises:
             CheckpointError: the licence of those that they began from is not known.
         """
+        if named := _license_in(self.run.folder):
+            return named
         if self.origin is None:
             return LICENSE
         if self.origin.license is None:
@@ -184,16 +189,21 @@ def _origin_in(source: str, followed: frozenset[Path]) -> Origin | None:
     folder = place.parent if place.is_file() else place
     if folder.name == RUN_MODEL and RunPaths(folder.parent).is_run():
         folder = folder.parent
-    if (card := folder / CARD).is_file():
-        license = None
-        with contextlib.suppress(CheckpointError, OSError, UnicodeDecodeError):
-            license = license_of(card.read_text(encoding="utf-8"), str(card))
-        return dataclasses.replace(unknown, license=license)
+    if (folder / CARD).is_file():
+        return dataclasses.replace(unknown, license=_license_in(folder))
     try:
         run = Run.open(folder)
     except (OSError, RunError):  # a checkpoint or a file of which nothing is known, or it is not here any more
         return unknown
     return unknown if folder in followed else _origin_of(run, followed | {folder})
+
+
+def _license_in(folder: Path) -> str | None:
+    """The licence that the card in a folder names; None where there is none or it cannot be read."""
+    card = folder / CARD
+    with contextlib.suppress(CheckpointError, OSError, UnicodeDecodeError):
+        return license_of(card.read_text(encoding="utf-8"), str(card))
+    return None
 
 
 def read_run(folder: Path, *, sha256: str | None = None) -> RunRecord:
