@@ -88,7 +88,7 @@ MUTATIONS = (
     ),
     Mutation(
         "projection skipped", "timm_lowrank/core/branch.py",
-        "        if projects:\n            self.project(", "        if False:\n            self.project(",
+        "        if projects:\n            self._project(", "        if False:\n            self._project(",
         "tests/test_branch.py",
     ),
     Mutation(
@@ -109,7 +109,7 @@ MUTATIONS = (
     ),
     Mutation(
         "hooks left on the network", "timm_lowrank/core/capture.py",
-        "            setattr(module, kind, hooks)\n\n\ndef _hook", "            pass\n\n\ndef _hook",
+        "                hooks.pop(key, None)\n", "                pass\n",
         "tests/test_capture.py tests/test_model.py",
     ),
     Mutation(
