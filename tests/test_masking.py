@@ -29,6 +29,7 @@ from timm_lowrank.evaluation.masking.verdict import CHANCE, FEWEST, at_least, at
 from timm_lowrank.evaluation.results import MASKED, SOUND, SUSPECT, AttackProtocol, Kind
 
 SHORT = Budget(steps=12, more_steps=30, restarts=2, signs=10, queries=120, draws=8)
+BRIEF = Budget(steps=5, more_steps=10, restarts=2, signs=4, queries=40, draws=3)  # where its findings do not matter
 COUNT = 200
 
 
@@ -59,12 +60,12 @@ def fit(images, labels, eps, epochs, seed):
 @pytest.fixture(scope="module")
 def trained(digits):
     """By seed: a plain network and an adversarially trained one; and a plain one to craft black-box attacks on."""
-    images, labels = (part[:1200] for part in digits)
+    images, labels = (part[:1000] for part in digits)
     with torch.random.fork_rng(devices=[]):
-        networks = {seed: {"plain": fit(images, labels, 0, 10, seed)} for seed in (0, 1)}
+        networks = {seed: {"plain": fit(images, labels, 0, 8, seed)} for seed in (0, 1)}
         for seed in (0, 1):
-            networks[seed]["PGD-trained"] = fit(images, labels, 0.15, 14, seed)
-        return networks, fit(images, labels, 0, 10, seed=2)
+            networks[seed]["PGD-trained"] = fit(images, labels, 0.15, 11, seed)
+        return networks, fit(images, labels, 0, 8, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -270,17 +271,17 @@ def test_the_binomial_tails_are_exact():
 def test_the_same_seed_gives_the_same_columns_and_nothing_is_left_behind(kind, trained, unseen, random_stream):
     network = KNOWN[kind][0](trained[0][0]["plain"]).train()
     images, labels = (part[:60] for part in unseen)
-    first = observe(network, images, labels, eps=0.1, source=trained[1], budget=SHORT)
+    first = observe(network, images, labels, eps=0.1, source=trained[1], budget=BRIEF)
     assert random_stream()
     assert all(module.training for module in network.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
     torch.manual_seed(7)
-    again = observe(network, images, labels, eps=0.1, source=trained[1], budget=SHORT)
+    again = observe(network, images, labels, eps=0.1, source=trained[1], budget=BRIEF)
     network.eval()
     for name in first:
         assert torch.equal(first[name].nan_to_num(-9), again[name].nan_to_num(-9)), name
         assert first[name].shape == (60,)
-    other = observe(network, images, labels, eps=0.1, source=trained[1], budget=SHORT, seed=5)
+    other = observe(network, images, labels, eps=0.1, source=trained[1], budget=BRIEF, seed=5)
     assert first.keys() == other.keys()
     assert any(not torch.equal(first[name].nan_to_num(-9), other[name].nan_to_num(-9)) for name in first)
 
@@ -352,7 +353,7 @@ def test_attacks_without_gradients_stay_in_the_ball_and_find_the_best_they_tried
 def test_a_given_autoattack_is_compared(trained, unseen):
     few = tuple(part[:40] for part in unseen)
     for withstood in (torch.arange(40) < 5, torch.ones(40, dtype=torch.bool)):
-        columns = observe(trained[0][0]["plain"], *few, eps=0.1, autoattack=withstood, budget=SHORT)
+        columns = observe(trained[0][0]["plain"], *few, eps=0.1, autoattack=withstood, budget=BRIEF)
         assert torch.equal(columns["autoattack"], columns["clean"] & withstood)
         assert named(judge(columns), "AutoAttack").value is not None
 

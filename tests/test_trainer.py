@@ -6,12 +6,12 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import accelerate
+import forked
 import pytest
 import timm
 import torch
@@ -570,26 +570,17 @@ def one_of_two(rank, folder, port):
     torch.distributed.destroy_process_group()
 
 
-# Both share what was imported.
-START = """
-import sys, torch, test_trainer
-torch.set_num_threads(1)
-torch.multiprocessing.start_processes(test_trainer.one_of_two, args=sys.argv[1:], nprocs=2, start_method="fork")
-"""
+def both(*arguments):
+    """The two of them; they share what was imported."""
+    torch.multiprocessing.start_processes(one_of_two, args=arguments, nprocs=2, start_method="fork")
 
 
 def test_two_processes_are_as_one(build, data, tmp_path):
     """2 processes x 2 batches of 4 against one batch of 16."""
     torch.save(data, tmp_path / "data.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", START, str(tmp_path), str(free_port())],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log"
+    started = forked.start(both, str(tmp_path), str(free_port()), log=log, environment={"OMP_NUM_THREADS": "1"})
+    forked.finish(started, logs=[log])
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert same(first, second)
     alone = run(build("vit", max_steps=6))

@@ -30,7 +30,7 @@ class Scenario:
     twin_accumulates: bool = False  # the one process too takes part by part, instead of the global batch at once
     overflow_at: int | None = None  # at this step the last process meets images of inf, and the step is skipped
     switched_on_at: int = 0
-    steps: int = 30
+    steps: int = 22
 
     def parts_at(self, step: int) -> Parts:
         return self.sometimes if self.sometimes and step % 4 == 3 else self.parts
@@ -232,8 +232,8 @@ def distance(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -
 
 # through accelerate: accumulation, `attach`, `LossHook`, and checkpoints that other processes go on from
 
-PAUSE = 23  # between two projections, where B holds rows of single updates
-RESUMED = Scenario("resumed", {"update_rows": 10}, loop="accelerate", steps=40)
+PAUSE = 13  # between two projections, where B holds rows of single updates
+RESUMED = Scenario("resumed", {"update_rows": 10}, loop="accelerate", steps=24)
 
 
 def through_accelerate(scenario, model, accelerator, data, *, start=0, stop=None, load=None, save=None):
