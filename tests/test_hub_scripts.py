@@ -468,7 +468,6 @@ RUNNER = """
 import hashlib, json, os, sys
 import huggingface_hub, safetensors.torch, torch, timm
 from transformers import AutoModelForImageClassification
-from transformers.models.timm_wrapper import modeling_timm_wrapper
 torch.set_num_threads(1)
 for name, snippet in json.load(sys.stdin):
     if os.fork() == 0:

@@ -663,7 +663,7 @@ def test_every_measurement_of_a_suite_has_a_name_of_its_own(suite):
 def test_the_effective_rank_counts_all_directions_and_says_what_bounds_it(trained, tmp_path, monkeypatch):
     """More than a thousand directions, against the spectrum computed anew; and fewer images than features."""
     draws = torch.Generator().manual_seed(0)
-    values = torch.randn(1600, 1400, generator=draws)
+    values = torch.randn(1900, 1400, generator=draws)
 
     def context(rows):
         samples = ({"layer3": values[:rows]}, torch.arange(rows) % 10)
@@ -673,7 +673,7 @@ def test_the_effective_rank_counts_all_directions_and_says_what_bounds_it(traine
             protocol=lambda **details: Protocol(images=1, details=details),
         )  # fmt: skip
 
-    for rows, bound in ((1600, None), (1260, 1259)):
+    for rows, bound in ((1900, None), (1300, 1299)):
         measurement, results = Spectrum(uncentred=True), Results()
         columns = measurement.observe(context(rows), "a", range(1))
         measurement.report(context(rows), {"a": json.loads(json.dumps(columns))}, results)
