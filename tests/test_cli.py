@@ -1,5 +1,7 @@
 """The console command: what it prints, its exit status, and that the scripts are the same code."""
 
+import atexit
+import ctypes
 import dataclasses
 import importlib.util
 import io
@@ -13,12 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
+from evaluations import SHORT_DIAGNOSIS
+from pictures import RUNS, undrawn
 
 import timm_lowrank
 from timm_lowrank import LowRankConfig, __version__
 from timm_lowrank.cli import COMMANDS, main
+from timm_lowrank.evaluation.masking import BUDGETS
 from timm_lowrank.training.checkpoints import damage
 from timm_lowrank.training.recipe import Recipe, load_recipe, recipe_names
 
@@ -221,19 +227,27 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding, stream, monkeypatch):
 
 
 @pytest.mark.parametrize(("place", "said"), [("pipe", ""), ("/dev/full", "error: layers: No space left on device\n")])
-def test_output_that_nobody_takes_is_no_traceback(place, said):
-    code = "import sys; from timm_lowrank import cli; sys.exit(cli.main(['layers', 'test_resnet']))"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+def test_output_that_nobody_takes_is_no_traceback(place, said, tmp_path):
+    ended = forked.start(layers_into, place, log=tmp_path / "out", errors=tmp_path / "err")
+    ended.join(60)
+    assert (ended.exitcode, (tmp_path / "err").read_text()) == (1, said)
+
+
+def layers_into(place):
+    """A command whose output goes where it cannot, to the end of Python itself."""
     if place == "pipe":
         read, write = os.pipe()
         os.close(read)
     else:
         write = os.open(place, os.O_WRONLY)
-    ended = subprocess.run(
-        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    os.close(write)
-    assert (ended.returncode, ended.stderr) == (1, said)
+    os.dup2(write, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, with a buffer that is not written at each line
+    end_of_python(main(["layers", "test_resnet"]))
+
+
+def end_of_python(status):
+    """As `sys.exit(status)` of a program: a forked process would leave without the last things that Python does."""
+    ctypes.pythonapi.Py_Exit(status)
 
 
 def test_ctrl_c_is_one_line(capsys, monkeypatch):
@@ -294,19 +308,23 @@ def test_ctrl_c_before_a_command_begins_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
 
-def test_ctrl_c_at_the_end_of_the_process_prints_no_traceback():
-    code = """if True:
-        import atexit, sys, time
-        from timm_lowrank import cli
-        atexit.register(lambda: (print("leaving", flush=True), time.sleep(60)))
-        sys.exit(cli.main(["layers", "test_resnet"]))
-    """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.stdout.readline() != "leaving\n":
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == -signal.SIGINT
+def test_ctrl_c_at_the_end_of_the_process_prints_no_traceback(tmp_path):
+    log, errors = tmp_path / "out", tmp_path / "err"
+    process = forked.start(layers_and_a_minute, log=log, errors=errors)
+    while not (log.exists() and log.read_text().endswith("leaving\n")):
+        assert process.is_alive()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert log.read_text().endswith("leaving\n")
+    assert errors.read_text() == ""
+    assert process.exitcode == -signal.SIGINT
+
+
+def layers_and_a_minute():
+    """A command in a Python that takes long to end."""
+    atexit.register(lambda: (print("leaving", flush=True), time.sleep(60)))
+    end_of_python(main(["layers", "test_resnet"]))
 
 
 def test_ctrl_c_under_accelerate_launch_is_one_line_and_keeps_the_checkpoint(tmp_path):
@@ -344,7 +362,10 @@ def test_train_evaluate_compare_say_where_they_wrote_and_what_comes_next(
     capsys, tmp_path, monkeypatch, fresh_accelerate
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(BUDGETS, "quick", SHORT_DIAGNOSIS)
+    monkeypatch.setattr(RUNS, undrawn)
     short = ["--set", "epochs=2", "--set", "pretrain_epochs=1", "--set", "lowrank.warmup_updates=2"]
+    short += ["--set", "data_args.train_limit=320"]
     assert (
         main(["train", *short, "--set", "model_args.channels=[8, 8, 8, 8]", "--set", "lowrank.branches={layer3: 4}"])
         == 0

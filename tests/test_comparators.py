@@ -11,6 +11,7 @@ import forked
 import pytest
 import timm
 import torch
+from pictures import RUNS, undrawn
 from runs import assert_same_run
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
@@ -232,8 +233,8 @@ def test_nested_classifiers_see_the_first_features(digits, small_net):
 
 ONES_OWN = {
     "bottleneck": lambda net, x, y: comparators.bottleneck(net, {"body": 5, "pre_logits": 3}, example_input=x),
-    "spectral_normalize": lambda net, x, y: comparators.spectral_normalize(net, iterations=100),
-    "stable_rank_normalize": lambda net, x, y: comparators.stable_rank_normalize(net, 0.3, iterations=100),
+    "spectral_normalize": lambda net, x, y: comparators.spectral_normalize(net, iterations=25),
+    "stable_rank_normalize": lambda net, x, y: comparators.stable_rank_normalize(net, 0.3, iterations=25),
     "snip": lambda net, x, y: comparators.snip(net, x, y, 0.5),
     "matryoshka": lambda net, x, y: comparators.matryoshka(net, [2, 5], example_input=x),
 }
@@ -376,6 +377,12 @@ SMALL = {
 ARGUMENTS = {"matryoshka": {"sizes": [2, 5]}, "stable-rank": {"share": 0.4}, "snip": {"sparsity": 0.6, "batches": 2}}
 
 
+@pytest.fixture
+def undrawn_pictures(monkeypatch):
+    """Those of `plain` are drawn."""
+    monkeypatch.setattr(RUNS, undrawn)
+
+
 def recipe(**values) -> Recipe:
     return Recipe.from_dict({**SMALL, **values})
 
@@ -394,7 +401,7 @@ def normalised(run: Path) -> torch.Tensor:
     return (load_images(**SMALL["data_args"]).test_images.float() / 255 - cfg["mean"][0]) / cfg["std"][0]
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate", "undrawn_pictures")
 @pytest.mark.parametrize("name", comparators.COMPARATORS)
 def test_a_recipe_from_start_to_export_and_resumed(name, plain, tmp_path):
     made = recipe(comparator=name, comparator_args=ARGUMENTS.get(name, {}), twin=str(plain), ema_decay=0.5)
@@ -438,7 +445,7 @@ def test_a_recipe_from_start_to_export_and_resumed(name, plain, tmp_path):
     assert accuracy == pytest.approx(summary.clean_accuracy, abs=1e-6)
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate", "undrawn_pictures")
 def test_bottlenecks_fine_tune_a_trained_network_and_load_in_another_process(plain, tmp_path):
     tuned = recipe(comparator="bottleneck", comparator_args={"branches": {"pre_logits": 4}}, init_from=str(plain))
     state = build(tuned, load_images(**SMALL["data_args"]), tmp_path / "nowhere")
@@ -470,7 +477,7 @@ def differs(saved: Path, seen: Path) -> bool:
 AT_ONCE = {"lowrank": {"branches": {"layer3": 6}, "warmup_updates": 1}}  # the penalty has weight in so few steps
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate", "undrawn_pictures")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -501,7 +508,7 @@ def test_the_comparator_of_a_named_recipe_fits_its_network(name):
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate", "undrawn_pictures")
 def test_a_comparator_is_no_plain_twin(plain, tmp_path):
     train(recipe(comparator="snip", epochs=1), tmp_path / "pruned")
     with pytest.raises(RunError, match="is not a plain run"):

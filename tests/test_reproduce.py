@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pictures import REPRODUCTIONS, RUNS, undrawn
 from safetensors.torch import load_file, save_file
 from test_training_compare import figure
 
@@ -279,13 +280,10 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def with_tiny(tiny, monkeypatch):
-    """Pictures, at which most tests do not look, are small and as they come: placing texts takes most of their time.
-
-    Those of `made` are whole.
-    """
+    """Pictures, at which most tests do not look, are not drawn; those of `made` are, but for its runs' own."""
     monkeypatch.setitem(SCALES, "tiny", tiny)
-    monkeypatch.setattr("timm_lowrank.drawing.DOTS_PER_INCH", 20)
-    monkeypatch.setattr("timm_lowrank.drawing.lay_out", lambda figure: None)
+    for pictures in (RUNS, REPRODUCTIONS):
+        monkeypatch.setattr(pictures, undrawn)
 
 
 NAMES = ("table-5", "figure-2", "claim-relu-counter-example")
@@ -298,6 +296,7 @@ def made(tiny, tmp_path_factory):
     options = Options(names=NAMES, scale="tiny", runs=folder / "runs", output=folder / "results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SCALES, "tiny", tiny)
+        patch.setattr(RUNS, undrawn)
         said = []
         return options, reproduce(options, said.append), said
 

@@ -20,7 +20,8 @@ import pytest
 import timm
 import torch
 import yaml
-from parquet_images import TARGET, write, write_shards
+from parquet_images import TARGET, write
+from pictures import RUNS, undrawn
 from processes.worker import free_port
 from runs import assert_same_run, metrics
 from safetensors.torch import load_file
@@ -51,26 +52,26 @@ SMALL = {
     "name": "small",
     "model": "resnet10_cifar",
     "model_args": {"channels": [8, 8, 16, 16]},
-    "data_args": {"train_limit": 450, "test_limit": 100},
+    "data_args": {"train_limit": 230, "test_limit": 100},
     "lowrank": {"branches": {"layer3": 6, "pre_logits": 4}, "warmup_updates": 3},
     "epochs": 5,
     "pretrain_epochs": 2,
-    "batch_size": 64,
+    "batch_size": 32,
     "learning_rate": 0.05,
     "schedule": "cosine",
     "augment": "crop",
     "keep_checkpoints": 9,
 }
-# With batches of 32 and 230 images in shards, seven steps an epoch again.
+# With batches of 16 and 115 images in shards, seven steps an epoch again.
 STREAMED = {
     "epochs": 3,
     "pretrain_epochs": 1,
-    "batch_size": 32,
+    "batch_size": 16,
     "keep_checkpoints": 99,
     "streaming": True,
-    "shuffle_buffer": 60,
+    "shuffle_buffer": 30,
     "workers": 0,
-    "spectrum_images": 30,
+    "spectrum_images": 20,
 }
 LARGE = {"image_size": 16, "augment": "crop-flip", "save_every_steps": 3, "workers": 2}
 VIT = {
@@ -80,18 +81,35 @@ VIT = {
     "optimizer": "adamw",
     "weight_decay": 0.05,
 }
+# Three steps an epoch, where what is tested does not depend on what is learned.
+SHORT = {
+    "data_args": {"train_limit": 100, "test_limit": 40},
+    "lowrank": SMALL["lowrank"] | {"warmup_updates": 1},
+    "epochs": 2,
+    "pretrain_epochs": 0,
+}
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "undrawn_pictures")
 
 
 def recipe(**values) -> Recipe:
     return Recipe.from_dict({**SMALL, **values})
 
 
+@pytest.fixture
+def undrawn_pictures(monkeypatch):
+    """Those of `finished` are drawn."""
+    monkeypatch.setattr(RUNS, undrawn)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Shards that nobody changes."""
-    return write_shards(tmp_path_factory.mktemp("data"), test="validation")
+    """Shards that nobody changes: 115 training images in ten row groups, and 28 test images."""
+    folder = tmp_path_factory.mktemp("data")
+    for number, rows in enumerate((range(45), range(45, 90), range(90, 115))):
+        write(folder / f"train-{number:05d}-of-00003.parquet", rows, group=13)
+    write(folder / "validation-00000-of-00001.parquet", range(230, 258), group=10)
+    return folder
 
 
 def streamed(shards: Path, **values) -> Recipe:
@@ -326,7 +344,7 @@ def test_settings_that_mean_the_same_do_not_differ_and_ranks_of_bottlenecks_do()
 
 
 def test_what_of_a_schedule_has_no_effect_is_said(tmp_path, capsys):
-    train(recipe(epochs=1, pretrain_epochs=0, milestones=[1], schedule="step"), tmp_path / "run")
+    train(recipe(**SHORT | {"epochs": 1}, milestones=[1], schedule="step"), tmp_path / "run")
     assert "note: milestones 1 have no effect in epochs=1" in capsys.readouterr().out
 
 
@@ -336,18 +354,18 @@ def test_the_home_of_a_twin_is_found(finished, monkeypatch):
 
 
 def test_the_same_images_in_the_same_order_give_the_same_weights(shards, tmp_path, monkeypatch):
-    made = streamed(shards, augment="none", workers=1)
+    made = streamed(shards, epochs=2, augment="none", workers=1)
     data = load_data(made.data, **made.data_options())
     summary = train(made, tmp_path / "streamed")
     assert summary.to_dict()["data"] == {
-        "source": str(shards), "fingerprint": data.fingerprint, "train_images": 230, "test_images": 55,
+        "source": str(shards), "fingerprint": data.fingerprint, "train_images": 115, "test_images": 28,
         "streamed": True, "image_size": [1, 8, 8], "classes": 10, "origin": "folder",
     }  # fmt: skip
     # In memory, with nothing changed but the order.
     transform = Transform([0.0], [1.0], "none", torch.device("cpu"))
-    batches = StreamTrainBatches(data, transform, torch.device("cpu"), batch_size=32, buffer=60)
+    batches = StreamTrainBatches(data, transform, torch.device("cpu"), batch_size=16, buffer=30)
     monkeypatch.setattr(TrainBatches, "indices", lambda _, epoch: batches.indices(epoch))
-    train(streamed(shards, augment="none", streaming=False), tmp_path / "memory")
+    train(streamed(shards, epochs=2, augment="none", streaming=False), tmp_path / "memory")
     assert_same_run(tmp_path / "streamed", tmp_path / "memory")
 
 
@@ -445,8 +463,8 @@ def test_resuming_gives_the_run_that_was_never_interrupted(finished, tmp_path, e
 @pytest.mark.parametrize(
     ("values", "kept"),
     [
-        ({"epochs": 14, "pretrain_epochs": 1}, "epoch_0003*"),
-        ({"streaming": True, **LARGE, "epochs": 6, "ema_decay": 0.9}, "epoch_0002_step_*"),
+        ({"epochs": 9, "pretrain_epochs": 1}, "epoch_0003*"),
+        ({"streaming": True, **LARGE, "epochs": 4, "ema_decay": 0.9}, "epoch_0002_step_*"),
     ],
     ids=["between epochs", "inside an epoch of a stream"],
 )
@@ -478,19 +496,20 @@ def test_a_killed_run_resumes_to_the_same_figures_and_weights(shards, tmp_path, 
     ("values", "kept"),
     [
         ({**LARGE, "workers": 0, "gradient_accumulation": 2, "twin": True}, "epoch_0001_step_00000003"),
-        ({"save_every_steps": 2, "streaming": "auto", "augment": "crop"}, "epoch_0002_step_00000004"),
+        ({"save_every_steps": 2, "streaming": "auto", "augment": "crop"}, "epoch_0001_step_00000004"),
         ({"save_every_steps": 5, "augment": "crop-flip", "ema_decay": 0.9}, "epoch_0000_step_00000005"),
     ],
     ids=["accumulation and twin", "in memory", "small images"],
 )
 def test_resuming_inside_an_epoch(shards, tmp_path, values, kept, capsys):
-    train(streamed(shards, **values), tmp_path / "whole")
+    made = streamed(shards, epochs=2, **values)
+    train(made, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         if path.name > kept:
             shutil.rmtree(path)
-    train(streamed(shards, **values), tmp_path / "run", resume=True)
+    train(made, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     epoch, step = int(kept[6:10]), int(kept[-8:])
     assert f"resumed after epoch {epoch}, step {step} of the next" in capsys.readouterr().out
@@ -500,14 +519,14 @@ def test_resuming_needs_no_initial_weights_any_more(finished, tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(finished[0] / "twin" / "model", tmp_path / "begun" / "model")
     for source, name in (("~/begun/model", "folder"), ("~/begun/model/model.safetensors", "file")):
-        made = recipe(init_from=source, epochs=2, pretrain_epochs=0)
+        made = recipe(**SHORT, init_from=source)
         train(made, tmp_path / name / "whole")
         shutil.copytree(tmp_path / name / "whole", tmp_path / name / "run")
         (tmp_path / name / "run" / "summary.json").unlink()
         shutil.rmtree(tmp_path / name / "run" / "checkpoints" / "epoch_0002")
     shutil.rmtree(tmp_path / "begun")
     for source, name in (("~/begun/model", "folder"), ("~/begun/model/model.safetensors", "file")):
-        made = recipe(init_from=source, epochs=2, pretrain_epochs=0)
+        made = recipe(**SHORT, init_from=source)
         train(made, tmp_path / name / "run", resume=True)
         assert_same_run(tmp_path / name / "run", tmp_path / name / "whole")
         with pytest.raises(RecipeError, match="init_from='~/begun"):
@@ -537,7 +556,7 @@ def test_resuming_needs_no_pretrained_weights_any_more(tmp_path):
     torch.save(timm.create_model(SMALL["model"], **{**SMALL["model_args"], "in_chans": 3}).state_dict(), weights)
     origin = {"file": str(weights), "num_classes": 1000, "first_conv": "conv1", "classifier": "fc"}
     arguments = {**SMALL["model_args"], "pretrained": True, "pretrained_cfg": origin}
-    made = recipe(model_args=arguments, epochs=2, pretrain_epochs=0)
+    made = recipe(**SHORT, model_args=arguments)
     train(made, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
@@ -564,7 +583,7 @@ def test_what_cannot_be_measured_is_exported_all_the_same(tmp_path, monkeypatch)
     def unmeasurable(*arguments):
         raise DivergedError("no variance")
 
-    made = recipe(epochs=1, pretrain_epochs=0)
+    made = recipe(**SHORT | {"epochs": 1})
     with monkeypatch.context() as patched:
         patched.setattr(experiment, "layer_spectra", unmeasurable)
         with pytest.raises(DivergedError, match="no variance"):
@@ -576,7 +595,7 @@ def test_what_cannot_be_measured_is_exported_all_the_same(tmp_path, monkeypatch)
 
 
 def test_a_run_whose_recipe_has_tuples_inside_is_resumed(tmp_path):
-    made = Recipe(**{**SMALL, "epochs": 1, "pretrain_epochs": 0, "model_args": {"channels": (8, 8, 16, 16)}})
+    made = Recipe(**{**SMALL, **SHORT, "epochs": 1, "model_args": {"channels": (8, 8, 16, 16)}})
     summary = train(made, tmp_path / "run")
     assert train(made, tmp_path / "run", resume=True) == summary
 
@@ -624,8 +643,8 @@ def test_how_the_data_is_read_may_change_but_not_the_data(shards, tmp_path):
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     with pytest.raises(RunError, match="that was streamed, so set streaming=true"):
         train(streamed(shards, epochs=2, streaming="auto"), tmp_path / "run", resume=True)
-    with pytest.raises(RunError, match="shuffle_buffer was 60 and is 61"):
-        train(streamed(shards, epochs=2, shuffle_buffer=61), tmp_path / "run", resume=True)
+    with pytest.raises(RunError, match="shuffle_buffer was 30 and is 31"):
+        train(streamed(shards, epochs=2, shuffle_buffer=31), tmp_path / "run", resume=True)
     newer = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     del newer["optimizer"]  # as in a run that is older than the key
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(newer))
@@ -808,7 +827,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(finished, tmp_path):
 
 def test_old_checkpoints_go_and_the_global_generators_are_left_alone(tmp_path):
     before, drawn = torch.get_rng_state(), []
-    train(recipe(epochs=4, save_every=2, keep_checkpoints=1), tmp_path / "run")
+    train(recipe(**SHORT | {"epochs": 4, "pretrain_epochs": 2}, save_every=2, keep_checkpoints=1), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0004"]
     for _ in range(2):
         with seeded(3):
@@ -833,7 +852,7 @@ def test_old_checkpoints_go_and_the_global_generators_are_left_alone(tmp_path):
             r"gives a list and no logits \(batch, 10 classes\)",
         ),
         (VIT | {"model_args": VIT["model_args"] | {"global_pool": ""}}, r"gives \(2, 5, 10\) and no logits"),
-        ({"batch_size": 500}, r"more than the 450 training images"),
+        ({"batch_size": 500}, r"more than the 230 training images"),
         (
             {"lowrank": {**SMALL["lowrank"], "warmup_updates": 20}},
             r"warmup_updates=20 is too long for the 21",
@@ -851,7 +870,7 @@ def test_mistakes_are_found_before_anything_is_written(values, message, tmp_path
 def test_the_faster_precision_is_taken_once(tmp_path, monkeypatch, capsys):
     assert fast_precision(CPU) in ("bf16", "no")
     monkeypatch.setattr("timm_lowrank.training.experiment.fast_precision", lambda device: "bf16")
-    few = {"epochs": 2, "pretrain_epochs": 1, "precision": "auto"}
+    few = {**SHORT, "pretrain_epochs": 1, "precision": "auto"}
     summary = train(recipe(**few), tmp_path / "run")
     assert (summary.precision, Run.open(tmp_path / "run").recipe.precision) == ("bf16", "bf16")
     assert "precision=auto: bf16 is the faster one here" in capsys.readouterr().out
@@ -1017,12 +1036,12 @@ def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch, tmp_pa
 
 def test_trackers_get_every_epoch(tmp_path):
     pytest.importorskip("tensorboard")
-    train(recipe(epochs=2, pretrain_epochs=1, trackers=["tensorboard"]), tmp_path / "run")
+    train(recipe(**SHORT | {"pretrain_epochs": 1}, trackers=["tensorboard"]), tmp_path / "run")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
 def test_the_line_of_an_epoch_says_how_far_the_branches_are(tmp_path, capsys):
-    train(recipe(epochs=3, pretrain_epochs=1), tmp_path / "run")
+    train(recipe(**SHORT | {"epochs": 3, "pretrain_epochs": 1}), tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert ["outside" in line for line in lines] == [False, True, True]
     last = metrics(tmp_path / "run")[-1]
