@@ -1,6 +1,7 @@
 """What all tests share: one thread, warnings as errors where they are this package's own, and small real data."""
 
 import gc
+import os
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, and of the workers of pytest
     # A warning of this package that a test does not expect is a failure; those of other packages are not ours to judge.
     config.addinivalue_line("filterwarnings", "error::timm_lowrank.ProjectionWarning")
     config.addinivalue_line("filterwarnings", "error::UserWarning:timm_lowrank")
