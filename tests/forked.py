@@ -75,5 +75,6 @@ def _call(function, arguments, logs, environment, threads) -> None:
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # of its own processes: the default again, no further server
     torch.set_num_threads(threads)
     sys.exit(function(*arguments))

@@ -16,6 +16,7 @@ import yaml
 from pictures import REPRODUCTIONS, RUNS, undrawn
 from safetensors.torch import load_file, save_file
 from test_training_compare import figure
+from torch.utils.data import DataLoader
 
 from timm_lowrank.cli import main
 from timm_lowrank.data import load_images
@@ -388,6 +389,20 @@ class Sham:
         if self.seed == 1:
             raise EvaluationError("no\nmore")
         print(len(runs.images(self.recipe(runs)).train_images))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading(Sham):
+    """One that reads with a process of its own, as the training of a streamed recipe does."""
+
+    def do(self, runs):
+        print(*DataLoader(range(self.seed), batch_size=None, num_workers=1))
+
+
+def test_jobs_may_have_processes_that_read(tiny, tmp_path):
+    with Workers(Runs(tmp_path, tiny, say=lambda text: None), 2) as workers:
+        workers.do([Reading(2), Reading(3)])
+    assert (tmp_path / "sham-seed3.log").read_text() == "0 1 2\n"
 
 
 def test_a_job_that_fails_or_dies_does_not_stop_the_others(tiny, tmp_path):

@@ -215,6 +215,10 @@ def _work(connection: Connection, settings: tuple[Any, ...], threads: int, devic
         os.environ[GPUS] = device  # before CUDA starts here, which is when it is read
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: who gives the jobs ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it cleans up
+    # A training may read its images in processes. They are started as those of any program, not by a further server,
+    # and a process that is daemonic may have none.
+    multiprocessing.set_start_method(None, force=True)
+    multiprocessing.current_process().daemon = False
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
