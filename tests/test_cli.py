@@ -226,28 +226,24 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding, stream, monkeypatch):
     assert written.buffer.getvalue().decode(encoding).strip() == shown.encode(encoding, "replace").decode(encoding)
 
 
-@pytest.mark.parametrize(("place", "said"), [("pipe", ""), ("/dev/full", "error: layers: No space left on device\n")])
-def test_output_that_nobody_takes_is_no_traceback(place, said, tmp_path):
-    ended = forked.start(layers_into, place, log=tmp_path / "out", errors=tmp_path / "err")
-    ended.join(60)
-    assert (ended.exitcode, (tmp_path / "err").read_text()) == (1, said)
-
-
-def layers_into(place):
-    """A command whose output goes where it cannot, to the end of Python itself."""
-    if place == "pipe":
-        read, write = os.pipe()
+def test_output_that_nobody_takes_is_no_traceback():
+    """To the end of Python, which flushes once more: of two programs that share their start."""
+    code = """if True:
+        import os, sys
+        from timm_lowrank import cli
+        read, pipe = os.pipe()
         os.close(read)
-    else:
-        write = os.open(place, os.O_WRONLY)
-    os.dup2(write, 1)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, with a buffer that is not written at each line
-    end_of_python(main(["layers", "test_resnet"]))
-
-
-def end_of_python(status):
-    """As `sys.exit(status)` of a program: a forked process would leave without the last things that Python does."""
-    ctypes.pythonapi.Py_Exit(status)
+        for place in (pipe, os.open("/dev/full", os.O_WRONLY)):
+            if os.fork() == 0:
+                os.dup2(place, 1)
+                sys.exit(cli.main(["layers", "test_resnet"]))
+            print("ended with", os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    full = "error: layers: No space left on device\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", f"ended with 1\n{full}ended with 1\n")
 
 
 def test_ctrl_c_is_one_line(capsys, monkeypatch):
@@ -324,7 +320,8 @@ def test_ctrl_c_at_the_end_of_the_process_prints_no_traceback(tmp_path):
 def layers_and_a_minute():
     """A command in a Python that takes long to end."""
     atexit.register(lambda: (print("leaving", flush=True), time.sleep(60)))
-    end_of_python(main(["layers", "test_resnet"]))
+    # A forked process would leave without the last things that Python does.
+    ctypes.pythonapi.Py_Exit(main(["layers", "test_resnet"]))
 
 
 def test_ctrl_c_under_accelerate_launch_is_one_line_and_keeps_the_checkpoint(tmp_path):
